@@ -20,12 +20,10 @@ from keras_cluster_mask.models.head import (
 from keras_cluster_mask.models.inputs import (
     SIGLIP_MEAN,
     SIGLIP_STD,
-    call_encoder,
     text_family_of,
 )
 from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.training.tokens import check_tokenizer
-from keras_cluster_mask.types import Tensor
 
 
 class BackboneModel(ContrastiveModel):
@@ -62,19 +60,24 @@ class BackboneModel(ContrastiveModel):
                 "`dtype` must be given to the backbone, which has all the layers that "
                 f"compute. Received: dtype={kwargs['dtype']!r}"
             )
-        encoder = backbone.vision_encoder
+        images, texts = self.pooled_encoders(backbone)
         if masking is not None:
-            encoder = with_masking(encoder, masking)
+            images = with_masking(images, masking)
         kwargs = {**self.defaults, **kwargs}
         if head is None:
             options = {name: kwargs[name] for name in HEAD_OPTIONS if name in kwargs}
             parts = self.head_parts(backbone, **options)
             head = ContrastiveHead(**options, **parts, name="head")
             kwargs["max_logit_scale"] = head.max_logit_scale
-        super().__init__(encoder, backbone.text_encoder, head=head, **kwargs)
+        super().__init__(images, texts, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking
         self.text_family = text_family_of(backbone)
+
+    @classmethod
+    def pooled_encoders(cls, backbone: keras.Model) -> tuple[keras.Model, keras.Model]:
+        """Returns the encoders of a backbone, from inputs to `(batch, d)` features."""
+        return backbone.vision_encoder, backbone.text_encoder
 
     @classmethod
     def head_parts(cls, backbone: keras.Model, **options: Any) -> dict[str, Any]:
@@ -125,10 +128,18 @@ class CLIPContrastiveModel(BackboneModel):
     # The layer of the backbone that holds the temperature.
     scale_owner = "clip_head"
 
-    def __init__(self, backbone: keras.Model, *args: Any, **kwargs: Any):
-        super().__init__(backbone, *args, **kwargs)
-        # The pooler takes the class token, which is never hidden.
-        backbone.vision_pooler.supports_masking = True
+    @classmethod
+    def pooled_encoders(cls, backbone: keras.Model) -> tuple[keras.Model, keras.Model]:
+        images, texts = backbone.vision_encoder, backbone.text_encoder
+        token_ids, tokens = texts.inputs[0], texts.output
+        # The backbone's `text_pooler` takes the token by index, which torch can export
+        # only for a fixed batch size.
+        is_pooled = text_family_of(backbone).is_pooled(token_ids)[:, :, None]
+        pooled = ops.sum(tokens * ops.cast(is_pooled, tokens.dtype), axis=1)
+        return (
+            _with_output(images, backbone.vision_pooler(images.output)),
+            _with_output(texts, pooled),
+        )
 
     @classmethod
     def head_parts(cls, backbone: keras.Model, **options: Any) -> dict[str, Any]:
@@ -141,18 +152,6 @@ class CLIPContrastiveModel(BackboneModel):
             text_projection=backbone.text_projection,
             logit_scale=_prepared(logit_scale, temperature),
         )
-
-    def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
-        tokens = call_encoder(self.image_encoder, images, training)
-        return self.backbone.vision_pooler(tokens)
-
-    def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
-        tokens = call_encoder(self.text_encoder, token_ids, training)
-        # The backbone's `text_pooler` takes the token by index, which torch can export
-        # only for a fixed batch size.
-        end = self.text_family.pooled_at(token_ids)[:, None]
-        end = ops.equal(ops.arange(ops.shape(tokens)[1], dtype=end.dtype), end)
-        return ops.sum(tokens * ops.cast(end, tokens.dtype)[:, :, None], axis=1)
 
     def get_config(self) -> dict[str, Any]:
         # keras_hub's config omits it.
@@ -188,21 +187,17 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
 
     scale_owner = "metaclip_2_head"
 
-    @property
-    def layers(self) -> list[keras.layers.Layer]:
-        return [*super().layers, self.backbone.vision_post_layer_norm]
-
-    def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
-        pooled = super().image_features(images, training)
-        return self.backbone.vision_post_layer_norm(pooled)
-
-    def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
-        features = super().text_features(token_ids, training)
+    @classmethod
+    def pooled_encoders(cls, backbone: keras.Model) -> tuple[keras.Model, keras.Model]:
+        images, texts = super().pooled_encoders(backbone)
         # Without an end token the backbone would pool the first token of a text. If the
         # data cannot be checked beforehand, the NaN shows in the loss.
-        is_end = ops.equal(token_ids, self.text_family.end_id)
-        has_end = ops.any(is_end, axis=-1)
-        return ops.where(has_end[:, None], features, math.nan)
+        is_pooled = text_family_of(backbone).is_pooled(texts.inputs[0])
+        has_end = ops.any(is_pooled, axis=1, keepdims=True)
+        return (
+            _with_output(images, backbone.vision_post_layer_norm(images.output)),
+            _with_output(texts, ops.where(has_end, texts.output, math.nan)),
+        )
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -242,22 +237,20 @@ class SigLIPContrastiveModel(BackboneModel):
             logit_bias=_prepared(logit_bias),
         )
 
-    def text_features(self, token_ids: Tensor, training: bool | None = None) -> Tensor:
-        length = token_ids.shape[1]
-        if length not in (None, self.context_length):
-            raise ValueError(
-                f"`token_ids` must have {self.context_length} tokens for each text, "
-                "the number of SigLIP's positions: pad texts with the end token, as "
-                f"SigLIP's tokenizer does. Received: {length} tokens"
-            )
-        return super().text_features(token_ids, training)
-
 
 CLASSES.update(
     CLIPBackbone=CLIPContrastiveModel,
     MetaCLIP2Backbone=MetaCLIP2ContrastiveModel,
     SigLIPBackbone=SigLIPContrastiveModel,
 )
+
+
+def _with_output(encoder, output):
+    """Returns an encoder with another output, and what a model reads of it."""
+    changed = keras.Model(encoder.input, output, name=encoder.name)
+    for name in ("patch_size", "vocabulary_size", "max_sequence_length"):
+        setattr(changed, name, getattr(encoder, name, None))
+    return changed
 
 
 def _prepared(scalar, temperature=None):

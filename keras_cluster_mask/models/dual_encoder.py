@@ -220,11 +220,13 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
     def input_rules(self) -> InputRules:
         """The `InputRules` for images and token ids."""
         names, family = self.text_input_names, self.text_family
+        has_full_length = family.pooling == "last token"
+        length = self.context_length
         return InputRules(
             text_inputs=names,
             image_shape=image_shape_of(self.image_encoder),
-            text_shape=image_shape_of(self.text_encoder),
-            context_length=self.context_length,
+            text_shape=(length,) if has_full_length else image_shape_of(self.text_encoder),
+            context_length=length,
             vocabulary_size=self.vocabulary_size,
             end_token_id=family.end_id,
             padding_id=family.padding_id if "padding_mask" in names else None,

@@ -136,8 +136,9 @@ class TextFamily:
     Attributes:
         layer: String, the class name of the keras_hub layer, or backbone, that only
             this family has.
-        pooling: `"highest id"`, `"end token"` (the first one), or `"all tokens"` if the
-            features depend on all tokens.
+        pooling: `"highest id"`, `"end token"` (the first one), `"last token"` of texts
+            that all have the full length, or `"all tokens"`. The features depend on the
+            tokens up to the pooled one; in the last two cases, on all.
         end_id: Integer, the id of the end token that every text must have, or `None`.
         padding_id: Integer, the id that is hidden as padding. Only an encoder with the
             input `"padding_mask"` hides any.
@@ -148,18 +149,25 @@ class TextFamily:
     end_id: int | None = None
     padding_id: int = 0
 
-    def pooled_at(self, token_ids: Any) -> Tensor | None:
-        """Returns the index of the pooled token in each text; `None` if all are read.
+    def is_pooled(self, token_ids: Any) -> Tensor | None:
+        """Returns which token of each text is pooled; `None` if all are read.
 
         Args:
             token_ids: `(batch, T)` ints.
+
+        Returns:
+            `(batch, T)` booleans. A text without the end token has no true value.
         """
         if self.pooling == "highest id":
-            return ops.argmax(token_ids, axis=-1)
-        if self.pooling == "end token":
+            highest = ops.max(token_ids, axis=1, keepdims=True)
+            is_end = ops.equal(token_ids, highest)
+        elif self.pooling == "end token":
             is_end = ops.equal(token_ids, self.end_id)
-            return ops.argmax(ops.cast(is_end, "int32"), axis=-1)
-        return None
+        else:
+            return None
+        # The first of them.
+        counts = ops.cumsum(ops.cast(is_end, "int32"), axis=1)
+        return ops.logical_and(is_end, ops.equal(counts, 1))
 
 
 # By the prefix of keras_hub's class names. Any other encoder, such as BERT, has the
@@ -168,8 +176,8 @@ TEXT_FAMILIES = {
     "CLIP": TextFamily("CLIPTextPooler", "highest id"),
     # keras_hub does not save another id than 2.
     "MetaCLIP2": TextFamily("MetaCLIP2TextPooler", "end token", end_id=2),
-    # It pools the last token, which attends to all others, padding included.
-    "SigLIP": TextFamily("SigLIPTextEncoder"),
+    # The last token attends to all others, padding included.
+    "SigLIP": TextFamily("SigLIPTextEncoder", "last token"),
     "RoBERTa": TextFamily("RobertaBackbone", padding_id=1),
     "XLM-R": TextFamily("XLMRobertaBackbone", padding_id=1),
 }

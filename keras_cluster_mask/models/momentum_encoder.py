@@ -196,7 +196,7 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
         nothing changes.
 
         Args:
-            encoder: A vision transformer whose weights have the shapes of the
+            encoder: A vision transformer whose first weights have the shapes of the
                 teacher's, in the same order. Position embeddings may be for another
                 image size.
 
@@ -253,7 +253,9 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
 
     def _match(self, encoder):
         """Returns triples: own weight, followed weight, resize matrix or `None`."""
-        own, theirs = self.copied_weights, saved_weights(encoder)
+        # An encoder may have further weights at its end, such as those of a pooling.
+        own = self.copied_weights
+        theirs = saved_weights(encoder)[: len(own)]
         tables = self._resized_tables(encoder)
         # Other weights, such as position ids, do not change.
         pairs = [

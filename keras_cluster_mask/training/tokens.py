@@ -122,8 +122,10 @@ def _fingerprint(model, *ids):
     for part in ids:
         if part is None:
             continue
-        ends = family.pooled_at(part)
-        ends = [None] * len(part) if ends is None else ops.convert_to_numpy(ends)
+        is_end = family.is_pooled(part)
+        ends = [None] * len(part)
+        if is_end is not None:
+            ends = ops.convert_to_numpy(is_end).argmax(axis=1)
         for row, end in zip(part, ends):
             if end is None and hides_padding:
                 # Only the first ids, since another length truncates the texts.

@@ -17,6 +17,7 @@ from keras_cluster_mask.training.layers import (
 from tests.helpers import (
     FAST,
     VIT,
+    assert_same_values,
     clip_vision_encoder,
     clip_with_lora,
     deit_encoder,
@@ -25,6 +26,7 @@ from tests.helpers import (
     random_pairs,
     siglip_encoder,
     tiny_clip,
+    tiny_metaclip,
     to_numpy,
     values,
     vit_encoder,
@@ -391,6 +393,14 @@ def test_a_teacher_follows_a_model_around_its_encoder():
     teacher.follow(vit)
     kcm.with_masking(pooled, kcm.AttentiveMasking(teacher))
     teacher.update()
+    # With weights after the teacher's: MetaCLIP 2 normalizes what it pools.
+    backbone = tiny_metaclip()
+    teacher = MomentumEncoder(backbone.vision_encoder, 0.0)
+    kcm.ContrastiveModel.from_backbone(backbone, kcm.AttentiveMasking(teacher))
+    for weight in backbone.vision_encoder.trainable_weights:
+        weight.assign(weight + 1.0)
+    teacher.update()
+    assert_same_values(teacher.copied_weights, backbone.vision_encoder.weights)
 
 
 @pytest.mark.any_backend

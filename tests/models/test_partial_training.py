@@ -33,7 +33,7 @@ FAMILIES = {
     ("DINOV2", "DistilBert"): (2, 0),
     ("DINOV3", "Bert"): (2, 0),
     ("CLIP",): (2, 2),
-    ("MetaCLIP2",): (0, 2),
+    ("MetaCLIP2",): (2, 2),
     # With a pooling and a projection in the encoders.
     ("SigLIP",): (17, 4),
 }

@@ -54,10 +54,9 @@ def test_a_text_is_read_up_to_the_token_that_its_family_pools(make, end, pooled)
     else:
         model = kcm.ContrastiveModel(image_mlp(), encoder)
     ids = np.array([[20, 5, 9, end, 7, 3]], "int32")
-    found = model.text_family.pooled_at(ids)
-    assert (found if found is None else to_numpy(found).tolist()) == (
-        pooled if pooled is None else [pooled]
-    )
+    found = model.text_family.is_pooled(ids)
+    expected = None if pooled is None else [[x == pooled for x in range(6)]]
+    assert (found if found is None else to_numpy(found).tolist()) == expected
     expected = to_numpy(model.encode_text(ids))
     for column in (0, 1, 2, 4, 5):
         other = ids.copy()
