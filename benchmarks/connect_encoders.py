@@ -290,10 +290,10 @@ def normalized(x):
 
 def projections_of(model):
     """The projections of a model as a function of features."""
-    head = model.head
+    towers = model.towers
 
     def project(images, texts):
-        both = head.project_image(images), head.project_text(np.array(texts))
+        both = towers.image.project(images), towers.text.project(np.array(texts))
         return [ops.convert_to_numpy(ops.stop_gradient(x)) for x in both]
 
     return project

@@ -14,7 +14,6 @@ from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.data.tokenizing import length_of, tokenize
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
-from keras_cluster_mask.models.inputs import text_inputs
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.training.tokens import check_tokenizer, check_tokenizer_of
 
@@ -196,16 +195,8 @@ class Embedder:
 
     def __init__(self, model, features=False):
         self.model = model = as_contrastive_model(model)
-        images, texts = model.image_embeddings, model.text_embeddings
-        if features:
-            names, family = model.text_input_names, model.text_family
-
-            def images(x, training):
-                return model.image_features(model.normalize_pixels(x), training)
-
-            def texts(x, training):
-                return model.text_features(text_inputs(names, family, x), training)
-
+        towers = model.towers.image, model.towers.text
+        images, texts = (x.features if features else x.embed for x in towers)
         self._images = _Encoder(model, images, "images")
         self._texts = _Encoder(model, texts, "texts")
 

@@ -39,8 +39,8 @@ from keras_cluster_mask.evaluation.embedding import (
 )
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import data_format_of
-from keras_cluster_mask.models.inputs import TEXT_FAMILIES
 from keras_cluster_mask.models.loading import image_size_of
+from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 from keras_cluster_mask.types import Tensor
 
 # The number of ids of CLIP's tokenizer.

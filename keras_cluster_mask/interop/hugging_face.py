@@ -22,15 +22,15 @@ from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
 from keras_cluster_mask.interop.weight_files import INDEX, find_weights
 from keras_cluster_mask.models import ContrastiveModel
 from keras_cluster_mask.models.architecture import Architecture
-from keras_cluster_mask.models.inputs import (
+from keras_cluster_mask.models.pixels import (
     CLIP_MEAN,
     CLIP_STD,
     PREPROCESSING_FILES,
     SIGLIP_MEAN,
     SIGLIP_STD,
-    TEXT_FAMILIES,
     image_processor_entries,
 )
+from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 
 # The files that transformers writes into a folder.
 SINGLE_FILES = "model.safetensors", "pytorch_model.bin"

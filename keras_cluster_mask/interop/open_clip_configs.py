@@ -17,7 +17,8 @@ from keras_cluster_mask.interop.configs import (
     side_of,
 )
 from keras_cluster_mask.models.architecture import Architecture
-from keras_cluster_mask.models.inputs import CLIP_MEAN, CLIP_STD, TEXT_FAMILIES
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 
 # The file that open_clip writes beside a model's weights.
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"

@@ -14,16 +14,18 @@ from keras_cluster_mask.models.masked_encoder import MaskedEncoder, with_masking
 from keras_cluster_mask.models.momentum_encoder import MomentumEncoder
 from keras_cluster_mask.models.partial_training import enable_lora, train_last_blocks
 from keras_cluster_mask.models.resizing import with_context_length, with_image_size
-from keras_cluster_mask.models.tower import Tower
+from keras_cluster_mask.models.tower import ImageTower, TextTower, Tower
 
 __all__ = [
     "CLIPContrastiveModel",
     "ContrastiveHead",
     "ContrastiveModel",
+    "ImageTower",
     "MaskedEncoder",
     "MetaCLIP2ContrastiveModel",
     "MomentumEncoder",
     "SigLIPContrastiveModel",
+    "TextTower",
     "Tower",
     "clip_backbone",
     "clip_layout_map",

@@ -17,12 +17,9 @@ from keras_cluster_mask.models.head import (
     INITIAL_TEMPERATURE,
     ContrastiveHead,
 )
-from keras_cluster_mask.models.inputs import (
-    SIGLIP_MEAN,
-    SIGLIP_STD,
-    text_family_of,
-)
 from keras_cluster_mask.models.masked_encoder import with_masking
+from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
+from keras_cluster_mask.models.text_families import text_family_of
 from keras_cluster_mask.training.tokens import check_tokenizer
 
 
@@ -72,7 +69,6 @@ class BackboneModel(ContrastiveModel):
         super().__init__(images, texts, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking
-        self.text_family = text_family_of(backbone)
 
     @classmethod
     def pooled_encoders(cls, backbone: keras.Model) -> tuple[keras.Model, keras.Model]:
@@ -132,14 +128,15 @@ class CLIPContrastiveModel(BackboneModel):
     def pooled_encoders(cls, backbone: keras.Model) -> tuple[keras.Model, keras.Model]:
         images, texts = backbone.vision_encoder, backbone.text_encoder
         token_ids, tokens = texts.inputs[0], texts.output
+        family = text_family_of(backbone)
         # The backbone's `text_pooler` takes the token by index, which torch can export
         # only for a fixed batch size.
-        is_pooled = text_family_of(backbone).is_pooled(token_ids)[:, :, None]
+        is_pooled = family.is_pooled(token_ids)[:, :, None]
         pooled = ops.sum(tokens * ops.cast(is_pooled, tokens.dtype), axis=1)
-        return (
-            _with_output(images, backbone.vision_pooler(images.output)),
-            _with_output(texts, pooled),
-        )
+        images = _with_output(images, backbone.vision_pooler(images.output))
+        texts = _with_output(texts, pooled)
+        texts.text_family = family
+        return images, texts
 
     @classmethod
     def head_parts(cls, backbone: keras.Model, **options: Any) -> dict[str, Any]:
@@ -192,7 +189,7 @@ class MetaCLIP2ContrastiveModel(CLIPContrastiveModel):
         images, texts = super().pooled_encoders(backbone)
         # Without an end token the backbone would pool the first token of a text. If the
         # data cannot be checked beforehand, the NaN shows in the loss.
-        is_pooled = text_family_of(backbone).is_pooled(texts.inputs[0])
+        is_pooled = texts.text_family.is_pooled(texts.inputs[0])
         has_end = ops.any(is_pooled, axis=1, keepdims=True)
         return (
             _with_output(images, backbone.vision_post_layer_norm(images.output)),
@@ -247,8 +244,10 @@ CLASSES.update(
 
 def _with_output(encoder, output):
     """Returns an encoder with another output, and what a model reads of it."""
-    changed = keras.Model(encoder.input, output, name=encoder.name)
-    for name in ("patch_size", "vocabulary_size", "max_sequence_length"):
+    options = {"name": encoder.name, "dtype": encoder.dtype_policy}
+    changed = keras.Model(encoder.input, output, **options)
+    facts = "patch_size", "vocabulary_size", "max_sequence_length", "text_family"
+    for name in facts:
         setattr(changed, name, getattr(encoder, name, None))
     return changed
 

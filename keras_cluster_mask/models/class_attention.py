@@ -13,7 +13,7 @@ from keras_cluster_mask.models.encoders import (
     data_format_of,
     image_shape_of,
 )
-from keras_cluster_mask.models.inputs import call_encoder
+from keras_cluster_mask.models.masked_encoder import call_encoder
 from keras_cluster_mask.training.layers import all_layers
 
 # Blocks of keras_hub's vision transformers with a class token. By the name of their

@@ -1,5 +1,6 @@
 """The model for contrastive training on image-text pairs."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -14,10 +15,11 @@ from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import part_of_batch
 from keras_cluster_mask.models.encoders import kind_for
 from keras_cluster_mask.models.head import ContrastiveHead
-from keras_cluster_mask.models.inputs import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.pooled_encoder import pretrained_towers
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
 from keras_cluster_mask.training import micro_batches
+from keras_cluster_mask.training.gradient_checkpointing import checkpointed
 from keras_cluster_mask.training.input_rules import (
     KEYS,
     LONELY,
@@ -34,13 +36,12 @@ class ContrastiveModel(ContrastiveTrainer):
     """Trains an image encoder and a text encoder on image-text pairs.
 
     Each image of a batch is compared with every text; the encoders learn to place an
-    image near its own text and far from the others. Compile the model with an optimizer
-    only: the loss is built in. Batches are dictionaries
+    image near its own text and far from the others. The loss is built in: compile the
+    model with an optimizer only. Batches are dictionaries
     `{"images": (B, H, W, C), "token_ids": (B, T)}` without labels. uint8 images are
-    scaled and normalized on the device; float images must be normalized already. An
-    optional entry `"sample_weight"`, `(B,)` floats, weights the loss and the accuracies
-    of each pair. The loss is still divided by the number of pairs. A pair of weight 0
-    remains a negative for the other pairs.
+    normalized on the device; float images must be normalized already. An optional
+    `"sample_weight"`, `(B,)` floats, weights the loss and the accuracies of each pair.
+    The loss is divided by the number of pairs. Pairs of weight 0 remain negatives.
 
     Example:
 
@@ -64,19 +65,17 @@ class ContrastiveModel(ContrastiveTrainer):
         text_encoder: A Keras model from `(batch, T)` token ids to `(batch, d)`
             features. A model with several inputs, such as
             `keras.Model(bert.inputs, bert.output["pooled_output"])` of a keras_hub
-            `BertBackbone`, receives the entries of the batch with the same names. If
-            the batch has no `"padding_mask"`, ids of 0 are hidden as padding; an id of
-            0 before other ids raises an error. If it has no `"segment_ids"`, they are
-            all 0.
+            `BertBackbone`, receives the entries of the batch with the same names. A
+            missing `"padding_mask"` hides ids of 0, which may only be at the end of a
+            text. Missing `"segment_ids"` are all 0.
         loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP).
         projection_dim: Integer. The width of the shared embedding space. A linear
             projection maps the features of each encoder into it. `None` uses the
             features without a projection; they must have the same width.
         micro_batch_size: Integer that divides the batch size. Encodes this many pairs
-            at a time, with the memory of a batch of that size, and computes the loss on
-            the whole batch (gradient caching, as in GradCache). The gradients equal
-            those of the whole batch. Costs a second forward pass through the encoders.
-            `None` encodes the batch at once.
+            at a time, with the memory of a batch of that size. The loss and its
+            gradients are those of the whole batch (gradient caching, as in GradCache).
+            Costs a second forward pass. `None` encodes the batch at once.
         initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
         max_logit_scale: Float. The scale of the logits, 1 / temperature, never exceeds
@@ -86,15 +85,13 @@ class ContrastiveModel(ContrastiveTrainer):
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
             accuracies. The softmax loss is the same for texts with equal embeddings.
-        views: Integer. The number of masked views of each image in a step, each with
-            its own mask. The patches are embedded once and the text is encoded once;
-            the rest of the image encoder runs once per view. Loss and metrics are means
-            over the views. Two views of half the patches cost about as much as the
-            whole image (A-CLIP).
+        views: Integer. The number of views of each image in a step, each with its own
+            mask. Patches are embedded once, and the rest of the image encoder runs once
+            per view. Loss and metrics are means over the views. Two views of half the
+            patches cost about as much as the whole image (A-CLIP).
         gradient_checkpointing: Boolean. Whether the transformer blocks of both encoders
             store only their input in training, and recompute their activations in the
-            backward pass. Costs about a third more time. The memory saved depends on
-            the depth of the encoders and on the backend. The results are the same.
+            backward pass. Costs about a third more time; the results are the same.
             keras_hub's blocks are recognized; for other encoders, pass a list of the
             names of the layers that are blocks.
         pixel_mean: Three floats, one per channel. uint8 images are scaled to [0, 1] and
@@ -102,19 +99,19 @@ class ContrastiveModel(ContrastiveTrainer):
             encoder unchanged.
         pixel_std: Three floats, one per channel. Defaults to CLIP's.
         tokenizer_fingerprint: String that identifies the tokenizer that the model was
-            trained with. `None` until the first `fit` on an `image_text_dataset`.
-            Afterwards, `fit` and `evaluate` raise an error for another tokenizer,
-            unless you set the attribute of this name to `None`.
-        head: A `ContrastiveHead` to share, such as another model's. Its options must
-            equal the arguments above. By default, a new head is made from them. Sharing
-            is not saved: a loaded model has its own head.
+            trained with. The first `fit` on an `image_text_dataset` sets it. Then `fit`
+            and `evaluate` raise an error for another tokenizer, unless you set the
+            attribute of this name to `None`.
+        head: A `ContrastiveHead` to share, such as another model's, with the options
+            above. By default, a new head is made from them. Sharing is not saved: a
+            loaded model has its own head.
         dtype: The dtype policy of the projections. Encoders have their own.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
-    Metrics in training: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy`
-    within the batch, `temperature`, and, with a masking of images, `mask_ratio`: the
-    fraction of patches that had no influence. `compile(log_gradient_norm=True)` adds
-    `gradient_norm`. Evaluation reports neither `mask_ratio` nor `gradient_norm`.
+    Metrics: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy` within the
+    batch, and `temperature`; in training also `mask_ratio`, the fraction of patches
+    that had no influence, and, after `compile(log_gradient_norm=True)`,
+    `gradient_norm`.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -197,11 +194,10 @@ class ContrastiveModel(ContrastiveTrainer):
                 length with the end-of-text token, as SigLIP's tokenizer does.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             **kwargs: Arguments of `ContrastiveModel`, without the encoders and
-                `projection_dim`. `loss` defaults to the backbone's own, and so do
-                `pixel_mean` and `pixel_std`. `max_logit_scale` defaults to 1000 for
-                SigLIP. `initial_temperature=None` keeps the temperature of the
-                backbone; a fresh SigLIP, and a CLIP with the sigmoid loss, start at
-                0.1, with a bias of -10.
+                `projection_dim`. `loss`, `pixel_mean` and `pixel_std` default to the
+                backbone's own, and `max_logit_scale` to 1000 for SigLIP. The
+                temperature is that of the backbone unless given; a fresh SigLIP, and a
+                CLIP with the sigmoid loss, start at 0.1, with a bias of -10.
 
         Returns:
             A `ContrastiveModel` with the attributes `backbone` and `masking`: a
@@ -281,9 +277,9 @@ class ContrastiveModel(ContrastiveTrainer):
         self, inputs: Mapping[str, Tensor], training: bool | None = None
     ) -> dict[str, Tensor]:
         # `fit`, `evaluate` and `predict` check their data before the model sees it.
-        is_batch = isinstance(inputs, dict) and inputs.keys() >= {*KEYS}
-        is_features = isinstance(inputs, dict) and "image_features" in inputs
-        if not (is_batch or is_features):
+        names = inputs.keys() if isinstance(inputs, dict) else ()
+        is_features = "image_features" in names
+        if not (is_features or {*KEYS} <= {*names}):
             self.input_rules.check_keys(inputs)
         if training and self.micro_batch_size and not is_features:
             embeddings, extra_losses = micro_batches.embed_in_micro_batches(
@@ -302,6 +298,25 @@ class ContrastiveModel(ContrastiveTrainer):
             for masking in self.maskings:
                 masking.advance()
         return embeddings
+
+    def embed(
+        self, inputs: Mapping[str, Tensor], training: bool | None = None
+    ) -> dict[str, Tensor]:
+        """Embeds a batch, or a micro-batch, of images and texts, or of features."""
+        images, texts = self.towers.image, self.towers.text
+        if "image_features" in inputs:
+            return {
+                "image_embeddings": images.project(inputs["image_features"], training),
+                "text_embeddings": texts.project(inputs["text_features"], training),
+            }
+        given = {name: inputs[name] for name in texts.input_names if name in inputs}
+        views = self.views if training else 1
+        recomputes = training and self.gradient_checkpointing
+        with checkpointed(self._blocks()) if recomputes else contextlib.nullcontext():
+            return {
+                "image_embeddings": images.embed(inputs["images"], training, views),
+                "text_embeddings": texts.embed(given, training),
+            }
 
     def compute_loss(
         self,
@@ -345,7 +360,6 @@ class ContrastiveModel(ContrastiveTrainer):
         scale, is_split = self.head.scale, replicas.batch_is_split(training)
         bias = [] if self.head.logit_bias is None else [self.head.logit_bias]
         views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
-        # The contributions of the pairs to the loss and to the accuracies.
         rest = texts, labels, sample_weight, is_split
         by_view = [batch_loss(self.head.loss, [scale, *bias], x, *rest) for x in views]
         losses, *hits = (sum(values) / len(views) for values in zip(*by_view))
@@ -365,27 +379,19 @@ class ContrastiveModel(ContrastiveTrainer):
             metric.update_state(values, sample_weight)
         self.temperature_metric.update_state(1.0 / scale)
         if training:
-            for masking in self.maskings:
-                ratio = masking.last_mask_ratio
-                if is_split:
-                    ratio = replicas.replica_mean(ratio)
-                self.mask_ratio_metric.update_state(ratio)
-                if not self._phase.is_train_step:
-                    masking.advance()
+            self.update_mask_ratio(is_split)
         return loss
 
     # === Saving ===
 
     def get_config(self) -> dict[str, Any]:
         names = self.gradient_checkpointing
-        # Omitted for one view, because checkpoints of such models do not contain it.
-        views = {"views": self.views} if self.views > 1 else {}
         return {
             **super().get_config(),
             **self.head.options,
-            **views,
             "micro_batch_size": self.micro_batch_size,
             "duplicates": self.duplicates,
+            "views": self.views,
             "gradient_checkpointing": names if isinstance(names, bool) else [*names],
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,

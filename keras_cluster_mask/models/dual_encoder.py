@@ -1,9 +1,9 @@
 """Embeds images and texts in a shared space."""
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
@@ -13,30 +13,18 @@ from keras import ops
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.selection import views_of_image
 from keras_cluster_mask.models.encoders import (
     BLOCKS,
     context_length_of,
-    data_format_of,
     image_shape_of,
     number_positions,
 )
-from keras_cluster_mask.models.head import ContrastiveHead, l2_normalize
-from keras_cluster_mask.models.inputs import (
-    call_encoder,
-    check_statistics,
-    normalize_pixels,
-    pixel_range,
-    text_family_of,
-    text_input_names,
-    text_inputs,
-)
+from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
-from keras_cluster_mask.models.tower import Exported, Tower
-from keras_cluster_mask.training.gradient_checkpointing import (
-    checkpointed,
-    find_blocks,
-)
+from keras_cluster_mask.models.pixels import check_statistics, pixel_range
+from keras_cluster_mask.models.text_families import text_family_of
+from keras_cluster_mask.models.tower import Exported, ImageTower, TextTower
+from keras_cluster_mask.training.gradient_checkpointing import find_blocks
 from keras_cluster_mask.training.input_rules import InputRules
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers
 from keras_cluster_mask.types import Tensor
@@ -56,6 +44,8 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         **kwargs: Arguments of `keras.Model`.
 
     Attributes:
+        towers: Namespace of `image`, an `ImageTower` with the masking, and `text`, a
+            `TextTower`.
         maskings: List of the `PatchMasking` layers in the image encoder.
         text_input_names: Tuple of str, the entries of a batch that the text encoder
             takes.
@@ -78,8 +68,6 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         # precision.
         super().__init__(dtype="float32", **kwargs)
         self.autocast = False
-        self.text_input_names = text_input_names(text_encoder)
-        self.text_family = text_family_of(text_encoder)
         check_statistics(pixel_mean, pixel_std, image_encoder)
         number_positions(image_encoder)
         self.image_encoder = image_encoder
@@ -88,37 +76,31 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         self.pixel_mean = None if pixel_mean is None else [*map(float, pixel_mean)]
         self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
         self.head = head
-        self.head.build_projections(_width(image_encoder), _width(text_encoder))
-        self.normalize_pixels = functools.partial(
-            normalize_pixels,
-            mean=pixel_mean,
-            std=pixel_std,
-            data_format=data_format_of(image_encoder),
+        images, texts = head.image_projection, head.text_projection
+        statistics = self.pixel_mean, self.pixel_std
+        family = text_family_of(text_encoder)
+        # In an object that Keras does not look into: each layer belongs to the model.
+        self.towers = types.SimpleNamespace(
+            image=ImageTower(image_encoder, images, *statistics, name="image_tower"),
+            text=TextTower(text_encoder, texts, family.padding_id, name="text_tower"),
         )
+        self.text_family = family
+        self.text_input_names = self.towers.text.input_names
+        head.build_projections(_width(image_encoder), _width(text_encoder))
         self.maskings = [
             x for x in all_layers(image_encoder) if isinstance(x, PatchMasking)
         ]
         self.views = check_integer("views", views)
         _check_views(views, self.maskings)
         for masking in self.maskings:
-            _check_pixels(masking, self.normalize_pixels)
-            masking.join(self.normalize_pixels)
+            _check_pixels(masking, self.towers.image.prepare)
+            masking.join(self.towers.image.prepare)
         # Everything is built, unless an encoder learns its width when it is called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
         if self.built and gradient_checkpointing:
             self._blocks()
 
     # === From inputs to embeddings ===
-
-    def image_features(self, images: Tensor, training: bool | None = None) -> Tensor:
-        """Computes the `(batch, width)` image features that the head projects."""
-        features = call_encoder(self.image_encoder, images, training)
-        return _check_features(self.image_encoder, features)
-
-    def text_features(self, token_ids: Any, training: bool | None = None) -> Tensor:
-        """Computes the `(batch, width)` text features that the head projects."""
-        features = call_encoder(self.text_encoder, token_ids, training)
-        return _check_features(self.text_encoder, features)
 
     def encode_image(self, images: Tensor, training: bool | None = None) -> Tensor:
         """Embeds images.
@@ -134,7 +116,7 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         """
         if not is_traced(images):
             self.input_rules.check_images(images)
-        return self.image_embeddings(images, training)
+        return self.towers.image.embed(images, training, self.views if training else 1)
 
     def encode_text(
         self, token_ids: Tensor | dict[str, Tensor], training: bool | None = None
@@ -157,52 +139,7 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         if "token_ids" in given and not is_traced(given["token_ids"]):
             has_mask = "padding_mask" in given
             self.input_rules.check_ids(given["token_ids"], has_mask)
-        return self.text_embeddings(given, training)
-
-    # The following methods do not check values, because `fit` checks data before
-    # training.
-
-    def image_embeddings(self, images: Tensor, training: bool | None = None) -> Tensor:
-        """Embeds images as `encode_image` does, without checking values."""
-        pixels = self.normalize_pixels(images)
-        if self.views == 1 or not training:
-            features = self.image_features(pixels, training)
-            return l2_normalize(self.head.project_image(features, training))
-        with views_of_image(self.views):
-            features = self.image_features(pixels, training)
-            embeddings = l2_normalize(self.head.project_image(features, training))
-        shape = ops.shape(pixels)[0], self.views, embeddings.shape[-1]
-        return ops.reshape(embeddings, shape)
-
-    def text_embeddings(
-        self, token_ids: Tensor | dict[str, Tensor], training: bool | None = None
-    ) -> Tensor:
-        """Embeds texts as `encode_text` does, without checking values."""
-        if isinstance(token_ids, dict) or len(self.text_input_names) > 1:
-            token_ids = text_inputs(self.text_input_names, self.text_family, token_ids)
-        features = self.text_features(token_ids, training)
-        return l2_normalize(self.head.project_text(features, training))
-
-    def embed(
-        self, inputs: Mapping[str, Tensor], training: bool | None = None
-    ) -> dict[str, Tensor]:
-        """Embeds a batch, or a micro-batch, of images and texts, or of features."""
-        if "image_features" in inputs:
-            images = self.head.project_image(inputs["image_features"], training)
-            texts = self.head.project_text(inputs["text_features"], training)
-            return {
-                "image_embeddings": l2_normalize(images),
-                "text_embeddings": l2_normalize(texts),
-            }
-        texts = inputs["token_ids"]
-        if len(self.text_input_names) > 1:
-            texts = {key: inputs[key] for key in self.text_input_names if key in inputs}
-        recomputes = training and self.gradient_checkpointing
-        with checkpointed(self._blocks()) if recomputes else contextlib.nullcontext():
-            return {
-                "image_embeddings": self.image_embeddings(inputs["images"], training),
-                "text_embeddings": self.text_embeddings(texts, training),
-            }
+        return self.towers.text.embed(given, training)
 
     # === Inputs of the encoders ===
 
@@ -220,12 +157,11 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
     def input_rules(self) -> InputRules:
         """The `InputRules` for images and token ids."""
         names, family = self.text_input_names, self.text_family
-        has_full_length = family.pooling == "last token"
-        length = self.context_length
+        length, shape = self.context_length, image_shape_of(self.text_encoder)
         return InputRules(
             text_inputs=names,
             image_shape=image_shape_of(self.image_encoder),
-            text_shape=(length,) if has_full_length else image_shape_of(self.text_encoder),
+            text_shape=(length,) if family.pooling == "last token" else shape,
             context_length=length,
             vocabulary_size=self.vocabulary_size,
             end_token_id=family.end_id,
@@ -255,28 +191,17 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
     # === Other models that share the weights ===
 
     @functools.cached_property
-    def image_tower(self) -> Tower:
-        """A `Tower` that embeds images, as `encode_image` does."""
-        return Tower.of(
-            self.image_encoder,
-            lambda x: self.head.project_image(self.image_features(x, training=False)),
-            pixel_mean=self.pixel_mean,
-            pixel_std=self.pixel_std,
-            data_format=data_format_of(self.image_encoder),
-            name="image_tower",
-        )
+    def image_tower(self) -> ImageTower:
+        """An `ImageTower` without masking, which embeds as `encode_image` does."""
+        return self.towers.image.without_masking()
 
     @functools.cached_property
-    def text_tower(self) -> Tower:
-        """A `Tower` that embeds token ids, as `encode_text` does.
+    def text_tower(self) -> TextTower:
+        """A `TextTower`, which embeds token ids as `encode_text` does.
 
         If the text encoder has several inputs, the tower takes a dictionary of them.
         """
-        return Tower.of(
-            self.text_encoder,
-            lambda x: self.head.project_text(self.text_features(x, training=False)),
-            name="text_tower",
-        )
+        return self.towers.text.without_masking()
 
     @property
     def input_specs(self) -> dict[str, Any]:
@@ -367,16 +292,6 @@ def _check_views(views, maskings):
 def _width(encoder):
     shape = getattr(getattr(encoder, "output", None), "shape", None)
     return None if shape is None else shape[-1]
-
-
-def _check_features(encoder, features):
-    if len(getattr(features, "shape", ())) != 2:
-        raise ValueError(
-            "An encoder must return features of shape (batch, d); add a pooling to one "
-            f"that returns tokens. Received: {encoder.name} returned "
-            f"{getattr(features, 'shape', type(features).__name__)}"
-        )
-    return features
 
 
 def _check_pixels(masking, prepare_pixels):

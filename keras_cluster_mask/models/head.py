@@ -155,20 +155,9 @@ class ContrastiveHead(keras.layers.Layer):
                     layer.set(*(statistics(name) if statistics else (0.0, 1.0)))
 
     def call(self, image_features: Tensor, text_features: Tensor) -> tuple:
-        return self.project_image(image_features), self.project_text(text_features)
-
-    # Projections need `training`: Keras knows it within a call of the model, but not
-    # while the backward pass recomputes a micro-batch.
-
-    def project_image(self, features: Tensor, training: bool | None = None) -> Tensor:
-        """Maps image features into the shared space, without normalization."""
-        layer = self.image_projection
-        return features if layer is None else layer(features, training=training)
-
-    def project_text(self, features: Tensor, training: bool | None = None) -> Tensor:
-        """Maps text features into the shared space, without normalization."""
-        layer = self.text_projection
-        return features if layer is None else layer(features, training=training)
+        projections = self.image_projection, self.text_projection
+        both = image_features, text_features
+        return tuple(x if f is None else f(x) for f, x in zip(projections, both))
 
     @property
     def scale(self) -> Tensor:

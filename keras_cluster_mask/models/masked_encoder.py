@@ -18,7 +18,6 @@ from keras_cluster_mask.models.encoders import (
     number_positions,
     split_at,
 )
-from keras_cluster_mask.models.inputs import call_encoder
 from keras_cluster_mask.models.rotary_positions import rotary_tables
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers
 from keras_cluster_mask.types import Tensor
@@ -208,6 +207,21 @@ class MaskedEncoder(MadeOfParts, keras.Model):
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return self.encoder.compute_output_shape(input_shape)
+
+
+def call_encoder(encoder, value, training):
+    """Calls an encoder on a tensor, or on a dictionary of inputs by name."""
+    if training is False:
+        # A functional model for inference, such as a tower, should have no masking.
+        encoder = getattr(encoder, "unmasked", encoder)
+    inputs = getattr(encoder, "input", None)
+    if isinstance(value, dict):
+        if not isinstance(inputs, dict):
+            value = [value[x.name] for x in tree.flatten(inputs)]
+            value = tree.pack_sequence_as(inputs, value)
+    elif isinstance(inputs, dict) and len(inputs) == 1:
+        value = dict.fromkeys(inputs, value)
+    return encoder(value, training=training)
 
 
 # === Layers that use the order of tokens, or let hidden ones through ===

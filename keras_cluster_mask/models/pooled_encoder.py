@@ -16,7 +16,8 @@ from keras_cluster_mask.models.encoders import (
     count_prefix_tokens,
     find_embedding_layer,
 )
-from keras_cluster_mask.models.inputs import (
+from keras_cluster_mask.models.masked_encoder import with_masking
+from keras_cluster_mask.models.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     PREPROCESSING_FILES,
@@ -24,7 +25,6 @@ from keras_cluster_mask.models.inputs import (
     SIGLIP_STD,
     image_processor_entries,
 )
-from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
 

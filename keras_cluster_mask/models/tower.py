@@ -1,18 +1,20 @@
+"""A tower: from images or texts to embeddings in the space that both share."""
+
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
+from keras import ops
 
 from keras_cluster_mask.distribution.backends import keeping_weights
+from keras_cluster_mask.masking.selection import views_of_image
+from keras_cluster_mask.models.encoders import context_length_of, data_format_of
 from keras_cluster_mask.models.head import l2_normalize
-from keras_cluster_mask.models.inputs import (
-    call_encoder,
-    normalize_pixels,
-    text_family_of,
-    text_input_names,
-    text_inputs,
-)
+from keras_cluster_mask.models.masked_encoder import call_encoder
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.models.text_families import TextFamily, text_input_names
+from keras_cluster_mask.training.input_rules import is_float
 from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
 
@@ -55,9 +57,8 @@ class Exported:
         super().export(filepath, format, verbose, signature, **kwargs)
 
 
-@keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class Tower(MadeOfParts, Exported, keras.Model):
-    """Embeds images or texts, for inference.
+    """Embeds images or texts: the base class of `ImageTower` and `TextTower`.
 
     `model.image_tower` and `model.text_tower` of a `ContrastiveModel` share its weights
     and compute the same as `encode_image` and `encode_text`, but do not check the
@@ -84,92 +85,252 @@ class Tower(MadeOfParts, Exported, keras.Model):
     ```
 
     Args:
-        encoder: A functional Keras model from images or token ids to `(batch, d)`
-            features.
-        pixel_mean: Mean of each channel, used to normalize uint8 images. `None` for
-            texts, and for images that are not normalized.
-        pixel_std: Standard deviation of each channel.
-        data_format: `"channels_last"` or `"channels_first"` for images, `None` for
-            texts.
+        encoder: A Keras model from inputs to `(batch, width)` features.
+        projection: A layer from features to `(batch, d)`, or `None`.
         **kwargs: Arguments of `keras.Model`.
 
     Call arguments:
-        inputs: `(batch, H, W, C)` images, uint8 or normalized floats, or `(batch, T)`
-            token ids, or a dictionary of inputs if the text encoder has several.
+        inputs: Images or token ids, see `prepare`.
 
     Returns:
         `(batch, d)` float32 embeddings, L2-normalized.
     """
 
-    parts = ("encoder", "pixel_mean", "pixel_std", "data_format")
+    parts = ("encoder", "projection")
 
     def __init__(
         self,
         encoder: keras.Model,
-        pixel_mean: Sequence[float] | None = None,
-        pixel_std: Sequence[float] | None = None,
-        data_format: str | None = None,
+        projection: keras.layers.Layer | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         # The layers of the encoder cast their own inputs.
-        self.autocast = encoder.autocast = False
+        self.autocast = False
         self.encoder = encoder
-        self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
-        self.data_format = data_format
+        self.projection = projection
         self.built = True
 
-    @classmethod
-    def of(
-        cls, encoder: keras.Model, project: Callable[[Any], Tensor], **kwargs: Any
-    ) -> Self:
-        """Makes a tower.
+    def prepare(self, inputs: Any) -> Any:
+        """Returns the inputs of the encoder."""
+        raise NotImplementedError
 
-        Args:
-            encoder: One of the encoders of a `ContrastiveModel`.
-            project: Function from inputs of the encoder to projected features.
-            **kwargs: Further arguments of the tower.
-        """
-        # Some encoders have no `input`. After Keras's AttributeError, torch would
-        # report that the attribute `image_tower` is missing.
-        given = getattr(encoder, "input", None)
-        if given is None:
+    def features(self, inputs: Any, training: bool | None = None) -> Tensor:
+        """Computes the `(batch, width)` features that the projection takes."""
+        features = call_encoder(self.encoder, self.prepare(inputs), training)
+        if len(getattr(features, "shape", ())) != 2:
             raise ValueError(
-                "A tower can only be made of a functional encoder, whose inputs are "
-                f"known. Received: {encoder.name} of type {type(encoder).__name__}"
+                "An encoder must return features of shape (batch, d); add a pooling to "
+                f"one that returns tokens. Received: {self.encoder.name} returned "
+                f"{getattr(features, 'shape', type(features).__name__)}"
             )
-        length = getattr(encoder, "max_sequence_length", None)
-        inputs = [
-            keras.Input(
-                (length,) if x.shape[1:] == (None,) else x.shape[1:],
-                dtype=x.dtype,
-                name=x.name,
-            )
-            for x in keras.tree.flatten(given)
-        ]
-        inputs = {x.name: x for x in inputs} if len(inputs) > 1 else inputs[0]
-        return cls(keras.Model(inputs, project(inputs)), **kwargs)
+        return features
+
+    def project(self, features: Tensor, training: bool | None = None) -> Tensor:
+        """Projects features to `(batch, d)` float32 embeddings, L2-normalized."""
+        if self.projection is not None:
+            # It is passed `training`: Keras knows it within a call of the model, but
+            # not while the backward pass recomputes a micro-batch.
+            features = self.projection(features, training=training)
+        return l2_normalize(features)
+
+    def embed(self, inputs: Any, training: bool | None = None) -> Tensor:
+        """Embeds inputs, as a call does; in training with masking and dropout."""
+        return self.project(self.features(inputs, training), training)
 
     def call(self, inputs: Any, training: bool | None = None) -> Tensor:
-        if self.data_format is not None:
-            inputs = normalize_pixels(
-                inputs, self.pixel_mean, self.pixel_std, self.data_format
-            )
-        else:
-            names, family = text_input_names(self.encoder), text_family_of(self.encoder)
-            inputs = text_inputs(names, family, inputs)
-        return l2_normalize(call_encoder(self.encoder, inputs, training=False))
+        return self.embed(inputs, training=False)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         # The weights belong to a model that may be trained further.
         with keeping_weights(self):
             return super().predict(x, *args, **kwargs)
 
+    def without_masking(self) -> Self:
+        """Returns this tower, or one without its masking that shares the weights."""
+        unmasked = getattr(self.encoder, "unmasked", self.encoder)
+        if unmasked is self.encoder:
+            return self
+        parts = {name: getattr(self, name) for name in self.parts}
+        return type(self)(**{**parts, "encoder": unmasked}, name=self.name)
+
     @property
     def input_specs(self) -> Any:
         """The `keras.InputSpec` of the input, or a dictionary of them."""
-        dtype = None if self.pixel_mean is None else "uint8"
-        return keras.tree.map_structure(
-            lambda x: keras.InputSpec(shape=x.shape, dtype=dtype or x.dtype),
-            self.encoder.input,
+        # Some encoders have no `input`.
+        given = getattr(self.encoder, "input", None)
+        if given is None:
+            raise ValueError(
+                "Only a tower with a functional encoder, whose inputs are known, can "
+                f"be exported. Received: {self.encoder.name} of type "
+                f"{type(self.encoder).__name__}"
+            )
+        specs = {x.name: self._spec(x) for x in keras.tree.flatten(given)}
+        return specs if len(specs) > 1 else specs.popitem()[1]
+
+    def _spec(self, given):
+        return keras.InputSpec(shape=given.shape, dtype=given.dtype)
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class ImageTower(Tower):
+    """Embeds images, see `Tower`.
+
+    Args:
+        encoder: A Keras model from images to `(batch, width)` features.
+        projection: A layer from features to `(batch, d)`, or `None`.
+        pixel_mean: Mean of each channel, used to normalize uint8 images. `None` for
+            images that are not normalized.
+        pixel_std: Standard deviation of each channel.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to that of the
+            encoder.
+        **kwargs: Arguments of `keras.Model`.
+    """
+
+    parts = (*Tower.parts, "pixel_mean", "pixel_std", "data_format")
+
+    def __init__(
+        self,
+        encoder: keras.Model,
+        projection: keras.layers.Layer | None = None,
+        pixel_mean: Sequence[float] | None = CLIP_MEAN,
+        pixel_std: Sequence[float] | None = CLIP_STD,
+        data_format: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(encoder, projection, **kwargs)
+        self.pixel_mean = pixel_mean
+        self.pixel_std = pixel_std
+        self.data_format = data_format or data_format_of(encoder)
+
+    def prepare(self, inputs: Any) -> Tensor:
+        """Normalizes `(batch, H, W, C)` uint8 images. Floats are normalized already."""
+        return normalize_pixels(
+            inputs, self.pixel_mean, self.pixel_std, self.data_format
         )
+
+    def embed(
+        self, inputs: Any, training: bool | None = None, views: int = 1
+    ) -> Tensor:
+        """Embeds images; with several `views`, as `(batch, views, d)`."""
+        if views == 1:
+            return super().embed(inputs, training)
+        with views_of_image(views):
+            embeddings = super().embed(inputs, training)
+        return ops.reshape(embeddings, (-1, views, embeddings.shape[-1]))
+
+    def _spec(self, given):
+        dtype = given.dtype if self.pixel_mean is None else "uint8"
+        return keras.InputSpec(shape=given.shape, dtype=dtype)
+
+
+@keras.saving.register_keras_serializable(package="keras_cluster_mask")
+class TextTower(Tower):
+    """Embeds texts, see `Tower`.
+
+    Args:
+        encoder: A Keras model from token ids, or from several inputs, to
+            `(batch, width)` features.
+        projection: A layer from features to `(batch, d)`, or `None`.
+        padding_id: Integer, the id that is hidden as padding if the encoder has a
+            `"padding_mask"`.
+        context_length: Integer, the maximum number of tokens of a text. Defaults to
+            that of the encoder.
+        **kwargs: Arguments of `keras.Model`.
+
+    Attributes:
+        input_names: Tuple of str, the names of the encoder's inputs.
+    """
+
+    parts = (*Tower.parts, "padding_id", "context_length")
+
+    def __init__(
+        self,
+        encoder: keras.Model,
+        projection: keras.layers.Layer | None = None,
+        padding_id: int = TextFamily.padding_id,
+        context_length: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(encoder, projection, **kwargs)
+        self.input_names = text_input_names(encoder)
+        self.padding_id = padding_id
+        self.context_length = context_length or context_length_of(encoder)
+
+    def prepare(self, inputs: Any) -> Any:
+        """Returns ids, or a dictionary of the inputs of the encoder.
+
+        For a BERT encoder, missing inputs are made from the ids. The `"padding_mask"`
+        hides padding; `InputRules` refuses ids of padding between others. The
+        `"segment_ids"` are 0, because a caption is one segment.
+
+        Args:
+            inputs: `(batch, T)` token ids, or a dictionary of inputs by name.
+
+        Raises:
+            ValueError: If an input is missing, or the encoder does not have it.
+        """
+        names = self.input_names
+        given = inputs if isinstance(inputs, dict) else {"token_ids": inputs}
+        inputs = {name: ops.convert_to_tensor(value) for name, value in given.items()}
+        if "token_ids" in inputs:
+            ids = inputs["token_ids"]
+            if "padding_mask" in names and "padding_mask" not in inputs:
+                is_word = ops.not_equal(ids, self.padding_id)
+                inputs["padding_mask"] = ops.cast(is_word, "int32")
+            if "segment_ids" in names and "segment_ids" not in inputs:
+                inputs["segment_ids"] = ops.zeros_like(ids)
+        if inputs.keys() != {*names}:
+            missing = [name for name in names if name not in inputs]
+            raise ValueError(
+                "`token_ids` must be an array of ids, or a dictionary of the inputs of "
+                f"the text encoder, {[*names]}; missing: {missing}. "
+                f"Received: keys={sorted(given)}"
+            )
+        return inputs if len(names) > 1 else ids
+
+    def _spec(self, given):
+        shape = given.shape
+        if shape[1:] == (None,):
+            shape = shape[0], self.context_length
+        return keras.InputSpec(shape=shape, dtype=given.dtype)
+
+
+def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
+    """Scales and normalizes uint8 images, and returns float images unchanged.
+
+    This runs on the device, in the compiled step, because uint8 takes a quarter of the
+    memory and of the transfer of float32.
+
+    Args:
+        images: `(batch, H, W, C)` tensor, or channels first.
+        mean: Three floats, one per channel. Their average is used if there are not
+            three channels. `None` returns all images unchanged.
+        std: Three floats, one per channel, averaged like `mean`.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to
+            `keras.config.image_data_format()`.
+
+    Returns:
+        A float32 tensor for uint8 images; any other tensor unchanged.
+
+    Raises:
+        ValueError: For integers other than uint8, whose range is not known.
+    """
+    images = ops.convert_to_tensor(images)
+    dtype = keras.backend.standardize_dtype(images.dtype)
+    # `is_float` raises an error for other integers.
+    if (
+        mean is None
+        or keras.backend.is_float_dtype(dtype)
+        or (dtype != "uint8" and is_float(images))
+    ):
+        return images
+    data_format = data_format or keras.config.image_data_format()
+    axis, shape = (1, (-1, 1, 1)) if data_format == "channels_first" else (-1, -1)
+    if images.shape[axis] != 3:
+        mean, std = [sum(mean) / 3], [sum(std) / 3]
+    # Tensors of Python numbers: torch compiles and exports no NumPy arrays.
+    mean, std = (
+        ops.reshape(ops.convert_to_tensor(x, "float32"), shape) for x in (mean, std)
+    )
+    return (ops.cast(images, "float32") / 255.0 - mean) / std

@@ -90,6 +90,19 @@ class ContrastiveTrainer(DualEncoder):
         loss = ops.where(counts, loss, ops.divide_no_nan(total, pairs))
         return loss, ops.where(counts, sample_weight, 0.0)
 
+    def update_mask_ratio(self, is_split: bool) -> None:
+        """Records the ratios of a training step.
+
+        Outside of `train_step`, as in a training loop of your own, this is the end of
+        the maskings' step.
+        """
+        for masking in self.maskings:
+            ratio = masking.last_mask_ratio
+            ratio = replicas.replica_mean(ratio) if is_split else ratio
+            self.mask_ratio_metric.update_state(ratio)
+            if not self._phase.is_train_step:
+                masking.advance()
+
     def make_train_function(self, force: bool = False) -> Any:
         # Values can be read here for the last time before the step is compiled.
         gradients.prepare_replicas(self)

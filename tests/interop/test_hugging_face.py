@@ -240,7 +240,7 @@ def test_options_of_from_backbone_take_precedence_over_the_files(folder):
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
 def test_pixels_are_those_of_the_image_processor(folder, name):
     transformers = pytest.importorskip("transformers")
-    assert load_hugging_face(folder).pixel_mean == [*kcm.models.inputs.CLIP_MEAN]
+    assert load_hugging_face(folder).pixel_mean == [*kcm.models.pixels.CLIP_MEAN]
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
     )
@@ -251,7 +251,7 @@ def test_pixels_are_those_of_the_image_processor(folder, name):
     (folder / name).write_text(json.dumps(config))
     pixels = np.arange(16 * 16 * 3).reshape(16, 16, 3).astype("uint8")
     expected = processor(pixels, return_tensors="np")["pixel_values"][0]
-    found = load_hugging_face(folder).normalize_pixels(pixels[None])
+    found = load_hugging_face(folder).towers.image.prepare(pixels[None])
     found = ops.convert_to_numpy(found)[0].transpose(2, 0, 1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

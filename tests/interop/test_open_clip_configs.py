@@ -106,7 +106,7 @@ def test_a_config_says_heads_activation_and_pixels(tmp_path, where):
     assert model.backbone.vision_encoder.num_heads == 4
     assert model.backbone.text_encoder.num_heads == 4
     if where == "model only":
-        assert model.pixel_mean == [*kcm.models.inputs.CLIP_MEAN]
+        assert model.pixel_mean == [*kcm.models.pixels.CLIP_MEAN]
     else:
         assert model.pixel_mean == PREPROCESSING["mean"]
         assert model.pixel_std == PREPROCESSING["std"]
@@ -344,7 +344,7 @@ def test_pixels_that_the_model_takes_as_they_are_come_back_as_they_are(tmp_path)
     save_open_clip(model, tmp_path / "clip.safetensors")
     back = load_open_clip(tmp_path / "clip.safetensors")
     images = np.arange(2 * 16 * 16 * 3).reshape(2, 16, 16, 3).astype("uint8")
-    found = keras.ops.convert_to_numpy(back.normalize_pixels(images))
+    found = keras.ops.convert_to_numpy(back.towers.image.prepare(images))
     np.testing.assert_allclose(found, images, atol=1e-3)
 
 

@@ -11,7 +11,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.distribution.backends import import_keras_hub
-from keras_cluster_mask.models.inputs import (
+from keras_cluster_mask.models.pixels import (
     CLIP_MEAN,
     CLIP_STD,
     SIGLIP_MEAN,
@@ -271,7 +271,7 @@ def test_a_masking_sees_images_in_full_precision_in_mixed_precision(by_policy):
     masking = SpyMasking(0.5)
     backbone = tiny_clip(None if by_policy else mixed)
     model = kcm.ContrastiveModel.from_backbone(backbone, masking)
-    model.image_embeddings(images, training=True)
+    model.encode_image(images, training=True)
     assert masking.seen[0] == "float32"
     np.testing.assert_array_equal(masking.seen[1], images)
 
@@ -422,7 +422,7 @@ def test_texts_without_the_end_token_are_refused_by_number(metaclip):
 @pytest.mark.slow_to_compile
 def test_unchecked_texts_without_the_end_token_have_no_embedding(metaclip):
     ids = without_end(metaclip.pairs, row=5)["token_ids"]
-    found = to_numpy(metaclip.model.text_embeddings(ids))
+    found = to_numpy(metaclip.model.text_tower(ids))
     np.testing.assert_array_equal(np.isnan(found).any(axis=1), np.arange(8) == 5)
 
 

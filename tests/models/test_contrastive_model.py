@@ -416,7 +416,7 @@ def test_training_without_a_threshold_is_an_error_and_after_adapt_it_trains():
 def test_adapt_sees_pixels_as_the_model_shows_them_to_the_masking():
     # Channels of different deviations, which CLIP's statistics weigh differently.
     images = random_pairs(64)["images"] // np.array([1, 3, 9], "uint8")
-    normalized = kcm.models.inputs.normalize_pixels(images)
+    normalized = kcm.models.tower.normalize_pixels(images)
     thresholds = []
     for given, inside in ((images, True), (normalized, True), (images, False)):
         masking = threshold_masking(threshold=None, mask_ratio=0.5)

@@ -6,11 +6,8 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.inputs import (
-    CLIP_MEAN,
-    CLIP_STD,
-    normalize_pixels,
-)
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.models.tower import normalize_pixels
 from tests.helpers import text_bag, to_numpy
 
 
@@ -109,5 +106,5 @@ def test_the_order_of_axes_is_that_of_the_encoder(masked):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16)).astype("uint8")
     expected = np.moveaxis(pixels, 1, -1) / 255.0
     expected = (expected - model.pixel_mean) / model.pixel_std
-    found = np.moveaxis(to_numpy(model.normalize_pixels(pixels)), 1, -1)
+    found = np.moveaxis(to_numpy(model.towers.image.prepare(pixels)), 1, -1)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

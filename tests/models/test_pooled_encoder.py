@@ -213,7 +213,7 @@ def test_pixels_are_those_of_a_folder_of_hugging_face(config, tmp_path):
     processor = transformers.ViTImageProcessor.from_pretrained(tmp_path)
     images = pairs()["images"]
     expected = processor([*images], do_resize=False, return_tensors="np")
-    found = make_model(image_preset=tmp_path).normalize_pixels(images)
+    found = make_model(image_preset=tmp_path).towers.image.prepare(images)
     expected = expected["pixel_values"].transpose(0, 2, 3, 1)
     np.testing.assert_allclose(to_numpy(found), expected, rtol=1e-5, atol=1e-5)
 
@@ -229,7 +229,9 @@ def test_pixels_are_those_of_the_image_converter_of_a_preset(scale, offset, tmp_
     for part in (backbone, converter):
         part.save_to_preset(str(tmp_path))
     images = pairs()["images"]
-    found = make_model(lambda: backbone, image_preset=tmp_path).normalize_pixels(images)
+    found = make_model(lambda: backbone, image_preset=tmp_path).towers.image.prepare(
+        images
+    )
     expected = to_numpy(converter(images))
     np.testing.assert_allclose(to_numpy(found), expected, rtol=1e-5, atol=1e-5)
 

@@ -90,14 +90,15 @@ def test_training_whole_images_trains_the_masked_model(make):
 
 
 class WithFactor:
-    """A model with an option of its own, which image features depend on."""
+    """A model with an option of its own, which its embeddings depend on."""
 
     def __init__(self, *args, factor=1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.factor = factor
 
-    def image_features(self, images, training=None):
-        return super().image_features(images, training) + self.factor
+    def embed(self, inputs, training=None):
+        found = super().embed(inputs, training)
+        return {name: self.factor * value for name, value in found.items()}
 
     def get_config(self):
         return {**super().get_config(), "factor": self.factor}
@@ -121,13 +122,14 @@ def scaled(masking):
 @pytest.mark.parametrize(
     "make", [scaled, lambda x: ScaledCLIP.from_backbone(tiny_clip(), x, factor=3.0)]
 )
-def test_an_unmasked_model_and_towers_have_the_options_of_a_subclass(make):
-    model = make(kcm.RandomMasking(0.5))
-    expected = to_numpy(model.encode_image(images := random_images(2)))
+def test_an_unmasked_model_has_the_options_of_a_subclass(make):
+    model, pairs = make(kcm.RandomMasking(0.5)), random_pairs(2)
     whole = model.without_masking()
     assert (whole.factor, whole.maskings) == (3.0, [])
-    for found in (whole.encode_image(images), model.image_tower(images)):
-        np.testing.assert_allclose(to_numpy(found), expected, atol=1e-6)
+    expected = model.predict(pairs, verbose=0)
+    for key, found in whole.predict(pairs, verbose=0).items():
+        np.testing.assert_allclose(found, expected[key], atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 3.0, atol=1e-5)
 
 
 class Forgetful(Scaled):

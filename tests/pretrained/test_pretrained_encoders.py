@@ -10,7 +10,7 @@ from PIL import Image
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models.encoders import find_embedding_layer
-from keras_cluster_mask.models.inputs import IMAGENET_MEAN, IMAGENET_STD
+from keras_cluster_mask.models.pixels import IMAGENET_MEAN, IMAGENET_STD
 from tests.conftest import ROOT
 from tests.helpers import compiled, random_noise, to_numpy
 

@@ -82,7 +82,7 @@ history = model.fit(
 )
 assert_type(model.predict(dataset), dict[str, np.ndarray])
 assert_type(model.without_masking(), kcm.ContrastiveModel)
-assert_type(model.image_tower, kcm.models.Tower)
+assert_type(model.image_tower, kcm.models.ImageTower)
 masked = kcm.with_masking(backbone, kcm.RandomMasking(0.5), layer="embedding")
 assert_type(masked, kcm.models.MaskedEncoder)
 model.fit(dataset, y=np.zeros(3))  # type: ignore[arg-type]

@@ -1,0 +1,83 @@
+"""Means and deviations of pixels, and what a preset says of them."""
+
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+from keras import tree
+
+from keras_cluster_mask.models.encoders import image_shape_of
+from keras_cluster_mask.training.layers import all_layers
+
+# Channel statistics that OpenAI trained CLIP with, for values in [0, 1]
+# (https://github.com/openai/CLIP, clip/clip.py).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# SigLIP's images are in [-1, 1] (https://github.com/google-research/big_vision,
+# `value_range(-1, 1)` in its configurations).
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+# ImageNet's, which DeiT and DINO were trained with
+# (https://github.com/facebookresearch/dinov2, dinov2/data/transforms.py).
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# The files of image processors that transformers writes into a folder. Newer versions
+# write the second one, which holds the first under "image_processor".
+PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
+
+
+def image_processor_entries(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries that one of `PREPROCESSING_FILES` gives, as they are used."""
+    config = config.get("image_processor", config)
+    # A flag of null is off. Any other null stands for the default.
+    flags = "do_normalize", "do_rescale"
+    given = {k: x for k, x in config.items() if x is not None or k in flags}
+    if not given.get("do_normalize", True):
+        given.update(image_mean=0.0, image_std=1.0)
+    return given
+
+
+def check_statistics(mean, std, encoder):
+    """Raises an error unless a mean and a standard deviation can normalize pixels.
+
+    Warns of an image encoder that normalizes its images again, where it is known.
+    """
+    if mean is None:
+        return
+    for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+        values = np.array(values, "float64")
+        is_valid = np.isfinite(values) & ((values > 0) | (name == "pixel_mean"))
+        if values.shape != (3,) or not np.all(is_valid):
+            raise ValueError(
+                f"`{name}` must be three finite numbers, and `pixel_std` greater than "
+                f"0. Received: {name}={values}"
+            )
+    given = tree.flatten(getattr(encoder, "input", None))[0]
+    if given is not None and not keras.backend.is_float_dtype(given.dtype):
+        raise ValueError(
+            "`pixel_mean` must be None for an image encoder of integer images, because "
+            "normalized pixels would be cast to integers. "
+            f"Received: pixel_mean={mean}, an image encoder of {given.dtype} images"
+        )
+    for layer in all_layers(encoder):
+        if isinstance(layer, keras.layers.Normalization | keras.layers.Rescaling):
+            shape = (layer.get_build_config() or {}).get("input_shape", ())
+            if tuple(shape[1:]) == image_shape_of(encoder):
+                warnings.warn(
+                    "The model normalizes images, and so does its image encoder: pass "
+                    "`pixel_mean=None` for one that takes pixels from 0 to 255. "
+                    f"Received: pixel_mean={mean}, the encoder's layer {layer.name!r}",
+                    stacklevel=5,
+                )
+
+
+def pixel_range(mean, std):
+    """Returns the values of a black and a white pixel after normalization.
+
+    Returns:
+        Two floats, the lowest and the highest of all channels; `None` without a mean.
+    """
+    if mean is None:
+        return None
+    mean, std = np.array(mean), np.array(std)
+    return float(np.min(-mean / std)), float(np.max((1.0 - mean) / std))
