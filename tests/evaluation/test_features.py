@@ -175,7 +175,7 @@ def test_an_interrupted_run_resumes_with_the_next_batch(num_crops, tmp_path):
 def test_a_complete_folder_is_not_computed_again(tmp_path, monkeypatch):
     model = frozen_model()
     computed(model, tmp_path)
-    monkeypatch.setattr(model.towers, "image", None)
+    monkeypatch.setattr(model.towers.image, "features", None)
     features, _ = computed(model, tmp_path)
     assert features.num_images == features.num_texts == 20
 
