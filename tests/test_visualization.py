@@ -195,6 +195,12 @@ def test_history_is_drawn_with_validation_at_its_epochs(freq, initial_epoch, exp
         assert curves[f"{label}, validation"] == points
 
 
+@pytest.mark.parametrize("freq", [1, 0, [1, 2]])
+def test_a_frequency_of_another_run_is_refused(freq):
+    with pytest.raises(ValueError, match=r"`validation_freq`.*Received: "):
+        visualization.plot_history({**HISTORY, "val_loss": [3.0]}, freq)
+
+
 HISTORY = {
     "loss": [3.0, 2.0],
     "image_to_text_accuracy": [0.1, 0.2],

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from matplotlib.figure import Figure
 
-from keras_cluster_mask.checks import is_integer
+from keras_cluster_mask.checks import check_integer, is_integer
 from keras_cluster_mask.masking import MaskingStatistics
 
 # The metrics of each panel, and their labels in it.
@@ -39,12 +39,21 @@ def plot_history(
 
     Returns:
         A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: If `validation_freq` is not that of the run.
     """
     logs = getattr(history, "history", history)
     epochs = np.array(getattr(history, "epoch", range(len(logs["loss"])))) + 1
     was_due = np.isin(epochs, validation_freq)
     if is_integer(validation_freq):
-        was_due = epochs % validation_freq == 0
+        was_due = epochs % check_integer("validation_freq", validation_freq) == 0
+    count, due = len(logs.get("val_loss", ())), int(was_due.sum())
+    if count not in (0, due):
+        raise ValueError(
+            "`validation_freq` must be that of `fit`. Received: validation_freq="
+            f"{validation_freq}, {due} epochs in {len(epochs)}, and {count} validations"
+        )
     recall = {
         x: x.removeprefix("val_").replace("_", " ") for x in logs if "recall@" in x
     }
