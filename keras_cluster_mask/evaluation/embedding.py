@@ -195,10 +195,8 @@ class Embedder:
 
     def __init__(self, model, features=False):
         self.model = model = as_contrastive_model(model)
-        towers = model.towers.image, model.towers.text
-        images, texts = (x.features if features else x.embed for x in towers)
-        self._images = _Encoder(model, images, "images")
-        self._texts = _Encoder(model, texts, "texts")
+        self._images = _Encoder(model.towers.image, features, "images")
+        self._texts = _Encoder(model.towers.text, features, "texts")
 
     @classmethod
     def of(cls, model):
@@ -214,7 +212,7 @@ class Embedder:
             )
         # The tokenizer's own length is the one used in training, which may be shorter
         # than the text tower's.
-        lengths = length_of(tokenizer), self.model.context_length
+        lengths = length_of(tokenizer), self.model.input_rules.context_length
         length = min((x for x in lengths if x is not None), default=None)
         check_tokenizer(self.model, tokenizer, length)
         return functools.partial(tokenize, tokenizer, context_length=length)
@@ -256,14 +254,14 @@ class Embedder:
 
 
 class _Encoder(keras.Model):
-    """Wraps a function of a model as a model, so that Keras compiles it."""
+    """Embeds with a tower, or computes its features, compiled by Keras."""
 
-    def __init__(self, source, function, name):
+    def __init__(self, tower, features, name):
         # Keras's default name would start with an underscore, which TensorFlow refuses.
         super().__init__(name=name)
         self.autocast = False
-        self.source = source
-        self.function = function
+        self.tower = tower
+        self.function = tower.features if features else tower.embed
         self.sizes = []
         self.built = True
 

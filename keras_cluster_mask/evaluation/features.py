@@ -65,7 +65,9 @@ def compute_features(
     description = {
         "towers": describe_towers(model),
         "data": _describe_data(data),
-        "tokenizer": check_tokenizer(model, tokenizer, model.context_length),
+        "tokenizer": check_tokenizer(
+            model, tokenizer, model.input_rules.context_length
+        ),
         "num_crops": num_crops,
     }
     tokenizer = embedder.tokenizer(tokenizer)

@@ -88,8 +88,9 @@ def adapt(
         )
     layer = model.text_family.layer
     is_clip = layer == TEXT_FAMILIES["CLIP"].layer
-    if tokenizer is None and is_clip and model.vocabulary_size == CLIP_SIZE:
-        tokenizer = clip_tokenizer(model.context_length)
+    rules = model.input_rules
+    if tokenizer is None and is_clip and rules.vocabulary_size == CLIP_SIZE:
+        tokenizer = clip_tokenizer(rules.context_length)
     tokenize = adapter.embedder.tokenizer(tokenizer)
     if resize is None:
         resize = "squash" if layer == TEXT_FAMILIES["SigLIP"].layer else "crop"

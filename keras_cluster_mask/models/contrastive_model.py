@@ -303,14 +303,13 @@ class ContrastiveModel(ContrastiveTrainer):
         self, inputs: Mapping[str, Tensor], training: bool | None = None
     ) -> dict[str, Tensor]:
         """Embeds a batch, or a micro-batch, of images and texts, or of features."""
-        images, texts = self.towers.image, self.towers.text
+        images, texts, views = self.towers.image, self.towers.text, self.views
         if "image_features" in inputs:
             return {
                 "image_embeddings": images.project(inputs["image_features"], training),
                 "text_embeddings": texts.project(inputs["text_features"], training),
             }
         given = {name: inputs[name] for name in texts.input_names if name in inputs}
-        views = self.views if training else 1
         recomputes = training and self.gradient_checkpointing
         with checkpointed(self._blocks()) if recomputes else contextlib.nullcontext():
             return {

@@ -15,14 +15,12 @@ from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.encoders import (
     BLOCKS,
-    context_length_of,
     image_shape_of,
     number_positions,
 )
 from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
-from keras_cluster_mask.models.pixels import check_statistics, pixel_range
-from keras_cluster_mask.models.text_families import text_family_of
+from keras_cluster_mask.models.pixels import pixel_range
 from keras_cluster_mask.models.tower import Exported, ImageTower, TextTower
 from keras_cluster_mask.training.gradient_checkpointing import find_blocks
 from keras_cluster_mask.training.input_rules import InputRules
@@ -45,7 +43,7 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
 
     Attributes:
         towers: Namespace of `image`, an `ImageTower` with the masking, and `text`, a
-            `TextTower`.
+            `TextTower`. Training, evaluation and export embed with these.
         maskings: List of the `PatchMasking` layers in the image encoder.
         text_input_names: Tuple of str, the entries of a batch that the text encoder
             takes.
@@ -68,7 +66,6 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         # precision.
         super().__init__(dtype="float32", **kwargs)
         self.autocast = False
-        check_statistics(pixel_mean, pixel_std, image_encoder)
         number_positions(image_encoder)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
@@ -77,14 +74,13 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
         self.head = head
         images, texts = head.image_projection, head.text_projection
-        statistics = self.pixel_mean, self.pixel_std
-        family = text_family_of(text_encoder)
+        statistics = pixel_mean, pixel_std
         # In an object that Keras does not look into: each layer belongs to the model.
         self.towers = types.SimpleNamespace(
             image=ImageTower(image_encoder, images, *statistics, name="image_tower"),
-            text=TextTower(text_encoder, texts, family.padding_id, name="text_tower"),
+            text=TextTower(text_encoder, texts, name="text_tower"),
         )
-        self.text_family = family
+        self.text_family = self.towers.text.family
         self.text_input_names = self.towers.text.input_names
         head.build_projections(_width(image_encoder), _width(text_encoder))
         self.maskings = [
@@ -116,7 +112,7 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         """
         if not is_traced(images):
             self.input_rules.check_images(images)
-        return self.towers.image.embed(images, training, self.views if training else 1)
+        return self.towers.image.embed(images, training, self.views)
 
     def encode_text(
         self, token_ids: Tensor | dict[str, Tensor], training: bool | None = None
@@ -144,26 +140,15 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
     # === Inputs of the encoders ===
 
     @property
-    def vocabulary_size(self) -> int | None:
-        """The vocabulary size of the text encoder, or `None` if unknown."""
-        return getattr(self.text_encoder, "vocabulary_size", None)
-
-    @property
-    def context_length(self) -> int | None:
-        """The maximum number of tokens of a text, or `None` if unknown."""
-        return context_length_of(self.text_encoder)
-
-    @property
     def input_rules(self) -> InputRules:
         """The `InputRules` for images and token ids."""
         names, family = self.text_input_names, self.text_family
-        length, shape = self.context_length, image_shape_of(self.text_encoder)
         return InputRules(
             text_inputs=names,
             image_shape=image_shape_of(self.image_encoder),
-            text_shape=(length,) if family.pooling == "last token" else shape,
-            context_length=length,
-            vocabulary_size=self.vocabulary_size,
+            text_shape=image_shape_of(self.text_encoder),
+            context_length=self.towers.text.context_length,
+            vocabulary_size=getattr(self.text_encoder, "vocabulary_size", None),
             end_token_id=family.end_id,
             padding_id=family.padding_id if "padding_mask" in names else None,
             pixel_range=pixel_range(self.pixel_mean, self.pixel_std),
@@ -192,7 +177,10 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
 
     @functools.cached_property
     def image_tower(self) -> ImageTower:
-        """An `ImageTower` without masking, which embeds as `encode_image` does."""
+        """An `ImageTower` that embeds as `encode_image` does.
+
+        It has no masking, which `towers.image` has.
+        """
         return self.towers.image.without_masking()
 
     @functools.cached_property

@@ -10,6 +10,7 @@ from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.replicas import assign_equal
 from keras_cluster_mask.models.class_attention import ClassAttention
 from keras_cluster_mask.models.encoders import (
+    BLOCKS,
     check_no_lora,
     data_format_of,
     find_embedding_layer,
@@ -23,6 +24,7 @@ from keras_cluster_mask.models.resizing import (
 )
 from keras_cluster_mask.training.layers import (
     MadeOfParts,
+    all_layers,
     merged_weights,
     saved_weights,
 )
@@ -196,9 +198,9 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
         nothing changes.
 
         Args:
-            encoder: A vision transformer whose first weights have the shapes of the
+            encoder: A vision transformer whose weights have the shapes of the
                 teacher's, in the same order. Position embeddings may be for another
-                image size.
+                image size, and weights may follow, such as those of a pooling.
 
         Raises:
             ValueError: If the weights do not match, or the teacher already follows
@@ -256,6 +258,7 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
         # An encoder may have further weights at its end, such as those of a pooling.
         own = self.copied_weights
         theirs = saved_weights(encoder)[: len(own)]
+        num_blocks = sum(type(x).__name__ in BLOCKS for x in all_layers(encoder))
         tables = self._resized_tables(encoder)
         # Other weights, such as position ids, do not change.
         pairs = [
@@ -263,7 +266,8 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
             for target, source in zip(own, theirs)
             if keras.backend.is_float_dtype(target.dtype)
         ]
-        if len(own) == len(theirs) and all(
+        counts = [len(own), len(self._attention.blocks)]
+        if counts == [len(theirs), num_blocks] and all(
             resize is not None or target.shape == source.shape
             for target, source, resize in pairs
         ):

@@ -67,7 +67,7 @@ def check_statistics(mean, std, encoder):
                     "The model normalizes images, and so does its image encoder: pass "
                     "`pixel_mean=None` for one that takes pixels from 0 to 255. "
                     f"Received: pixel_mean={mean}, the encoder's layer {layer.name!r}",
-                    stacklevel=5,
+                    stacklevel=6,
                 )
 
 

@@ -12,8 +12,8 @@ from keras_cluster_mask.masking.selection import views_of_image
 from keras_cluster_mask.models.encoders import context_length_of, data_format_of
 from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.masked_encoder import call_encoder
-from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
-from keras_cluster_mask.models.text_families import TextFamily, text_input_names
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, check_statistics
+from keras_cluster_mask.models.text_families import text_family_of, text_input_names
 from keras_cluster_mask.training.input_rules import is_float
 from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
@@ -90,7 +90,8 @@ class Tower(MadeOfParts, Exported, keras.Model):
         **kwargs: Arguments of `keras.Model`.
 
     Call arguments:
-        inputs: Images or token ids, see `prepare`.
+        inputs: `(batch, H, W, C)` images, uint8 or normalized floats; or `(batch, T)`
+            token ids, or a dictionary of inputs if the text encoder has several.
 
     Returns:
         `(batch, d)` float32 embeddings, L2-normalized.
@@ -199,25 +200,24 @@ class ImageTower(Tower):
         **kwargs: Any,
     ):
         super().__init__(encoder, projection, **kwargs)
+        check_statistics(pixel_mean, pixel_std, encoder)
         self.pixel_mean = pixel_mean
         self.pixel_std = pixel_std
         self.data_format = data_format or data_format_of(encoder)
-
-    def prepare(self, inputs: Any) -> Tensor:
-        """Normalizes `(batch, H, W, C)` uint8 images. Floats are normalized already."""
-        return normalize_pixels(
-            inputs, self.pixel_mean, self.pixel_std, self.data_format
-        )
+        # No method, because maskings hold it: they would hold the encoder, too.
+        options = pixel_mean, pixel_std, self.data_format
+        self.prepare = lambda images: normalize_pixels(images, *options)
 
     def embed(
         self, inputs: Any, training: bool | None = None, views: int = 1
     ) -> Tensor:
-        """Embeds images; with several `views`, as `(batch, views, d)`."""
-        if views == 1:
+        """Embeds images; in training with several `views`, as `(batch, views, d)`."""
+        if views == 1 or not training:
             return super().embed(inputs, training)
         with views_of_image(views):
             embeddings = super().embed(inputs, training)
-        return ops.reshape(embeddings, (-1, views, embeddings.shape[-1]))
+        shape = ops.shape(inputs)[0], views, embeddings.shape[-1]
+        return ops.reshape(embeddings, shape)
 
     def _spec(self, given):
         dtype = given.dtype if self.pixel_mean is None else "uint8"
@@ -232,29 +232,27 @@ class TextTower(Tower):
         encoder: A Keras model from token ids, or from several inputs, to
             `(batch, width)` features.
         projection: A layer from features to `(batch, d)`, or `None`.
-        padding_id: Integer, the id that is hidden as padding if the encoder has a
-            `"padding_mask"`.
         context_length: Integer, the maximum number of tokens of a text. Defaults to
             that of the encoder.
         **kwargs: Arguments of `keras.Model`.
 
     Attributes:
         input_names: Tuple of str, the names of the encoder's inputs.
+        family: The `TextFamily` of the encoder.
     """
 
-    parts = (*Tower.parts, "padding_id", "context_length")
+    parts = (*Tower.parts, "context_length")
 
     def __init__(
         self,
         encoder: keras.Model,
         projection: keras.layers.Layer | None = None,
-        padding_id: int = TextFamily.padding_id,
         context_length: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(encoder, projection, **kwargs)
         self.input_names = text_input_names(encoder)
-        self.padding_id = padding_id
+        self.family = text_family_of(encoder)
         self.context_length = context_length or context_length_of(encoder)
 
     def prepare(self, inputs: Any) -> Any:
@@ -268,7 +266,8 @@ class TextTower(Tower):
             inputs: `(batch, T)` token ids, or a dictionary of inputs by name.
 
         Raises:
-            ValueError: If an input is missing, or the encoder does not have it.
+            ValueError: If an input is missing, or the encoder does not have it, or if
+                the encoder cannot take the number of tokens.
         """
         names = self.input_names
         given = inputs if isinstance(inputs, dict) else {"token_ids": inputs}
@@ -276,7 +275,7 @@ class TextTower(Tower):
         if "token_ids" in inputs:
             ids = inputs["token_ids"]
             if "padding_mask" in names and "padding_mask" not in inputs:
-                is_word = ops.not_equal(ids, self.padding_id)
+                is_word = ops.not_equal(ids, self.family.padding_id)
                 inputs["padding_mask"] = ops.cast(is_word, "int32")
             if "segment_ids" in names and "segment_ids" not in inputs:
                 inputs["segment_ids"] = ops.zeros_like(ids)
@@ -286,6 +285,14 @@ class TextTower(Tower):
                 "`token_ids` must be an array of ids, or a dictionary of the inputs of "
                 f"the text encoder, {[*names]}; missing: {missing}. "
                 f"Received: keys={sorted(given)}"
+            )
+        length, most = ids.shape[1], self.context_length
+        least = most if self.family.pooling == "last token" else 0
+        if None not in (length, most) and not least <= length <= most:
+            raise ValueError(
+                f"`token_ids` must have {'' if least else 'at most '}{most} tokens for "
+                "each text. For SigLIP, pad texts with the end token, as its tokenizer "
+                f"does. Received: {length} tokens"
             )
         return inputs if len(names) > 1 else ids
 

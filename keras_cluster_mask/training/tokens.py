@@ -57,7 +57,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
     variants = probe(tokenizer, length, VARIANTS)
     found = _fingerprint(model, probe(tokenizer, length), variants)
     _check_fingerprint(model, found, tokenizer)
-    _warn_of_sizes(vocabulary_size_of(tokenizer), model.vocabulary_size)
+    _warn_of_sizes(vocabulary_size_of(tokenizer), model.input_rules.vocabulary_size)
     return found
 
 

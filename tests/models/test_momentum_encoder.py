@@ -16,6 +16,7 @@ from keras_cluster_mask.training.layers import (
 )
 from tests.helpers import (
     FAST,
+    TRANSFORMER,
     VIT,
     assert_same_values,
     clip_vision_encoder,
@@ -29,6 +30,7 @@ from tests.helpers import (
     tiny_metaclip,
     to_numpy,
     values,
+    vision_encoder,
     vit_encoder,
 )
 
@@ -418,5 +420,8 @@ def test_what_cannot_be_followed_is_refused():
     tokens = np.zeros((2, 17, 16))
     refused("must follow", lambda: masking(tokens, images=images, training=True))
     refused("`teacher`", lambda: teacher.follow(vit_encoder()))
+    # The norm after its only block has the shape of the first one in another block.
+    deeper = vision_encoder("CLIP", {**TRANSFORMER, "num_layers": 2})
+    refused("`teacher`", lambda: teacher.follow(deeper))
     teacher.follow(backbone.vision_encoder)
     refused("another encoder", lambda: teacher.follow(clip_vision_encoder()))

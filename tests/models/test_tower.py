@@ -1,5 +1,8 @@
 """Towers saved alone and exported."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -138,6 +141,33 @@ def test_mixed_precision_reaches_the_encoder_unrounded():
     np.testing.assert_array_equal(
         to_numpy(tower(images)), to_numpy(model.encode_image(images))
     )
+
+
+@pytest.mark.any_backend
+def test_views_need_a_masking_and_are_made_in_training_alone():
+    model, images = MODELS["clip"](), random_images(4)
+    assert tuple(model.towers.image.embed(images, True, views=2).shape) == (4, 2, 16)
+    for tower in (model.towers.image, model.image_tower):
+        assert tuple(tower.embed(images, False, views=2).shape) == (4, 16)
+    with pytest.raises(Exception, match=r"(?i)shape|size"):
+        model.image_tower.embed(images, True, views=2)
+
+
+@pytest.mark.any_backend
+def test_a_masking_does_not_keep_the_encoder_of_its_model():
+    masking = kcm.RandomMasking(0.5)
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking)
+    block = weakref.ref(model.backbone.vision_encoder.encoder_layers[0])
+    del model
+    gc.collect()
+    assert block() is None
+
+
+@pytest.mark.any_backend
+def test_a_tower_of_images_checks_its_statistics():
+    encoder = functional_vit()
+    with pytest.raises(ValueError, match=r"`pixel_std`.*Received: "):
+        kcm.models.ImageTower(encoder, pixel_std=(0, 0, 0))
 
 
 @pytest.mark.any_backend

@@ -374,7 +374,7 @@ def test_towers_that_pool_at_the_end_take_rows_of_any_length_and_padding(family)
         model = make_clip(length=12)
     else:
         model = kcm.ContrastiveModel.from_backbone(tiny_metaclip())
-    longest = model.context_length
+    longest = model.input_rules.context_length
     lengths = (longest, 8) if family == "clip" else (longest,)
     tokenizers = [
         make_tokenizer(end=end, length=length, padding=padding)
