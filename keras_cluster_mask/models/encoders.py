@@ -286,12 +286,15 @@ def number_positions(encoder):
 
     `CLIPVisionEmbedding` creates its position ids as zeros and relies on a checkpoint
     to set them, so in an encoder built from scratch all patches would share a position.
+    Ids that are a tensor, as those of MetaCLIP 2, become an array: TensorFlow cannot
+    differentiate a loop over micro-batches that captures a tensor.
     """
     for layer in all_layers(encoder):
         ids = getattr(layer, "position_ids", None)
-        if isinstance(ids, keras.Variable) and not np.any(ops.convert_to_numpy(ids)):
-            numbers = ops.arange(ids.shape[-1], dtype=ids.dtype)
-            ids.assign(ops.reshape(numbers, ids.shape))
+        if ids is not None and not isinstance(ids, keras.Variable):
+            layer.position_ids = ops.convert_to_numpy(ids)
+        elif ids is not None and not np.any(ops.convert_to_numpy(ids)):
+            ids.assign(np.arange(math.prod(ids.shape)).reshape(ids.shape))
 
 
 def freeze_mask_tokens(encoder):

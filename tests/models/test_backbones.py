@@ -226,6 +226,23 @@ def test_after_a_reload_a_fit_trains_the_reloaded_backbone(trained, tmp_path):
         assert np.abs(one - other).max() > 1e-4
 
 
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_train_a_backbone_as_the_whole_batch_does(kind):
+    found = []
+    for size in (None, 4):
+        keras.utils.set_random_seed(0)
+        masking = kcm.RandomMasking(0.5, seed=1)
+        model = kcm.ContrastiveModel.from_backbone(
+            KINDS[kind][0](), masking, micro_batch_size=size
+        )
+        model.compile(keras.optimizers.SGD(0.1), **FAST)
+        model.fit(pairs_of(kind), batch_size=8, shuffle=False, verbose=0)
+        found.append(values(model.trainable_variables))
+    for one, other in zip(*found):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 # === Precision ===
 
 
