@@ -291,8 +291,8 @@ class TextTower(Tower):
         if None not in (length, most) and not least <= length <= most:
             raise ValueError(
                 f"`token_ids` must have {'' if least else 'at most '}{most} tokens for "
-                "each text. For SigLIP, pad texts with the end token, as its tokenizer "
-                f"does. Received: {length} tokens"
+                f"each text: {'pad' if least else 'truncate'} texts, as the tokenizer "
+                f"of the model does. Received: {length} tokens"
             )
         return inputs if len(names) > 1 else ids
 

@@ -11,11 +11,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.distribution.backends import import_keras_hub
-from keras_cluster_mask.models.pixels import (
-    CLIP_MEAN,
-    CLIP_STD,
-    SIGLIP_MEAN,
-)
+from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN
 from tests.helpers import (
     FAST,
     MASKINGS,
@@ -388,6 +384,8 @@ def test_siglip_says_how_many_tokens_a_text_must_have():
     ):
         with pytest.raises(ValueError, match=r"must have 6 tokens.*Received: 4 tokens"):
             embed(pairs)
+    with pytest.raises(ValueError, match=r"must have 6 .* pad texts.*Received: 4 "):
+        model.text_tower(pairs["token_ids"])
     # Keras would repeat a single token.
     pairs["token_ids"] = pairs["token_ids"][:, :1]
     for embed in (model, model.train_on_batch, model.test_on_batch):

@@ -164,6 +164,13 @@ def test_a_masking_does_not_keep_the_encoder_of_its_model():
 
 
 @pytest.mark.any_backend
+def test_a_tower_of_texts_says_how_many_tokens_it_takes():
+    tower = MODELS["clip"]().text_tower
+    with pytest.raises(ValueError, match=r"at most 6 .* truncate .*Received: 7 tokens"):
+        tower(np.ones((2, 7), "int32"))
+
+
+@pytest.mark.any_backend
 def test_a_tower_of_images_checks_its_statistics():
     encoder = functional_vit()
     with pytest.raises(ValueError, match=r"`pixel_std`.*Received: "):
