@@ -166,7 +166,9 @@ class Tower(MadeOfParts, Exported, keras.Model):
                 f"be exported. Received: {self.encoder.name} of type "
                 f"{type(self.encoder).__name__}"
             )
-        specs = {x.name: self._spec(x) for x in keras.tree.flatten(given)}
+        if not isinstance(given, dict):
+            given = {x.name: x for x in keras.tree.flatten(given)}
+        specs = {name: self._spec(x) for name, x in given.items()}
         return specs if len(specs) > 1 else specs.popitem()[1]
 
     def _spec(self, given):

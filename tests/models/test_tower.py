@@ -186,3 +186,13 @@ def test_an_encoder_of_unknown_inputs_is_an_error():
     model = kcm.ContrastiveModel(Own(), text_bag(width=3))
     with pytest.raises(ValueError, match=r"functional.*Received:"):
         model.image_tower.export("tower")
+
+
+@pytest.mark.any_backend
+def test_inputs_for_export_are_named_as_the_entries_of_a_batch():
+    ids, mask = (keras.Input((6,), dtype="int32", name=name) for name in "ab")
+    both = {"token_ids": ids, "padding_mask": mask}
+    encoder = keras.Model(both, keras.layers.Concatenate()([ids, mask]))
+    model = kcm.ContrastiveModel(functional_vit(), encoder, projection_dim=5)
+    assert {*model.text_tower.input_specs} == {*both}
+    assert {*model.input_specs} == {"images", *both}
