@@ -478,38 +478,40 @@ def report(options, folder):
                     [each[score] for each in scored], decimals
                 )
         rows.append(row)
-    publish(
-        folder / "connect_encoders.json", "Two pre-trained encoders", rows, runs=runs
-    )
-    plot(folder, runs)
-
-
-def plot(folder, runs):
-    """Draws recall against the minutes of tuning, from the projections on."""
     costs = cached_costs(argparse.Namespace(costs=False), folder)
+    # In steps of `random`.
+    costs = {method: seconds / costs["random"] for method, seconds in costs.items()}
+    more = {"runs": runs, "time of a step": costs}
+    publish(folder / "connect_encoders.json", "Two pre-trained encoders", rows, **more)
+    plot(folder, runs, costs)
+
+
+def plot(folder, runs, costs):
+    """Draws recall against the time of tuning, from the projections on."""
     before = [x["validation"]["mean"] for k, x in runs.items() if "head-mlp" in k]
     lines = {}
     for run in runs.values():
         if run.get("method") in costs:
-            minutes = run["steps"] * costs[run["method"]] / 60
+            time_of = run["steps"] * costs[run["method"]]
             points = lines.setdefault(run["method"], {0.0: before})
-            points.setdefault(minutes, []).append(run["validation"]["mean"])
+            points.setdefault(time_of, []).append(run["validation"]["mean"])
     if not lines:
         return
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for method, points in lines.items():
-        minutes = sorted(points)
-        means = [np.mean(points[x]) for x in minutes]
-        spreads = [np.std(points[x], ddof=len(points[x]) > 1) for x in minutes]
+        times = sorted(points)
+        means = [np.mean(points[x]) for x in times]
+        spreads = [np.std(points[x], ddof=len(points[x]) > 1) for x in times]
         axes.errorbar(
-            minutes,
+            times,
             means,
             spreads,
             marker="o",
             capsize=3,
             label="whole images" if method == "none" else method,
         )
-    axes.set(xlabel="minutes of one core", ylabel="recall@10 (%), validation")
+    time_label = "training time, in steps on a random half"
+    axes.set(xlabel=time_label, ylabel="recall@10 (%), validation")
     axes.legend(frameon=False)
     figure.savefig(folder / "tuning.png", dpi=150)
 

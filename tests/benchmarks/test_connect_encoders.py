@@ -66,3 +66,4 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
     monkeypatch.setattr(connect_encoders, "new_model", None)
     again = run(connect_encoders, "connect_encoders", "heads", *tune)
     assert again["runs"] == runs
+    assert {*again["time of a step"]} == {*methods}
