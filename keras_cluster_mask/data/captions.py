@@ -96,6 +96,7 @@ class Captions:
             "data.caption_template": repr(self.caption_template),
             "data.tokenizer": [name_of(tokenizer), size, length],
             "data.text_masking": None if masking is None else repr(masking),
+            "data.include_captions": not self.training and self.include_captions,
         }
 
     def batch(self, pairs, generators, epochs):

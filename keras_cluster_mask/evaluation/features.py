@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,9 @@ def compute_features(
         `TowerFeatures`, data for `ContrastiveModel.fit`.
 
     Raises:
-        ValueError: If the folder holds features of other towers, data or crops.
+        ValueError: If the folder holds features of other towers, data or crops. Data
+            other than arrays and an `image_text_dataset` is known by its first batch,
+            and an iterator not at all.
     """
     check_read_once("data", data)
     check_integer("num_crops", num_crops, at_least=0)
@@ -73,12 +76,9 @@ def compute_features(
     tokenizer = embedder.tokenizer(tokenizer)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    found = read_progress(folder)
-    if found is None:
-        found = {"rows": {"images": 0, "texts": 0}, "batches": 0, "done": False}
-    else:
-        check_same(found["description"], description, "towers, tokenizer and data")
-    found["description"] = description
+    none = {"rows": {"images": 0, "texts": 0}, "batches": 0, "done": False}
+    found = read_progress(folder) or {**none, "description": description}
+    check_same(found["description"], description, "towers, tokenizer and data")
     progress = progress_bar(num_images(data), verbose, "image")
     if not found["done"]:
         for batch in itertools.islice(read_batches(data), found["batches"], None):
@@ -110,13 +110,16 @@ def compute_features(
 
 
 def _describe_data(data):
-    """Describes data as far as it can be told before reading it, or returns `None`."""
-    if isinstance(data, dict):
-        images = np.ascontiguousarray(data["images"])
-        return [zlib.crc32(images), zlib.crc32(repr([*data["captions"]]).encode())]
+    """Describes arrays, a dataset, or other data by its first batch."""
     stream = getattr(data, "stream", None)
-    # In the types that JSON has.
-    return None if stream is None else json.loads(json.dumps(stream.description))
+    if stream is not None:
+        # In the types that JSON has.
+        return json.loads(json.dumps(stream.description))
+    if isinstance(data, Iterator):
+        return None
+    first = data if isinstance(data, dict) else next(read_batches(data), {})
+    images = np.ascontiguousarray(first.get("images", 0))
+    return [zlib.crc32(images), zlib.crc32(repr([*first.get("captions", ())]).encode())]
 
 
 def _cropped(images, first, number):

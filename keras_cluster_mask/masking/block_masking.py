@@ -32,7 +32,8 @@ class BlockMasking(PatchMasking):
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         grid: Tuple `(rows, columns)` of patches. `None` infers it from the number of
             patches and the size of the images, assuming square patches. If the layer is
-            called without images, the grid is square.
+            called without images, the grid is square. Channels-first images need it,
+            unless that is Keras's `image_data_format()`.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
             are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
             sets it; a layer of your own model needs it.

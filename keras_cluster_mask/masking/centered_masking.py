@@ -40,7 +40,8 @@ class CenteredMasking(PatchMasking):
             variance also means a higher density in the center, and so less randomness.
         grid: Tuple `(rows, columns)` of patches. `None` infers it from the number of
             patches and the size of the images, assuming square patches. If the layer is
-            called without images, the grid is square.
+            called without images, the grid is square. Channels-first images need it,
+            unless that is Keras's `image_data_format()`.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
             are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
             sets it; a layer of your own model needs it.

@@ -80,7 +80,9 @@ class ClusterMasking(SimilarityMasking):
             patches.
         hide_padding: Boolean. In threshold mode, whether the padding is hidden. If
             false, it consists of random left-out patches and stays visible, without an
-            attention mask. This is the effect of the authors' released code.
+            attention mask. This is the effect of the authors' released code. Hidden
+            padding has a Keras mask: in an encoder of your own, add residuals with
+            `keras.layers.Add`, because `+` drops the mask.
         embedding_weight: Float in `[0, 1]`, or a
             `keras.optimizers.schedules.LearningRateSchedule` over training steps. The
             weight of the tokens' cosine similarity; the pixels' similarity has the

@@ -217,6 +217,8 @@ class PatchMasking(keras.layers.Layer):
             order, and `(batch, K)` booleans that are false for padding, which must have
             no influence. Both are `(batch, v, K)` for `v` views.
         """
+        if not any(map(is_traced, self.variables)):
+            self.check_ready()
         images = None if images is None else ops.convert_to_tensor(images)
         tokens = None if tokens is None else ops.convert_to_tensor(tokens)
         knows_prefix = tokens is not None and self.num_prefix_tokens is not None
@@ -259,9 +261,8 @@ class PatchMasking(keras.layers.Layer):
         if is_first:
             self.check_ready()
             self._is_ready = True
-        if num_prefix is None:
-            num_prefix = self.num_prefix_tokens
-        num_prefix, num_patches = split_tokens(self, tokens, images, num_prefix)
+        prefix = self.num_prefix_tokens if num_prefix is None else num_prefix
+        num_prefix, num_patches = split_tokens(self, tokens, images, prefix)
         noises = noise_by_view(self, noise, images, tokens, num_patches)
         indices, visible, score = best_patches(self, images, tokens, noises)
         # Gather all views of an image from its row, on the device that holds the row.
@@ -270,7 +271,6 @@ class PatchMasking(keras.layers.Layer):
         kept = take_rows(tokens[:, num_prefix:], of_image)
         kept = ops.reshape(kept, (-1, num_kept, tokens.shape[2]))
         prefix = ops.repeat(tokens[:, :num_prefix], views, axis=0)
-
         share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
         self.last_mask_ratio.assign(1.0 - share)
         self.observe(score)

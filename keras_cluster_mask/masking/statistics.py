@@ -95,7 +95,6 @@ def masking_statistics(
             needs are missing, if there are no images, or if images differ in size.
     """
     patch_size = patch_size_of([masking], patch_size)
-    masking.check_ready()
     rng = np.random.default_rng(seed)
     progress = progress_bar(num_images(data), verbose, "image")
     count, first_grid, ratios = 0, None, []

@@ -187,11 +187,12 @@ def describe_towers(model: keras.Model) -> dict[str, Any]:
     """
 
     def checksum(encoder):
-        value = 0
-        for weight in encoder.weights:
-            value = zlib.crc32(
-                np.ascontiguousarray(ops.convert_to_numpy(weight)), value
-            )
+        # A masking has weights, but does not change features. A pooling has none.
+        encoder = getattr(encoder, "unmasked", encoder)
+        pooling = getattr(encoder, "pooling", None)
+        value = zlib.crc32(pooling.encode()) if isinstance(pooling, str) else 0
+        for weight in map(ops.convert_to_numpy, encoder.weights):
+            value = zlib.crc32(np.ascontiguousarray(weight), value)
         return value
 
     return {

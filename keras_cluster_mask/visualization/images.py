@@ -85,7 +85,6 @@ def plot_masks(
     noise = ops.convert_to_tensor(noise, dtype="float32")
     kept = []
     for each in maskings:
-        each.check_ready()
         inputs = masking_inputs(each, images, embed)
         kept.append(keep_mask(each, *inputs, noise))
 

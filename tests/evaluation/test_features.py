@@ -244,6 +244,36 @@ def test_features_of_something_else_are_refused(change, tmp_path):
 
 
 @pytest.mark.any_backend
+def test_features_of_another_pooling_are_refused(tmp_path):
+    computed(frozen_model(pooling=("class", "class")), tmp_path)
+    with pytest.raises(ValueError, match=r"`features` .*towers.*Received: "):
+        computed(frozen_model(pooling=("mean", "class")), tmp_path)
+
+
+@pytest.mark.any_backend
+def test_other_batches_and_other_captions_are_refused(tmp_path, write_pairs):
+    def compute(data, name):
+        compute_features(model, data, tokenizer, tmp_path / name, verbose=0)
+
+    model, (one, other) = frozen_model(), (dataset(6, seed=seed) for seed in (0, 1))
+    compute([one], "batches")
+    compute([one], "batches")
+    halves = [{name: values[:3] for name, values in one.items()}]
+    for data in [other], halves:
+        with pytest.raises(ValueError, match=r"`features` .*data.*Received: "):
+            compute(data, "batches")
+    source = write_pairs("pairs.tar", 0, 6)
+
+    def stream(captions):
+        options = {"training": False, "include_captions": captions, "format": "grain"}
+        return kcm.data.image_text_dataset(source, None, 16, 3, **options)
+
+    compute(stream(True), "stream")
+    with pytest.raises(ValueError, match=r"`features` .*data.*Received: "):
+        compute(stream("all"), "stream")
+
+
+@pytest.mark.any_backend
 def test_the_tokenizer_is_part_of_the_features(tmp_path):
     model = frozen_model()
     features, data = computed(model, tmp_path)
@@ -271,3 +301,12 @@ def test_what_changes_features_is_refused(name, tmp_path):
     features, _ = computed(model, tmp_path)
     with pytest.raises(ValueError, match=f"`{name}|`model` must have no masking"):
         model.fit(features, batch_size=5)
+
+
+@pytest.mark.any_backend
+def test_features_of_a_masked_model_train_its_projections_without_masking(tmp_path):
+    masked = frozen_model(masking=kcm.RandomMasking(0.5))
+    features, _ = computed(masked, tmp_path)
+    model = masked.without_masking()
+    model.compile("adam", **FAST)
+    model.fit(features, batch_size=5, verbose=0)

@@ -279,6 +279,12 @@ class TestAdapt:
         if given is not None:
             assert float(numpy(masking.threshold)) == given
 
+    @pytest.mark.any_backend
+    def test_nothing_is_selected_before(self):
+        masking = kcm.ClusterMasking(8, min_mask_ratio=0.2)
+        with pytest.raises(ValueError, match=r"threshold of .* is not set.*Received:"):
+            masking.select(images=photographs(32, 48, 2))
+
 
 class TestEmbeddingSchedule:
     @pytest.mark.one_case
