@@ -108,8 +108,7 @@ class Throughput(RunCallback):
             # An epoch of one step: use its whole time.
             start = self._before
         seconds = max(end[0] - start[0], 1e-9)
-        samples = (end[1] - start[1]) * self._batch_size
-        rates = {"samples_per_second": samples / seconds}
+        rates = {"samples_per_second": (end[1] - start[1]) * self._batch_size / seconds}
         if self._waits is not None:
             rates["data_wait"] = (end[2] - start[2]) / seconds
         return rates

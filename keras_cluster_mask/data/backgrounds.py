@@ -10,7 +10,7 @@ CHOICES = "white", "random"
 
 def check_background(background):
     """Checks `background`, and returns a list of `CHOICES`, for `composite`."""
-    is_list = isinstance(background, list) and background
+    is_list = isinstance(background, list | tuple) and background
     choices = background if is_list else [background]
     for choice in choices:
         check_choice("background", choice, CHOICES)

@@ -41,7 +41,13 @@ def read_captions(
     """
     index = open_index(source, PairReader((), caption_key))
     samples = index.read(range(len(index)), with_images=False)
-    return [text for each in samples for text in getattr(each, "captions", ())]
+    captions = [text for each in samples for text in getattr(each, "captions", ())]
+    if not captions:
+        raise ValueError(
+            "`caption_key` must name a field of `source` with captions. "
+            f"Received: caption_key={caption_key}, with the fields {index.fields}"
+        )
+    return captions
 
 
 @dataclasses.dataclass

@@ -259,6 +259,5 @@ def image_text_dataset(
         index_dir,
         max_skipped,
     )
-    samples = Samples(images, captions, reading, include_keys)
-    dataset = ImageTextDataset(samples)
+    dataset = ImageTextDataset(Samples(images, captions, reading, include_keys))
     return dataset.as_dataset() if format == "tf" else dataset

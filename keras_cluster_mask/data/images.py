@@ -281,9 +281,9 @@ class Images:
 
     def __post_init__(self):
         size = self.image_size
-        pair = size if isinstance(size, tuple | list) else (size, size)
-        height, width = (check_integer("image_size", side) for side in pair)
-        self.image_size = height, width
+        is_pair = isinstance(size, tuple | list) and len(size) == 2
+        pair = size if is_pair else (size, size)
+        self.image_size = tuple(check_integer("image_size", side) for side in pair)
         check_choice("resize", self.resize, ("crop", "squash"))
         formats = "channels_last", "channels_first"
         check_choice("data_format", self.data_format, formats)

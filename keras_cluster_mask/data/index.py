@@ -146,7 +146,7 @@ class Index:
         """
         group, size = [], 0
         for rows in map(self._find, numbers):
-            has_more = rows[0][0].format.names_files and with_images
+            has_more = rows[0][0].format.names_files
             of_sample = GUESS if has_more else sum(entry.size for *_, entry in rows)
             if group and size + of_sample > MAX_TOGETHER:
                 yield from self._read(group, with_images)
@@ -229,8 +229,7 @@ class _Shard:
         """
         is_intact = np.array([reason is None for reason in self.reasons], bool)
         numbers = np.flatnonzero(is_intact[self.part.records()["layout"]])
-        has_groups = self.part.has_groups
-        firsts = self.part.first_rows()[numbers] if has_groups else numbers
+        firsts = self.part.first_rows()[numbers] if self.part.has_groups else numbers
         order = np.argsort(firsts, kind="stable")
         starts = np.flatnonzero(np.diff(firsts[order], prepend=-1, append=-2))
         return numbers[order], starts

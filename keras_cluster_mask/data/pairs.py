@@ -169,7 +169,7 @@ class PairReader:
             value = _field(fields, key)
             if value is None:
                 continue
-            values = value if isinstance(value, list | tuple) else [value]
+            values = value if isinstance(value, list | tuple | np.ndarray) else [value]
             captions = tuple(filter(None, map(_text, values)))
             if captions:
                 return captions, None

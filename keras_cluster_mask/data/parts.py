@@ -219,7 +219,7 @@ def _scan(path, format, image_keys):
             key, fault = hash_of(entry.key), entry.fault
             if format.has_rows:
                 named = (entry.fields[k] for k in image_keys if k in entry.fields)
-                image = next(named, None)
+                image = next(named, len(images))
                 images.append(hash_of(image))
                 file = files.beside(path, image) if isinstance(image, str) else ""
                 if file and not files.is_address(file) and not os.path.isfile(file):

@@ -38,7 +38,7 @@ class SkippedSamples:
         for index in indexes:
             for shard, counts in index.faults.items():
                 self._counts[shard].update(counts)
-        self._read = self._broken = 0
+        self._read, self._broken = 0, set()
         self._taken = self.count
 
     @property
@@ -102,7 +102,7 @@ class SkippedSamples:
             total: int. The number of samples in a pass.
         """
         if self._read >= total:
-            self._read = self._broken = 0
+            self._read, self._broken = 0, set()
         self._read += read
         if not faults:
             return
@@ -111,11 +111,12 @@ class SkippedSamples:
         if first.details:
             message += f" ({first.details})"
         is_first = not self.samples
-        self._broken += len(faults)
+        # Rounds of whole batches may read a sample twice.
+        self._broken.update((x.shard, x.key or object()) for x in faults)
         for fault in faults:
             self.add(fault)
         # Samples that take the places of broken ones may be more than a pass has.
-        self._check(message, self._broken, max(total, self._read))
+        self._check(message, len(self._broken), max(total, self._read))
         if is_first:
             warnings.warn(
                 f"{message}. It was skipped; others may follow without a warning, "

@@ -1,4 +1,4 @@
-"""Threads that a program does not wait for when it ends."""
+"""Threads that do not keep a program from ending."""
 
 import queue
 import threading
@@ -6,7 +6,7 @@ from concurrent import futures
 
 
 class Threads:
-    """Threads that call functions. A program ends without waiting for them.
+    """Threads that call functions. A program that ends does not wait for long.
 
     Args:
         count: int. The number of threads.
@@ -15,8 +15,11 @@ class Threads:
     def __init__(self, count):
         self.count, self._closed = count, False
         self._tasks = queue.SimpleQueue()
-        for _ in range(count):
-            threading.Thread(target=self._work, daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._work, daemon=True) for _ in range(count)
+        ]
+        for each in self._threads:
+            each.start()
 
     def submit(self, function, *arguments):
         """Returns the `Future` of a call."""
@@ -36,6 +39,12 @@ class Threads:
         self._closed = True
         for _ in range(self.count):
             self._tasks.put(None)
+        # A program that ends while a thread returns from C++ is aborted.
+        for each in {*self._threads} - {threading.current_thread()}:
+            each.join(1.0)
+            if each.is_alive():
+                # Storage does not answer, which all may wait for.
+                break
 
     def _work(self):
         while task := self._tasks.get():

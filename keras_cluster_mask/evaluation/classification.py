@@ -196,8 +196,7 @@ def _weights(model, prompts, tokenizer, verbose):
     starts = np.cumsum([0, *map(len, places)])[:-1]
     sums = np.add.reduceat(embeddings, starts, axis=0)
     norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    weights = (sums / np.maximum(norms, 1e-12)).T
-    return weights, [places[each] for each in prompts]
+    return (sums / np.maximum(norms, 1e-12)).T, [places[each] for each in prompts]
 
 
 def _prompts(class_names, templates):

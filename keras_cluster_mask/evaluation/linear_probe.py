@@ -232,8 +232,7 @@ def _accuracy(classifier, features, labels):
     scores = classifier.decision_function(features)
     # With two classes, scikit-learn scores only the second.
     scores = scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1)
-    columns = np.searchsorted(classifier.classes_, labels)
-    return classification_accuracy(scores, columns)
+    return classification_accuracy(scores, np.searchsorted(classifier.classes_, labels))
 
 
 def stratified_split(features, labels, share, seed):

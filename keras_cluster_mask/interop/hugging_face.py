@@ -158,8 +158,7 @@ def load_hugging_face(
             f"Received: source={str(source)!r}"
         )
     architecture = Architecture(**fields, **of_images)
-    names = NAMES[architecture.family]
-    return load_model(source, names, architecture, dtype, kwargs)
+    return load_model(source, NAMES[architecture.family], architecture, dtype, kwargs)
 
 
 def _read_config(path):

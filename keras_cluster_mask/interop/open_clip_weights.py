@@ -110,8 +110,7 @@ def load_open_clip(
             "Received: config=None"
         )
     architecture = read_config(config)
-    names = NAMES[architecture.family]
-    return load_model(source, names, architecture, dtype, kwargs)
+    return load_model(source, NAMES[architecture.family], architecture, dtype, kwargs)
 
 
 def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:

@@ -262,8 +262,7 @@ class ClusterMasking(SimilarityMasking):
     def observe(self, score: Tensor) -> None:
         if self.share_above is not None:
             # Measured before left-out patches are added as padding.
-            above = ops.cast(score < 0.0, "float32")
-            self.share_above.assign(ops.mean(above))
+            self.share_above.assign(ops.mean(ops.cast(score < 0.0, "float32")))
 
     def advance(self) -> None:
         if self.share_above is not None:

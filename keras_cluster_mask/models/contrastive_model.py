@@ -209,8 +209,7 @@ class ContrastiveModel(ContrastiveTrainer):
             ValueError: If the backbone is not supported, or does not match the class
                 that the method is called on.
         """
-        kind = kind_for(cls, backbone)
-        return kind(backbone, masking=masking, **kwargs)
+        return kind_for(cls, backbone)(backbone, masking=masking, **kwargs)
 
     @classmethod
     def from_preset(

@@ -133,8 +133,7 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         """
         given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
         if "token_ids" in given and not is_traced(given["token_ids"]):
-            has_mask = "padding_mask" in given
-            self.input_rules.check_ids(given["token_ids"], has_mask)
+            self.input_rules.check_ids(given["token_ids"], "padding_mask" in given)
         return self.towers.text.embed(given, training)
 
     # === Inputs of the encoders ===

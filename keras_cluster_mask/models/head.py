@@ -180,8 +180,7 @@ class ContrastiveHead(keras.layers.Layer):
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that a `ContrastiveModel` also takes, by name."""
-        names = HEAD_OPTIONS + PROJECTION_OPTIONS
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in HEAD_OPTIONS + PROJECTION_OPTIONS}
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.options}

@@ -40,8 +40,7 @@ class TextFamily:
             `(batch, T)` booleans. A text without the end token has no true value.
         """
         if self.pooling == "highest id":
-            highest = ops.max(token_ids, axis=1, keepdims=True)
-            is_end = ops.equal(token_ids, highest)
+            is_end = ops.equal(token_ids, ops.max(token_ids, axis=1, keepdims=True))
         elif self.pooling == "end token":
             is_end = ops.equal(token_ids, self.end_id)
         else:

@@ -53,8 +53,7 @@ class Exported:
             kwargs["dynamic_shapes"] = keras.tree.map_structure(
                 lambda x: {0: batch}, specs
             )
-        signature = input_signature or [specs]
-        super().export(filepath, format, verbose, signature, **kwargs)
+        super().export(filepath, format, verbose, input_signature or [specs], **kwargs)
 
 
 class Tower(MadeOfParts, Exported, keras.Model):
@@ -300,9 +299,8 @@ class TextTower(Tower):
 
     def _spec(self, given):
         shape = given.shape
-        if shape[1:] == (None,):
-            shape = shape[0], self.context_length
-        return keras.InputSpec(shape=shape, dtype=given.dtype)
+        lengths = shape[1:] if shape[1:] != (None,) else (self.context_length,)
+        return keras.InputSpec(shape=(shape[0], *lengths), dtype=given.dtype)
 
 
 def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):

@@ -127,8 +127,7 @@ class TowerFeatures:
         square = sum(((part - mean) ** 2).sum(axis=0) for part in parts) / len(rows)
         deviation = np.sqrt(square)
         # A feature that varies by rounding alone is only centered.
-        varies = deviation > 1e-4 * deviation.mean()
-        return mean, np.where(varies, deviation, 1.0)
+        return mean, np.where(deviation > 1e-4 * deviation.mean(), deviation, 1.0)
 
     def pairs(
         self, images: Any, captions: Any = 0, views: Any = 0

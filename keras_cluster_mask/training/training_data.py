@@ -73,9 +73,8 @@ class TrainingData:
         steps_per_epoch=None,
         first_epoch=0,
     ):
-        self.shuffle = shuffle
-        if shuffle is None:
-            self.shuffle = isinstance(data, keras.utils.PyDataset)
+        is_sequence = isinstance(data, keras.utils.PyDataset)
+        self.shuffle = is_sequence if shuffle is None else shuffle
         if isinstance(data, dict | TowerFeatures):
             self.shuffle, is_shuffled = False, shuffle is None or shuffle
             if isinstance(data, dict):
@@ -85,7 +84,8 @@ class TrainingData:
                 data = FeatureBatches(data, batch_size, is_shuffled)
             rules = None
         self._type = type(data)
-        self._checked = checked(data, rules)
+        # Keras passes twice over other data, and repeats batches of a generator.
+        self._checked = checked(data, rules, stream_of(data) is not None)
         self.spec = spec_of(data)
         self.stream = stream_of(data)
         default = getattr(self.stream, "steps_per_epoch", None)

@@ -125,3 +125,10 @@ def test_captions_are_read_without_image_files(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,caption\nmissing.png,one\n")
     assert read_captions(tmp_path) == ["one"]
     assert read_captions([{"image": b"j", "caption": ["a", "b"]}]) == ["a", "b"]
+
+
+def test_a_source_in_which_no_caption_is_found_is_an_error(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,sentence\n1.png,one\n")
+    with pytest.raises(ValueError, match=r"`caption_key` .*Received: .*'sentence'"):
+        read_captions(tmp_path)
+    assert read_captions(tmp_path, "sentence") == ["one"]

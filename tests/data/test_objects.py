@@ -98,6 +98,14 @@ def test_an_object_may_return_the_same_image_with_other_pixels(kind):
     assert [np.asarray(pair.image).max() for pair in pairs] == [0, 1, 2]
 
 
+def test_an_image_may_be_a_path_and_captions_an_array(tmp_path):
+    path = tmp_path / "1.png"
+    Image.new("RGB", (4, 4)).save(path)
+    found = {"image": path, "caption": np.array(["one", "two"])}
+    (pair,) = open_all([found]).read(range(1))
+    assert (pair.path, pair.captions) == (str(path), ("one", "two"))
+
+
 # === Arrays ===
 
 

@@ -72,6 +72,14 @@ def test_each_pass_has_a_share_of_its_own():
         skipped.report([fault("4"), fault("5"), fault("6")], 10, 20)
 
 
+def test_a_sample_that_a_round_of_batches_reads_twice_counts_once():
+    skipped = SkippedSamples(max_share=0.1)
+    with pytest.warns(UserWarning, match="'0'"):
+        skipped.report([fault("0"), fault("1")], 15, 20)
+    skipped.report([fault("0")], 15, 20)
+    assert skipped.count == 3
+
+
 def test_samples_that_take_the_places_of_broken_ones_count_as_read():
     # A pass over 7 samples, of which most could not be read, reads others besides.
     skipped = SkippedSamples(max_share=1.0)

@@ -287,3 +287,15 @@ def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing(recwar
     with pytest.warns(UserWarning, match=r"rate is 0.*Received.* made 4 steps"):
         model.fit(random_pairs(8), **FIT)
     assert_same_values(model.trainable_weights, before)
+
+
+@pytest.mark.one_case
+def test_a_dataset_for_evaluation_is_read_as_a_whole_in_each_epoch(write_pairs):
+    data = stream(write_pairs("a.tar", 0, 12), training=False)
+    model, steps = compiled(), []
+    count = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: steps.append(batch)
+    )
+    model.fit(data, epochs=3, verbose=0, callbacks=[count])
+    assert len(data) == 3
+    assert len(steps) == 9

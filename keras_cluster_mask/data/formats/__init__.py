@@ -18,7 +18,7 @@ __all__ = ["DamagedShard", "Entry", "Format", "NoRandomAccess", "format_of"]
 
 # Formats by file extension. Files with any other name are read as tar files.
 FORMATS = {
-    r"\.tfrec(ords?)?": TFRecord(),
+    r"\.tfrec(ords?)?(-\d+-of-\d+)?": TFRecord(),
     r"\.csv": Table(","),
     r"\.tsv": Table("\t"),
     r"\.(jsonl|ndjson)": Table(None),

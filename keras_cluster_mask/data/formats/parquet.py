@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import threading
 
 from keras_cluster_mask.data import files
@@ -66,7 +67,7 @@ def plain(value):
     """Converts a value of a column to the type that other formats use."""
     if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
         return value["path"] if value["bytes"] is None else value["bytes"]
-    return value
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 @contextlib.contextmanager

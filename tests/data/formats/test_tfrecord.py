@@ -22,6 +22,11 @@ RECORDS = [
 KEYS = [f"k{i}" for i in range(5)]
 
 
+def test_names_of_shards_may_end_in_their_number(write_records, read_all):
+    path = write_records("x.tfrecord-00000-of-00002", RECORDS)
+    assert [key for key, _ in read_all(path)[0]] == KEYS
+
+
 def test_several_values_are_a_list_and_numbers_are_text(write_records, read_all):
     large = 2**63 - 1
     features = {"é": [b"one", b"\xff" * 300], "label": 3, "box": [1, -large], "p": 0.1}
