@@ -84,10 +84,10 @@ class TrainingData:
                 data = FeatureBatches(data, batch_size, is_shuffled)
             rules = None
         self._type = type(data)
-        # Keras passes twice over other data, and repeats batches of a generator.
-        self._checked = checked(data, rules, stream_of(data) is not None)
         self.spec = spec_of(data)
         self.stream = stream_of(data)
+        # Of a single pass, Keras would repeat the first batches in later epochs.
+        self._checked = checked(data, rules, passes_once=self.stream is not None)
         default = getattr(self.stream, "steps_per_epoch", None)
         self.steps_per_epoch = steps_per_epoch or default
         self.first_epoch = first_epoch
