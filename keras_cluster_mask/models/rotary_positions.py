@@ -61,11 +61,12 @@ class RotaryByImage(keras.layers.Layer):
         training=None,
     ):
         recomputed = any("call" in vars(block) for block in self.encoder.layers)
-        if recomputed and keras.backend.backend() == "torch":
+        if recomputed and keras.backend.backend() != "jax":
             raise ValueError(
                 "`gradient_checkpointing` must be False, or a list of the names of "
-                "other blocks, for a masked DINOv3 on torch, which cannot recompute "
-                f"what it vectorizes. Received: blocks of `{self.encoder.name}`"
+                "other blocks, for a masked DINOv3 on TensorFlow or torch, which "
+                "cannot recompute what they vectorize. Received: blocks of "
+                f"`{self.encoder.name}`"
             )
 
         def one_image(given):

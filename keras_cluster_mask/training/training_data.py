@@ -190,7 +190,8 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
         data.check_model(model)
         return data.pairs(slice(None))
     if isinstance(data, dict):
-        return model.input_rules.check(data)[0]
+        # For validation, Keras passes arrays that `fit` has made of features.
+        return data if "image_features" in data else model.input_rules.check(data)[0]
     return checked(data, model.input_rules, passes_once)
 
 

@@ -310,3 +310,13 @@ def test_features_of_a_masked_model_train_its_projections_without_masking(tmp_pa
     model = masked.without_masking()
     model.compile("adam", **FAST)
     model.fit(features, batch_size=5, verbose=0)
+
+
+@pytest.mark.one_case
+def test_features_may_be_validation_data(tmp_path):
+    model = frozen_model()
+    features, _ = computed(model, tmp_path)
+    options = {"batch_size": 5, "verbose": 0}
+    found = model.fit(features, epochs=2, validation_data=features, **options).history
+    loss = model.evaluate(features, return_dict=True, **options)["loss"]
+    assert found["val_loss"][-1] == pytest.approx(loss, rel=1e-5)

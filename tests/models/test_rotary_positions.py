@@ -134,7 +134,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused():
             masked, text_bag(), gradient_checkpointing=checkpointing
         )
         model.compile(keras.optimizers.SGD(0.1), **FAST)
-        if checkpointing and keras.backend.backend() == "torch":
+        if checkpointing and keras.backend.backend() != "jax":
             with pytest.raises(ValueError, match=r"`gradient_checkpointing`.*Rec"):
                 model.fit(random_pairs(4), batch_size=4, verbose=0)
             return
