@@ -128,7 +128,9 @@ class PooledEncoder(MadeOfParts, keras.Model):
             stem = keras.Model(inputs, embedding.output)
             prefix = count_prefix_tokens(backbone, stem)
             table = getattr(embedding, "interpolated_position_embeddings", None)
-        pooled = TokenPooling(pooling, prefix, name="pooling")(tokens, mask=mask)
+        # Not the global policy, which the functional model would not save.
+        pooling_layer = TokenPooling(pooling, prefix, dtype="float32", name="pooling")
+        pooled = pooling_layer(tokens, mask=mask)
         kwargs.setdefault("name", f"pooled_{backbone.name}")
         super().__init__(inputs, pooled, **kwargs)
         # Stored in a closure: Keras would track an attribute, and with it layers that

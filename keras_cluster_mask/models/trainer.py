@@ -161,7 +161,8 @@ class ContrastiveTrainer(DualEncoder):
         if self._compiled_with.get(name, options) != options:
             # JAX would reuse the steps of a function that was not deleted.
             setattr(self, name, None)
-        self._compiled_with[name] = options
+        # An encoder that is built in the first step changes them within it.
+        self._compiled_with.update({name: options} if self.built else {})
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:

@@ -276,3 +276,17 @@ def test_the_towers_of_projections_with_a_hidden_layer_are_saved(tmp_path):
     found = keras.models.load_model(tmp_path / "tower.keras").predict(given, verbose=0)
     expected = model.image_tower.predict(given, verbose=0)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.one_case
+def test_a_model_reloads_exactly_under_another_global_policy(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = make_model()
+    model.save(tmp_path / "model.keras")
+    expected = model.predict(pairs(), verbose=0)
+    keras.config.set_dtype_policy("float32")
+    found = keras.saving.load_model(tmp_path / "model.keras").predict(
+        pairs(), verbose=0
+    )
+    for name, embeddings in expected.items():
+        np.testing.assert_array_equal(found[name], embeddings)

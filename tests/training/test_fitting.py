@@ -299,3 +299,16 @@ def test_a_dataset_for_evaluation_is_read_as_a_whole_in_each_epoch(write_pairs):
     model.fit(data, epochs=3, verbose=0, callbacks=[count])
     assert len(data) == 3
     assert len(steps) == 9
+
+
+@pytest.mark.one_case
+def test_encoders_that_the_first_step_builds_train_on():
+    layers = keras.layers
+    images = keras.Sequential([layers.Flatten(), layers.Dense(8)])
+    texts = keras.Sequential(
+        [layers.Embedding(100, 8), layers.GlobalAveragePooling1D()]
+    )
+    model = kcm.ContrastiveModel(images, texts)
+    model.compile("sgd")
+    history = model.fit(random_pairs(8), epochs=3, **FIT).history
+    assert len(history["loss"]) == 3
