@@ -288,8 +288,7 @@ def _num_tokens(tokenizer, texts):
     """Counts the tokens of each text, without special tokens."""
     rows = tokenize(tokenizer, ["", *texts])
     # A word, too, may have a token with the id of padding.
-    places = np.arange(1, rows.shape[1] + 1)
-    ends = np.max((rows != rows[0, -1]) * places, axis=1)
+    ends = np.max((rows != rows[0, -1]) * np.arange(1, rows.shape[1] + 1), axis=1)
     return ends[1:] - ends[0]
 
 

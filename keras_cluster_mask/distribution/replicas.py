@@ -117,8 +117,7 @@ def assign_equal(variable, value):
     TensorFlow refuses this for a variable without a rule to aggregate the values of
     replicas, such as the weights of Keras's layers.
     """
-    tensorflow = keras.backend.backend() == "tensorflow"
-    replica = tensorflow_replica() if tensorflow else None
+    replica = tensorflow_replica() if keras.backend.backend() == "tensorflow" else None
     if replica is None:
         variable.assign(value)
         return

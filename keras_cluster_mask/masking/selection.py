@@ -125,8 +125,7 @@ def noise_by_view(masking, noise, images, tokens, num_patches):
         _check_noise(noise, None if inputs is None else inputs.shape[0], num_patches)
         return [noise] if len(noise.shape) == 2 else ops.unstack(noise, axis=1)
     views = getattr(_context, "views", None) or 1
-    part = getattr(_context, "part", None)
-    size, take = part or (ops.shape(inputs)[0], lambda x: x)
+    size, take = getattr(_context, "part", None) or (ops.shape(inputs)[0], lambda x: x)
     # `draw`, which a strategy may override, treats each view as an image.
     noise = masking.draw(size * views, num_patches)
     noise = take(ops.reshape(noise, (-1, views, num_patches)))

@@ -286,10 +286,13 @@ def number_positions(encoder):
 
     `CLIPVisionEmbedding` creates its position ids as zeros and relies on a checkpoint
     to set them, so in an encoder built from scratch all patches would share a position.
-    Ids that are a tensor, as those of MetaCLIP 2, become an array: TensorFlow cannot
-    differentiate a loop over micro-batches that captures a tensor.
+    Ids that are a tensor, as those of MetaCLIP 2, and the frequencies of DINOv3 become
+    arrays: TensorFlow cannot differentiate a loop over micro-batches that captures a
+    tensor.
     """
     for layer in all_layers(encoder):
+        if (frequencies := getattr(layer, "inv_freq", None)) is not None:
+            layer.inv_freq = ops.convert_to_numpy(frequencies)
         ids = getattr(layer, "position_ids", None)
         if ids is not None and not isinstance(ids, keras.Variable):
             layer.position_ids = ops.convert_to_numpy(ids)

@@ -250,8 +250,7 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
             return 1.0 - self.momentum
         progress = ops.minimum(ops.cast(self.step, "float32") / self.steps, 1.0)
         rest = 0.5 * (1.0 + ops.cos(math.pi * progress))
-        last = 1.0 - self.final_momentum
-        return last + (self.final_momentum - self.momentum) * rest
+        return 1.0 - self.final_momentum + (self.final_momentum - self.momentum) * rest
 
     def _match(self, encoder):
         """Returns triples: own weight, followed weight, resize matrix or `None`."""

@@ -114,8 +114,9 @@ def enable_lora(
     for layer in targets:
         layer.enable_lora(rank)
     model.compiled = False
-    # TensorFlow's would not see the updates.
-    model.predict_function = None
+    # The compiled predictions of TensorFlow would not see the updates.
+    for name in ("image_tower", "text_tower"):
+        vars(model).pop(name, None)
 
 
 def _start_of_last_blocks(encoder, name, count):

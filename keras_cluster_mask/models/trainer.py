@@ -131,6 +131,10 @@ class ContrastiveTrainer(DualEncoder):
         self._forget_outdated("test_function")
         return super().make_test_function(force)
 
+    def make_predict_function(self, force: bool = False) -> Any:
+        self._forget_outdated("predict_function")
+        return super().make_predict_function(force)
+
     @property
     def compiled_options(self) -> dict[str, Any]:
         """The options that a step is compiled with, which may change between fits."""

@@ -107,7 +107,9 @@ class _Recomputed:
         regularizer, block.activity_regularizer = block.activity_regularizer, None
         self.inside = True
         try:
-            return block(tokens, *args, **kwargs)
+            out = block(tokens, *args, **kwargs)
+            # TensorFlow recomputes no `None`, such as DeiT's weights of attention.
+            return tree.map_structure(lambda x: ops.zeros(()) if x is None else x, out)
         finally:
             self.inside = False
             block.activity_regularizer = regularizer

@@ -93,8 +93,7 @@ def check_tokenizer_of(model, data):
     if known is not None:
         _check_fingerprint(model, known, data)
         return known
-    stream = getattr(data, "stream", None)
-    tokenizer = getattr(stream, "tokenizer", None)
+    tokenizer = getattr(getattr(data, "stream", None), "tokenizer", None)
     return None if tokenizer is None else check_tokenizer(model, tokenizer)
 
 

@@ -77,8 +77,7 @@ def plot_masks(
         named = {type(masking).__name__: masking}
     images, maskings = np.asarray(images), [*named.values()]
     patch_size = patch_size_of(maskings, patch_size)
-    formats = (each.data_format for each in maskings)
-    data_format = next(filter(None, formats), None)
+    data_format = next(filter(None, (each.data_format for each in maskings)), None)
     grid = _Grid(grid_shape(images.shape, patch_size, data_format), patch_size)
     if noise is None:
         noise = np.random.default_rng(seed).random((len(images), grid.num_patches))
@@ -193,8 +192,7 @@ class _Grid:
     def tint(self, image, colors):
         """Colors the patches whose color is not NaN, and lightens the others."""
         colors = self.spread(colors)
-        gray = image.mean(axis=-1, keepdims=True)
-        tinted = 0.35 * gray + 0.65 * colors
+        tinted = 0.35 * image.mean(axis=-1, keepdims=True) + 0.65 * colors
         return np.where(np.isnan(colors), 0.5 + 0.5 * image, tinted)
 
     def outline(self, patch):

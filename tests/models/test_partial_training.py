@@ -286,3 +286,20 @@ def test_what_cannot_be_done_is_refused(make, change, options, match):
     model = make()
     with pytest.raises(ValueError, match=rf"(?s){match}.*Received: "):
         getattr(kcm, change)(model, **options)
+
+
+@pytest.mark.one_case
+def test_models_that_share_weights_predict_with_lora():
+    masked = kcm.ContrastiveModel.from_backbone(tiny_clip(), kcm.RandomMasking(0.5))
+    whole, pairs = masked.without_masking(), random_pairs(4)
+    for model in (masked, whole):
+        model.predict(pairs, verbose=0)
+    masked.image_tower.predict(pairs["images"], verbose=0)
+    kcm.enable_lora(masked, rank=2)
+    as_trained(masked)
+    expected = to_numpy(masked.encode_image(pairs["images"]))
+    for model in (masked, whole):
+        found = model.predict(pairs, verbose=0)["image_embeddings"]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    found = masked.image_tower.predict(pairs["images"], verbose=0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -149,3 +149,17 @@ def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused():
 def test_dropout_is_refused(option):
     with pytest.raises(ValueError, match=rf"without dropout.*Received:.*{option}=0.1"):
         kcm.with_masking(dino_3_encoder(2, **{option: 0.1}), kcm.ClusterMasking(4))
+
+
+@pytest.mark.slow_to_compile
+def test_micro_batches_train_as_the_whole_batch_does():
+    found = []
+    for size in (None, 4):
+        keras.utils.set_random_seed(0)
+        masked = kcm.with_masking(pooled(dino_3_encoder(2)), kcm.RandomMasking(seed=0))
+        model = kcm.ContrastiveModel(masked, text_bag(), micro_batch_size=size)
+        model.compile(keras.optimizers.SGD(0.1))
+        model.fit(random_pairs(8), batch_size=8, verbose=0)
+        found.append(values(model.trainable_variables))
+    for one, other in zip(*found):
+        np.testing.assert_allclose(one, other, atol=1e-5)

@@ -17,6 +17,7 @@ from tests.helpers import (
     VOCABULARY,
     AddPositions,
     GradientSteps,
+    deit_encoder,
     dino_encoder,
     kept_bytes_jax,
     largest_error,
@@ -277,3 +278,19 @@ def test_blocks_that_are_not_there_are_an_error(checkpointing, message):
         kcm.ContrastiveModel(
             patch_mlp(), text_bag(), gradient_checkpointing=checkpointing
         )
+
+
+@pytest.mark.one_case
+def test_a_block_that_returns_none_beside_tokens_trains_alike():
+    found = []
+    for checkpointing in (False, True):
+        keras.utils.set_random_seed(0)
+        encoder = deit_encoder()
+        images = keras.Model(encoder.input, encoder.output[:, 0])
+        options = dict(projection_dim=5, gradient_checkpointing=checkpointing)
+        model = kcm.ContrastiveModel(images, text_bag(), **options)
+        model.compile(keras.optimizers.SGD(0.1))
+        model.fit(random_pairs(8), batch_size=8, verbose=0)
+        found.append([to_numpy(x) for x in model.trainable_variables])
+    for one, other in zip(*found):
+        np.testing.assert_allclose(one, other, atol=1e-5)
