@@ -27,7 +27,7 @@ from keras_cluster_mask.data.formats.base import is_empty
 from keras_cluster_mask.data.pairs import IMAGE_KEYS
 
 # Increase this number when the format of parts changes.
-VERSION = 2
+VERSION = 3
 # The key is its hash. The layout is the number of the fields and the fault.
 RECORD = np.dtype(
     {

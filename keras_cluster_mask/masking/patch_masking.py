@@ -261,8 +261,8 @@ class PatchMasking(keras.layers.Layer):
         if is_first:
             self.check_ready()
             self._is_ready = True
-        prefix = self.num_prefix_tokens if num_prefix is None else num_prefix
-        num_prefix, num_patches = split_tokens(self, tokens, images, prefix)
+        given = self.num_prefix_tokens if num_prefix is None else num_prefix
+        num_prefix, num_patches = split_tokens(self, tokens, images, given)
         noises = noise_by_view(self, noise, images, tokens, num_patches)
         indices, visible, score = best_patches(self, images, tokens, noises)
         # Gather all views of an image from its row, on the device that holds the row.

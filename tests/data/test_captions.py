@@ -8,6 +8,7 @@ import pytest
 
 from keras_cluster_mask.data import read_captions
 from keras_cluster_mask.data.captions import Captions
+from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import Pair, PairReader
 
 pytestmark = pytest.mark.any_backend
@@ -132,3 +133,9 @@ def test_a_source_in_which_no_caption_is_found_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"`caption_key` .*Received: .*'sentence'"):
         read_captions(tmp_path)
     assert read_captions(tmp_path, "sentence") == ["one"]
+
+
+def test_rows_without_an_image_are_samples_of_their_own(tmp_path):
+    path = tmp_path / "captions.csv"
+    path.write_text("caption\none\ntwo\n")
+    assert len(open_index(path, PairReader(()))) == 2
