@@ -305,7 +305,9 @@ def projections_of(model):
 def tune(options, folder):
     """Tunes both encoders, from the projections of the same seed."""
     costs = cached_costs(options, folder)
-    pairs = kcm.TowerFeatures(f"{options.features}/train").num_images
+    # Tuning itself does not read the features.
+    facts = json.loads((folder / "features.json").read_text())
+    pairs = facts["splits"]["train"]["images"]
     for seed in options.seeds:
         for method in options.methods:
             steps = options.epochs * (pairs // options.batch_size)
