@@ -299,7 +299,7 @@ class Images:
             return
         if self.crop_scale is None:
             self.crop_scale = CROP_SCALE
-        low, high = self.crop_scale
+        low, high = self.crop_scale if np.size(self.crop_scale) == 2 else (0, 0)
         if not 0 < low <= high <= 1:
             raise ValueError(
                 "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "

@@ -61,6 +61,7 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     names = "x", "y", "sample_weight", "class_weight"
     x = as_dictionary(*map(options.pop, names))
     split, held_out = options["validation_split"], options["validation_data"]
+    options["validation_batch_size"] = options["validation_batch_size"] or batch_size
     if isinstance(x, dict) and split and held_out is None:
         # Keras splits arrays alone, and gets batches.
         x, options["validation_data"] = _split(model.input_rules.check_keys(x), split)
@@ -75,9 +76,6 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
             options["validation_data"],
             steps=options["validation_steps"],
             passes_once=False,
-        )
-        options["validation_batch_size"] = (
-            options["validation_batch_size"] or batch_size
         )
         _resume(run, model, resume_from, options["verbose"])
 
@@ -105,16 +103,18 @@ def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch)
     initial_epoch = check_integer("initial_epoch", initial_epoch, 0)
     steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
     rules = dataclasses.replace(model.input_rules, training=True)
-    if isinstance(x, TowerFeatures):
+    is_features = isinstance(x, TowerFeatures)
+    if is_features:
         x.check_model(model, training=True)
     data = TrainingData(x, rules, batch_size, shuffle, steps_per_epoch, initial_epoch)
     data.check_same_everywhere()
     check_batch_size(model, data.rows)
-    if data.batch_size and model.micro_batch_size:
+    if data.batch_size and model.micro_batch_size and not is_features:
         check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
     _check_executions(model.steps_per_execution, data.steps_per_epoch)
     # Projections keep the scaling that they were trained with first.
-    model.head.set_scaling(x.statistics if isinstance(x, TowerFeatures) else None)
+    if model.compiled:
+        model.head.set_scaling(x.statistics if is_features else None)
     return data
 
 
@@ -126,8 +126,7 @@ def _resume(run, model, resume_from, verbose):
     if found is not None:
         run.resume(model, found)
     if verbose and found is None:
-        folder = os.fspath(resume_from)
-        print(f"No checkpoint in {folder}: starting from the beginning.")
+        print(f"No checkpoint in {os.fspath(resume_from)}: starting at the beginning.")
     elif verbose:
         print(f"Resuming from {found[0]}: epoch {run.epoch + 1}.")
 

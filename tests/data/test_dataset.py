@@ -166,7 +166,7 @@ def test_weights_mix_sources(shards, rows):
         ("resize", ["pad"]),
         ("data_format", ["NHWC"]),
         ("include_captions", ["some"]),
-        ("crop_scale", [(0.5, 1.5), (0, 1)]),
+        ("crop_scale", [(0.5, 1.5), (0, 1), 0.9]),
         ("background", ["black", (0, 0, 0), None, [], ["white", "black"]]),
         ("image_size", [0, (8, -1), "8", 16.0, None, (8, 8.0)]),
         ("caption_template", ["none", "{} {}", ["{}", 3], "{0}"]),

@@ -115,13 +115,23 @@ def test_projections_that_were_trained_are_not_rescaled(tmp_path):
 
 
 @pytest.mark.any_backend
-def test_a_model_must_be_compiled_to_train_on_features(tmp_path):
+def test_an_uncompiled_model_is_refused_and_keeps_its_scaling(tmp_path):
     features, _ = computed(frozen_model(head="mlp"), tmp_path)
     model = make_model(dino_encoder, lambda: bert(dropout=0.0), head="mlp")
     model.set_weights(frozen_model(head="mlp").get_weights())
     model.image_encoder.trainable = model.text_encoder.trainable = False
     with pytest.raises(ValueError, match=r"compile\(\)"):
         model.fit(features, batch_size=5, verbose=0)
+    assert not values([model.head.image_projection.layers[0].is_set])[0]
+
+
+@pytest.mark.any_backend
+def test_micro_batches_have_no_effect_on_features_and_need_not_fit(tmp_path):
+    model, other = frozen_model(micro_batch_size=2), frozen_model()
+    features, _ = computed(model, tmp_path)
+    for each in (model, other):
+        each.fit(features, batch_size=5, shuffle=False, verbose=0)
+    assert_same_values(*(values(x.trainable_variables) for x in (model, other)))
 
 
 @pytest.mark.any_backend

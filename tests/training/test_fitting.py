@@ -89,7 +89,7 @@ def test_a_folder_resumes_from_its_last_checkpoint_and_says_which(
 ):
     options = {**FIT, "epochs": 3, "verbose": 2}
     compiled().fit(random_pairs(8), resume_from=tmp_path / "none", **options)
-    assert "none: starting from the beginning" in capsys.readouterr().out
+    assert "none: starting at the beginning" in capsys.readouterr().out
     history = compiled().fit(random_pairs(8), resume_from=folder, **options)
     printed = capsys.readouterr().out
     assert "epoch-00002.npz: epoch 3." in printed
