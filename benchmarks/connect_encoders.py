@@ -53,11 +53,17 @@ MASKINGS = {
         kcm.models.MomentumEncoder(encoder), ratio
     ),
 }
-# What a method may do besides. LoRA has ten times the rate of encoders.
+# What a method may do besides. LoRA has ten times the rate of encoders. After "rate"
+# follows another `--learning-rate`.
 SHORT_TEXTS, LORA, LAST_BLOCKS = "short texts", "LoRA", "last blocks"
+WHOLE_LAST = "whole images last"
 # Four fifths of an average caption.
 SHORT_LENGTH = 12
-METHOD = re.compile(r"(?P<name>[a-z ]+?)(?: (?P<ratio>0\.\d+))?(?:, (?P<more>.+))?")
+METHOD = re.compile(
+    r"(?P<name>[a-z ]+?)(?: (?P<ratio>0\.\d+))?"
+    rf"(?:, (?P<more>{SHORT_TEXTS}|{LORA}|{LAST_BLOCKS}|{WHOLE_LAST}|"
+    r"rate (?P<rate>[\d.]+(e-\d+)?)))?"
+)
 
 
 def common_arguments(description):
@@ -81,7 +87,8 @@ def common_arguments(description):
         type=method_of,
         default=["none", "random"],
         help=f"one of {', '.join(MASKINGS)}, with a ratio other than 0.5 after it, and "
-        f"', {SHORT_TEXTS}', ', {LORA}' or ', {LAST_BLOCKS}'",
+        f"', {SHORT_TEXTS}', ', {LORA}', ', {LAST_BLOCKS}', ', {WHOLE_LAST}' or, such "
+        "as, ', rate 1e-5'",
     )
     add("--image-size", type=int, default=168, help="side in pixels")
     add("--context-length", type=int, default=48, help="tokens of a text")
@@ -110,11 +117,8 @@ def arguments():
 def method_of(text):
     """Checks the name of a method."""
     match = METHOD.fullmatch(text)
-    more = match and match["more"]
     if not match or match["name"] not in MASKINGS:
         raise argparse.ArgumentTypeError(f"there is no method {text!r}")
-    if more not in (None, SHORT_TEXTS, LORA, LAST_BLOCKS):
-        raise argparse.ArgumentTypeError(f"{more!r} of {text!r} is unknown")
     return text
 
 
@@ -312,8 +316,18 @@ def tune(options, folder):
         for method in options.methods:
             steps = options.epochs * (pairs // options.batch_size)
             if options.equal_time:
-                steps = round(steps * costs["random"] / costs[method])
+                shares = shares_of(method).items()
+                cost = sum(share * costs[part] for part, share in shares)
+                steps = round(steps * costs["random"] / cost)
             tune_one(method, seed, steps, options, folder)
+
+
+def shares_of(method):
+    """The methods whose steps a method consists of, with the share of each."""
+    match, base = METHOD.fullmatch(method), method.partition(",")[0]
+    if match["more"] == WHOLE_LAST:
+        return {base: 7 / 8, "none": 1 / 8}
+    return {base if match["rate"] else method: 1}
 
 
 def name_of(method, seed, options):
@@ -351,22 +365,25 @@ def tune_one(method, seed, steps, options, folder):
 def tuned(method, seed, steps, options, folder):
     """Trains a model in a few epochs, each of which is saved; returns facts on it, too.
 
-    With short texts, the last eighth of the steps is on whole texts.
+    Short texts are followed by an eighth of the steps on whole texts.
     """
     model, more = model_to_tune(options, seed, method)
     with_head(model, folder / f"head-mlp-{seed}.npz")
-    epochs, short_epochs = max(1, round(steps / 24)), 0
-    if more == SHORT_TEXTS:
+    epochs, first_epochs = max(1, round(steps / 24)), 0
+    if more in (SHORT_TEXTS, WHOLE_LAST):
         epochs = 8 * max(1, round(steps / 96))
-        short_epochs = epochs * 7 // 8
+        first_epochs = epochs * 7 // 8
     length = max(1, round(steps / epochs))
-    compile_for(model, options, epochs * length, 10 if more == LORA else 1)
+    compile_for(model, options, epochs * length, method)
     start, losses = time.process_time(), []
-    for first, last in ((0, short_epochs), (short_epochs, epochs)):
+    for first, last in ((0, first_epochs), (first_epochs, epochs)):
         if first == last:
             continue
-        is_short = last < epochs
-        stage = folder / (name_of(method, seed, options) + "-short" * is_short)
+        is_first = last < epochs
+        stage = folder / (name_of(method, seed, options) + "-first" * is_first)
+        if more == WHOLE_LAST and not is_first:
+            model.maskings[0].mask_ratio = 0.0
+        is_short = is_first and more == SHORT_TEXTS
         losses += model.fit(
             dataset(options, "train", True, seed, short=is_short),
             initial_epoch=first,
@@ -398,11 +415,13 @@ def model_to_tune(options, seed, method):
     return model, more
 
 
-def compile_for(model, options, steps, factor):
-    """Encoders have a tenth of the rate of projections, times a factor."""
+def compile_for(model, options, steps, method):
+    """Encoders have a tenth of the rate of projections, or as much with LoRA."""
+    match = METHOD.fullmatch(method)
     rate = keras.optimizers.schedules.CosineDecay
     adamw = functools.partial(keras.optimizers.AdamW, weight_decay=0.05)
-    tower = options.learning_rate
+    tower = float(match["rate"] or options.learning_rate)
+    factor = 10 if match["more"] == LORA else 1
     model.compile(
         kcm.TowerOptimizer(
             adamw(rate(10 * tower, steps)),
@@ -433,7 +452,7 @@ def cached_costs(options, folder):
     costs = json.loads(path.read_text())["seconds"] if path.exists() else {}
     if options.costs:
         steps = {}
-        for method in {"random", *options.methods}:
+        for method in {"random", *(y for x in options.methods for y in shares_of(x))}:
             model, more = model_to_tune(options, 0, method)
             model.compile(keras.optimizers.AdamW(1e-9))
             short = more == SHORT_TEXTS

@@ -49,6 +49,7 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
     stages = ["features", "heads", *heads, "--seeds", "1", "2"]
     run(connect_encoders, "connect_encoders", *stages)
     methods = ["random", "none", "random 0.6, LoRA", "cluster, short texts"]
+    methods += ["random, whole images last", "none, rate 1e-5"]
     tune = ["tune", *heads, "--equal-time", "--seeds=1", "--methods", *methods]
     runs = run(connect_encoders, "connect_encoders", *tune, "--costs")["runs"]
     assert {*runs} >= {"head-mlp-2", "tune-none-1-equal_time-1"}
@@ -56,14 +57,16 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
     assert runs["tune-random-1-equal_time-1"]["steps"] == 4
     tuned = {run["method"]: run for run in runs.values() if "method" in run}
     assert {*tuned} == {*methods}
+    assert tuned["none, rate 1e-5"]["losses"] != tuned["none"]["losses"]
     trained = {name: run["trained weights"] for name, run in tuned.items()}
     assert trained["random 0.6, LoRA"] < trained["random"]
     losses = ["losses", "--seeds=1", "--methods", "none", "random 0.9"]
     none, masked = run(probe_encoders, "masked_losses", *losses)["rows"]
     assert none["loss"] != masked["loss"]
     transfer = ["transfer", "--seeds=1", f"--classes={folders}/classes", "--count=10"]
-    assert len(run(probe_encoders, "transfer", *transfer)["rows"]) == 1 + 4
+    assert len(run(probe_encoders, "transfer", *transfer)["rows"]) == 1 + 6
     monkeypatch.setattr(connect_encoders, "new_model", None)
     again = run(connect_encoders, "connect_encoders", "heads", *tune)
     assert again["runs"] == runs
-    assert {*again["time of a step"]} == {*methods}
+    # The others consist of steps of these.
+    assert {*again["time of a step"]} == {*methods[:4]}
