@@ -1,5 +1,5 @@
 """Train and tune CLIP in Keras on a part of each image and caption, from nothing or
-from two pre-trained encoders: every published masking on one interface, cluster masking
+from two pre-trained encoders: the published maskings on one interface, cluster masking
 among them, exact on JAX, TensorFlow and PyTorch.
 """
 

@@ -34,7 +34,8 @@ def check(
     A sample is broken if it has no image or no caption, if its key is a duplicate
     within the shard, or if it is a row of a table whose image is a missing local file.
     A damaged shard counts as one broken sample, because the number of samples after the
-    damage is unknown. Unchanged shards are not indexed again, so an interrupted check
+    damage is unknown. Captions of blanks alone are only found if `decode`, which reads
+    all samples. Unchanged shards are not indexed again, so an interrupted check
     can be resumed. A progress bar is shown after one second. Set the environment
     variable `TQDM_DISABLE=1` to hide it.
 

@@ -140,8 +140,9 @@ def image_text_dataset(
         caption_key: str or sequence of str. The field that holds the caption. If
             several are given, the first that is not empty is used. `"json.caption"` is
             the entry `caption` of the file `KEY.json`. If the field is a list of
-            captions, one is drawn in each epoch; evaluation uses the first. Defaults to
-            `None`: `"txt"` and other common names.
+            captions, one is drawn in each epoch; evaluation uses the first. Captions
+            are UTF-8; bytes that are not become U+FFFD. Defaults to `None`: `"txt"` and
+            other common names.
         caption_template: str or sequence of str that contain `{}` for the caption, such
             as `"a photo of a {}."`. If several are given, one is drawn for each sample
             and epoch; evaluation uses the first.
@@ -172,7 +173,8 @@ def image_text_dataset(
             `keras.config.image_data_format()`.
         max_image_pixels: int. Images with more pixels count as broken. Reduced decoding
             allows larger JPEGs in training, but each pixel of a progressive JPEG counts
-            as four. Defaults to 50 million.
+            as four. Pillow itself refuses images of more than twice
+            `PIL.Image.MAX_IMAGE_PIXELS`. Defaults to 50 million.
         max_skipped: float. The fraction of samples that may be broken, from 0 to 1, in
             the index, and among those that a process reads in a pass over the samples.
             More raise an error. Defaults to `0.01`.
