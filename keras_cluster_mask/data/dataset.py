@@ -225,12 +225,16 @@ def image_text_dataset(
     """
     import keras
 
+    has_tuples = include_captions == "all"
     if format is None:
-        # A `tf.data.Dataset` cannot hold tuples of captions.
-        has_tuples = include_captions == "all"
         on_tensorflow = keras.backend.backend() == "tensorflow"
         format = "tf" if on_tensorflow and not has_tuples else "grain"
     check_choice("format", format, ("grain", "tf"))
+    if format == "tf" and has_tuples:
+        raise ValueError(
+            "`include_captions='all'` needs `format='grain'`: a `tf.data.Dataset` "
+            "holds no tuples of strings. Received: include_captions='all', format='tf'"
+        )
     images = Images(
         image_size,
         training,

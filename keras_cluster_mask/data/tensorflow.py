@@ -33,29 +33,24 @@ def import_tensorflow():
 def as_dataset(stream):
     """Returns the batches of a stream as a `tf.data.Dataset`.
 
-    Each iteration starts at the current `start` of the stream.
+    Each iteration starts at the current `start` of the stream. Tuples of captions
+    are left out, since a `tf.data.Dataset` cannot hold them.
 
     Args:
         stream: `ImageTextDataset`, or `ArrayBatches`.
     """
     tf = import_tensorflow()
-    if any(spec.dtype == "object" for spec in stream.element_spec.values()):
-        raise ValueError(
-            "`include_captions='all'` needs `format='grain'`: a `tf.data.Dataset` "
-            "holds no tuples of strings. Received: include_captions='all', format='tf'"
-        )
+    specs = {k: x for k, x in stream.element_spec.items() if x.dtype != "object"}
 
     def batches():
         iterator = iter(stream)
         try:
-            yield from iterator
+            for batch in iterator:
+                yield {name: batch[name] for name in specs}
         finally:
             iterator.close()
 
-    signature = {
-        name: tf.TensorSpec(spec.shape, spec.dtype)
-        for name, spec in stream.element_spec.items()
-    }
+    signature = {name: tf.TensorSpec(x.shape, x.dtype) for name, x in specs.items()}
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
     options = tf.data.Options()
     # The samples come from Python, so `tf.distribute` has no files to shard.

@@ -251,12 +251,12 @@ def test_what_is_no_array_of_numbers_is_left_out_of_arrays_and_batches(entry):
             assert {*read(data)[0]} == {"images", "token_ids"}
 
 
-@pytest.mark.any_backend
+@pytest.mark.parametrize("which", [True, "all"])
 def test_the_captions_of_an_image_text_dataset_are_left_out_without_a_warning(
-    write_pairs, recwarn
+    write_pairs, recwarn, which
 ):
     shard = write_pairs("a.tar", 0, 8)
-    data = stream(shard, training=False, include_captions=True)
+    data = stream(shard, training=False, include_captions=which)
     assert [{*batch} for batch in read(data)] == [{"images", "token_ids"}] * 2
     assert not [x for x in recwarn if LEFT_OUT in str(x.message)]
 
