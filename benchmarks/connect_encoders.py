@@ -508,7 +508,10 @@ def report(options, folder):
 
 
 def plot(folder, runs, costs):
-    """Draws recall against the time of tuning, from the projections on."""
+    """Draws recall against the time of tuning, from the projections on.
+
+    Methods of one masking have its color.
+    """
     before = [x["validation"]["mean"] for k, x in runs.items() if "head-mlp" in k]
     lines = {}
     for run in runs.values():
@@ -519,15 +522,20 @@ def plot(folder, runs, costs):
     if not lines:
         return
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    colors = {name: f"C{number}" for number, name in enumerate(MASKINGS)}
+    markers = iter("s^DvP*X<>" * len(lines))
     for method, points in lines.items():
-        times = sorted(points)
+        name, times = METHOD.fullmatch(method)["name"], sorted(points)
+        style = ("o", "-") if name == method else (next(markers), ":")
         means = [np.mean(points[x]) for x in times]
         spreads = [np.std(points[x], ddof=len(points[x]) > 1) for x in times]
         axes.errorbar(
             times,
             means,
             spreads,
-            marker="o",
+            color=colors[name],
+            marker=style[0],
+            linestyle=style[1],
             capsize=3,
             label="whole images" if method == "none" else method,
         )
