@@ -521,7 +521,7 @@ def plot(folder, runs, costs):
             points.setdefault(time_of, []).append(run["validation"]["mean"])
     if not lines:
         return
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
     colors = {name: f"C{number}" for number, name in enumerate(MASKINGS)}
     markers = iter("s^DvP*X<>" * len(lines))
     for method, points in lines.items():
@@ -541,7 +541,7 @@ def plot(folder, runs, costs):
         )
     time_label = "training time, in steps on a random half"
     axes.set(xlabel=time_label, ylabel="recall@10 (%), validation")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(folder / "tuning.png", dpi=150)
 
 
