@@ -106,6 +106,11 @@ def _is_whole(data):
 def _dictionary(batch):
     if isinstance(batch, tuple | list) and len(batch):
         images, *labels = batch
+        if len(labels) > 1:
+            raise ValueError(
+                "A batch of `data` must be a dictionary, images, or a pair of images "
+                f"and labels. Received: a {type(batch).__name__} of {len(batch)}"
+            )
         batch = images if isinstance(images, dict) else {"images": images}
         if labels:
             batch = {**batch, "labels": labels[0]}

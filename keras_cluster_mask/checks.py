@@ -43,24 +43,14 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
         )
 
 
-def check_range(name: str, value: Any, low: float, high: float) -> None:
-    """Raises an error unless a value is a number in `[low, high]`."""
-    if not is_number(value) or not low <= value <= high:
-        raise ValueError(
-            f"`{name}` must be in [{low}, {high:g}]. Received: {name}={value!r}"
-        )
-
-
-def check_ratio(name: str, value: Any) -> None:
-    """Raises an error unless a value is a number in `[0, 1)`."""
-    if not is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be in [0, 1). Received: {name}={value!r}")
-
-
-def check_fraction(name: str, value: Any) -> None:
-    """Raises an error unless a value is a number in `(0, 1]`."""
-    if not is_number(value) or not 0 < value <= 1:
-        raise ValueError(f"`{name}` must be in (0, 1]. Received: {name}={value!r}")
+def check_range(
+    name: str, value: Any, low: float, high: float, ends: str = "[]"
+) -> None:
+    """Raises an error unless a value is in a range, which "[)" or "(]" leaves open."""
+    is_inside = is_number(value) and low <= value <= high
+    if not is_inside or value == {"[)": high, "(]": low}.get(ends):
+        interval = f"{ends[0]}{low}, {high:g}{ends[1]}"
+        raise ValueError(f"`{name}` must be in {interval}. Received: {name}={value!r}")
 
 
 def fits_shape(shape: tuple, expected: tuple) -> bool:

@@ -154,6 +154,7 @@ def test_images_of_arrays_are_counted_without_reading():
     ("data", "message"),
     [
         ({"token_ids": [1]}, r"the key 'images'.*Received: keys=\['token_ids'\]"),
+        ([(IMAGES, [[1]], [0])], "a pair.*Received: a tuple of 3"),
         ([{"photos": 3}], r"the key 'images'.*Received: keys=\['photos'\]"),
         (
             {"images": np.zeros((2, 1)), "labels": [1]},

@@ -7,7 +7,6 @@ from keras_cluster_mask.checks import (
     check_choice,
     check_integer,
     check_range,
-    check_ratio,
     is_positive,
 )
 
@@ -36,7 +35,12 @@ def test_none_may_be_allowed():
 @pytest.mark.parametrize(
     ("check", "right", "wrong"),
     [
-        (check_ratio, [0, 0.5, np.float32(0.5)], [-0.1, 1, True, "0.5", None]),
+        (
+            lambda *x: check_range(*x, 0, 1, "[)"),
+            [0, 0.5, np.float32(0.5)],
+            [-0.1, 1, True, "0.5", None],
+        ),
+        (lambda *x: check_range(*x, 0, 1, "(]"), [0.1, 1.0], [0, 1.1, None]),
         (
             lambda *x: check_range(*x, -1, 1),
             [-1, 0.0, 1, np.float64(0.5)],

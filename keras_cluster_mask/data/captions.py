@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.data import tokenizing
 from keras_cluster_mask.data.images import name_of
-from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.index import open_index, readable
 from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.text_masking import TextMasking, check_text_masking
 
@@ -40,7 +41,9 @@ def read_captions(
         List of str, in the order of the samples. Images are neither needed nor read.
     """
     index = open_index(source, PairReader((), caption_key))
-    samples = index.read(range(len(index)), with_images=False)
+    for line in index.damage:
+        warnings.warn(f"{line}. The captions after it are missing.", stacklevel=2)
+    samples = readable(index.read(range(len(index)), with_images=False))
     captions = [text for each in samples for text in getattr(each, "captions", ())]
     if not captions:
         raise ValueError(

@@ -85,8 +85,7 @@ def image_text_dataset(
     applied.
 
     Training shuffles samples of local files one by one. Files at URLs and Parquet files
-    are read in blocks of up to 64 consecutive samples, which stay in one batch; see
-    `block_size`.
+    are read in blocks of up to 64 consecutive samples; see `block_size`.
 
     Example:
 
@@ -191,10 +190,11 @@ def image_text_dataset(
             that the dataset starts in. `steps_per_epoch` is that number for an epoch of
             mean length. Defaults to `None`: each sample once.
         block_size: int. In training, blocks of this many consecutive samples are read
-            together and stay in one batch, which is faster on object stores and hard
-            disks. The number of processes must divide `batch_size // block_size`.
-            Defaults to `None`: 1 for local files; for URLs and Parquet files the
-            largest power of two up to 64 that leaves 16 blocks in a batch.
+            together, which is faster on object stores and hard disks. A block may begin
+            in one batch and end in the next. The number of processes must divide
+            `batch_size // block_size`. Defaults to `None`: 1 for local files; for URLs
+            and Parquet files the largest power of two up to 64 that leaves 16 blocks in
+            a batch.
         process: pair of ints. The index of this process and the number of processes.
             Each process reads only its rows of every batch. In evaluation, some
             processes may get one batch more than others. Defaults to the values of JAX
@@ -202,7 +202,7 @@ def image_text_dataset(
             every process.
         num_workers: int. The number of worker processes. They are spawned, so a program
             needs `if __name__ == "__main__":`. Defaults to `0`: threads of this
-            process, which share the GIL and decode at most about 2,600 images per
+            process, which share the GIL and decode at most about 2,200 images per
             second on any number of cores.
         index_dir: str or path. The folder of the index. `"beside"` writes a hidden file
             next to each shard, if it is local and its folder can be written to.

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
-from keras_cluster_mask.checks import check_choice, check_fraction, is_positive
+from keras_cluster_mask.checks import check_choice, check_range, is_positive
 from keras_cluster_mask.data import byte_pairs
 from keras_cluster_mask.data.parts import digest_of
 from keras_cluster_mask.data.text_masking import LongCaption, TextMasking
@@ -63,7 +63,7 @@ class FrequencyTextMasking(TextMasking):
         unknown: str = "keep",
     ):
         check_choice("unknown", unknown, ("keep", "drop"))
-        check_fraction("threshold", threshold)
+        check_range("threshold", threshold, 0, 1, "(]")
         self.threshold = float(threshold)
         self.unknown = unknown
         for word, count in (frequencies or {}).items():

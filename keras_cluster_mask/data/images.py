@@ -192,6 +192,8 @@ def cut_middle(image, size):
         covered = columns * height // width, columns
     else:
         covered = rows, rows * width // height
+    if math.prod(covered) > MAX_PIXELS:
+        raise UnreadableImage("the image is too narrow")
     if covered[::-1] != image.size:
         image = image.resize(covered[::-1], Image.Resampling.BICUBIC)
     # Halves are rounded to even numbers, as in torchvision.

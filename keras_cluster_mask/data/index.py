@@ -53,6 +53,14 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
     return Index(list(shards), parts, reader)
 
 
+def readable(samples):
+    """Yields samples, and raises an `OSError` for a shard that cannot be read."""
+    for sample in samples:
+        if sample.key is None:
+            raise OSError(f"{sample.reason}: {sample.shard}: {sample.details}")
+        yield sample
+
+
 class Index:
     """The samples of shards, with random access by number.
 
@@ -113,12 +121,8 @@ class Index:
 
     def keys(self):
         """Reads all samples, and returns their keys, a list of str."""
-        keys = []
-        for sample in self.read(range(len(self)), with_images=False):
-            if sample.key is None:
-                raise OSError(f"{sample.reason}: {sample.shard}: {sample.details}")
-            keys.append(sample.key)
-        return keys
+        samples = self.read(range(len(self)), with_images=False)
+        return [sample.key for sample in readable(samples)]
 
     def broken(self):
         """Yields a `Fault` for each broken sample, whose key is read from its shard."""

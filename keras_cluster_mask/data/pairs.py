@@ -210,10 +210,14 @@ class Labels:
         if class_names is not None:
             names = [_text(name) for name in class_names]
             self._numbers = {name: number for number, name in enumerate(names)}
-            if len(self._numbers) < len(names) or "" in self._numbers:
+            others = [
+                x for x, n in self._numbers.items() if x.isdecimal() and x != str(n)
+            ]
+            if len(self._numbers) < len(names) or "" in self._numbers or others:
                 raise ValueError(
-                    "`class_names` must be unique and not empty. "
-                    f"Received: class_names={list(class_names)}"
+                    "`class_names` must be unique and not empty, and a number must be "
+                    "its own index, as labels may be numbers of classes. Received: "
+                    f"class_names={list(class_names)}"
                 )
 
     def add_folders(self, folders):

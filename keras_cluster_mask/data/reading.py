@@ -41,7 +41,7 @@ class Reading:
         seed: int.
         sampling: `Sampling`, or function of the number of samples and the epoch; or
             None.
-        block_size: int. `None` in evaluation.
+        block_size: int, or None, as in evaluation.
         process: Pair of ints. The index of this process, and the number of processes.
         num_workers: int.
         index_dir: str or path, or None.
@@ -72,6 +72,12 @@ class Reading:
         self.num_workers = check_integer("num_workers", self.num_workers, 0)
         check_range("max_skipped", self.max_skipped, 0, 1)
         self.process = self._checked_process()
+        if not self.training and (sampling, self.block_size) != (None, None):
+            raise ValueError(
+                "`sampling` and `block_size` are for training, and evaluation reads "
+                "all of `source` in order: give it a source of its own. Received: "
+                f"sampling={sampling!r}, block_size={self.block_size}, training=False"
+            )
         self.weights, sources = None, [source]
         if isinstance(source, Mapping):
             self.weights, sources = [*source.values()], [*source]
@@ -89,7 +95,8 @@ class Reading:
         ]
         self.num_samples = sum(map(len, self.indexes))
         self.skipped = SkippedSamples(self.indexes, self.max_skipped)
-        self._check_samples()
+        for index in self.indexes:
+            self._check_samples(index)
         self.skipped.report_index(self.num_samples)
         if self.training:
             self.block_size = self._checked_block_size()
@@ -115,28 +122,25 @@ class Reading:
             )
         return index, count
 
-    def _check_samples(self):
+    def _check_samples(self, index):
         """Raises an error unless some samples have all requested fields."""
         # An index has no field values, such as labels, and no images at URLs, so read a
         # few samples.
-        examples = []
-        for index in self.indexes:
-            step = len(index) // EXAMPLES + 1
-            examples.extend(index.read(range(0, len(index), step)))
+        step = len(index) // EXAMPLES + 1
+        examples = [*index.read(range(0, len(index), step))]
         if any(isinstance(sample, Pair) for sample in examples):
             return
         faults = collections.Counter(sample.reason for sample in examples)
-        faults.update(self.skipped.by_reason)
-        details = [*self.skipped.details, *(each.details for each in examples)]
+        skipped = SkippedSamples([index])
+        faults.update(skipped.by_reason)
+        details = [*skipped.details, *(each.details for each in examples)]
         detail = next(filter(None, details), "")
-        fields = {field for index in self.indexes for field in index.fields}
-        fields = sorted(field for field in fields if not field.endswith("."))
-        paths = [path for index in self.indexes for path in index.paths]
+        fields = sorted(field for field in index.fields if not field.endswith("."))
         raise ValueError(
             f"`source` must hold samples with these fields: {self.fields.wanted}. "
             f"`image_keys`, `caption_key` and `label_key` name others. {detail} "
             f"Received: {dict(faults) or 'no sample'} with the fields {fields} from "
-            f"{len(paths)} shards such as {paths[0]}"
+            f"{len(index.paths)} shards such as {index.paths[0]}"
         )
 
     def _checked_block_size(self):

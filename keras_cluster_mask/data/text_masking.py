@@ -96,7 +96,7 @@ class TextMasking:
             Sequence of float, one for each word. Words with the highest scores are
             kept; of equal scores, the first in the caption.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs `score(caption)`.")
 
     def keep_words(self, caption: LongCaption) -> list[int]:
         """Returns the indices of the words to keep, in order.
@@ -305,4 +305,4 @@ def check_text_masking(text_masking, tokenizer):
     word_tokenizer.cache_clear()
     word_tokenizer(tokenizer)
     words, generator = ["a", "red", "boat"], np.random.default_rng(0)
-    text_masking.score(LongCaption(words, [1, 1, 1], 2, generator))
+    text_masking.keep_words(LongCaption(words, [1, 1, 1], 2, generator))

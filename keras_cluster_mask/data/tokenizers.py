@@ -112,7 +112,8 @@ class CLIPTokenizer:
             ValueError: If the file is damaged or has another format, or if
                 `context_length` is invalid.
         """
-        content = pathlib.Path(path).expanduser().read_bytes()
+        with files.open_file(path) as file:
+            content = file.read()
         try:
             if content.startswith(b"\x1f\x8b"):
                 content = gzip.decompress(content)

@@ -20,9 +20,8 @@ PROBES = (
 VARIANTS = "Dog", "12", "3.5", "a, b", "dog's", "no!", "é", "€", "&amp;"
 # Hugging Face uses a larger number if the length is unknown.
 MAX_LENGTH = 100_000
-# Hugging Face tokenizers, which open_clip wraps, are not thread-safe: calls change
-# their settings.
-_padding = threading.Lock()
+# Few tokenizers are thread-safe: calls of one of Hugging Face change its settings.
+_calling = threading.RLock()
 
 
 def is_layer(tokenizer):
@@ -133,11 +132,10 @@ def probe(tokenizer, context_length=None, texts=PROBES):
 
 def _call(tokenizer, texts, context_length):
     """Calls a tokenizer as its library does."""
-    libraries = _libraries(tokenizer)
-    if not libraries & {"open_clip", "transformers"}:
-        return tokenizer(texts)
+    libraries, options = _libraries(tokenizer), {}
     length = context_length or length_of(tokenizer)
-    options = {"context_length": length} if length else {}
+    if "open_clip" in libraries and length:
+        options = {"context_length": length}
     if "transformers" in libraries:
         options = {"padding": "max_length", "truncation": True, "max_length": length}
         if length is None:
@@ -146,7 +144,7 @@ def _call(tokenizer, texts, context_length):
                 f"`model_max_length`. Received: {type(tokenizer).__name__} with "
                 f"model_max_length={tokenizer.model_max_length}"
             )
-    with _padding:
+    with _calling:
         return tokenizer(texts, **options)
 
 

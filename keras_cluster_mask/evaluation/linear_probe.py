@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from keras_cluster_mask.checks import check_choice, check_fraction, check_range
+from keras_cluster_mask.checks import check_choice, check_range
 from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.evaluation.checks import (
     check_labels,
@@ -263,7 +263,7 @@ def _check_options(
     if regularization is not None:
         check_range("regularization", regularization, STRENGTHS[0], STRENGTHS[-1])
     check_choice("metric", metric, ("top_1", "mean_per_class"))
-    check_fraction("validation_split", validation_split)
+    check_range("validation_split", validation_split, 0, 1, "(]")
 
 
 def _check_items(name, features, labels, train=None):

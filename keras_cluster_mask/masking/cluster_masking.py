@@ -6,12 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.batches import read_images
-from keras_cluster_mask.checks import (
-    check_choice,
-    check_integer,
-    check_range,
-    check_ratio,
-)
+from keras_cluster_mask.checks import check_choice, check_integer, check_range
 from keras_cluster_mask.masking.selection import (
     add_state,
     anchor_count,
@@ -74,7 +69,7 @@ class ClusterMasking(SimilarityMasking):
         threshold: Float. The similarity above which a patch joins a cluster, in
             threshold mode. With `None`, `adapt` must set it.
         anchor_ratio: Float in `[0, 1]`. The fraction of the patches that become
-            anchors, at least one patch.
+            anchors, at least one patch. At `mask_ratio` or above, the mask is random.
         softness: Float >= 0. In budget mode, adds this much Gumbel noise to
             the similarities: 0 leaves out pure clusters, infinity random
             patches.
@@ -132,15 +127,8 @@ class ClusterMasking(SimilarityMasking):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(
-            patch_size,
-            mask_ratio,
-            embedding_weight,
-            num_prefix_tokens,
-            data_format,
-            seed,
-            **kwargs,
-        )
+        base = patch_size, mask_ratio, embedding_weight, num_prefix_tokens, data_format
+        super().__init__(*base, seed, **kwargs)
         check_range("anchor_ratio", anchor_ratio, 0, 1)
         _check_mode(min_mask_ratio, threshold, softness, hide_padding)
         self.min_mask_ratio = min_mask_ratio
@@ -297,7 +285,7 @@ def _check_mode(min_mask_ratio, threshold, softness, hide_padding):
     if threshold is not None:
         check_range("threshold", threshold, -1, 1)
     if min_mask_ratio is not None:
-        check_ratio("min_mask_ratio", min_mask_ratio)
+        check_range("min_mask_ratio", min_mask_ratio, 0, 1, "[)")
     mode = "budget" if min_mask_ratio is None else "threshold"
     for name, value, default, its_mode in (
         ("softness", softness, 0, "budget"),

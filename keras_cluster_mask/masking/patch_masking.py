@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.checks import check_integer, check_ratio
+from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.distribution.replicas import take_rows
 from keras_cluster_mask.masking.patch_grid import (
@@ -114,7 +114,7 @@ class PatchMasking(keras.layers.Layer):
         # their dtype, so inputs must not be cast.
         kwargs.setdefault("autocast", False)
         super().__init__(**kwargs)
-        check_ratio("mask_ratio", mask_ratio)
+        check_range("mask_ratio", mask_ratio, 0, 1, "[)")
         self.mask_ratio = float(mask_ratio)
         self.num_prefix_tokens = check_integer(
             "num_prefix_tokens", num_prefix_tokens, 0, or_none=True

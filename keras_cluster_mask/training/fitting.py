@@ -10,7 +10,7 @@ import warnings
 import keras
 from keras import ops
 
-from keras_cluster_mask.checks import check_integer, check_ratio
+from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.backends import copy_values
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import verbosity
@@ -192,6 +192,6 @@ def _warn_of_rate_zero(optimizer):
 
 def _split(x, validation_split):
     """Splits arrays as Keras does: the last ones are held out."""
-    check_ratio("validation_split", validation_split)
+    check_range("validation_split", validation_split, 0, 1, "[)")
     first = int(len(x["token_ids"]) * (1.0 - validation_split))
     return {k: v[:first] for k, v in x.items()}, {k: v[first:] for k, v in x.items()}

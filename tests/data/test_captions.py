@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import read_captions
+from keras_cluster_mask.data import files, read_captions
 from keras_cluster_mask.data.captions import Captions
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import Pair, PairReader
@@ -115,11 +115,23 @@ def test_all_captions_of_intact_samples_are_read(write_pairs, write_tar):
     cut = write_pairs("b.tar", 3, 3)
     cut.write_bytes(cut.read_bytes()[: 512 * 10])
     assert read_captions(whole) == [f"no {n}" for n in range(130)]
-    assert read_captions([whole, cut])[130:] == ["no 3", "no 4"]
+    with pytest.warns(UserWarning, match="b.tar is damaged after the sample"):
+        assert read_captions([whole, cut])[130:] == ["no 3", "no 4"]
     files = [("1.jpg", b"j"), ("1.json", b'{"all": ["one", "two"]}'), ("1.txt", b"t")]
     other = write_tar("c.tar", files)
     assert read_captions(other) == ["t"]
     assert read_captions(other, ["x", "json.all"]) == ["one", "two"]
+
+
+def test_a_shard_that_cannot_be_read_is_an_error(write_pairs, monkeypatch):
+    def fail(ranges):
+        return [OSError(5, "no disk")] * len(ranges)
+
+    paths = [write_pairs("a.tar", 0, 3), write_pairs("b.tar", 3, 3)]
+    read_captions(paths)
+    monkeypatch.setattr(files, "read_ranges", fail)
+    with pytest.raises(OSError, match=r"the shard cannot be read: .*a\.tar"):
+        read_captions(paths)
 
 
 def test_captions_are_read_without_image_files(tmp_path):

@@ -156,6 +156,12 @@ def test_weights_mix_sources(shards, rows):
     assert joined == levels.tolist()
 
 
+def test_each_source_of_a_mixture_must_have_pairs(shards, write_tar):
+    source = {str(shards[0]): 1, str(write_tar("none.tar", [])): 1}
+    with pytest.raises(ValueError, match=r"`source`.*Received: .*none.tar"):
+        make(source, True)
+
+
 # === Refusals ===
 
 
@@ -195,9 +201,12 @@ def test_invalid_arguments_are_named(shards, name, values):
         ("block_size", {"training": True, "block_size": 4, "process": (0, 4)}),
         ("batch_size", {"training": True, "process": (0, 5)}),
         ("source", {"source": {"a.tar": 1}}),
+        ("sampling", {"sampling": len}),
+        ("block_size", {"block_size": 4}),
         ("source", {"source": {"a.tar": 1}, "training": True, "sampling": len}),
         ("class_names", {"label_key": "cls", "class_names": ["a", "a"]}),
         ("class_names", {"label_key": "cls", "class_names": ["a", " "]}),
+        ("class_names", {"label_key": "cls", "class_names": ["1", "2"]}),
         ("label_key", {"label_key": "label"}),
         ("caption_key", {"caption_key": "alt"}),
         ("image_keys", {"image_keys": "jpg"}),

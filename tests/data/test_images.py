@@ -163,6 +163,13 @@ def test_huge_images_are_refused_before_they_are_decoded(encode):
         EncodedImage(bomb)
 
 
+def test_a_line_is_not_enlarged_to_gigabytes(encode):
+    content = encode(np.zeros((20_000, 1, 3), "uint8"))
+    assert cut(content, training=True).shape == (8, 8, 3)
+    with pytest.raises(UnreadableImage, match="too narrow"):
+        cut(content, (64, 64))
+
+
 @pytest.mark.parametrize("options", [{}, {"training": True}, {"resize": "squash"}])
 def test_a_progressive_jpeg_counts_its_pixels_four_times(encode, options):
     content = encode(smooth_image(20, 30), "JPEG", progressive=True)

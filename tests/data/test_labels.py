@@ -92,8 +92,8 @@ def test_usual_labels_are_numbers(label):
 
 
 def test_numbers_in_text_are_the_numbers_of_classes_unless_they_are_names():
-    labels = Labels("cls", ["a", "2", "b"])
-    for label, number in (("2", 1), (2, 2), ("0", 0), ("1.0", 1), (1.0, 1), ("b", 2)):
+    labels = Labels("cls", ["a", "1", "b"])
+    for label, number in (("1", 1), (2, 2), ("0", 0), ("1.0", 1), (1.0, 1), ("b", 2)):
         assert labels.of({"cls": label}) == (number, None)
     assert labels.of({"cls": "3"})[1] == "unknown label"
 

@@ -412,6 +412,17 @@ def test_captions_without_words_are_refused(captions):
         FrequencyTextMasking().fit(captions)
 
 
+class FirstWord(TextMasking):
+    def keep_words(self, caption):
+        return [0]
+
+
+def test_a_masking_may_choose_words_without_scores(shard):
+    make(shard, text_masking=FirstWord())
+    with pytest.raises(NotImplementedError, match="needs `score"):
+        make(shard, text_masking=TextMasking())
+
+
 def padded_before(captions):
     return [[0] * (9 - len(text[:6])) + [1] * len(text[:6]) + [2] for text in captions]
 

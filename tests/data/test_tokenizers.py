@@ -241,6 +241,12 @@ def test_paths_may_be_in_the_home_folder(trained, tmp_path, monkeypatch):
     assert CLIPTokenizer.from_file("~/tokenizer.json").vocabulary_size <= 540
 
 
+def test_a_tokenizer_is_saved_at_a_url(trained, memory):
+    trained.save("memory://run/tokenizer.json")
+    loaded = CLIPTokenizer.from_file("memory://run/tokenizer.json")
+    np.testing.assert_array_equal(loaded(CAPTIONS), trained(CAPTIONS))
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -62,7 +62,16 @@ def images_in(path):
         return {os.path.basename(path): None}
     system, folder = files.file_system(path)
     within = len(folder.rstrip("/")) + 1
-    found = system.find(folder, detail=True)
+    if files.is_address(path):
+        found = system.find(folder, detail=True)
+    else:
+        # Follows links to folders. A linked caption changes with its target.
+        walked = os.walk(folder, followlinks=True)
+        names = [os.path.join(top, name) for top, _, some in walked for name in some]
+        found = {
+            name: system.info(os.path.realpath(name)) if name.endswith(".txt") else None
+            for name in names
+        }
     return {
         name[within:]: found.get(_text_of(name))
         for name in sorted(found)

@@ -62,6 +62,18 @@ def test_the_text_beside_an_image_is_its_caption(images, memory, tmp_path, at):
         memory.pipe("/texts/cats/1.txt", b"another")
 
 
+def test_links_to_folders_and_captions_are_followed(images, tmp_path):
+    (images / "dogs").rename(tmp_path / "dogs")
+    (images / "dogs").symlink_to(tmp_path / "dogs")
+    (images / "dogs/1.txt").symlink_to(tmp_path / "text")
+    options = {"index_dir": tmp_path / "index"}
+    for second, text in enumerate(("a dog", "a fox")):
+        (tmp_path / "text").write_text(text)
+        os.utime(tmp_path / "text", (second, second))
+        (pair,) = open_index(images, PairReader(), **options).read([0])
+        assert (pair.key, pair.captions) == ("dogs/1.png", (text,))
+
+
 def test_a_single_image_is_a_shard(images, read_all):
     (shard,) = find_shards(images / "dogs/1.png")
     (sample,) = read_all(shard)[0]
