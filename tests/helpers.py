@@ -292,11 +292,9 @@ def tiny_metaclip():
 
 
 def vit_encoder(height=16, width=16, **kwargs):
-    sizes = dict(VIT)
+    sizes = {**VIT, **kwargs}
     sizes["mlp_dim"] = sizes.pop("intermediate_dim")
-    return keras_hub.models.ViTBackbone(
-        image_shape=(height, width, 3), **sizes, **kwargs
-    )
+    return keras_hub.models.ViTBackbone(image_shape=(height, width, 3), **sizes)
 
 
 def deit_encoder(height=16, width=16):

@@ -30,10 +30,10 @@ class BlockMasking(PatchMasking):
 
     Args:
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
-        grid: Tuple `(rows, columns)` of patches. `None` infers it from the number of
-            patches and the size of the images, assuming square patches. If the layer is
-            called without images, the grid is square. Channels-first images need it,
-            unless that is Keras's `image_data_format()`.
+        grid: Integer or tuple `(rows, columns)` of patches. `None` infers it from the
+            number of patches and the size of the images, assuming square patches. If
+            the layer is called without images, the grid is square. Channels-first
+            images need it, unless that is Keras's `image_data_format()`.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
             are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
             sets it; a layer of your own model needs it.
@@ -53,7 +53,7 @@ class BlockMasking(PatchMasking):
     def __init__(
         self,
         mask_ratio: float = 0.5,
-        grid: tuple[int, int] | None = None,
+        grid: int | tuple[int, int] | None = None,
         num_prefix_tokens: int | None = None,
         seed: int | None = None,
         **kwargs: Any,

@@ -38,10 +38,10 @@ class CenteredMasking(PatchMasking):
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         variance: Float > 0. The variance of the distribution on each axis. A smaller
             variance also means a higher density in the center, and so less randomness.
-        grid: Tuple `(rows, columns)` of patches. `None` infers it from the number of
-            patches and the size of the images, assuming square patches. If the layer is
-            called without images, the grid is square. Channels-first images need it,
-            unless that is Keras's `image_data_format()`.
+        grid: Integer or tuple `(rows, columns)` of patches. `None` infers it from the
+            number of patches and the size of the images, assuming square patches. If
+            the layer is called without images, the grid is square. Channels-first
+            images need it, unless that is Keras's `image_data_format()`.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
             are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
             sets it; a layer of your own model needs it.
@@ -64,7 +64,7 @@ class CenteredMasking(PatchMasking):
         self,
         mask_ratio: float = 0.5,
         variance: float = 0.2,
-        grid: tuple[int, int] | None = None,
+        grid: int | tuple[int, int] | None = None,
         num_prefix_tokens: int | None = None,
         seed: int | None = None,
         **kwargs: Any,

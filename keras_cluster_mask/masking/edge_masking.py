@@ -91,6 +91,8 @@ class EdgeMasking(SimilarityMasking):
     Reference:
         - [Seeing What Matters: Empowering CLIP with Patch Generation-to-Selection](
           https://arxiv.org/abs/2503.17080)
+          The paper draws a few candidates at random and protects those with strong
+          edges, without the number of either. Here all patches are candidates.
         - [Official code](https://github.com/clip-pgs/CLIP-PGS). Its Sinkhorn iteration
           divides by both sums at once and also uses negative similarities, and its edge
           map is padded with 0.
@@ -110,15 +112,8 @@ class EdgeMasking(SimilarityMasking):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(
-            patch_size,
-            mask_ratio,
-            embedding_weight,
-            num_prefix_tokens,
-            data_format,
-            seed,
-            **kwargs,
-        )
+        base = patch_size, mask_ratio, embedding_weight, num_prefix_tokens, data_format
+        super().__init__(*base, seed, **kwargs)
         check_range("seed_ratio", seed_ratio, 0, 1)
         check_range("threshold", threshold, -1, 1)
         check_choice("edges", edges, ("protect", "released", None))

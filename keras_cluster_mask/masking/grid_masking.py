@@ -28,10 +28,11 @@ class GridMasking(PatchMasking):
     Args:
         window: Integer. The side of a window in patches. It sets the fraction of the
             patches to leave out, `1 - 1 / window**2`, so there is no `mask_ratio`.
-        grid: Tuple `(rows, columns)` of patches, multiples of `window`. `None` infers
-            it from the number of patches and the size of the images, assuming square
-            patches. If the layer is called without images, the grid is square.
-            Channels-first images need it, unless that is Keras's `image_data_format()`.
+        grid: Integer or tuple `(rows, columns)` of patches, multiples of `window`.
+            `None` infers it from the number of patches and the size of the images,
+            assuming square patches. If the layer is called without images, the grid is
+            square. Channels-first images need it, unless that is Keras's
+            `image_data_format()`.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
             are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
             sets it; a layer of your own model needs it.
@@ -52,7 +53,7 @@ class GridMasking(PatchMasking):
     def __init__(
         self,
         window: int = 2,
-        grid: tuple[int, int] | None = None,
+        grid: int | tuple[int, int] | None = None,
         num_prefix_tokens: int | None = None,
         seed: int | None = None,
         **kwargs: Any,

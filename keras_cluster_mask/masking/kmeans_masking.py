@@ -95,15 +95,8 @@ class KMeansMasking(SimilarityMasking):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(
-            patch_size,
-            mask_ratio,
-            embedding_weight,
-            num_prefix_tokens,
-            data_format,
-            seed,
-            **kwargs,
-        )
+        base = patch_size, mask_ratio, embedding_weight, num_prefix_tokens, data_format
+        super().__init__(*base, seed, **kwargs)
         self.num_clusters = check_integer("num_clusters", num_clusters)
         self.iterations = check_integer("iterations", iterations)
 

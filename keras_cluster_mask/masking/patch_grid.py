@@ -80,33 +80,24 @@ def _sides(shape, data_format):
     return height_and_width(shape, data_format)
 
 
-def as_pair(name: str, sides: Any, others: str = "") -> tuple[int, int]:
-    """Returns a tuple of two positive integers, or raises an error.
+def sides_of(name: str, size: Any, other: str = "a positive integer") -> tuple:
+    """Returns two positive integers, or raises an error.
 
     Args:
         name: The name of the argument.
-        sides: Its value.
-        others: For the error message, the other values that it may have.
+        size: Its value: two integers, or one for both.
+        other: For the error message, what it may be other than a tuple.
     """
-    if (
-        not isinstance(sides, (tuple, list))
-        or len(sides) != 2
-        or not all(is_integer(side) and side > 0 for side in sides)
-    ):
+    sides = [size, size] if is_integer(size) else size
+    is_pair = isinstance(sides, tuple | list) and len(sides) == 2
+    if not is_pair or not all(is_integer(side) and side > 0 for side in sides):
         raise ValueError(
-            f"`{name}` must be {others}a tuple of two positive integers. "
-            f"Received: {name}={sides}"
+            f"`{name}` must be {other} or a tuple of two positive integers. "
+            f"Received: {name}={size}"
         )
     return int(sides[0]), int(sides[1])
 
 
-def sides_of(name: str, size: Any) -> tuple[int, int]:
-    """Returns `(height, width)`, from one integer or two."""
-    if is_integer(size) and size > 0:
-        return int(size), int(size)
-    return as_pair(name, size, "a positive integer or ")
-
-
 def standardize_grid(grid) -> tuple[int, int] | None:
     """Returns `(rows, columns)` of patches as a tuple, or `None`."""
-    return None if grid is None else as_pair("grid", grid, "None or ")
+    return None if grid is None else sides_of("grid", grid, "None, a positive integer")

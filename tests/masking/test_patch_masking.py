@@ -190,6 +190,7 @@ def test_a_grid_is_inferred_from_the_size_of_the_images(strategy, grid):
     found, _ = numpy(*inferred.select(images, tokens, noise))
     np.testing.assert_array_equal(found, expected)
     if grid == (4, 4):
+        assert strategy(grid=4).grid == grid
         # Without images it is square.
         found, _ = numpy(*inferred.select(None, tokens, noise))
         np.testing.assert_array_equal(found, expected)
@@ -206,7 +207,7 @@ def test_a_grid_is_inferred_from_the_size_of_the_images(strategy, grid):
         ),
         *(
             (x, 16, None, "`grid` .*Received: grid=")
-            for x in (4, (4,), (4, 0), (4.0, 4), (1, 2, 3), "grid")
+            for x in (0, (4,), (4, 0), (4.0, 4), (1, 2, 3), "grid")
         ),
         ((4, 4), 20, None, r"`tokens` .*Received: tokens\.shape\[1\]=21"),
     ],
