@@ -15,24 +15,25 @@ if keras.backend.backend() == "torch":
 
 def num_replicas() -> int:
     """Returns the number of replicas that train together on the rows of a batch."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        context = tensorflow_replica()
-        return 1 if context is None else context.num_replicas_in_sync
-    if backend == "torch" and distributed.is_available():
-        return distributed.get_world_size() if distributed.is_initialized() else 1
-    return 1
+    return _index_and_count()[1]
 
 
 def replica_index():
     """Returns the index of this replica."""
+    return _index_and_count()[0]
+
+
+def _index_and_count():
     backend = keras.backend.backend()
-    if backend == "tensorflow":
-        context = tensorflow_replica()
-        return 0 if context is None else context.replica_id_in_sync_group
-    if backend == "torch" and distributed.is_available():
-        return distributed.get_rank() if distributed.is_initialized() else 0
-    return 0
+    if backend == "tensorflow" and (context := tensorflow_replica()) is not None:
+        return context.replica_id_in_sync_group, context.num_replicas_in_sync
+    if (
+        backend == "torch"
+        and distributed.is_available()
+        and distributed.is_initialized()
+    ):
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 def batch_is_split(training):

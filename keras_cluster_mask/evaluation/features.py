@@ -15,7 +15,7 @@ from keras_cluster_mask.batches import num_images, read_batches
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.distribution.processes import progress_bar
-from keras_cluster_mask.evaluation.checks import check_read_once
+from keras_cluster_mask.evaluation.checks import check_whole
 from keras_cluster_mask.evaluation.embedding import Embedder, texts_of
 from keras_cluster_mask.training.features import (
     ARRAYS,
@@ -61,7 +61,7 @@ def compute_features(
             other than arrays and an `image_text_dataset` is known by its first batch,
             and an iterator not at all.
     """
-    check_read_once("data", data)
+    check_whole("data", data)
     check_integer("num_crops", num_crops, at_least=0)
     embedder = Embedder(model, features=True)
     model = embedder.model

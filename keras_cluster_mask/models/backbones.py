@@ -63,6 +63,8 @@ class BackboneModel(ContrastiveModel):
         kwargs = {**self.defaults, **kwargs}
         if head is None:
             options = {name: kwargs[name] for name in HEAD_OPTIONS if name in kwargs}
+            # Raises an error before the backbone is changed.
+            ContrastiveHead(**options)
             parts = self.head_parts(backbone, **options)
             head = ContrastiveHead(**options, **parts, name="head")
             kwargs["max_logit_scale"] = head.max_logit_scale

@@ -104,7 +104,8 @@ class ContrastiveModel(ContrastiveTrainer):
             attribute of this name to `None`.
         head: A `ContrastiveHead` to share, such as another model's, with the options
             above. By default, a new head is made from them. Sharing is not saved: a
-            loaded model has its own head.
+            loaded model has its own head. A model of a backbone shares only with
+            another of the same backbone.
         dtype: The dtype policy of the projections. Encoders have their own.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 

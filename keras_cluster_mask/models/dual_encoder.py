@@ -24,7 +24,7 @@ from keras_cluster_mask.models.pixels import pixel_range
 from keras_cluster_mask.models.tower import Exported, ImageTower, TextTower
 from keras_cluster_mask.training.gradient_checkpointing import find_blocks
 from keras_cluster_mask.training.input_rules import InputRules
-from keras_cluster_mask.training.layers import MadeOfParts, all_layers
+from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.types import Tensor
 
 
@@ -66,12 +66,11 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         # precision.
         super().__init__(dtype="float32", **kwargs)
         self.autocast = False
+        image_encoder, text_encoder = map(as_functional, (image_encoder, text_encoder))
         number_positions(image_encoder)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.gradient_checkpointing = gradient_checkpointing
-        self.pixel_mean = None if pixel_mean is None else [*map(float, pixel_mean)]
-        self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
         self.head = head
         images, texts = head.image_projection, head.text_projection
         statistics = pixel_mean, pixel_std
@@ -80,6 +79,8 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
             image=ImageTower(image_encoder, images, *statistics, name="image_tower"),
             text=TextTower(text_encoder, texts, name="text_tower"),
         )
+        self.pixel_mean = None if pixel_mean is None else [*map(float, pixel_mean)]
+        self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
         self.text_family = self.towers.text.family
         self.text_input_names = self.towers.text.input_names
         head.build_projections(_width(image_encoder), _width(text_encoder))

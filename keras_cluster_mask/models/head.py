@@ -149,9 +149,8 @@ class ContrastiveHead(keras.layers.Layer):
         for name in ("image", "text"):
             projection = getattr(self, f"{name}_projection")
             for layer in getattr(projection, "layers", ()):
-                if isinstance(layer, Standardization) and not ops.convert_to_numpy(
-                    layer.is_set
-                ):
+                is_scaling = isinstance(layer, Standardization) and layer.built
+                if is_scaling and not ops.convert_to_numpy(layer.is_set):
                     layer.set(*(statistics(name) if statistics else (0.0, 1.0)))
 
     def call(self, image_features: Tensor, text_features: Tensor) -> tuple:

@@ -19,7 +19,7 @@ from keras_cluster_mask.models.encoders import (
     split_at,
 )
 from keras_cluster_mask.models.rotary_positions import rotary_tables
-from keras_cluster_mask.training.layers import MadeOfParts, all_layers
+from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.types import Tensor
 
 
@@ -49,8 +49,9 @@ def with_masking(
             `CLIPVisionEncoder`, `MetaCLIP2VisionEncoder`, `SigLIPVisionEncoder` (also
             SigLIP 2), `ViTBackbone`, `DeiTBackbone`, `DINOV2Backbone`,
             `DINOV3Backbone` or `BLIP2VisionEncoder`, or a model of your own.
-        masking: A `PatchMasking` layer. It is not modified, so it can be used in
-            several encoders, which may have different prefix tokens.
+        masking: A `PatchMasking` layer. It can be used in several encoders, which may
+            have different prefix tokens. Without a `patch_size`, it keeps that of the
+            first one.
         layer: String. The name of the layer that outputs the embedded tokens,
             `(batch, tokens, dim)`, after the position embedding. Not needed for the
             encoders above.
@@ -120,11 +121,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
                 f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
             )
         found = find_embedding_layer(encoder, layer)
-        if isinstance(encoder, keras.Sequential):
-            # It has no `input` and `output`.
-            (images,), (output,) = encoder.inputs, encoder.outputs
-            encoder = keras.Model(images, output, name=encoder.name)
-        self.encoder = encoder
+        self.encoder = encoder = as_functional(encoder)
         self.masking = masking
         self.embedding_layer = found
         # `None` is saved as it is, because keras_hub names layers by the encoder's name

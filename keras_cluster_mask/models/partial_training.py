@@ -158,7 +158,8 @@ def _find_lora_layers(encoder, name, layer_names):
     ]
     names = [layer_names] if isinstance(layer_names, str) else [*layer_names]
     found = [layer for layer in layers if layer.name in names]
-    if not found:
+    is_default = layer_names is LORA_LAYERS
+    if not found or not (is_default or {*names} == {layer.name for layer in found}):
         raise ValueError(
             f"`layer_names` must name layers of the {name} encoder that can have LoRA, "
             f"which are {sorted({layer.name for layer in layers})}. "

@@ -127,6 +127,11 @@ class PooledEncoder(MadeOfParts, keras.Model):
             embedding = find_embedding_layer(backbone)
             stem = keras.Model(inputs, embedding.output)
             prefix = count_prefix_tokens(backbone, stem)
+            if prefix == 0 and pooling != "mean":
+                raise ValueError(
+                    "`pooling` must be 'mean' for an image encoder without a class "
+                    f"token. Received: pooling={pooling!r}, a {type(backbone).__name__}"
+                )
             table = getattr(embedding, "interpolated_position_embeddings", None)
         # Not the global policy, which the functional model would not save.
         pooling_layer = TokenPooling(pooling, prefix, dtype="float32", name="pooling")

@@ -116,6 +116,7 @@ class ContrastiveTrainer(DualEncoder):
             # TensorFlow cannot create the optimizer's variables in a step that XLA
             # compiles.
             self.optimizer.build(self.trainable_variables)
+        optimizers.check_built(self.optimizer, self.trainable_variables)
         for masking in self.maskings:
             masking.check_ready()
         self._forget_outdated("train_function")
@@ -248,6 +249,7 @@ class ContrastiveTrainer(DualEncoder):
         self.optimizer_options = {
             "decay_vectors": bool(decay_vectors),
             "log_gradient_norm": bool(log_gradient_norm),
+            "auto_scale_loss": kwargs.get("auto_scale_loss", True),
         }
         self.gradient_norm = GradientNorm(optimizer) if log_gradient_norm else None
         optimizers.configure(optimizer, self, decay_vectors)

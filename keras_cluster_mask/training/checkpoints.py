@@ -88,6 +88,11 @@ def read_resumable(path: str | os.PathLike):
     path = os.path.expanduser(os.fspath(path)).rstrip("/")
     _storage().file_system(path, "resume_from")
     paths = [path] if path.endswith(SUFFIX) else CheckpointFiles(path).paths()
+    if not paths and path.endswith((".keras", ".h5")):
+        raise ValueError(
+            "`resume_from` must be the folder of a `kcm.callbacks.Checkpoint`, or one "
+            f"of its .npz files. Received: resume_from={path}"
+        )
     found = _read(paths[-1]) if paths else None
     epochs = all_gather_object(-1 if found is None else found[2]["epoch"])
     if len({*epochs}) > 1:

@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.training.arrays import ArrayBatches
+from keras_cluster_mask.training.layers import settings_of
 
 PROGRESS = "features.json"
 # Rows that are read at a time.
@@ -186,10 +187,9 @@ def describe_towers(model: keras.Model) -> dict[str, Any]:
     """
 
     def checksum(encoder):
-        # A masking has weights, but does not change features. A pooling has none.
+        # A masking has weights, but does not change features.
         encoder = getattr(encoder, "unmasked", encoder)
-        pooling = getattr(encoder, "pooling", None)
-        value = zlib.crc32(pooling.encode()) if isinstance(pooling, str) else 0
+        value = zlib.crc32(json.dumps(settings_of(encoder)).encode())
         for weight in map(ops.convert_to_numpy, encoder.weights):
             value = zlib.crc32(np.ascontiguousarray(weight), value)
         return value

@@ -20,6 +20,20 @@ def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     return list(layer._flatten_layers())
 
 
+def settings_of(layer: keras.layers.Layer) -> list:
+    """Lists what nested layers compute that weights do not show, as JSON values."""
+    names = "num_heads", "intermediate_activation", "pooling"
+    found = [getattr(x, name, None) for x in all_layers(layer) for name in names]
+    return [getattr(x, "__name__", x) for x in found if x is not None]
+
+
+def as_functional(encoder: keras.Model) -> keras.Model:
+    """Returns a built `Sequential` as a functional model, which has an `input`."""
+    if isinstance(encoder, keras.Sequential) and getattr(encoder, "inputs", None):
+        return keras.Model(encoder.inputs[0], encoder.outputs[0], name=encoder.name)
+    return encoder
+
+
 def state_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """Returns variables that layers update: averages, counters, thresholds.
 
@@ -161,16 +175,10 @@ class MadeOfParts:
     ) -> Self:
         config = dict(config)
         frozen = config.pop("frozen")
-        made = cls(
-            **{
-                key: keras.saving.deserialize_keras_object(
-                    value, custom_objects=custom_objects
-                )
-                if isinstance(value, dict)
-                else value
-                for key, value in config.items()
-            }
-        )
+        # Parts that already exist are given as they are.
+        described = {key: x for key, x in config.items() if isinstance(x, dict)}
+        parts = keras.saving.deserialize_keras_object(described, custom_objects)
+        made = cls(**{**config, **parts})
         if frozen is not None:
             freeze_parts(made, frozen)
         return made

@@ -6,7 +6,8 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.distribution.processes import to_numpy
-from keras_cluster_mask.training.optimizers import optimizer_parts
+from keras_cluster_mask.training.layers import settings_of
+from keras_cluster_mask.training.optimizers import inner_optimizer, optimizer_parts
 
 # Entries of a layer's configuration that do not affect what it computes.
 INCIDENTAL = ("name", "trainable", "dtype", "seed", "build_config")
@@ -65,15 +66,16 @@ def find_non_finite(model, state) -> str | None:
 
 def describe(model) -> dict:
     """Returns the settings that a checkpoint must match, as a flat JSON dictionary."""
-    fields = {
-        f"{key.replace('/', '.')} ({v.path})": [[*v.shape], str(v.dtype)]
-        for key, v in _variables(model).items()
-    }
-    fields["optimizer"] = type(model.optimizer).__name__
+    variables = _variables(model)
     trained = {id(v) for v in model.trainable_variables}
-    fields["frozen weights"] = [
-        i for i, v in enumerate(model.variables) if id(v) not in trained
-    ]
+    parts = inner_optimizer(model.optimizer), *optimizer_parts(model.optimizer)
+    fields = {
+        "optimizer": [type(part).__name__ for part in parts],
+        "layers": settings_of(model),
+        "frozen weights": [
+            i for i, v in enumerate(model.variables) if id(v) not in trained
+        ],
+    }
     for key, value in model.get_config().items():
         if key not in FREE_OPTIONS and not isinstance(value, dict):
             fields[key] = value
@@ -83,6 +85,10 @@ def describe(model) -> dict:
         for key, value in masking.settings().items():
             if key not in INCIDENTAL:
                 fields[f"{prefix}.{key}"] = value
+    # Last, as there may be hundreds of differences.
+    for key, v in variables.items():
+        path = f"{key.replace('/', '.')} ({v.path})"
+        fields[path] = [[*v.shape], str(v.dtype)]
     return fields
 
 

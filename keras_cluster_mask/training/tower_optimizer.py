@@ -48,6 +48,7 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
         global_clipnorm: float | None = None,
         **kwargs: Any,
     ):
+        default, image, text = map(keras.optimizers.get, (default, image, text))
         towers = _Towers(default, {"image": image, "text": text})
         super().__init__(towers, **kwargs)
         self.towers = towers
@@ -76,14 +77,7 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
-        return cls(
-            **{
-                name: keras.saving.deserialize_keras_object(value, custom_objects)
-                if isinstance(value, dict)
-                else value
-                for name, value in config.items()
-            }
-        )
+        return cls(**keras.saving.deserialize_keras_object(config, custom_objects))
 
 
 class _Towers(keras.optimizers.OptimizerMap):

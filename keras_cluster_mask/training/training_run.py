@@ -104,7 +104,8 @@ class TrainingRun(keras.callbacks.Callback):
             raise ValueError(
                 "`resume_from` must be a checkpoint of the same model and data. Use "
                 "another folder, or make model and data as they were. Received: "
-                f"resume_from={path}, with " + "; ".join(differing)
+                f"resume_from={path}, {len(differing)} differences, with "
+                + "; ".join(differing[:10])
             )
         write_state(model, arrays)
         self.first_rates = restore_learning_rates(model, arrays, facts["first_rates"])
@@ -187,8 +188,9 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
         self._lock = threading.Lock()
         # Once, as in `Throughput`.
         hides_tokens = any(masking.hides_tokens for masking in self.model.maskings)
-        self._left_out = {"temperature", "val_temperature"}
-        self._left_out |= set() if hides_tokens else {"mask_ratio"}
+        self._left_out = (
+            ("temperature",) if hides_tokens else ("temperature", "mask_ratio")
+        )
 
     def on_train_batch_end(self, batch, logs=None):
         with self._lock:
@@ -200,10 +202,10 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
         super().on_epoch_end(epoch, self._shown(logs))
 
     def _shown(self, logs):
-        shown = {k: v for k, v in (logs or {}).items() if k not in self._left_out}
+        logs = logs or {}
+        shown = {k: v for k, v in logs.items() if not k.endswith(self._left_out)}
         for prefix in ("", "val_"):
-            names = [f"{prefix}{name}_accuracy" for name in DIRECTIONS]
-            both = [shown.pop(name) for name in names if name in shown]
-            if both:
-                shown[f"{prefix}acc"] = sum(both) / len(both)
+            both = [shown.pop(f"{prefix}{x}_accuracy", None) for x in DIRECTIONS]
+            if None not in both:
+                shown[f"{prefix}acc"] = sum(both) / 2
         return shown

@@ -9,7 +9,15 @@ import pytest
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import compute_features
 from keras_cluster_mask.training.features import FeatureBatches
-from tests.helpers import FAST, assert_same_values, dino_encoder, values
+from tests.helpers import (
+    FAST,
+    assert_same_values,
+    dino_encoder,
+    small_model,
+    stream,
+    values,
+    vit_encoder,
+)
 from tests.models.test_pooled_encoder import bert, make_model
 
 
@@ -123,6 +131,22 @@ def test_an_uncompiled_model_is_refused_and_keeps_its_scaling(tmp_path):
     with pytest.raises(ValueError, match=r"compile\(\)"):
         model.fit(features, batch_size=5, verbose=0)
     assert not values([model.head.image_projection.layers[0].is_set])[0]
+
+
+@pytest.mark.any_backend
+def test_features_are_those_of_the_whole_data_and_of_one_architecture(
+    tmp_path, write_pairs
+):
+    part = stream(write_pairs("a.tar", 0, 8), training=False, process=(0, 2))
+    with pytest.raises(ValueError, match=r"`data` must hold all.*process=\(0, 1\)"):
+        compute_features(small_model(), part, None, tmp_path)
+    model = make_model(vit_encoder)
+    other = make_model(lambda: vit_encoder(num_heads=4))
+    computed(model, tmp_path)
+    weights = zip(model.get_weights(), other.get_weights())
+    other.set_weights([x.reshape(y.shape) for x, y in weights])
+    with pytest.raises(ValueError, match="`features` must be those of the same"):
+        computed(other, tmp_path)
 
 
 @pytest.mark.any_backend

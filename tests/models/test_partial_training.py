@@ -280,6 +280,7 @@ def lora_model():
         (small_model, "enable_lora", {}, "`layer_names` must name layers of the image"),
         (make_model, "enable_lora", {"layer_names": ["q"]}, "`layer_names`.*'query'"),
         (make_model, "enable_lora", {"layer_names": "queryx"}, "`layer_names`"),
+        (make_model, "enable_lora", {"layer_names": ["query", "no such"]}, "`layer_n"),
     ],
 )
 def test_what_cannot_be_done_is_refused(make, change, options, match):

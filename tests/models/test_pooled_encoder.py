@@ -34,6 +34,10 @@ def roberta():
     return keras_hub.models.RobertaBackbone(**TEXT)
 
 
+def vit_without_class():
+    return vit_encoder(use_class_token=False)
+
+
 def embedder(pooling="mean"):
     return keras_hub.models.BertTextEmbedder(bert(), pooling_mode=pooling)
 
@@ -259,6 +263,7 @@ def test_a_preset_without_pixels_has_those_of_the_family(tmp_path, monkeypatch):
         ({"texts": vit_encoder}, "`text_backbone` must be a keras_hub Bert"),
         ({"pooling": ("sum", None)}, "`pooling` must be one of"),
         ({"pooling": "mean"}, "`pooling` must be two values"),
+        ({"images": vit_without_class}, "`pooling` must be 'mean'"),
         ({"head": "deep"}, "`projection` must be one of"),
         ({"head": "mlp", "projection_dim": None}, "`projection_dim` must be given"),
     ],

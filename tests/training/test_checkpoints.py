@@ -28,6 +28,12 @@ def test_a_storage_that_is_not_known_is_named():
         read_resumable("nowhere://run")
 
 
+@pytest.mark.parametrize("name", ["best.keras", "best.weights.h5"])
+def test_a_saved_model_is_no_checkpoint(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"`resume_from`.*Received: .*{name}"):
+        read_resumable(tmp_path / name)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK cut off", b"{}"])
 def test_a_damaged_file_is_named_with_the_remedy(tmp_path, content):
     (tmp_path / "epoch-00002.npz").write_bytes(content)

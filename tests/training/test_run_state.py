@@ -188,6 +188,23 @@ def other_masking():
 
 
 @pytest.mark.any_backend
+def test_optimizers_of_towers_and_activations_of_blocks_must_be_the_same(tmp_path):
+    def fit(image, activation):
+        backbone = kcm.models.clip_backbone("tiny", 16, 100, 7, activation=activation)
+        model = kcm.ContrastiveModel.from_backbone(backbone)
+        model.compile(kcm.TowerOptimizer("adam", image=image), **FAST)
+        checkpoint = kcm.callbacks.Checkpoint(tmp_path)
+        data = {"batch_size": 4, "verbose": 0, "callbacks": [checkpoint]}
+        model.fit(random_pairs(8), resume_from=tmp_path, **data)
+
+    fit("adam", "gelu")
+    with pytest.raises(ValueError, match=r"with optimizer: .*'RMSprop'"):
+        fit("rmsprop", "gelu")
+    with pytest.raises(ValueError, match=r"with layers: .*'quick_gelu'"):
+        fit("adam", "quick_gelu")
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "field"),
     [
@@ -195,7 +212,7 @@ def other_masking():
             lambda: make_model(kcm.RandomMasking(0.5, num_prefix_tokens=0)),
             "maskings[0].class: 'ClusterMasking' in the checkpoint",
         ),
-        (lambda: make_model(optimizer="sgd"), "optimizer: 'AdamW' in the checkpoint"),
+        (lambda: make_model(optimizer="sgd"), "optimizer: ['AdamW', 'AdamW'] in"),
         (
             lambda: make_model(other_masking()),
             "anchor_ratio: 0.03 in the checkpoint, 0.2 in",
