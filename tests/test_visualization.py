@@ -43,6 +43,15 @@ def test_one_cluster_masking_is_shown_beside_random_masking_of_the_same_budget()
         np.testing.assert_array_equal(shown_patches(row[0], row[1]), at_random)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+def test_levels_of_any_type_are_shown_as_those_of_uint8(dtype):
+    shown = [
+        drawn(visualization.plot_masks(x, clusters(), noise=NOISE).axes[0])
+        for x in (IMAGES, IMAGES.astype(dtype))
+    ]
+    np.testing.assert_allclose(*shown, atol=1e-6)
+
+
 def test_a_seed_draws_the_noise():
     masking = kcm.RandomMasking(0.5, num_prefix_tokens=1)
     figure = visualization.plot_masks(IMAGES, masking, patch_size=8, seed=3)

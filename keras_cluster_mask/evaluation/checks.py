@@ -122,9 +122,9 @@ def read_labeled(name, data, class_names=()):
     return check()
 
 
-def check_matrix(name, values):
-    """Returns values as a float32 matrix, after a check that all are finite."""
-    values = np.asarray(values, dtype="float32")
+def check_matrix(name, values, dtype="float32"):
+    """Returns values as a matrix of floats, after a check that all are finite."""
+    values = np.asarray(values, dtype)
     if values.ndim != 2 or not values.size:
         raise ValueError(
             f"`{name}` must have shape (items, d). "

@@ -55,7 +55,7 @@ def classification_accuracy(
         ValueError: For scores that are not finite, and for labels out of range.
     """
     ks = check_ks(ks)
-    scores = check_matrix("scores", scores)
+    scores = check_matrix("scores", scores, "float64")
     num_classes = scores.shape[1]
     labels = check_labels("labels", labels, len(scores), num_classes)
     right = np.take_along_axis(scores, labels[:, None], axis=1)

@@ -32,11 +32,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.evaluation.embedding import (
-    Embedder,
-    clip_tokenizer,
-    resize_image,
-)
+from keras_cluster_mask.evaluation import embedding
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.loading import image_size_of
@@ -64,8 +60,9 @@ def adapt(
             or the path of a folder with a keras_hub preset.
         tokenizer: See `kcm.evaluation.embed`. Defaults to CLIP's tokenizer for a CLIP
             with CLIP's 49,408 ids, and is required for any other model.
-        resize: `"crop"` or `"squash"`. Defaults to `None`, as in open_clip: `"squash"`
-            for SigLIP, and `"crop"` for all others.
+        resize: `"crop"` or `"squash"`. Defaults to `None`: `"squash"` for SigLIP, and
+            `"crop"` for all others. Pass `"squash"` for a CLIP that was trained so, of
+            which `load_open_clip` warns.
 
     Returns:
         Tuple of an `Adapter`; a function from a `PIL.Image.Image` to a `(3, H, W)`
@@ -90,7 +87,7 @@ def adapt(
     is_clip = layer == TEXT_FAMILIES["CLIP"].layer
     rules = model.input_rules
     if tokenizer is None and is_clip and rules.vocabulary_size == CLIP_SIZE:
-        tokenizer = clip_tokenizer(rules.context_length)
+        tokenizer = embedding.clip_tokenizer(rules.context_length)
     tokenize = adapter.embedder.tokenizer(tokenizer)
     if resize is None:
         resize = "squash" if layer == TEXT_FAMILIES["SigLIP"].layer else "crop"
@@ -139,7 +136,7 @@ class Adapter:
     """
 
     def __init__(self, model: Any):
-        self.embedder = Embedder(model)
+        self.embedder = embedding.Embedder(model)
         image_encoder = self.embedder.model.image_encoder
         self.channels_first = is_channels_first(data_format_of(image_encoder))
 
@@ -199,7 +196,7 @@ def _pixels(image, image_size, resize):
 
     # uint8 takes a quarter of the memory. The model normalizes on the device, with its
     # own mean and deviation.
-    pixels = torch.from_numpy(resize_image(image, image_size, resize))
+    pixels = torch.from_numpy(embedding.resize_image(image, image_size, resize))
     return pixels.permute(2, 0, 1).contiguous()
 
 

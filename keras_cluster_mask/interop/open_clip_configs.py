@@ -164,6 +164,8 @@ def write_config(architecture: Architecture, logit_bias: float | None) -> dict:
     if architecture.family == "MetaCLIP2":
         end_id = TEXT_FAMILIES["MetaCLIP2"].end_id
         entries.update({"text_cfg.pool_type": "eos", "text_cfg.eos_id": end_id})
+        # Without it, open_clip would use CLIP's tokenizer.
+        entries["text_cfg.hf_tokenizer_name"] = "facebook/xlm-v-base"
     if logit_bias is not None:
         entries["init_logit_bias"] = logit_bias
     model = {}

@@ -180,7 +180,11 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     kcm.interop.save_open_clip(model, "clip/open_clip_model.safetensors")
     ```
 
-    open_clip then loads the folder: `open_clip.create_model("local-dir:clip")`.
+    open_clip then loads the folder: `open_clip.create_model("local-dir:clip")`. For a
+    MetaCLIP 2, put the files of its tokenizer, `facebook/xlm-v-base`, in the folder.
+    The config does not say how images are resized, which is open_clip's default: to the
+    shorter side. For a model trained on squashed images, set `"resize_mode"` in its
+    `"preprocess_cfg"` to `"squash"`.
 
     Args:
         model: A model that `open_clip_state_dict` takes. A backbone by itself is saved

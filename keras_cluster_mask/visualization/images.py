@@ -208,7 +208,8 @@ def _for_display(images, data_format=None):
     """Converts images to floats in `[0, 1]` with three channels, channels last."""
     if is_channels_first(data_format):
         images = np.moveaxis(images, 1, -1)
-    if images.dtype == np.uint8:
+    # Keras loads images as floats up to 255. Normalized ones are far below 50.
+    if images.dtype == np.uint8 or np.max(images, initial=0) > 50:
         images = images / 255.0
     if images.shape[-1] == 1:
         images = images.repeat(3, axis=-1)

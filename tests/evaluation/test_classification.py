@@ -50,6 +50,11 @@ def test_accuracies_are_those_of_torch_and_scikit_learn(num_classes):
     assert found["mean_per_class"] == pytest.approx(expected, abs=1e-9)
 
 
+def test_scores_are_compared_in_their_own_precision():
+    scores = np.array([[1 - 1e-10, 1 - 1e-12]])
+    assert classification_accuracy(scores, [1], ks=1)["top_1"] == 1.0
+
+
 def test_of_equal_scores_the_first_class_counts_as_the_highest():
     scores = np.array([[1, 1, 0, 0], [0, 2, 1, 1], [5, 5, 5, 5]], "float32")
     found = classification_accuracy(scores, [1, 1, 3], ks=(1, 2, 3, 4))

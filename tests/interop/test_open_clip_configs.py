@@ -310,6 +310,9 @@ def test_metaclip_2_comes_and_goes(tmp_path):
     save_open_clip(model, tmp_path / "clip.safetensors")
     back = load_open_clip(tmp_path / "clip.safetensors")
     assert_same_embeddings(back, reference)
+    # Or open_clip would choose CLIP's tokenizer, which has no such end token.
+    written = json.loads(next(tmp_path.glob("*.json")).read_text())["model_cfg"]
+    assert written["text_cfg"]["hf_tokenizer_name"] == "facebook/xlm-v-base"
     assert back.pixel_mean == PREPROCESSING["mean"]
     assert back.pixel_std == PREPROCESSING["std"]
     beside = tmp_path / "clip.safetensors.open_clip_config.json"
