@@ -270,9 +270,11 @@ class ContrastiveTrainer(DualEncoder):
         and pass their folder as `resume_from`. Training resumes with the epoch after
         the last checkpoint. Pass `steps_per_epoch` for shorter epochs, so that less
         training can be lost. On one machine and in float32, the final weights are
-        bit-identical to those of an uninterrupted run. If you use `CSVLogger`, pass it
-        `append=True`. The returned history holds all epochs, including those before the
-        interruption.
+        bit-identical to those of an uninterrupted run, on data whose order is known:
+        arrays, an `image_text_dataset`, or a `PyDataset` with `shuffle=False`. Keras
+        shuffles a `PyDataset` in an order that is not saved, and the `shuffle` of a
+        `tf.data.Dataset` begins anew. If you use `CSVLogger`, pass it `append=True`.
+        The returned history holds all epochs, including those before the interruption.
 
         Training on arrays uses only full batches. The remaining pairs, after shuffling,
         are dropped from the epoch with a warning.
