@@ -24,7 +24,7 @@ def settings_of(layer: keras.layers.Layer) -> list:
     """Lists what nested layers compute that weights do not show, as JSON values."""
     names = "num_heads", "intermediate_activation", "pooling"
     found = [getattr(x, name, None) for x in all_layers(layer) for name in names]
-    return [getattr(x, "__name__", x) for x in found if x is not None]
+    return [x for x in found if isinstance(x, str | int)]
 
 
 def as_functional(encoder: keras.Model) -> keras.Model:

@@ -6,6 +6,7 @@ from keras_cluster_mask.training.layers import (
     all_layers,
     freeze_parts,
     frozen_parts,
+    settings_of,
     state_variables,
 )
 
@@ -119,3 +120,13 @@ def test_the_temperature_of_a_frozen_backbone_stays_as_it_is(tmp_path, is_traine
     model.save(tmp_path / "m.keras")
     reloaded = keras.saving.load_model(tmp_path / "m.keras")
     assert len(reloaded.trainable_weights) == 3 * is_trained
+
+
+def test_settings_are_numbers_and_names_alone():
+    class Pooled(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.pooling = keras.layers.GlobalAveragePooling1D()
+            self.attention = keras.layers.MultiHeadAttention(3, 2)
+
+    assert settings_of(Pooled()) == [3]

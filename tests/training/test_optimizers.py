@@ -254,6 +254,16 @@ def test_the_norm_is_that_of_gradients_without_the_scale_of_the_loss(scaling):
     assert fit(model)["gradient_norm"] == pytest.approx([np.mean(expected)], rel=1e-5)
 
 
+@pytest.mark.one_case
+def test_a_model_compiled_without_loss_scaling_is_loaded_without(tmp_path):
+    backbone = tiny_clip(dtype="mixed_float16")
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    model.compile("adam", auto_scale_loss=False)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded.optimizer, keras.optimizers.Adam)
+
+
 def test_a_loss_scale_optimizer_has_all_options_and_skipped_steps_do_not_count():
     results = []
     # At first all gradients are infinite, and the scale halves.
