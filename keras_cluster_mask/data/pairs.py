@@ -210,9 +210,7 @@ class Labels:
         if class_names is not None:
             names = [_text(name) for name in class_names]
             self._numbers = {name: number for number, name in enumerate(names)}
-            others = [
-                x for x, n in self._numbers.items() if x.isdecimal() and x != str(n)
-            ]
+            others = [x for n, x in enumerate(names) if x.isdecimal() and x != str(n)]
             if len(self._numbers) < len(names) or "" in self._numbers or others:
                 raise ValueError(
                     "`class_names` must be unique and not empty, and a number must be "

@@ -27,11 +27,8 @@ def _index_and_count():
     backend = keras.backend.backend()
     if backend == "tensorflow" and (context := tensorflow_replica()) is not None:
         return context.replica_id_in_sync_group, context.num_replicas_in_sync
-    if (
-        backend == "torch"
-        and distributed.is_available()
-        and distributed.is_initialized()
-    ):
+    on_torch = backend == "torch" and distributed.is_available()
+    if on_torch and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 

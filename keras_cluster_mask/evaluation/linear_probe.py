@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from keras_cluster_mask.checks import check_choice, check_range
+from keras_cluster_mask.checks import check_choice, check_integer, check_range
 from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.evaluation.checks import (
     check_labels,
@@ -101,7 +101,7 @@ def linear_probe(
         - [Learning Transferable Visual Models From Natural Language Supervision](
           https://arxiv.org/abs/2103.00020)
     """
-    _check_options(regularization, metric, validation_split)
+    _check_options(regularization, metric, validation_split, max_iterations)
     from sklearn.linear_model import LogisticRegression
 
     train = _check_items("train", train_features, train_labels)
@@ -252,7 +252,7 @@ def stratified_split(features, labels, share, seed):
 
 
 def _check_options(
-    regularization=None, metric="top_1", validation_split=0.2, max_iterations=0, seed=0
+    regularization=None, metric="top_1", validation_split=0.2, max_iterations=1, seed=0
 ):
     try:
         import sklearn  # noqa: F401
@@ -264,11 +264,16 @@ def _check_options(
         check_range("regularization", regularization, STRENGTHS[0], STRENGTHS[-1])
     check_choice("metric", metric, ("top_1", "mean_per_class"))
     check_range("validation_split", validation_split, 0, 1, "(]")
+    check_integer("max_iterations", max_iterations)
 
 
 def _check_items(name, features, labels, train=None):
     features = check_matrix(f"{name}_features", features)
     labels = check_labels(f"{name}_labels", labels, len(features))
+    if train is None and len(np.unique(labels)) < 2:
+        raise ValueError(
+            f"`{name}_labels` must hold at least two classes. Received: {labels[:5]}"
+        )
     if train is None:
         return features, labels
     unknown = np.setdiff1d(labels, train[1])

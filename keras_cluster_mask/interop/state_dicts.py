@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -59,7 +60,13 @@ class TensorEntry:
     def read(self, model):
         """Reads the entry from a backbone or its model as a new float32 array."""
         convert, _ = LAYOUTS[self.layout]
-        parts = [convert(ops.convert_to_numpy(v)) for v in self._variables(model)]
+        variables = self._variables(model)
+        if not all(keras.backend.is_float_dtype(v.dtype) for v in variables):
+            raise ValueError(
+                "`model` must have float weights: save it before `quantize`. "
+                f"Received: {self.path} of type {variables[0].dtype}"
+            )
+        parts = [convert(ops.convert_to_numpy(v)) for v in variables]
         array = parts[0] if len(parts) == 1 else np.concatenate(parts)
         # Always a copy: torch returns the memory of the variable itself.
         return np.array(array, "float32", order="C")

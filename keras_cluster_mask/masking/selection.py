@@ -120,6 +120,11 @@ def noise_by_view(masking, noise, images, tokens, num_patches):
         A list with the `(batch, N)` float32 tensor of each view.
     """
     inputs = tokens if images is None else images
+    if noise is inputs is None:
+        raise ValueError(
+            f"`{masking.name}` needs `images`, `tokens` or `noise`, whose rows are the "
+            "images of the batch. Received: none of them"
+        )
     if noise is not None:
         noise = ops.convert_to_tensor(noise, dtype="float32")
         _check_noise(noise, None if inputs is None else inputs.shape[0], num_patches)

@@ -68,6 +68,10 @@ class BackboneModel(ContrastiveModel):
             parts = self.head_parts(backbone, **options)
             head = ContrastiveHead(**options, **parts, name="head")
             kwargs["max_logit_scale"] = head.max_logit_scale
+        elif head.logit_scale is not self.head_parts(backbone)["logit_scale"]:
+            raise ValueError(
+                f"`head` must be that of a model of this backbone. Received: {head}"
+            )
         super().__init__(images, texts, head=head, **kwargs)
         self.backbone = backbone
         self.masking = masking

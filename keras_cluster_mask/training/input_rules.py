@@ -160,11 +160,8 @@ class InputRules:
         # A batch of bright normalized images may look like pixels. Once a batch shows
         # that the images are normalized, those of later batches are not checked.
         # Never set back to False: batches may be checked in several threads.
-        if (
-            "images" in batch
-            and not self.is_normalized
-            and self.check_images(batch["images"])
-        ):
+        is_unknown = "images" in batch and not self.is_normalized
+        if is_unknown and self.check_images(batch["images"]):
             self.is_normalized = True
 
     def check_image_shape(self, images):
@@ -186,11 +183,8 @@ class InputRules:
         """
         ids, longest = as_array(ids), self.context_length
         expected = (None, *(self.text_shape or (None,)))
-        if (
-            ids.dtype.kind not in "iu"
-            or not fits_shape(ids.shape, expected)
-            or (longest is not None and ids.shape[1] > longest)
-        ):
+        fits = ids.dtype.kind in "iu" and fits_shape(ids.shape, expected)
+        if not fits or (longest is not None and ids.shape[1] > longest):
             most = "" if longest is None else f", of at most {longest} columns"
             raise ValueError(
                 f"`token_ids` must be integers of shape {expected}{most}, as "

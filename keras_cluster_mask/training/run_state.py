@@ -68,13 +68,12 @@ def describe(model) -> dict:
     """Returns the settings that a checkpoint must match, as a flat JSON dictionary."""
     variables = _variables(model)
     trained = {id(v) for v in model.trainable_variables}
+    frozen = [i for i, v in enumerate(model.variables) if id(v) not in trained]
     parts = inner_optimizer(model.optimizer), *optimizer_parts(model.optimizer)
     fields = {
         "optimizer": [type(part).__name__ for part in parts],
         "layers": settings_of(model),
-        "frozen weights": [
-            i for i, v in enumerate(model.variables) if id(v) not in trained
-        ],
+        "frozen weights": frozen,
     }
     for key, value in model.get_config().items():
         if key not in FREE_OPTIONS and not isinstance(value, dict):

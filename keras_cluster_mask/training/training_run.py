@@ -188,9 +188,7 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
         self._lock = threading.Lock()
         # Once, as in `Throughput`.
         hides_tokens = any(masking.hides_tokens for masking in self.model.maskings)
-        self._left_out = (
-            ("temperature",) if hides_tokens else ("temperature", "mask_ratio")
-        )
+        self._left_out = "temperature", *([] if hides_tokens else ["mask_ratio"])
 
     def on_train_batch_end(self, batch, logs=None):
         with self._lock:

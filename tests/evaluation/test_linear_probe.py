@@ -260,6 +260,8 @@ def with_nan(features):
         ("regularization", {"regularization": np.inf}),
         ("metric", {"metric": "accuracy"}),
         ("validation_split", {"validation_split": 1.1}),
+        ("max_iterations", {"max_iterations": 0}),
+        ("train_labels", {"train_labels": np.zeros_like(TRAIN)}),
     ],
 )
 def test_bad_input_is_refused_by_name(name, options):

@@ -75,6 +75,14 @@ def test_tensors_of_the_running_backend_are_taken(reference):
 
 
 @pytest.mark.any_backend
+def test_quantized_weights_are_not_written(reference):
+    model = load(reference)
+    model.backbone.quantize("int8")
+    with pytest.raises(ValueError, match=r"`model` must have float.*Received: .*int8"):
+        open_clip_state_dict(model)
+
+
+@pytest.mark.any_backend
 def test_every_entry_that_does_not_fit_is_listed(reference):
     state = dict(reference)
     del state["visual.ln_pre.weight"], state["transformer.resblocks.1.mlp.c_fc.bias"]

@@ -197,6 +197,13 @@ def test_a_grid_is_inferred_from_the_size_of_the_images(strategy, grid):
 
 
 @pytest.mark.any_backend
+def test_a_selection_needs_the_rows_of_a_batch():
+    message = "needs `images`, `tokens` or `noise`.*Received: none"
+    with pytest.raises(ValueError, match=message):
+        kcm.BlockMasking(grid=4).select()
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize("strategy", BY_POSITION)
 @pytest.mark.parametrize(
     ("grid", "num_patches", "images", "message"),

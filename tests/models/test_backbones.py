@@ -500,3 +500,16 @@ def test_arguments_that_a_given_head_defines_must_agree_with_it(make):
                 backbone, head=head, **{**own, name: value}
             )
     assert kcm.ContrastiveModel.from_backbone(backbone, head=head, **own).head is head
+    for foreign in (kcm.ContrastiveModel.from_backbone(make(), **own).head, None):
+        foreign = foreign or kcm.models.ContrastiveHead(head.loss, **own)
+        with pytest.raises(ValueError, match=r"`head` must be .*Received: "):
+            kcm.ContrastiveModel.from_backbone(backbone, head=foreign, **own)
+
+
+@pytest.mark.any_backend
+def test_an_invalid_option_leaves_the_backbone_as_it_was():
+    backbone = tiny_clip()
+    before = to_numpy(backbone.clip_head.logit_scale)
+    with pytest.raises(ValueError, match=r"`initial_temperature`.*Received: "):
+        kcm.ContrastiveModel.from_backbone(backbone, initial_temperature=1e-3)
+    assert to_numpy(backbone.clip_head.logit_scale) == before

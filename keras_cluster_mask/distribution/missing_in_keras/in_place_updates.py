@@ -54,10 +54,8 @@ def update_in_place(optimizer):
             update(gradients, variables, learning_rate)
 
     base = keras.optimizers.Optimizer
-    if (
-        optimizer.global_clipnorm
-        and type(optimizer)._clip_gradients is base._clip_gradients
-    ):
+    is_own = type(optimizer)._clip_gradients is base._clip_gradients
+    if optimizer.global_clipnorm and is_own:
         optimizer._clip_gradients = clip_gradients
     # Subclasses may override the update.
     adams = keras.optimizers.Adam(name="adam"), keras.optimizers.AdamW(name="adamw")
