@@ -271,9 +271,7 @@ def _check_items(name, features, labels, train=None):
     features = check_matrix(f"{name}_features", features)
     labels = check_labels(f"{name}_labels", labels, len(features))
     if train is None and len(np.unique(labels)) < 2:
-        raise ValueError(
-            f"`{name}_labels` must hold at least two classes. Received: {labels[:5]}"
-        )
+        raise ValueError(f"`{name}_labels` need two classes. Received: {labels[:5]}")
     if train is None:
         return features, labels
     unknown = np.setdiff1d(labels, train[1])

@@ -324,8 +324,9 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
         ValueError: For integers other than uint8, whose range is not known.
     """
     images = ops.convert_to_tensor(images)
+    dtype = keras.backend.standardize_dtype(images.dtype)
     # `is_float` raises an error for other integers.
-    if mean is None or is_float(images):
+    if mean is None or (dtype != "uint8" and is_float(images)):
         return images
     data_format = data_format or keras.config.image_data_format()
     axis, shape = (1, (-1, 1, 1)) if data_format == "channels_first" else (-1, -1)
