@@ -273,7 +273,7 @@ class ContrastiveTrainer(DualEncoder):
         bit-identical to those of an uninterrupted run, on data whose order is known:
         arrays, an `image_text_dataset`, or a `PyDataset` with `shuffle=False`. Keras
         shuffles a `PyDataset` in an order that is not saved, and the `shuffle` of a
-        `tf.data.Dataset` begins anew. If you use `CSVLogger`, pass it `append=True`.
+        `tf.data.Dataset` starts over. If you use `CSVLogger`, pass it `append=True`.
         The returned history holds all epochs, including those before the interruption.
 
         Training on arrays uses only full batches. The remaining pairs, after shuffling,
