@@ -43,10 +43,8 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
         )
 
 
-def check_range(
-    name: str, value: Any, low: float, high: float, ends: str = "[]"
-) -> None:
-    """Raises an error unless a number is in a range, with its ends or "[)" or "(]"."""
+def check_range(name: str, value: Any, low: float, high: float, ends="[]") -> None:
+    """Raises an error for a value outside of a range. "[)" and "(]" exclude an end."""
     is_inside = is_number(value) and low <= value <= high
     if not is_inside or value == {"[)": high, "(]": low}.get(ends):
         interval = f"{ends[0]}{low}, {high:g}{ends[1]}"

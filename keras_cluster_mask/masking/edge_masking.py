@@ -91,8 +91,8 @@ class EdgeMasking(SimilarityMasking):
     Reference:
         - [Seeing What Matters: Empowering CLIP with Patch Generation-to-Selection](
           https://arxiv.org/abs/2503.17080)
-          The paper draws a few candidates at random and protects those with strong
-          edges, without the number of either. Here all patches are candidates.
+          The paper first draws candidates at random, and protects those with strong
+          edges. Here all patches are candidates.
         - [Official code](https://github.com/clip-pgs/CLIP-PGS). Its Sinkhorn iteration
           divides by both sums at once and also uses negative similarities, and its edge
           map is padded with 0.

@@ -122,8 +122,7 @@ def noise_by_view(masking, noise, images, tokens, num_patches):
     inputs = tokens if images is None else images
     if noise is inputs is None:
         raise ValueError(
-            f"`{masking.name}` needs `images`, `tokens` or `noise`, whose rows are the "
-            "images of the batch. Received: none of them"
+            f"`{masking.name}` needs `images`, `tokens` or `noise`. Received: none"
         )
     if noise is not None:
         noise = ops.convert_to_tensor(noise, dtype="float32")

@@ -29,10 +29,10 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
     ```
 
     Args:
-        default: Keras optimizer of all other weights: projections, temperature, bias,
-            and a tower without an optimizer of its own.
-        image: Keras optimizer of the weights of `model.image_encoder`.
-        text: Keras optimizer of the weights of `model.text_encoder`.
+        default: Keras optimizer, or its name, of all other weights: projections,
+            temperature, bias, and a tower without an optimizer of its own.
+        image: The same, of the weights of `model.image_encoder`.
+        text: The same, of the weights of `model.text_encoder`.
         global_clipnorm: Float. The largest L2 norm that the gradients of all weights
             together may have in a step. `None` does not clip. What the optimizers do
             with gradients follows: the `global_clipnorm` of one of them clips those of

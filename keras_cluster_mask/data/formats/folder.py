@@ -65,13 +65,18 @@ def images_in(path):
     if files.is_address(path):
         found = system.find(folder, detail=True)
     else:
-        # Follows links to folders. A linked caption changes with its target.
-        walked = os.walk(folder, followlinks=True)
-        names = [os.path.join(top, name) for top, _, some in walked for name in some]
-        found = {
-            name: system.info(os.path.realpath(name)) if name.endswith(".txt") else None
-            for name in names
-        }
+        found, seen = {}, set()
+        for top, _, names in os.walk(folder, followlinks=True):
+            # A link to a folder above would be followed again and again.
+            if (real := os.path.realpath(top)) in seen:
+                raise ValueError(
+                    f"`source` must not hold a folder twice, by links. Received: {top}"
+                )
+            seen.add(real)
+            for path in (os.path.join(top, name) for name in names):
+                # A linked caption changes with its target.
+                is_text = path.endswith(".txt")
+                found[path] = system.info(os.path.realpath(path)) if is_text else None
     return {
         name[within:]: found.get(_text_of(name))
         for name in sorted(found)

@@ -72,6 +72,9 @@ def test_links_to_folders_and_captions_are_followed(images, tmp_path):
         os.utime(tmp_path / "text", (second, second))
         (pair,) = open_index(images, PairReader(), **options).read([0])
         assert (pair.key, pair.captions) == ("dogs/1.png", (text,))
+    (images / "cats/above").symlink_to(images)
+    with pytest.raises(ValueError, match=r"`source` must not hold.*Received: .*above"):
+        find_shards(images)
 
 
 def test_a_single_image_is_a_shard(images, read_all):
