@@ -71,11 +71,10 @@ def grid_of_square_patches(
 
 
 def _sides(shape, data_format):
-    shape = tuple(shape)
     if len(shape) != 4:
         raise ValueError(
             "`images` must have rank 4, (batch, height, width, channels) or "
-            f"channels first. Received: images.shape={shape}"
+            f"channels first. Received: images.shape={tuple(shape)}"
         )
     return height_and_width(shape, data_format)
 

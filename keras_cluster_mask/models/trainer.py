@@ -175,9 +175,8 @@ class ContrastiveTrainer(DualEncoder):
         if self._is_evaluating:
             # Evaluation computes no gradients and masks no patches.
             return [x for x in metrics if x.name != "mask_ratio"]
-        norm = self.gradient_norm
         # In the order of the logs.
-        return [*metrics, *([] if norm is None else [norm.metric])]
+        return [*metrics, *([self.gradient_norm.metric] if self.gradient_norm else [])]
 
     @property
     def metrics_variables(self) -> list[keras.Variable]:

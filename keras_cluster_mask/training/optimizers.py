@@ -41,6 +41,9 @@ def configure(optimizer, model, decay_vectors):
     check_built(optimizer, model.trainable_variables)
     if isinstance(own, TowerOptimizer):
         own.towers.bind({"image": model.image_encoder, "text": model.text_encoder})
+    if own is not optimizer and own not in parts:
+        # Keras's callbacks change the learning rate of each of these.
+        optimizer.optimizers = parts
     for each in {own, *parts}:
         # An optimizer may be compiled again, with other options.
         for name in REPLACED:

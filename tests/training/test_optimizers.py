@@ -37,10 +37,10 @@ def batches():
     ]
 
 
-def fit(model, epochs=1, steps=STEPS):
+def fit(model, epochs=1, steps=STEPS, callbacks=()):
     pairs = random_pairs(BATCH * steps)
     fit = dict(batch_size=BATCH, shuffle=False, epochs=epochs, verbose=0)
-    return model.fit(pairs, **fit).history
+    return model.fit(pairs, callbacks=[*callbacks], **fit).history
 
 
 class ByTorch:

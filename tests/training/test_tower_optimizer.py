@@ -75,3 +75,18 @@ def test_towers_may_have_weights_of_the_same_paths():
     for old, weight in zip(before, model.weights):
         moved = bool((old != to_numpy(weight)).any())
         assert moved == (id(weight) in image), weight.path
+
+
+def test_callbacks_change_the_rate_of_each_tower_under_loss_scaling(tmp_path):
+    optimizer = kcm.TowerOptimizer(adamw(0.4), image=adamw(0.2))
+    model = make_model()
+    model.compile(keras.optimizers.LossScaleOptimizer(optimizer), **FAST)
+    halve = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    history = fit(model, callbacks=[halve])
+    rates = [float(to_numpy(x.learning_rate)) for x in optimizer.optimizers]
+    assert sorted(rates) == pytest.approx([0.1, 0.2])
+    assert sum(name.startswith("learning_rate") for name in history) == 2
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras").optimizer
+    for old, new in zip(model.optimizer.variables, loaded.variables, strict=True):
+        np.testing.assert_array_equal(to_numpy(old), to_numpy(new), old.path)
