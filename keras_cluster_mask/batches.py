@@ -35,11 +35,9 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
         for start in range(0, _length(whole["images"]), batch_size):
             yield _arrays({k: v[start : start + batch_size] for k, v in whole.items()})
         return
-    if isinstance(data, keras.utils.PyDataset):
-        # A `PyDataset`'s own iterator never ends.
-        batches = map(data.__getitem__, range(len(data)))
-    else:
-        batches = iter(data)
+    # A `PyDataset`'s own iterator never ends.
+    is_sequence = isinstance(data, keras.utils.PyDataset)
+    batches = map(data.__getitem__, range(len(data))) if is_sequence else data
     if stream_of(data) is not None:
         batches = itertools.islice(batches, len(data))
     for batch in batches:
@@ -76,6 +74,11 @@ def read_images(data: Any, max_images: int | None = None) -> Iterator[np.ndarray
         count += len(images)
         if count == max_images:
             break
+    check_not_empty(count, data)
+
+
+def check_not_empty(count: int, data: Any) -> None:
+    """Raises an error for data without images."""
     if not count:
         raise ValueError(f"`data` must hold at least one image. Received: data={data}")
 

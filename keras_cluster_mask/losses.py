@@ -27,11 +27,7 @@ MAX_PAIRS = 2**24
 # Constants of the hash of captions, as signed numbers.
 HASH_STEP = 0x9E3779B1 - 2**32
 HASH_KEYS = (0x243F6A88, 0x85A308D3 - 2**32)
-HASH_ROUNDS = (
-    (16, 0x85EBCA6B - 2**32),
-    (13, 0xC2B2AE35 - 2**32),
-    (16, 1),
-)
+HASH_ROUNDS = ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32), (16, 1))
 
 
 def softmax_contrastive_loss(

@@ -33,8 +33,7 @@ def composite(image, choices, seed=0):
         uint8 array `(height, width, 3)`.
     """
     generator = np.random.default_rng(seed)
-    choice = choices[generator.integers(len(choices))]
-    is_random = choice == "random"
+    is_random = choices[generator.integers(len(choices))] == "random"
     back = random_background(image.shape[:2], generator) if is_random else 255.0
     alpha = image[..., 3:].astype("float32") / 255.0
     return np.round(alpha * image[..., :3] + (1.0 - alpha) * back).astype("uint8")

@@ -59,12 +59,9 @@ def word_splitter(*special_tokens):
     """Returns a pre-tokenizer from a clean caption to words in byte characters."""
     specials = "|".join(re.escape(token) for token in special_tokens)
     pattern = tokenizers.Regex(f"(?i:{specials})|{WORD_PATTERN}")
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern, "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(pattern, "removed", invert=True)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, to_bytes])
 
 
 def spans_of(text, special_tokens=(START, END)):

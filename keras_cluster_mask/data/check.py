@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import grain
 from tqdm import tqdm
 
-from keras_cluster_mask.data import parts
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.objects import ObjectIndex
 from keras_cluster_mask.data.pairs import Fault, PairReader
+from keras_cluster_mask.data.parts import SHORT
 from keras_cluster_mask.data.skipped import MAX_EXAMPLES, SkippedSamples
 
 # The number of samples that are read together.
@@ -65,9 +65,8 @@ def check(
     Raises:
         FileNotFoundError: If a shard is missing.
     """
-    index = open_index(
-        source, PairReader(image_keys, caption_key), index_dir, num_workers
-    )
+    reader = PairReader(image_keys, caption_key)
+    index = open_index(source, reader, index_dir, num_workers)
     broken = SkippedSamples([index])
     broken.samples.extend(itertools.islice(index.broken(), MAX_EXAMPLES))
     count = len(index)
@@ -103,9 +102,7 @@ def _faults(index, decode):
             return Fault(sample.shard, sample.key, str(error))
 
     groups = grain.MapDataset.range(0, len(index), TOGETHER).map(read)
-    with tqdm(
-        total=len(index), desc="check", unit=" samples", delay=parts.SHORT
-    ) as bar:
+    with tqdm(total=len(index), desc="check", unit=" samples", delay=SHORT) as bar:
         for group in groups.to_iter_dataset():
             bar.update(len(group))
             yield from group

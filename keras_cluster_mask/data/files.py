@@ -128,12 +128,6 @@ def replacing(path):
         raise
 
 
-def exists(path):
-    """Returns whether a file or folder of this name exists."""
-    system, name = file_system(path)
-    return system.exists(name)
-
-
 def remove(path):
     """Removes a file."""
     system, name = file_system(path)

@@ -116,15 +116,6 @@ def _orientation(image):
     return value if value in range(1, 9) else 1
 
 
-def image_of(array):
-    """Returns the `PIL.Image.Image` of an array, or None if the array is no image."""
-    # Pillow would make an array with one axis an image with one column.
-    if array.ndim > 1:
-        with contextlib.suppress(TypeError, ValueError):
-            return Image.fromarray(array)
-    return None
-
-
 def _in_eight_bits(image):
     """Converts an image to RGB, or to RGBA if it has transparency."""
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -241,14 +232,11 @@ def random_box(size, image_size, draws, scale=CROP_SCALE, ratio=RATIO):
     shape *= image_size[1] / image_size[0]
     crop = (area / shape) ** 0.5, (area * shape) ** 0.5
     fit = min(1.0, height / crop[0], width / crop[1])
-    crop = [
-        min(max(round(side * fit), 1), whole)
-        for side, whole in zip(crop, (height, width))
-    ]
+    crop = [min(max(round(side * fit), 1), whole) for side, whole in zip(crop, size)]
     # The positions from 0 to size - crop are equally likely.
     top, left = (
         min(int(draw * (whole - side + 1)), whole - side)
-        for draw, whole, side in zip(draws[2:4], (height, width), crop)
+        for draw, whole, side in zip(draws[2:4], size, crop)
     )
     return top, left, *crop
 

@@ -241,8 +241,7 @@ class _Shard:
     def span(self, entry):
         """Returns the file, the offset and the size of the content of a sample."""
         if self.format.in_index:
-            part = self.part
-            return part.path, part.content_start + entry.offset, entry.size
+            return self.part.path, self.part.content_start + entry.offset, entry.size
         return self.path, entry.offset, entry.size
 
     def glance(self, number):

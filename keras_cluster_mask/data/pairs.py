@@ -10,7 +10,6 @@ from PIL import Image
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import entries_of, is_empty
-from keras_cluster_mask.data.images import image_of
 
 IMAGE_KEYS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
@@ -143,15 +142,17 @@ class PairReader:
         found = (fields[k] for k in self.image_keys if not is_empty(fields.get(k)))
         image, path = next(found, ""), ""
         if isinstance(image, np.ndarray):
-            details = f"{image.dtype} {image.shape}"
-            image = image_of(image)
+            array, image = image, None
+            # Pillow would make an array with one axis an image with one column.
+            if array.ndim > 1:
+                with contextlib.suppress(TypeError, ValueError):
+                    image = Image.fromarray(array)
             if image is None:
-                return Fault(shard, key, NO_ARRAY, details)
+                return Fault(shard, key, NO_ARRAY, f"{array.dtype} {array.shape}")
         if isinstance(image, str) and image and names_files:
             path = image = files.beside(shard, image)
         # JSON lines may hold values of any type.
-        is_image = path or isinstance(image, bytes | Image.Image)
-        if self.image_keys and (is_empty(image) or not is_image):
+        if self.image_keys and not (path or isinstance(image, bytes | Image.Image)):
             return Fault(shard, key, "no image")
         captions, label, fault = (), None, None
         if "caption" in self.wanted:

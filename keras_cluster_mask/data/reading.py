@@ -213,8 +213,7 @@ class Reading:
             count = max(min(count, self.num_samples - first), 0)
         index, processes = self.process
         return range(
-            first + count * index // processes,
-            first + count * (index + 1) // processes,
+            first + count * index // processes, first + count * (index + 1) // processes
         )
 
     def read(self, positions):

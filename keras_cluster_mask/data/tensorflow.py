@@ -54,9 +54,8 @@ def as_dataset(stream):
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
     options = tf.data.Options()
     # The samples come from Python, so `tf.distribute` has no files to shard.
-    options.experimental_distribute.auto_shard_policy = (
-        tf.data.experimental.AutoShardPolicy.DATA
-    )
+    policy = tf.data.experimental.AutoShardPolicy.DATA
+    options.experimental_distribute.auto_shard_policy = policy
     # Nothing needs autotuning, and an epoch would wait up to a second for it.
     options.autotune.enabled = False
     dataset = dataset.with_options(options).prefetch(1)

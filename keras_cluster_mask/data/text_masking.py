@@ -113,9 +113,8 @@ class TextMasking:
         """
         scores, left = self.score(caption), caption.num_tokens_left
         # The sort keeps the order of equal scores.
-        by_score = sorted(
-            range(len(caption.words)), key=scores.__getitem__, reverse=True
-        )
+        words = range(len(caption.words))
+        by_score = sorted(words, key=scores.__getitem__, reverse=True)
         kept = []
         for index in by_score:
             if caption.num_tokens[index] <= left:
@@ -157,8 +156,7 @@ class TextMasking:
             NumPy int32 array of shape `(len(captions), context_length)`.
         """
         epochs = [0] * len(captions) if epochs is None else epochs
-        maskings = {epoch: self.of_epoch(epoch) for epoch in {*epochs}}
-        maskings = [maskings[epoch] for epoch in epochs]
+        maskings = [*map(functools.cache(self.of_epoch), epochs)]
         return word_tokenizer(tokenizer)(captions, maskings, generators)
 
     def __repr__(self):
@@ -238,10 +236,9 @@ class WordTokenizer:
         if isinstance(tokenizer, CLIPTokenizer):
             self._clean = byte_pairs.clean
             self._counter = tokenizer.with_context_length(MAX_TOKENS)
-        self._num_tokens_left, self._most = (
-            int(_num_tokens(each, [PROBES[-1] * MAX_TOKENS])[0])
-            for each in (tokenizer, self._counter)
-        )
+        long_text = [PROBES[-1] * MAX_TOKENS]
+        self._num_tokens_left = int(_num_tokens(tokenizer, long_text)[0])
+        self._most = int(_num_tokens(self._counter, long_text)[0])
         if self._num_tokens_left < 1:
             raise ValueError(
                 "`text_masking` needs a `tokenizer` whose rows end in padding, so that "

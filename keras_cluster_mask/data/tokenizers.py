@@ -79,9 +79,8 @@ class CLIPTokenizer:
             )
         self.start_token_id = ids[start_token]
         self.end_token_id = ids[end_token]
-        self._tokenizer = Tokenizer(
-            models.BPE(ids, self._merges, end_of_word_suffix=WORD_END)
-        )
+        model = models.BPE(ids, self._merges, end_of_word_suffix=WORD_END)
+        self._tokenizer = Tokenizer(model)
         self._tokenizer.pre_tokenizer = byte_pairs.word_splitter(start_token, end_token)
         self._tokenizer.decoder = decoders.ByteLevel()
         self._tokenizer.add_special_tokens([start_token, end_token])
@@ -123,7 +122,8 @@ class CLIPTokenizer:
             else:
                 merges = byte_pairs.read_merges(text)
                 tokenizer = cls(byte_pairs.clip_vocabulary(merges), merges)
-        except (ValueError, TypeError, EOFError, gzip.BadGzipFile) as error:
+        # The package tokenizers raises errors without a type of their own.
+        except Exception as error:
             raise ValueError(
                 "`path` must be a file written by `CLIPTokenizer.save`, or OpenAI's "
                 f"list of merges; this file is damaged or has another format ({error})."
@@ -258,8 +258,7 @@ class CLIPTokenizer:
         return type(self)(**{**self._config(), "context_length": context_length})
 
     def __call__(
-        self,
-        texts: str | bytes | Sequence[str | bytes] | np.ndarray,
+        self, texts: str | bytes | Sequence[str | bytes] | np.ndarray
     ) -> np.ndarray:
         """Converts captions to rows of token ids.
 

@@ -10,11 +10,7 @@ import numpy as np
 from keras_cluster_mask.data import byte_pairs
 
 # Texts of different lengths, with different first and last words.
-PROBES = (
-    "dog",
-    "two red boats on the sea",
-    "a child reads a book under a tall tree",
-)
+PROBES = "dog", "two red boats on the sea", "a child reads a book under a tall tree"
 # Texts that tokenizers treat differently: case, digits, punctuation, accents, symbols
 # and entities. They are short, so that few context lengths truncate them.
 VARIANTS = "Dog", "12", "3.5", "a, b", "dog's", "no!", "é", "€", "&amp;"

@@ -141,10 +141,8 @@ def recompute(function, *arguments):
         The output of the function, a structure of tensors.
     """
     arguments = tree.map_structure(as_tensor, arguments)
-    bools = [
-        keras.backend.standardize_dtype(x.dtype) == "bool"
-        for x in tree.flatten(arguments)
-    ]
+    flat = tree.flatten(arguments)
+    bools = [keras.backend.standardize_dtype(x.dtype) == "bool" for x in flat]
     structure = []
 
     # `tf.recompute_grad` takes only flat lists of tensors, and no bools.
@@ -154,7 +152,6 @@ def recompute(function, *arguments):
         structure[:] = [tree.map_structure(lambda x: None, outputs)]
         return tuple(tree.flatten(outputs))
 
-    flat = tree.flatten(arguments)
     flat = [ops.cast(x, "int32") if y else x for x, y in zip(flat, bools)]
     flat = keras.remat(flat_function)(*flat)
     return tree.pack_sequence_as(structure[0], list(flat))

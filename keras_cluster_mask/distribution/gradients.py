@@ -28,10 +28,8 @@ def prepare_replicas(model) -> None:
             devices, if a part of the model was not made in the scope of the strategy,
             or if the torch processes train different weights.
     """
-    if keras.backend.backend() == "tensorflow":
-        strategy = model.distribute_strategy
-        if strategy.num_replicas_in_sync > 1:
-            _check_strategy(strategy, model)
+    if strategy_replicas(model) > 1:
+        _check_strategy(model.distribute_strategy, model)
     elif keras.backend.backend() == "torch" and num_replicas() > 1:
         data_parallel.check_and_broadcast(model)
 

@@ -77,11 +77,7 @@ def _leave():
 
 def is_main_process() -> bool:
     """Returns whether this process is the one that prints and writes files."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.process_index() == 0
-    return keras.backend.backend() != "torch" or replica_index() == 0
+    return process_index_and_count(training=True)[0] == 0
 
 
 def verbosity(verbose):

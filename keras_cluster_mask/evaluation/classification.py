@@ -13,11 +13,7 @@ from keras_cluster_mask.evaluation.checks import (
     check_matrix,
     read_labeled,
 )
-from keras_cluster_mask.evaluation.embedding import (
-    Embedder,
-    embed_batches,
-    embed_texts,
-)
+from keras_cluster_mask.evaluation.embedding import Embedder, embed_batches, embed_texts
 from keras_cluster_mask.types import Templates
 
 TEMPLATES = ("a photo of a {}.",)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from PIL import Image
 
-from keras_cluster_mask.batches import num_images, read_batches
+from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
 from keras_cluster_mask.data.images import cut_middle, squash
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.data.tokenizing import length_of, tokenize
@@ -128,8 +128,7 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
             rows.setdefault(name, []).append(values)
         count += size
         progress.update(count, finalize=False)
-    if not count:
-        raise ValueError(f"`data` must hold at least one image. Received: data={data}")
+    check_not_empty(count, data)
     progress.update(count, finalize=True)
     return {name: np.concatenate(values) for name, values in rows.items()}
 

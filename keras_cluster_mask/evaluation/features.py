@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from keras_cluster_mask.batches import num_images, read_batches
+from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.distribution.processes import progress_bar
@@ -100,10 +100,7 @@ def compute_features(
             }
             _append(folder, found, arrays)
             progress.update(found["rows"]["images"], finalize=False)
-        if not found["batches"]:
-            raise ValueError(
-                f"`data` must hold at least one image. Received: data={data}"
-            )
+        check_not_empty(found["rows"]["images"], data)
         _write_progress(folder, {**found, "done": True})
         progress.update(found["rows"]["images"], finalize=True)
     return TowerFeatures(folder)

@@ -94,10 +94,7 @@ PARTS = "text_config", "vision_config"
 
 
 def load_hugging_face(
-    source: str | os.PathLike,
-    *,
-    dtype: Any = None,
-    **kwargs: Any,
+    source: str | os.PathLike, *, dtype: Any = None, **kwargs: Any
 ) -> ContrastiveModel:
     """Loads a CLIP, MetaCLIP 2 or SigLIP model saved by transformers.
 

@@ -138,36 +138,34 @@ def read_config(config: Any) -> Architecture:
     return Architecture(**fields)
 
 
-def write_config(architecture: Architecture, logit_bias: float | None) -> dict:
+def write_config(architecture: Architecture, logit_bias: Any) -> dict:
     """Returns the config from which open_clip makes the same model.
 
     Args:
         architecture: An `Architecture`.
-        logit_bias: Float, or `None` for a softmax loss.
+        logit_bias: Number or array without axes, or `None` for a softmax loss.
     """
     if architecture.activation not in ACTIVATIONS.values():
         raise ValueError(
             "`model` must have an activation of open_clip, 'gelu' or 'quick_gelu'. "
             f"Received: activation {architecture.activation!r}"
         )
-    entries = {key: getattr(architecture, x.field) for key, x in READ.items()}
     image_width, text_width = architecture.image_width, architecture.text_width
-    entries.update(
-        {
-            "quick_gelu": architecture.activation == "quick_gelu",
-            "vision_cfg.head_width": image_width // architecture.image_heads,
-            "vision_cfg.mlp_ratio": _ratio(architecture.image_hidden, image_width),
-            "text_cfg.mlp_ratio": _ratio(architecture.text_hidden, text_width),
-            "text_cfg.pool_type": "argmax",
-        }
-    )
+    entries = {
+        **{key: getattr(architecture, x.field) for key, x in READ.items()},
+        "quick_gelu": architecture.activation == "quick_gelu",
+        "vision_cfg.head_width": image_width // architecture.image_heads,
+        "vision_cfg.mlp_ratio": _ratio(architecture.image_hidden, image_width),
+        "text_cfg.mlp_ratio": _ratio(architecture.text_hidden, text_width),
+        "text_cfg.pool_type": "argmax",
+    }
     if architecture.family == "MetaCLIP2":
         end_id = TEXT_FAMILIES["MetaCLIP2"].end_id
         entries.update({"text_cfg.pool_type": "eos", "text_cfg.eos_id": end_id})
         # Without it, open_clip would use CLIP's tokenizer.
         entries["text_cfg.hf_tokenizer_name"] = "facebook/xlm-v-base"
     if logit_bias is not None:
-        entries["init_logit_bias"] = logit_bias
+        entries["init_logit_bias"] = float(logit_bias)
     model = {}
     for key, value in entries.items():
         part, _, name = key.rpartition(".")

@@ -26,11 +26,7 @@ WEIGHT_FILES = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 
 
 def load_open_clip(
-    source: Any,
-    config: Any = None,
-    *,
-    dtype: Any = None,
-    **kwargs: Any,
+    source: Any, config: Any = None, *, dtype: Any = None, **kwargs: Any
 ) -> ContrastiveModel:
     """Loads a CLIP model from the weights of an open_clip checkpoint.
 
@@ -196,9 +192,7 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
         ImportError: If safetensors is not installed.
     """
     weights = open_clip_state_dict(model)
-    bias = weights.get("logit_bias")
-    bias = None if bias is None else float(bias)
-    config = write_config(Architecture.of(model), bias)
+    config = write_config(Architecture.of(model), weights.get("logit_bias"))
     path = pathlib.Path(path).expanduser()
     write_weights(path, weights)
     _config_path(path).write_text(json.dumps(config, indent=2))

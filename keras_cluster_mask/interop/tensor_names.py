@@ -136,8 +136,7 @@ text_projection.weight | text_projection.kernel | matrix
 vision_model.pre_layrnorm | vision_encoder.pre_layer_norm | norm
 vision_model.post_layernorm | vision_encoder.layer_norm | norm
 text_model.final_layer_norm | text_encoder.layer_norm | norm
-vision_model.embeddings. | vision_encoder.embedding.
-class_embedding | class_embedding
+vision_model.embeddings.class_embedding | vision_encoder.embedding.class_embedding
 {_EMBEDDINGS}
 position_embedding.weight | position_embedding.position_embeddings
 """,

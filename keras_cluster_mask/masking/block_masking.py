@@ -76,10 +76,7 @@ class BlockMasking(PatchMasking):
 
         patches = ops.arange(rows * columns, dtype="int32")
         y, x = patches // columns, patches % columns
-        is_inside = ops.logical_and(
-            ops.logical_and(y >= top, y < top + height),
-            ops.logical_and(x >= left, x < left + width),
-        )
+        is_inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
         # Do not use the noise itself. The noise of the first patch selects the place,
         # so it is always small if the block contains that patch.
         return ops.where(is_inside, second_draw(noise), -1.0)

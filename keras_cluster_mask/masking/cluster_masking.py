@@ -7,11 +7,7 @@ from keras import ops
 
 from keras_cluster_mask.batches import read_images
 from keras_cluster_mask.checks import check_choice, check_integer, check_range
-from keras_cluster_mask.masking.selection import (
-    add_state,
-    anchor_count,
-    order_by_score,
-)
+from keras_cluster_mask.masking.selection import add_state, anchor_count, order_by_score
 from keras_cluster_mask.masking.similarity import (
     extract_patches,
     find_threshold,
@@ -193,9 +189,8 @@ class ClusterMasking(SimilarityMasking):
         Returns:
             `(batch, N)` float32 tensor in `[-1, 1]`, of multiples of 2^-12.
         """
-        return round_similarity(
-            ops.max(self.similarity_to_anchors(images, anchors, tokens), axis=1)
-        )
+        to_anchors = self.similarity_to_anchors(images, anchors, tokens)
+        return round_similarity(ops.max(to_anchors, axis=1))
 
     def adapt(self, data: Any, max_images: int = 10_000) -> None:
         """Sets `threshold` so that the average mask ratio over data is `mask_ratio`.
@@ -237,9 +232,8 @@ class ClusterMasking(SimilarityMasking):
             similarities.append(ops.convert_to_numpy(round_similarity(highest)))
         similarities = np.concatenate(similarities)
         max_visible = self.num_kept(similarities.shape[1])
-        self.threshold.assign(
-            find_threshold(similarities, self.mask_ratio, max_visible)
-        )
+        threshold = find_threshold(similarities, self.mask_ratio, max_visible)
+        self.threshold.assign(threshold)
 
     # === Overrides of the base class ===
 

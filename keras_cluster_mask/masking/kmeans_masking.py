@@ -118,9 +118,8 @@ class KMeansMasking(SimilarityMasking):
         first = ops.argsort(noise, axis=-1)[:, :num_clusters]
 
         def move(_, to_centers):
-            members = ops.one_hot(
-                ops.argmax(to_centers, axis=1), num_clusters, axis=1, dtype="float32"
-            )
+            nearest = ops.argmax(to_centers, axis=1)
+            members = ops.one_hot(nearest, num_clusters, axis=1, dtype="float32")
             to_sums = ops.matmul(members, similarity)
             length = ops.sum(members * to_sums, axis=-1, keepdims=True)
             to_means = to_sums * ops.rsqrt(ops.maximum(length, SHORTEST))

@@ -171,16 +171,16 @@ def best_patches(masking, images, tokens, noises):
     return indices, visible, score
 
 
-def add_state(masking, name, value, dtype="float32"):
-    """Adds a scalar weight to a masking, which is not trained.
+def add_state(layer, name, value, dtype="float32"):
+    """Adds a scalar weight to a layer, which is not trained.
 
     Args:
-        masking: A `PatchMasking`.
+        layer: A Keras layer, such as a `PatchMasking`.
         name: String.
         value: Number, the initial value.
         dtype: String. Integers are equal on all replicas, and floats are averaged.
     """
-    return masking.add_weight(
+    return layer.add_weight(
         shape=(),
         initializer=keras.initializers.Constant(value),
         trainable=False,

@@ -38,10 +38,8 @@ class MaskingStatistics:
             ("keep ratio of an image", self.keep_ratio),
             ("how often a position is kept", self.kept_by_position),
         ):
-            spread = (
-                f"{values.mean():.3f}, from {values.min():.3f} to {values.max():.3f}"
-            )
-            lines.append(f"{name}: {spread}")
+            spread = f"from {values.min():.3f} to {values.max():.3f}"
+            lines.append(f"{name}: {values.mean():.3f}, {spread}")
         return "\n".join(lines)
 
 

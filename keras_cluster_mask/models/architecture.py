@@ -115,12 +115,6 @@ class Architecture:
             pixel_std=tuple(map(float, std)),
         )
 
-    @property
-    def positions(self) -> int:
-        """The number of positions of the image tower."""
-        # SigLIP has no class token.
-        return (self.image_size // self.patch) ** 2 + (self.family != "SigLIP")
-
     def make(self, dtype: Any = None) -> keras.Model:
         """Makes a keras_hub backbone with random weights."""
         # Imported here, because importing keras_hub takes seconds and other functions

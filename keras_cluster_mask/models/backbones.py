@@ -252,8 +252,7 @@ def _with_output(encoder, output):
     """Returns an encoder with another output, and what a model reads of it."""
     options = {"name": encoder.name, "dtype": encoder.dtype_policy}
     changed = keras.Model(encoder.input, output, **options)
-    facts = "patch_size", "vocabulary_size", "max_sequence_length", "text_family"
-    for name in facts:
+    for name in ("patch_size", "vocabulary_size", "max_sequence_length", "text_family"):
         setattr(changed, name, getattr(encoder, name, None))
     return changed
 

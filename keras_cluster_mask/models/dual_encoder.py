@@ -13,11 +13,7 @@ from keras import ops
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.encoders import (
-    BLOCKS,
-    image_shape_of,
-    number_positions,
-)
+from keras_cluster_mask.models.encoders import BLOCKS, image_shape_of, number_positions
 from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import pixel_range

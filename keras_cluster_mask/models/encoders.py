@@ -12,7 +12,6 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking.patch_grid import grid_shape, sides_of
-from keras_cluster_mask.masking.selection import split_tokens
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 from keras_cluster_mask.training.layers import all_layers
 
@@ -197,7 +196,8 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
             "images to the output, and a head must pool tokens, not flatten them. "
             f"Received: layer={layer.name!r}, encoder={encoder.name}, and then: {error}"
         ) from error
-    return _stem(encoder, layer), clone
+    stem = keras.Model(encoder.input, layer.output, name=f"{encoder.name}_stem")
+    return stem, clone
 
 
 def count_tokens(stem, image_shape: tuple) -> int:
@@ -214,12 +214,6 @@ def _embed(stem, images):
     return stem(inputs, training=False)
 
 
-def count_parts(masking, stem, image_shape: tuple, num_prefix: int | None) -> tuple:
-    """Returns the numbers of prefix tokens and of patches, see `split_tokens`."""
-    tokens = ops.zeros((1, count_tokens(stem, image_shape), 1))
-    return split_tokens(masking, tokens, ops.zeros((1, *image_shape)), num_prefix)
-
-
 def count_prefix_tokens(encoder, stem) -> int | None:
     """Returns the number of tokens that are not patches, or `None` if unknown."""
     patch_size, shape = getattr(encoder, "patch_size", None), image_shape_of(encoder)
@@ -227,9 +221,8 @@ def count_prefix_tokens(encoder, stem) -> int | None:
         return None
     if patch_size is None:
         return _count_constant_tokens(stem, shape)
-    grid = grid_shape(
-        (1, *shape), sides_of("patch_size", patch_size), data_format_of(encoder)
-    )
+    patch_size = sides_of("patch_size", patch_size)
+    grid = grid_shape((1, *shape), patch_size, data_format_of(encoder))
     return count_tokens(stem, shape) - math.prod(grid)
 
 
@@ -251,10 +244,6 @@ def _count_constant_tokens(stem, image_shape):
     )
     prefix = int(np.argmax(other))
     return prefix if other.any() and not pixel[prefix:].all() else None
-
-
-def _stem(encoder, layer):
-    return keras.Model(encoder.input, layer.output, name=f"{encoder.name}_stem")
 
 
 def _first_data_format(layer):

@@ -7,12 +7,12 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.selection import PutMask
+from keras_cluster_mask.masking.selection import PutMask, split_tokens
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.models.encoders import (
     EMBEDDINGS,
-    count_parts,
     count_prefix_tokens,
+    count_tokens,
     find_embedding_layer,
     image_shape_of,
     number_positions,
@@ -147,7 +147,9 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         self.num_prefix_tokens = counted if given is None else given
         prefix, shape = self.num_prefix_tokens, image_shape_of(encoder)
         if None not in shape:
-            prefix, _ = count_parts(masking, stem, shape, prefix)
+            # Only the shapes of these are read.
+            tokens = ops.zeros((1, count_tokens(stem, shape), 1))
+            prefix, _ = split_tokens(masking, tokens, ops.zeros((1, *shape)), prefix)
         elif prefix is None:
             # Assume a class token, which most encoders have.
             prefix = 1
@@ -258,11 +260,9 @@ def check_blocks(masked, blocks, num_prefix_tokens):
         _propagate_masks(blocks)
         prefix = [(0, 0), (num_prefix_tokens, 0)]
         visible = np.pad(VISIBLE, prefix, constant_values=True)
-        tokens = inputs[0]
+        tokens, *rest = inputs
         changed = np.where(visible[:, :, None], tokens, 10.0 * tokens[:, ::-1] + 1.0)
-        for one, other in _outputs(
-            blocks, inputs, [changed, *inputs[1:]], visible=visible
-        ):
+        for one, other in _outputs(blocks, inputs, [changed, *rest], visible=visible):
             if one.ndim == 3 and one.shape[:2] == visible.shape:
                 one, other = one[visible], other[visible]
             change = np.abs(one - other).max()

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.replicas import assign_equal
+from keras_cluster_mask.masking.selection import add_state
 from keras_cluster_mask.models.class_attention import ClassAttention
 from keras_cluster_mask.models.encoders import (
     BLOCKS,
@@ -142,14 +143,7 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
         for weight in self._attention.encoder.weights:
             weight.trainable = False
         self.copied_weights = self._attention.encoder.weights
-        self.step = self.add_weight(
-            shape=(),
-            initializer="zeros",
-            trainable=False,
-            dtype="int32",
-            aggregation="only_first_replica",
-            name="step",
-        )
+        self.step = add_state(self, "step", 0, "int32")
         self.built = True
 
     # === Attention of the teacher ===

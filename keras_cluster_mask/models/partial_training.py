@@ -43,15 +43,11 @@ def train_last_blocks(model: ContrastiveModel, image: int = 2, text: int = 0) ->
     Raises:
         ValueError: If an encoder has fewer blocks, or LoRA.
     """
-    starts = {
-        encoder: _start_of_last_blocks(encoder, name, count)
-        for encoder, name, count in (
-            (model.image_encoder, "image", image),
-            (model.text_encoder, "text", text),
-        )
-    }
-    for encoder, start in starts.items():
-        _freeze_weights(encoder, start)
+    images, texts = model.image_encoder, model.text_encoder
+    image_start = _start_of_last_blocks(images, "image", image)
+    text_start = _start_of_last_blocks(texts, "text", text)
+    _freeze_weights(images, image_start)
+    _freeze_weights(texts, text_start)
     model.compiled = False
 
 
@@ -101,15 +97,13 @@ def enable_lora(
           https://arxiv.org/abs/2106.09685)
     """
     check_integer("rank", rank)
+    encoders = model.image_encoder, model.text_encoder
     targets = []
-    for encoder, name, has_lora in (
-        (model.image_encoder, "image", image),
-        (model.text_encoder, "text", text),
-    ):
+    for encoder, name, has_lora in zip(encoders, ("image", "text"), (image, text)):
         check_no_lora("model", encoder)
         if has_lora:
             targets += _find_lora_layers(encoder, name, layer_names)
-    for encoder in (model.image_encoder, model.text_encoder):
+    for encoder in encoders:
         _freeze_weights(encoder, len(encoder.weights))
     for layer in targets:
         layer.enable_lora(rank)

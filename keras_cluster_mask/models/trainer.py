@@ -107,11 +107,9 @@ class ContrastiveTrainer(DualEncoder):
         # Values can be read here for the last time before the step is compiled.
         gradients.prepare_replicas(self)
         norm, parts = self.gradient_norm, optimizers.optimizer_parts(self.optimizer)
-        gradients.apply_global_gradients(
-            self,
-            [optimizers.inner_optimizer(self.optimizer), *parts],
-            None if norm is None else norm.record,
-        )
+        parts = [optimizers.inner_optimizer(self.optimizer), *parts]
+        record = None if norm is None else norm.record
+        gradients.apply_global_gradients(self, parts, record)
         if self.built and not self.optimizer.built:
             # TensorFlow cannot create the optimizer's variables in a step that XLA
             # compiles.

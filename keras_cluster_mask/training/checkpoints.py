@@ -69,11 +69,8 @@ class CheckpointFiles:
         except FileNotFoundError:
             return []
         names = sorted(path.rpartition("/")[2] for path in found)
-        return [
-            f"{self.folder}/{name}"
-            for name in names
-            if name.startswith(start) and name.endswith(end)
-        ]
+        names = [x for x in names if x.startswith(start) and x.endswith(end)]
+        return [f"{self.folder}/{name}" for name in names]
 
 
 def read_resumable(path: str | os.PathLike):

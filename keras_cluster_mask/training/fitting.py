@@ -175,10 +175,7 @@ def _check_executions(steps_per_execution, steps_per_epoch):
 def _warn_of_rate_zero(optimizer):
     """Warns if nothing will be learned, as the schedule of a previous `fit` is over."""
     steps = int(ops.convert_to_numpy(optimizer.iterations))
-    rates = [
-        float(ops.convert_to_numpy(each.learning_rate))
-        for each in optimizer_parts(optimizer)
-    ]
+    rates = [ops.convert_to_numpy(x.learning_rate) for x in optimizer_parts(optimizer)]
     # The first step of a warm-up has a rate of 0, too.
     if steps and rates and not any(rates):
         warnings.warn(

@@ -144,13 +144,9 @@ class InputRules:
             batch: Dictionary of arrays. Images may be missing if they are uint8.
         """
         # Weights have a rule of their own, and scalars belong to no pair.
-        check_equal_lengths(
-            {
-                name: values
-                for name, values in batch.items()
-                if name != "sample_weight" and getattr(values, "shape", None) != ()
-            }
-        )
+        paired = {k: v for k, v in batch.items() if getattr(v, "shape", None) != ()}
+        paired.pop("sample_weight", None)
+        check_equal_lengths(paired)
         self.check_ids(batch["token_ids"], has_mask="padding_mask" in batch)
         rows = len(batch["token_ids"])
         if "sample_weight" in batch:

@@ -89,20 +89,17 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
         layers that are trained all the same, in the order of `saved_weights`; and the
         numbers of all layers and of these weights.
     """
+    layers, weights = all_layers(layer), saved_weights(layer)
     trained, frozen = weights_by_layers(layer)
     return {
-        "counts": [len(all_layers(layer)), len(saved_weights(layer))],
-        "layers": [i for i, x in enumerate(all_layers(layer)) if not x.trainable],
+        "counts": [len(layers), len(weights)],
+        "layers": [i for i, x in enumerate(layers) if not x.trainable],
         "weights": [
-            i
-            for i, v in enumerate(saved_weights(layer))
-            if id(v) in trained and not v.trainable
+            i for i, v in enumerate(weights) if id(v) in trained and not v.trainable
         ],
         # A head shares the temperature of a backbone.
         "trained": [
-            i
-            for i, v in enumerate(saved_weights(layer))
-            if id(v) in frozen and v.trainable
+            i for i, v in enumerate(weights) if id(v) in frozen and v.trainable
         ],
     }
 
@@ -125,11 +122,8 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
         for index, weight in enumerate(weights):
             if index in frozen["trained"] or id(weight) in trained:
                 weight.trainable = index not in frozen["weights"]
-    lost = [
-        name
-        for name, has in (("layers", has_layers), ("weights", has_weights))
-        if frozen[name] and not has
-    ]
+    restored = {"layers": has_layers, "weights": has_weights}
+    lost = [name for name, has in restored.items() if frozen[name] and not has]
     if lost:
         # A subclassed encoder may create its layers only when it is called.
         warnings.warn(
@@ -163,10 +157,8 @@ class MadeOfParts:
     parts: tuple[str, ...] = ()
 
     def get_config(self) -> dict[str, Any]:
-        parts = {
-            name: keras.saving.serialize_keras_object(getattr(self, name))
-            for name in self.parts
-        }
+        parts = {name: getattr(self, name) for name in self.parts}
+        parts = keras.saving.serialize_keras_object(parts)
         return {"name": self.name, **parts, "frozen": frozen_parts(self)}
 
     @classmethod

@@ -42,10 +42,12 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
     batch_size = None if rows is None else rows * num_replicas()
     check_micro_batches(batch_size, micro_batch_size, num_replicas())
     num_chunks = batch_size // micro_batch_size
-    seeds = _seeds(model)
-    in_seeds = {id(seed) for seed in seeds}
+    # The states of all seed generators, except those of maskings, are seeds.
+    not_seeds = {id(v) for v in model.weights}
+    not_seeds.update(id(masking.seed_generator.state) for masking in model.maskings)
+    seeds = [v for v in model.non_trainable_variables if id(v) not in not_seeds]
+    others = [v for v in model.non_trainable_variables if id(v) in not_seeds]
     weights = model.trainable_variables
-    others = [v for v in model.non_trainable_variables if id(v) not in in_seeds]
     variables = [*weights, *others, *seeds]
     other_values = [as_tensor(x) for x in snapshot(model, others)]
     updated = []
@@ -83,13 +85,6 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
         variable.assign(ops.mean(values, axis=0) if is_average else values[0])
     embeddings = {name: merge_chunks(value) for name, value in embeddings.items()}
     return embeddings, [ops.mean(values) for values in extra_losses]
-
-
-def _seeds(model):
-    """Returns the states of all seed generators except those of maskings."""
-    excluded = {id(v) for v in model.weights}
-    excluded.update(id(masking.seed_generator.state) for masking in model.maskings)
-    return [v for v in model.non_trainable_variables if id(v) not in excluded]
 
 
 def check_micro_batches(batch_size: int | None, micro_batch_size: int, replicas: int):

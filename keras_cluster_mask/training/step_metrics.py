@@ -79,10 +79,8 @@ class FiniteSteps(keras.metrics.Metric):
 
     def read(self):
         """Waits for the device; returns `(steps, finite, loss)` as Python numbers."""
-        steps, finite, loss = map(
-            ops.convert_to_numpy, (self.steps, self.finite, self.loss)
-        )
-        return int(steps), int(finite), float(loss)
+        variables = self.steps, self.finite, self.loss
+        return tuple(ops.convert_to_numpy(v).item() for v in variables)
 
 
 class GradientNorm:

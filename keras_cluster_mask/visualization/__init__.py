@@ -6,9 +6,4 @@ from keras_cluster_mask.visualization.charts import (
 )
 from keras_cluster_mask.visualization.images import plot_masks, plot_retrieval
 
-__all__ = [
-    "plot_history",
-    "plot_masking_statistics",
-    "plot_masks",
-    "plot_retrieval",
-]
+__all__ = ["plot_history", "plot_masking_statistics", "plot_masks", "plot_retrieval"]

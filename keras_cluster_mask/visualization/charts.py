@@ -69,9 +69,8 @@ def plot_history(
             values = logs.get(f"val_{name}", ())
             if len(values):
                 style["label"] = label.replace("training", "validation")
-                axis.plot(
-                    epochs[was_due], values, "--", color=line.get_color(), **style
-                )
+                style["color"] = line.get_color()
+                axis.plot(epochs[was_due], values, "--", **style)
         chances = {y for x, y in (chance or {}).items() if {x, f"val_{x}"} & {*labels}}
         for value in sorted(chances):
             label = f"chance, {value:.2g}"

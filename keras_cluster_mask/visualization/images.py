@@ -102,10 +102,8 @@ def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
     at_random = RandomMasking(1 - masking.num_kept(grid.num_patches) / grid.num_patches)
     random_kept = keep_mask(at_random, pixels, tokens, noise)
     anchors = masking.draw_anchors(noise)
-    to_anchors = ops.convert_to_numpy(
-        masking.similarity_to_anchors(pixels, anchors, tokens)
-    )
-    anchors = ops.convert_to_numpy(anchors)
+    to_anchors = masking.similarity_to_anchors(pixels, anchors, tokens)
+    anchors, to_anchors = map(ops.convert_to_numpy, (anchors, to_anchors))
 
     titles = ("image", "random masking", "cluster masking", "clusters", "similarity")
     figure, axes = _axes(len(shown), len(titles), titles)
@@ -218,9 +216,8 @@ def _for_display(images, data_format=None):
 
 def _axes(rows, columns, titles=(), size=2.1, left=0.0):
     """Makes a figure with axes for images and titles of the columns."""
-    figure = Figure(
-        figsize=(left + columns * size + 0.2, rows * size + 0.3), layout="constrained"
-    )
+    figsize = left + columns * size + 0.2, rows * size + 0.3
+    figure = Figure(figsize=figsize, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")

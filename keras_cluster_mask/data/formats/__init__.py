@@ -2,19 +2,14 @@
 
 import re
 
-from keras_cluster_mask.data.formats.base import (
-    DamagedShard,
-    Entry,
-    Format,
-    NoRandomAccess,
-)
+from keras_cluster_mask.data.formats.base import DamagedShard, Entry, NoRandomAccess
 from keras_cluster_mask.data.formats.folder import ENDINGS, Folder
 from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.formats.table import Table
 from keras_cluster_mask.data.formats.tar import Tar
 from keras_cluster_mask.data.formats.tfrecord import TFRecord
 
-__all__ = ["DamagedShard", "Entry", "Format", "NoRandomAccess", "format_of"]
+__all__ = ["DamagedShard", "Entry", "NoRandomAccess", "format_of"]
 
 # Formats by file extension. Files with any other name are read as tar files.
 FORMATS = {

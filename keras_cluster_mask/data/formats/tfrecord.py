@@ -4,12 +4,7 @@ import contextlib
 import functools
 import itertools
 
-from google.protobuf import (
-    descriptor_pb2,
-    descriptor_pool,
-    message,
-    message_factory,
-)
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import DamagedShard, Format
