@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
+from keras_cluster_mask.data.formats.base import key_of
 from keras_cluster_mask.data.formats.parquet import plain
 from keras_cluster_mask.data.pairs import Fault, SampleError
 from keras_cluster_mask.data.parts import digest_of, hash_of
@@ -105,7 +106,7 @@ class ObjectIndex:
         if isinstance(sample, Fault):
             return sample
         fields = {k: plain(v) for k, v in sample.items() if v is not None}
-        key = str(fields.pop("__key__", number))
+        key = key_of(fields.pop("__key__", number))
         pair = self._reader.pair(self.paths[0], key, fields)
         image = getattr(pair, "image", None)
         if with_images and isinstance(image, Image.Image):

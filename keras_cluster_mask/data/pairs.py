@@ -170,7 +170,7 @@ class PairReader:
             value = _field(fields, key)
             if value is None:
                 continue
-            values = value if isinstance(value, list | tuple | np.ndarray) else [value]
+            values = value if isinstance(value, list | tuple) else [value]
             captions = tuple(filter(None, map(_text, values)))
             if captions:
                 return captions, None
@@ -266,7 +266,8 @@ def _may_have(fields, key):
 def _field(sample, key):
     """Returns the value of a field or of an entry in a JSON field, or None."""
     if key in sample:
-        return sample[key]
+        value = sample[key]
+        return value.tolist() if isinstance(value, np.ndarray) else value
     field, _, entries = key.partition(".")
     if not entries or sample.get(field) is None:
         return None

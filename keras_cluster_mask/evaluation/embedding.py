@@ -116,7 +116,8 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
             found["text_embeddings"] = embedder.texts(texts)
             found["image_of_text"] = count + owners
             # Batches may be padded to different lengths.
-            texts = (x.tobytes().rstrip(b"\0") for x in np.asarray(ids, "int32"))
+            rests = np.asarray(ids, "int32") - embedder.model.text_family.padding_id
+            texts = (np.trim_zeros(x, "b").tobytes() for x in rests)
             texts = [numbers.setdefault(text, len(numbers)) for text in texts]
             found["text_numbers"] = np.array(texts, "int64")
         if rows and rows.keys() != found.keys():

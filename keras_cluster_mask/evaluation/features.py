@@ -82,6 +82,9 @@ def compute_features(
     progress = progress_bar(num_images(data), verbose, "image")
     if not found["done"]:
         for batch in itertools.islice(read_batches(data), found["batches"], None):
+            if not len(batch["images"]):
+                found["batches"] += 1
+                continue
             texts, owners = texts_of(batch)
             counts = np.bincount(owners, minlength=len(batch["images"]))
             if not counts.all():
@@ -143,9 +146,10 @@ def _append(folder, found, arrays):
             "`tokenizer` and the towers must return rows of one length for all "
             f"batches. Received: shapes {shapes}, after {found['shapes']}"
         )
+    mode = "r+b" if found["rows"]["images"] else "wb"
     for name, (dtype, kind) in ARRAYS.items():
         array = np.ascontiguousarray(arrays[name], dtype)
-        with open(folder / f"{name}.bin", "r+b" if found["batches"] else "wb") as file:
+        with open(folder / f"{name}.bin", mode) as file:
             file.seek(found["rows"][kind] * array[:1].nbytes)
             file.write(array)
     found["rows"]["images"] += len(arrays["image_features"])

@@ -101,6 +101,12 @@ class _Towers(keras.optimizers.OptimizerMap):
         self._encoders, self._towers = encoders, None
 
     def __call__(self, variable):
+        if self and not self._encoders:
+            raise ValueError(
+                "`TowerOptimizer` must be passed to `ContrastiveModel.compile`, which "
+                "tells it the weights of each tower. "
+                f"Received: the weight {variable.path} before"
+            )
         if self._towers is None:
             # Once all weights exist, which an encoder may create when it is called.
             self._towers = {

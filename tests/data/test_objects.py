@@ -98,12 +98,22 @@ def test_an_object_may_return_the_same_image_with_other_pixels(kind):
     assert [np.asarray(pair.image).max() for pair in pairs] == [0, 1, 2]
 
 
-def test_an_image_may_be_a_path_and_captions_an_array(tmp_path):
+@pytest.mark.parametrize("captions", [("one", "two"), ("one",)])
+def test_an_image_may_be_a_path_and_captions_an_array(captions, tmp_path):
     path = tmp_path / "1.png"
     Image.new("RGB", (4, 4)).save(path)
-    found = {"image": path, "caption": np.array(["one", "two"])}
+    # An array of one caption, as `numpy` makes it of a str, has no axis.
+    found = {"image": path, "caption": np.array(captions).squeeze()}
     (pair,) = open_all([found]).read(range(1))
-    assert (pair.path, pair.captions) == (str(path), ("one", "two"))
+    assert (pair.path, pair.captions) == (str(path), captions)
+
+
+def test_a_key_may_be_bytes_and_a_label_an_array():
+    found = {"__key__": "é".encode(), "image": np.zeros((4, 4), "uint8"), "text": "a"}
+    dataset = make_dataset([{**found, "cls": np.array(7)}], label_key="cls")
+    (batch,) = take(dataset)
+    assert keys(dataset) == ["é"]
+    assert batch["labels"].tolist() == [7]
 
 
 # === Arrays ===
@@ -143,6 +153,7 @@ def test_arrays_are_converted_exactly(array, expected):
         gradient("int64", 16, 16),
         gradient("uint16", 16, 16, 3),
         gradient("uint8", 256),
+        gradient("uint8"),
         gradient("float32", 16, 16) / 255,
         gradient("int32", 16, 16) * 9,
     ],

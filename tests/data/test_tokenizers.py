@@ -257,6 +257,9 @@ def test_a_tokenizer_is_saved_at_a_url(trained, memory):
         b"first\nsecond line has words",
         b"\xff\xfe\xfd",
         gzip.compress(b"first\na b\n", mtime=0)[:-12],
+        gzip.compress(b"first\na b\n", mtime=0)[:12] + b"\xff" * 12,
+        b'{"vocabulary": [], "merges": []}',
+        b'{"vocabulary": ["a", "<end_of_text>"], "merges": []}',
     ],
 )
 def test_another_file_is_refused_by_name(content, tmp_path):

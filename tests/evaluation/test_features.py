@@ -318,6 +318,23 @@ def test_the_tokenizer_is_part_of_the_features(tmp_path):
 
 
 @pytest.mark.any_backend
+def test_empty_batches_are_left_out(tmp_path):
+    model = frozen_model()
+    expected, data = computed(model, tmp_path / "whole", images=6)
+    parts = [
+        {k: v[part] for k, v in data.items()}
+        for part in map(slice, (0, 3, 3), (3, 3, 6))
+    ]
+    empty = parts.pop(1)
+    for batches in [empty, *parts], [parts[0], empty, parts[1]]:
+        folder = tmp_path / str(len(batches[0]["images"]))
+        found = compute_features(model, batches, tokenizer, folder, verbose=0)
+        np.testing.assert_allclose(views_of(found), views_of(expected), 1e-5, 1e-6)
+    with pytest.raises(ValueError, match=r"`data` must hold at least one image"):
+        compute_features(model, [empty], tokenizer, tmp_path / "none", verbose=0)
+
+
+@pytest.mark.any_backend
 def test_an_image_without_a_caption_is_refused(tmp_path):
     data = dataset(4, captions=2)
     data["captions"][1] = ()

@@ -9,7 +9,8 @@ from keras_cluster_mask.evaluation import (
     retrieval,
     retrieval_recall,
 )
-from tests.helpers import random_pairs
+from tests.helpers import random_pairs, vit_encoder
+from tests.models.test_pooled_encoder import make_model, roberta
 
 
 def random_embeddings(count, width=8, seed=0):
@@ -135,6 +136,17 @@ def test_images_of_equal_texts_match_unless_they_are_to_be_negatives(model, toke
         evaluate_retrieval(model, data, tokenizer, **options),
     ):
         assert set(found.values()) == {1.0}
+
+
+@pytest.mark.any_backend
+def test_equal_texts_may_be_padded_to_different_lengths():
+    # RoBERTa pads with 1, and its start token is 0.
+    texts = [[0, 5, 2, 1], [0, 5, 1, 1]], [[0, 5, 2], [0, 5, 3]]
+    batches = [
+        {"images": random_pairs(2)["images"], "token_ids": np.array(x)} for x in texts
+    ]
+    found = embed(make_model(vit_encoder, roberta), batches, verbose=0)
+    assert found["text_numbers"].tolist() == [0, 1, 0, 2]
 
 
 @pytest.mark.any_backend

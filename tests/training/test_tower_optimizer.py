@@ -77,6 +77,14 @@ def test_towers_may_have_weights_of_the_same_paths():
         assert moved == (id(weight) in image), weight.path
 
 
+@pytest.mark.any_backend
+def test_a_model_without_towers_is_refused():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(kcm.TowerOptimizer(adamw(0.4), image=adamw(0.2)), "mse", **FAST)
+    with pytest.raises(ValueError, match=r"`TowerOptimizer`.*Received: .*kernel"):
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+
+
 def test_callbacks_change_the_rate_of_each_tower_under_loss_scaling(tmp_path):
     optimizer = kcm.TowerOptimizer(adamw(0.4), image=adamw(0.2))
     model = make_model()

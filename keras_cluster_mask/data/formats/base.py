@@ -4,6 +4,8 @@ import contextlib
 import json
 import typing
 
+import numpy as np
+
 from keras_cluster_mask.data import files
 
 
@@ -32,7 +34,16 @@ class Entry(typing.NamedTuple):
 
 def is_empty(value):
     """Returns whether the value of a field counts as missing. Numbers never do."""
+    if isinstance(value, np.ndarray):
+        return not value.size
     return value is None or (hasattr(value, "__len__") and not len(value))
+
+
+def key_of(value):
+    """Returns the key of a sample as a str."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return str(value)
 
 
 def entries_of(field):

@@ -6,7 +6,7 @@ import os
 import threading
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import DamagedShard, Format, is_empty
+from keras_cluster_mask.data.formats.base import DamagedShard, Format, is_empty, key_of
 
 KEYS = ("__key__", "key", "image_id", "id")
 # The number of row groups that are kept in memory. A group is read as a whole.
@@ -60,7 +60,7 @@ class Parquet(Format):
             name: plain(value) for name, value in content.items() if value is not None
         }
         key = next((content[k] for k in KEYS if not is_empty(content.get(k))), None)
-        return f"{number:08}" if key is None else str(key), fields
+        return f"{number:08}" if key is None else key_of(key), fields
 
 
 def plain(value):

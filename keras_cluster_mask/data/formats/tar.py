@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-import os
+import posixpath
 import tarfile
 
 from keras_cluster_mask.data import files
@@ -143,4 +143,4 @@ def _key_and_field(member):
     # macOS, have no name before the dot.
     if not member.isfile() or member.issparse() or not base or not field:
         return "", ""
-    return os.path.join(folder, base), field.lower()
+    return posixpath.join(folder, base), field.lower()

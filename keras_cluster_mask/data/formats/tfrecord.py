@@ -7,7 +7,7 @@ import itertools
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import DamagedShard, Format
+from keras_cluster_mask.data.formats.base import DamagedShard, Format, key_of
 
 KEYS = ("__key__", "key", "image/filename", "image/id")
 NO_EXAMPLE = "a record that is damaged, or not a tf.train.Example"
@@ -60,9 +60,7 @@ class TFRecord(Format):
         entries = _example().FromString(content).features.feature
         fields = {entry.key: _value(entry.value) for entry in entries}
         key = next((fields[name] for name in KEYS if fields.get(name)), f"{number:08}")
-        if isinstance(key, bytes):
-            key = key.decode("utf-8", "surrogateescape")
-        return str(key), fields
+        return key_of(key), fields
 
 
 def _is_intact(content, checksum):
