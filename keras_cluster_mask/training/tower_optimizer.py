@@ -105,7 +105,7 @@ class _Towers(keras.optimizers.OptimizerMap):
             raise ValueError(
                 "`TowerOptimizer` must be passed to `ContrastiveModel.compile`, which "
                 "tells it the weights of each tower. "
-                f"Received: the weight {variable.path} before"
+                f"Received: the weight {variable.path}, and no towers"
             )
         if self._towers is None:
             # Once all weights exist, which an encoder may create when it is called.
