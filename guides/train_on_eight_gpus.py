@@ -195,5 +195,5 @@ print("the same history:", again["loss"] == several["loss"])
 # per second, however many cores it has.
 #
 # **The memory suffices.** If not, `micro_batch_size` trains on parts of the batch and still compares
-# all pairs, and `gradient_checkpointing=True` keeps fewer activations.
+# all pairs.
 # [`examples/train.py`](../examples/train.py) is a whole program with options.

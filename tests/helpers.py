@@ -560,15 +560,6 @@ def _temporary_bytes_jax(model, pairs):
     return compiled.memory_analysis().temp_size_in_bytes - batch
 
 
-def kept_bytes_jax(model, pairs):
-    """Bytes that the forward pass passes on to the backward pass, weights included."""
-    import jax
-
-    loss, weights, state = _loss_jax(model)
-    backward = jax.eval_shape(lambda w: jax.vjp(loss, w, state, pairs)[1], weights)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(backward))
-
-
 def _loss_jax(model):
     """The loss as a function of weights, state and pairs; weights; and state."""
 

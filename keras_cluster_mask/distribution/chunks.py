@@ -32,11 +32,11 @@ def map_chunks(function, num_chunks, weights, state, rows):
     state = tree.map_structure(ops.stop_gradient, state)
 
     tensorflow = keras.backend.backend() == "tensorflow"
-    run = _recompute_on_tensorflow if tensorflow else recompute
+    recomputed = (_recomputed_on_tensorflow if tensorflow else keras.remat)(function)
 
     def one(state, index):
         chunk = tree.map_structure(lambda x: take_chunk(x, index, num_chunks), rows)
-        outputs, state = run(function, weights, state, index, chunk)
+        outputs, state = recomputed(weights, state, index, chunk)
         return tree.map_structure(ops.stop_gradient, state), outputs
 
     if keras.backend.backend() == "jax":
@@ -89,12 +89,16 @@ def _scan_on_tensorflow(function, carry, length):
     )
 
 
-def _recompute_on_tensorflow(function, *arguments):
-    """Implements `recompute` for a step of a loop.
+def _recomputed_on_tensorflow(function):
+    """Works like `keras.remat`, for a function that runs in a loop.
 
     `tf.recompute_grad` copies its arguments, here all weights in each step, so that the
     graph does not share the two computations. Those of two loops are never shared.
     """
+    return lambda *arguments: _recompute_on_tensorflow(function, *arguments)
+
+
+def _recompute_on_tensorflow(function, *arguments):
     import tensorflow as tf
 
     structure = []
@@ -127,34 +131,6 @@ def _recompute_on_tensorflow(function, *arguments):
 
     flat = run(*tree.flatten(arguments))
     return tree.pack_sequence_as(structure[0], flat)
-
-
-def recompute(function, *arguments):
-    """Runs a function with gradient checkpointing: the backward pass recomputes it.
-
-    Args:
-        function: `function(*arguments)`. It must receive everything that it
-            differentiates as arguments, and its first output must be a float.
-        *arguments: Structures of tensors or variables. The function receives tensors.
-
-    Returns:
-        The output of the function, a structure of tensors.
-    """
-    arguments = tree.map_structure(as_tensor, arguments)
-    flat = tree.flatten(arguments)
-    bools = [keras.backend.standardize_dtype(x.dtype) == "bool" for x in flat]
-    structure = []
-
-    # `tf.recompute_grad` takes only flat lists of tensors, and no bools.
-    def flat_function(*flat):
-        flat = [ops.cast(x, "bool") if y else x for x, y in zip(flat, bools)]
-        outputs = function(*tree.pack_sequence_as(arguments, flat))
-        structure[:] = [tree.map_structure(lambda x: None, outputs)]
-        return tuple(tree.flatten(outputs))
-
-    flat = [ops.cast(x, "int32") if y else x for x, y in zip(flat, bools)]
-    flat = keras.remat(flat_function)(*flat)
-    return tree.pack_sequence_as(structure[0], list(flat))
 
 
 def map_rows(function, max_rows, rows):

@@ -1,6 +1,5 @@
 """The model for contrastive training on image-text pairs."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -19,7 +18,6 @@ from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.pooled_encoder import pretrained_towers
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
 from keras_cluster_mask.training import micro_batches
-from keras_cluster_mask.training.gradient_checkpointing import checkpointed
 from keras_cluster_mask.training.input_rules import (
     KEYS,
     LONELY,
@@ -89,11 +87,6 @@ class ContrastiveModel(ContrastiveTrainer):
             mask. Patches are embedded once, and the rest of the image encoder runs once
             per view. Loss and metrics are means over the views. Two views of half the
             patches cost about as much as the whole image (A-CLIP).
-        gradient_checkpointing: Boolean. Whether the transformer blocks of both encoders
-            store only their input in training, and recompute their activations in the
-            backward pass. Costs about a third more time; the results are the same.
-            keras_hub's blocks are recognized; for other encoders, pass a list of the
-            names of the layers that are blocks.
         pixel_mean: Three floats, one per channel. uint8 images are scaled to [0, 1] and
             normalized with this mean. Defaults to CLIP's. `None` passes images to the
             encoder unchanged.
@@ -137,7 +130,6 @@ class ContrastiveModel(ContrastiveTrainer):
         projection: str = "linear",
         duplicates: str = "positive",
         views: int = 1,
-        gradient_checkpointing: bool | Sequence[str] = False,
         pixel_mean: Sequence[float] | None = CLIP_MEAN,
         pixel_std: Sequence[float] = CLIP_STD,
         tokenizer_fingerprint: str | None = None,
@@ -162,7 +154,6 @@ class ContrastiveModel(ContrastiveTrainer):
             text_encoder,
             head,
             views,
-            gradient_checkpointing,
             pixel_mean,
             pixel_std,
             **kwargs,
@@ -310,12 +301,10 @@ class ContrastiveModel(ContrastiveTrainer):
                 "text_embeddings": texts.project(inputs["text_features"], training),
             }
         given = {name: inputs[name] for name in texts.input_names if name in inputs}
-        recomputes = training and self.gradient_checkpointing
-        with checkpointed(self._blocks()) if recomputes else contextlib.nullcontext():
-            return {
-                "image_embeddings": images.embed(inputs["images"], training, views),
-                "text_embeddings": texts.embed(given, training),
-            }
+        return {
+            "image_embeddings": images.embed(inputs["images"], training, views),
+            "text_embeddings": texts.embed(given, training),
+        }
 
     def compute_loss(
         self,
@@ -384,14 +373,12 @@ class ContrastiveModel(ContrastiveTrainer):
     # === Saving ===
 
     def get_config(self) -> dict[str, Any]:
-        names = self.gradient_checkpointing
         return {
             **super().get_config(),
             **self.head.options,
             "micro_batch_size": self.micro_batch_size,
             "duplicates": self.duplicates,
             "views": self.views,
-            "gradient_checkpointing": names if isinstance(names, bool) else [*names],
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,
             "dtype": self.head.dtype_policy.name,

@@ -13,12 +13,11 @@ from keras import ops
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.encoders import BLOCKS, image_shape_of, number_positions
+from keras_cluster_mask.models.encoders import image_shape_of, number_positions
 from keras_cluster_mask.models.head import ContrastiveHead
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder
 from keras_cluster_mask.models.pixels import pixel_range
 from keras_cluster_mask.models.tower import Exported, ImageTower, TextTower
-from keras_cluster_mask.training.gradient_checkpointing import find_blocks
 from keras_cluster_mask.training.input_rules import InputRules
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.types import Tensor
@@ -32,7 +31,6 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         text_encoder: A Keras model from token ids to `(batch, d)` features.
         head: A `ContrastiveHead`, which projects both kinds of features.
         views: Integer. The number of masks of each image in training.
-        gradient_checkpointing: Boolean, or a list of names of layers.
         pixel_mean: Three floats, one per channel, or `None`.
         pixel_std: Three floats, one per channel.
         **kwargs: Arguments of `keras.Model`.
@@ -52,7 +50,6 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         text_encoder: keras.Model,
         head: ContrastiveHead,
         views: int,
-        gradient_checkpointing: bool | Sequence[str],
         pixel_mean: Sequence[float] | None,
         pixel_std: Sequence[float],
         **kwargs: Any,
@@ -66,7 +63,6 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         number_positions(image_encoder)
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
-        self.gradient_checkpointing = gradient_checkpointing
         self.head = head
         images, texts = head.image_projection, head.text_projection
         statistics = pixel_mean, pixel_std
@@ -90,8 +86,6 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
             masking.join(self.towers.image.prepare)
         # Everything is built, unless an encoder learns its width when it is called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
-        if self.built and gradient_checkpointing:
-            self._blocks()
 
     # === From inputs to embeddings ===
 
@@ -165,9 +159,6 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         if isinstance(self.image_encoder, MaskedEncoder):
             self.image_encoder(self.image_encoder.input)
         super().summary(*args, **kwargs)
-
-    def _blocks(self):
-        return find_blocks(self, self.gradient_checkpointing, BLOCKS)
 
     # === Other models that share the weights ===
 

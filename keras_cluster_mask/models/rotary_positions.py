@@ -60,15 +60,6 @@ class RotaryByImage(keras.layers.Layer):
         tokens_mask=None,
         training=None,
     ):
-        recomputed = any("call" in vars(block) for block in self.encoder.layers)
-        if recomputed and keras.backend.backend() != "jax":
-            raise ValueError(
-                "`gradient_checkpointing` must be False, or a list of the names of "
-                "other blocks, for a masked DINOv3 on TensorFlow or torch, which "
-                "cannot recompute what they vectorize. Received: blocks of "
-                f"`{self.encoder.name}`"
-            )
-
         def one_image(given):
             tokens, cosines, sines, *mask = given
             outputs = self.encoder(

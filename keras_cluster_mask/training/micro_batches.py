@@ -11,10 +11,7 @@ from keras_cluster_mask.distribution.chunks import (
 )
 from keras_cluster_mask.distribution.replicas import local_rows, num_replicas
 from keras_cluster_mask.masking.selection import part_of_batch
-from keras_cluster_mask.training.gradient_checkpointing import (
-    call_statelessly,
-    snapshot,
-)
+from keras_cluster_mask.training.layers import state_variables
 
 
 def embed_in_micro_batches(model, inputs, micro_batch_size):
@@ -98,3 +95,55 @@ def check_micro_batches(batch_size: int | None, micro_batch_size: int, replicas:
             f"micro_batch_size={micro_batch_size}, a batch of {batch_size}, "
             f"{replicas} replicas"
         )
+
+
+# === A model as a function of its variables ===
+
+
+def call_statelessly(function, variables, values):
+    """Calls a function with other values of variables, without assigning them.
+
+    Args:
+        function: Function without arguments that calls layers. They train.
+        variables: List of all variables of the layers.
+        values: List of tensors, one for each variable.
+
+    Returns:
+        A tuple: the output of the function; a list with the loss that layers added,
+        empty if there is none; and a list of the new values of the variables, `None`
+        for those that were not assigned.
+    """
+    mapping = list(zip(variables, values))
+    with keras.StatelessScope(mapping, collect_losses=True) as scope:
+        before = [scope.get_current_value(v) for v in variables]
+        outputs = _Training(function)()
+        losses = [sum(map(ops.sum, scope.losses))] if scope.losses else []
+    after = [scope.get_current_value(v) for v in variables]
+    return outputs, losses, [None if x is y else y for x, y in zip(before, after)]
+
+
+class _Training(keras.layers.Layer):
+    """Calls a function, in which all layers train.
+
+    The backward pass recomputes a chunk outside of the call of a model, which would
+    tell its layers that they train.
+    """
+
+    def __init__(self, function):
+        super().__init__(name="training")
+        self.function = function
+        # Weights keep their dtype when the function reads them.
+        self.autocast = False
+
+    def call(self, training=True):
+        return self.function()
+
+
+def snapshot(layer, variables):
+    """Returns the current values of variables, unaffected by later assignments.
+
+    Weights, frozen or not, are not copied: they may be large, and nothing assigns them
+    before the gradients are computed.
+    """
+    weights = {id(v) for v in layer.weights} - {id(v) for v in state_variables(layer)}
+    return [v if id(v) in weights else ops.copy(v) for v in variables]

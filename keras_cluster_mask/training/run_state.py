@@ -12,7 +12,7 @@ from keras_cluster_mask.training.optimizers import inner_optimizer, optimizer_pa
 # Entries of a layer's configuration that do not affect what it computes.
 INCIDENTAL = ("name", "trainable", "dtype", "seed", "build_config")
 # Options that may change when a run is resumed.
-FREE_OPTIONS = ("name", "micro_batch_size", "gradient_checkpointing")
+FREE_OPTIONS = ("name", "micro_batch_size")
 
 
 def read_state(model) -> dict[str, np.ndarray]:

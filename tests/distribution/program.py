@@ -37,7 +37,6 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
-from keras_cluster_mask.training.layers import all_layers
 from tests.helpers import MASKINGS, masked_vit, tiny_clip, tiny_siglip
 
 BATCH, STEPS = 8, 5
@@ -68,19 +67,11 @@ def make_model(masking=None, way="whole", **options):
     # Of micro-batches, blocks of two rows.
     losses.MAX_PAIRS = 2 * BATCH if "micro" in way else 2**24
     if "CLIP" in os.environ:
-        model = kcm.ContrastiveModel.from_backbone(
-            tiny_clip(), masking, gradient_checkpointing="micro" in way, **options
-        )
+        model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking, **options)
         # Keys' biases have a gradient of 0, which rounding makes a step of Adam of.
         model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3))
         return model
     encoder = masked_vit(masking)
-    if way in ("micro", "checkpointing"):
-        # Keras numbers the names of layers over all models.
-        attention = keras.layers.MultiHeadAttention
-        options["gradient_checkpointing"] = [
-            layer.name for layer in all_layers(encoder) if isinstance(layer, attention)
-        ]
     model = kcm.ContrastiveModel(encoder, tiny_siglip().text_encoder, **options)
     if os.environ.get("FREEZE") == os.environ.get("RANK", "0") or "frozen" in way:
         model.image_encoder.trainable = False
@@ -114,7 +105,7 @@ def ways():
         "whole",
         "micro",
         *more,
-        *(["frozen micro", "checkpointing"] if more else []),
+        *(["frozen micro"] if more else []),
     ]
 
 

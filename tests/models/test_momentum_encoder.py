@@ -265,7 +265,7 @@ def make_model():
     backbone = tiny_clip()
     teacher = MomentumEncoder(backbone.vision_encoder, 0.5)
     return kcm.ContrastiveModel.from_backbone(
-        backbone, kcm.AttentiveMasking(teacher, seed=1), gradient_checkpointing=True
+        backbone, kcm.AttentiveMasking(teacher, seed=1)
     )
 
 

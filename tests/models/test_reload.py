@@ -44,7 +44,6 @@ def draw(case):
         "loss": choose("softmax", "sigmoid"),
         "duplicates": choose("positive", "negative"),
         "micro_batch_size": choose(None, None, 4),
-        "gradient_checkpointing": encoders != "own" and choose(True, False),
     }
     if encoders == "own":
         options["projection_dim"] = choose(None, 5)

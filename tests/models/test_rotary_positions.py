@@ -7,7 +7,6 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from tests.helpers import (
-    FAST,
     dino_3_encoder,
     random_images,
     random_noise,
@@ -121,27 +120,6 @@ def test_gradients_are_those_of_the_whole_encoder():
     for weight, one, other in zip(weights, found[1], expected[1]):
         scale = max(1, np.abs(other).max())
         np.testing.assert_allclose(one, other, atol=1e-4 * scale, err_msg=weight.path)
-
-
-@pytest.mark.slow
-def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused():
-    weights = []
-    for checkpointing in (False, True):
-        keras.utils.set_random_seed(0)
-        masking = kcm.ClusterMasking(4, 0.5, 0.25, 0.0, seed=0)
-        masked = kcm.with_masking(pooled(dino_3_encoder(2)), masking)
-        model = kcm.ContrastiveModel(
-            masked, text_bag(), gradient_checkpointing=checkpointing
-        )
-        model.compile(keras.optimizers.SGD(0.1), **FAST)
-        if checkpointing and keras.backend.backend() != "jax":
-            with pytest.raises(ValueError, match=r"`gradient_checkpointing`.*Rec"):
-                model.fit(random_pairs(4), batch_size=4, verbose=0)
-            return
-        model.fit(random_pairs(4), batch_size=4, verbose=0)
-        weights.append(values(model.trainable_variables))
-    for one, other in zip(*weights):
-        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.any_backend

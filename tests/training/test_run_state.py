@@ -127,8 +127,8 @@ def test_what_a_step_does_in_another_way_may_change(tmp_path):
 
     expected = fit(tmp_path / "whole", 2)
     fit(tmp_path / "resumed", 1)
-    changed = dict(micro_batch_size=2, gradient_checkpointing=True)
-    for one, other in zip(fit(tmp_path / "resumed", 2, **changed), expected):
+    resumed = fit(tmp_path / "resumed", 2, micro_batch_size=2)
+    for one, other in zip(resumed, expected):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
