@@ -408,10 +408,20 @@ def model_to_tune(options, seed, method):
     encoders.cache_clear()
     model = new_model(options, seed, "mlp", method)
     more = METHOD.fullmatch(method)["more"]
+    image, text = encoders(options.encoders, options.image_size, options.context_length)
+    text = text.backbone
     if more == LORA:
-        kcm.enable_lora(model, text=True)
+        for encoder in (image, text):
+            encoder.enable_lora(8)
+            for weight in encoder.trainable_weights:
+                weight.trainable = weight.name != "bias"
     elif more == LAST_BLOCKS:
-        kcm.train_last_blocks(model, image=4, text=2)
+        _, embedding, blocks, _ = image.layers
+        first = [embedding, *blocks.layers[:-4], *text.layers]
+        for layer in first:
+            layer.trainable = False
+        for layer in text.layers[-3:]:
+            layer.trainable = True
     return model, more
 
 

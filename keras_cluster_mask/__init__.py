@@ -39,12 +39,7 @@ if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
         PatchMasking,
         RandomMasking,
     )
-    from keras_cluster_mask.models import (
-        ContrastiveModel,
-        enable_lora,
-        train_last_blocks,
-        with_masking,
-    )
+    from keras_cluster_mask.models import ContrastiveModel, with_masking
     from keras_cluster_mask.recipe import Recipe, small_data_recipe
     from keras_cluster_mask.training import TowerFeatures, TowerOptimizer
 
@@ -67,14 +62,12 @@ __all__ = [
     "callbacks",
     "data",
     "distribution",
-    "enable_lora",
     "evaluation",
     "interop",
     "losses",
     "masking",
     "models",
     "small_data_recipe",
-    "train_last_blocks",
     "visualization",
     "with_masking",
 ]

@@ -12,7 +12,6 @@ from keras_cluster_mask.models.layout_map import clip_layout_map
 from keras_cluster_mask.models.loading import image_size_of
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder, with_masking
 from keras_cluster_mask.models.momentum_encoder import MomentumEncoder
-from keras_cluster_mask.models.partial_training import enable_lora, train_last_blocks
 from keras_cluster_mask.models.resizing import with_context_length, with_image_size
 from keras_cluster_mask.models.tower import ImageTower, TextTower, Tower
 
@@ -29,9 +28,7 @@ __all__ = [
     "Tower",
     "clip_backbone",
     "clip_layout_map",
-    "enable_lora",
     "image_size_of",
-    "train_last_blocks",
     "with_context_length",
     "with_image_size",
     "with_masking",

@@ -243,6 +243,9 @@ class ContrastiveTrainer(DualEncoder):
         if kwargs.get("auto_scale_loss", True):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
         super().compile(optimizer, **kwargs)
+        # Their compiled predictions would not see the factors of a new LoRA.
+        for name in ("image_tower", "text_tower"):
+            vars(self).pop(name, None)
         self.optimizer_options = {
             "decay_vectors": bool(decay_vectors),
             "log_gradient_norm": bool(log_gradient_norm),

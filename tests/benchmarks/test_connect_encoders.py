@@ -49,7 +49,7 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
     stages = ["features", "heads", *heads, "--seeds", "1", "2"]
     run(connect_encoders, "connect_encoders", *stages)
     methods = ["random", "none", "random 0.6, LoRA", "cluster, short texts"]
-    methods += ["random, whole images last", "none, rate 1e-5"]
+    methods += ["random, last blocks", "random, whole images last", "none, rate 1e-5"]
     tune = ["tune", *heads, "--equal-time", "--seeds=1", "--methods", *methods]
     runs = run(connect_encoders, "connect_encoders", *tune, "--costs")["runs"]
     assert {*runs} >= {"head-mlp-2", "tune-none-1-equal_time-1"}
@@ -59,7 +59,8 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
     assert {*tuned} == {*methods}
     assert tuned["none, rate 1e-5"]["losses"] != tuned["none"]["losses"]
     trained = {name: run["trained weights"] for name, run in tuned.items()}
-    assert trained["random 0.6, LoRA"] < trained["random"]
+    assert trained["random 0.6, LoRA"] < trained["random, last blocks"]
+    assert trained["random, last blocks"] < trained["random"]
     losses = ["losses", "--seeds=1", "--methods", "none", "random 0.9"]
     none, masked = run(probe_encoders, "masked_losses", *losses)["rows"]
     assert none["loss"] != masked["loss"]
@@ -69,4 +70,4 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
     again = run(connect_encoders, "connect_encoders", "heads", *tune)
     assert again["runs"] == runs
     # The others consist of steps of these.
-    assert {*again["time of a step"]} == {*methods[:4]}
+    assert {*again["time of a step"]} == {*methods[:5]}

@@ -1,0 +1,181 @@
+"""LoRA of keras_hub in the encoders of a `ContrastiveModel`."""
+
+import contextlib
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from tests.callbacks.training_run import StopAfter
+from tests.helpers import (
+    FAST,
+    TRANSFORMER,
+    as_trained,
+    assert_same_values,
+    make_backbone,
+    random_pairs,
+    tiny_clip,
+    to_numpy,
+    values,
+)
+
+# Families of the encoders, by name a backbone of both.
+FAMILIES = [
+    ("ViT", "Bert"),
+    ("DeiT", "Roberta"),
+    ("DINOV2", "DistilBert"),
+    ("DINOV3", "Bert"),
+    ("CLIP",),
+    ("MetaCLIP2",),
+    ("SigLIP",),
+]
+each_family = pytest.mark.parametrize("family", FAMILIES)
+FACTORS = {"lora_kernel_a", "lora_kernel_b"}
+
+
+def make_model(images="ViT", texts="Bert"):
+    masking = kcm.RandomMasking(0.5)
+    if hasattr(keras_hub.models, f"{images}VisionEncoder"):
+        projection = {} if images == "SigLIP" else {"projection_dim": 16}
+        backbone = make_backbone(images, sizes=TRANSFORMER, **projection)
+        return kcm.ContrastiveModel.from_backbone(backbone, masking), [backbone]
+    of_images = {**TRANSFORMER, "patch_size": 4, "image_shape": (16, 16, 3)}
+    if images == "ViT":
+        of_images["mlp_dim"] = of_images.pop("intermediate_dim")
+    of_texts = {**TRANSFORMER, "vocabulary_size": 30, "max_sequence_length": 8}
+    encoders = [
+        getattr(keras_hub.models, f"{name}Backbone")(**given)
+        for name, given in ((images, of_images), (texts, of_texts))
+    ]
+    return kcm.ContrastiveModel.from_encoders(*encoders, 4, masking), encoders
+
+
+def add_lora(backbones):
+    for backbone in backbones:
+        names = None
+        if type(backbone).__name__ == "DINOV3Backbone":
+            names = ["q_proj", "v_proj"]
+        backbone.enable_lora(2, target_layer_names=names)
+
+
+def pairs():
+    """Pairs without padding of any family, with the end token of MetaCLIP 2."""
+    found = random_pairs(4)
+    found["token_ids"] = found["token_ids"].clip(3)
+    found["token_ids"][:, -1] = 2
+    return found
+
+
+def fit(model, **options):
+    return model.fit(pairs(), batch_size=4, shuffle=False, verbose=0, **options)
+
+
+@pytest.mark.any_backend
+@each_family
+def test_lora_trains_something_and_nothing_else_and_is_merged_in_a_file(
+    family, tmp_path
+):
+    model, backbones = make_model(*family)
+    before = model.predict(pairs(), verbose=0)
+    add_lora(backbones)
+    trained = {id(v) for v in model.trainable_weights}
+    for encoder in (model.image_encoder, model.text_encoder):
+        names = {v.name for v in encoder.weights if id(v) in trained}
+        assert FACTORS <= names <= {*FACTORS, "bias"}
+    model.compile("adam", **FAST)
+    for key, value in model.predict(pairs(), verbose=0).items():
+        np.testing.assert_array_equal(value, before[key])
+    frozen, trained = model.non_trainable_weights, model.trainable_weights
+    # The first factor gets no gradient before the second one is no longer 0.
+    start = values(frozen), values(trained)
+    fit(model, epochs=2)
+    state = {id(v) for masking in model.maskings for v in masking.weights}
+    for weight, one in zip(frozen, start[0]):
+        if id(weight) not in state:
+            np.testing.assert_array_equal(to_numpy(weight), one)
+    for weight, one in zip(trained, start[1]):
+        # The biases of keys have no influence.
+        assert np.any(to_numpy(weight) != one) or weight.name == "bias"
+    as_trained(model)
+    expected = model.predict(pairs(), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
+    for key, value in loaded.predict(pairs(), verbose=0).items():
+        np.testing.assert_allclose(value, expected[key], atol=1e-5)
+        assert np.abs(value - before[key]).max() > 0.01
+    assert not FACTORS & {v.name for v in loaded.weights}
+    # Keras numbers the names of models.
+    ends = [v.path.split("/")[-3:] for v in trained if v.name not in FACTORS]
+    assert [v.path.split("/")[-3:] for v in loaded.trainable_weights] == ends
+
+
+# === Checkpoints ===
+
+
+def run(part, folder, stop=None):
+    keras.utils.set_random_seed(0)
+    model, (images, texts) = make_model()
+    if part == "LoRA":
+        add_lora([images, texts])
+    else:
+        images.get_layer(part).trainable = texts.trainable = False
+    model.compile("adam", **FAST)
+    callbacks = [kcm.callbacks.Checkpoint(folder), *([StopAfter(stop)] if stop else [])]
+    with contextlib.suppress(KeyboardInterrupt):
+        fit(model, epochs=3, resume_from=folder, callbacks=callbacks)
+    return values([*model.variables, *model.optimizer.variables])
+
+
+@pytest.mark.any_backend
+def test_a_resumed_run_with_lora_ends_as_one_that_was_not_interrupted(tmp_path):
+    expected = run("LoRA", tmp_path / "whole")
+    run("LoRA", tmp_path / "stopped", stop=2)
+    assert_same_values(run("LoRA", tmp_path / "stopped"), expected)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("other", ["LoRA", "vit_encoder"])
+def test_a_checkpoint_of_other_trained_parts_is_refused(other, tmp_path):
+    run("vit_patching_and_embedding", tmp_path, stop=2)
+    with pytest.raises(ValueError, match=r"frozen weights: .* in the checkpoint"):
+        run(other, tmp_path)
+
+
+# === Copies ===
+
+
+@pytest.mark.any_backend
+def test_a_teacher_follows_an_encoder_merged_with_its_lora(tmp_path):
+    backbone = tiny_clip()
+    teacher = kcm.models.MomentumEncoder(backbone.vision_encoder, 0.0, 0.0, steps=1)
+    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.AttentiveMasking(teacher))
+    backbone.enable_lora(2)
+    as_trained(model)
+    teacher.update()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for one, other in zip(
+        teacher.copied_weights, loaded.backbone.vision_encoder.weights, strict=True
+    ):
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), atol=1e-5)
+
+
+@pytest.mark.one_case
+def test_models_that_share_weights_predict_with_lora():
+    backbone = tiny_clip()
+    masked = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
+    whole, inputs = masked.without_masking(), random_pairs(4)
+    for model in (masked, whole):
+        model.predict(inputs, verbose=0)
+    masked.image_tower.predict(inputs["images"], verbose=0)
+    backbone.enable_lora(2)
+    as_trained(masked)
+    masked.compile("adam", **FAST)
+    expected = to_numpy(masked.encode_image(inputs["images"]))
+    for model in (masked, whole):
+        found = model.predict(inputs, verbose=0)["image_embeddings"]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    found = masked.image_tower.predict(inputs["images"], verbose=0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
