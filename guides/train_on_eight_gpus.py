@@ -195,5 +195,27 @@ print("the same history:", again["loss"] == several["loss"])
 # per second, however many cores it has.
 #
 # **The memory suffices.** If not, `micro_batch_size` trains on parts of the batch and still compares
-# all pairs.
+# all pairs. Weights that do not fit on a device can be shared by several, on JAX. Set this before you
+# make the model. Here two devices share one: attention heads and hidden units are divided among them.
+#
+# ```python
+# devices = keras.distribution.list_devices()
+# mesh = keras.distribution.DeviceMesh((len(devices) // 2, 2), ["batch", "model"], devices)
+# layouts = keras.distribution.LayoutMap(mesh)
+# # The first matrix of an attention or MLP is divided by its outputs, the last one by its inputs.
+# for path, layout in {
+#     r"(attention|self_attn)/(query|key|value)/kernel": (None, "model", None),
+#     r"(attention|self_attn)/(query|key|value)/bias": ("model", None),
+#     r"(attention|self_attn)/attention_output/kernel": ("model", None, None),
+#     r"(dense_1|mlp/fc1)/kernel": (None, "model"),
+#     r"(dense_1|mlp/fc1)/bias": ("model",),
+#     r"(dense_2|mlp/fc2)/kernel": ("model", None),
+# }.items():
+#     layouts[rf".*encoder_(block_\d+|head)/{path}"] = layout
+# distribution = keras.distribution.ModelParallel(
+#     layout_map=layouts, batch_dim_name="batch", auto_shard_dataset=False
+# )
+# keras.distribution.set_distribution(distribution)
+# ```
+#
 # [`examples/train.py`](../examples/train.py) is a whole program with options.

@@ -8,7 +8,6 @@ from keras_cluster_mask.models.backbones import (
 )
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.head import ContrastiveHead
-from keras_cluster_mask.models.layout_map import clip_layout_map
 from keras_cluster_mask.models.loading import image_size_of
 from keras_cluster_mask.models.masked_encoder import MaskedEncoder, with_masking
 from keras_cluster_mask.models.momentum_encoder import MomentumEncoder
@@ -27,7 +26,6 @@ __all__ = [
     "TextTower",
     "Tower",
     "clip_backbone",
-    "clip_layout_map",
     "image_size_of",
     "with_context_length",
     "with_image_size",

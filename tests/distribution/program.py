@@ -144,15 +144,9 @@ def distribute(data):
     if how == "process":
         kcm.distribution.initialize()
     if how == "model":
-        devices = keras.distribution.list_devices()
-        mesh = keras.distribution.DeviceMesh((2, 2), ["batch", "model"], devices)
-        keras.distribution.set_distribution(
-            keras.distribution.ModelParallel(
-                layout_map=kcm.models.clip_layout_map(mesh),
-                batch_dim_name="batch",
-                auto_shard_dataset=False,
-            )
-        )
+        guide = pathlib.Path(__file__).parents[2] / "guides" / "train_on_eight_gpus.py"
+        code = guide.read_text().rpartition("# ```python\n")[2].partition("# ```")[0]
+        exec("\n".join(line.removeprefix("# ") for line in code.splitlines()))
     elif backend == "jax" and how != "single":
         keras.distribution.set_distribution(
             keras.distribution.DataParallel(auto_shard_dataset=False)

@@ -6,42 +6,8 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.distribution import replicas
-from tests.helpers import tiny_clip, tiny_metaclip, tiny_siglip
 
 BACKEND = keras.backend.backend()
-
-
-def layout_map(**axes):
-    """The layout map of a mesh of two devices with these axes."""
-    shape, names = (*axes.values(),), [*axes]
-    mesh = keras.distribution.DeviceMesh(shape, names, ["cpu:0", "cpu:1"])
-    return kcm.models.clip_layout_map(mesh)
-
-
-@pytest.mark.any_backend
-def test_the_layout_does_not_depend_on_the_names_of_encoders():
-    layouts = layout_map(batch=1, model=2)
-    for prefix in ("", "vision_encoder_"):
-        found = layouts[f"{prefix}encoder_block_11/attention/query/kernel"]
-        assert found.axes == (None, "model", None)
-    assert layouts["vision_encoder_layer_norm/gamma"] is None
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("make", [tiny_clip, tiny_metaclip, tiny_siglip])
-def test_all_matrices_of_attention_and_mlps_have_a_layout(make):
-    layouts = layout_map(batch=1, model=2)
-    # SigLIP pools images by another attention, with an MLP.
-    paths = [v.path for v in make().weights if v.path.endswith("kernel")]
-    paths = [path for path in paths if "block" in path or "_head/a" in path]
-    assert len(paths) == (16 if make is tiny_siglip else 12)
-    assert all(layouts[path] is not None for path in paths)
-
-
-@pytest.mark.any_backend
-def test_a_mesh_without_the_axis_of_the_model_is_an_error():
-    with pytest.raises(ValueError, match=r"`axis` must be.*'batch'.*axis='model'"):
-        layout_map(batch=2)
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras reads JAX's variables.")
