@@ -223,9 +223,9 @@ class ContrastiveTrainer(DualEncoder):
                 computes in float16.
 
         Raises:
-            ValueError: If there is no optimizer, if a loss or metrics are passed, or if
-                the optimizer has already been built to decay vectors, or for the
-                weights of another model.
+            ValueError: If there is no optimizer, if a loss or metrics are passed, if the
+                optimizer was built for other weights or compiled with another
+                `decay_vectors`, or if weights decay and the model is not built.
         """
         built_in = ("loss", "loss_weights", "metrics", "weighted_metrics")
         check_unused(

@@ -18,7 +18,7 @@ PRIVATE = (
     "_get_variable_index",
     "_use_weight_decay",
 )
-REPLACED = "build", "_backend_update_step", "_clip_gradients"
+REPLACED = "_apply_weight_decay", "_backend_update_step", "_clip_gradients"
 
 
 def configure(optimizer, model, decay_vectors):
@@ -48,9 +48,16 @@ def configure(optimizer, model, decay_vectors):
         # An optimizer may be compiled again, with other options.
         for name in REPLACED:
             vars(each).pop(name, None)
-        if not decay_vectors and each in parts:
-            exclude_vectors_from_decay(each)
         distribution.update_in_place(each)
+    for part in parts:
+        if not decay_vectors:
+            exclude_vectors_from_decay(part, model)
+        elif getattr(part, "spares_vectors", False):
+            raise ValueError(
+                "`decay_vectors=True` needs a new optimizer, since vectors were "
+                "excluded from the weight decay of this one when it was compiled "
+                f"before. Received: optimizer={part.name}"
+            )
 
 
 def check_built(optimizer, variables):
@@ -97,14 +104,18 @@ def optimizer_parts(optimizer):
 # === Weight decay ===
 
 
-def exclude_vectors_from_decay(optimizer):
-    """Excludes biases and vectors from weight decay when the optimizer is built.
+def exclude_vectors_from_decay(optimizer, model):
+    """Excludes biases and other vectors of a model from weight decay.
+
+    Weights that the user excluded stay excluded.
 
     Args:
         optimizer: A Keras optimizer.
+        model: The `ContrastiveModel`.
     """
+    decays = optimizer._use_weight_decay
     if optimizer.built:
-        decaying = filter(optimizer._use_weight_decay, optimizer._trainable_variables)
+        decaying = filter(decays, optimizer._trainable_variables)
         if optimizer.weight_decay and any(map(is_vector, decaying)):
             raise ValueError(
                 "`decay_vectors=False` needs an optimizer that has not been built: "
@@ -112,20 +123,19 @@ def exclude_vectors_from_decay(optimizer):
                 f"Received: optimizer={optimizer.name}, built to decay vectors"
             )
         return
-    build = optimizer.build
-
-    def exclude_and_build(variables):
-        # Includes the variables that the user excluded, since Keras would replace that
-        # list.
-        optimizer.exclude_from_weight_decay(
-            [v for v in variables if is_vector(v) or not optimizer._use_weight_decay(v)]
+    if optimizer.weight_decay and not model.built:
+        raise ValueError(
+            "A model must be built before it is compiled with weight decay, which "
+            "excludes its vectors: call it on a batch first, `model(batch)`, or pass "
+            "`decay_vectors=True`. Received: an encoder whose weights do not exist yet"
         )
-        build(variables)
-        if not any(map(optimizer._use_weight_decay, variables)):
-            # Keras's own fails on torch if no weight decays.
-            optimizer._apply_weight_decay = lambda variables: None
-
-    optimizer.build = exclude_and_build
+    # With the weights of the user, whose list Keras replaces.
+    spared = [v for v in model.weights if is_vector(v) or not decays(v)]
+    optimizer.exclude_from_weight_decay(spared)
+    optimizer.spares_vectors = True
+    if not any(map(decays, model.trainable_weights)):
+        # Keras's own fails on torch if no weight decays.
+        optimizer._apply_weight_decay = lambda variables: None
 
 
 def is_vector(variable) -> bool:

@@ -173,6 +173,23 @@ def test_an_optimizer_built_to_decay_vectors_is_refused():
         model.compile(optimizer)
         optimizer.build(model.trainable_variables)
         model.compile(optimizer)
+        with pytest.raises(ValueError, match=r"needs a new optimizer.*Received: opti"):
+            model.compile(optimizer, decay_vectors=True)
+
+
+@pytest.mark.any_backend
+def test_a_model_without_weights_is_refused_until_it_is_built_if_weights_decay():
+    encoder = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(16)])
+    model = kcm.ContrastiveModel(encoder, text_bag())
+    with pytest.raises(ValueError, match=r"call it on a batch first.*Received: "):
+        model.compile(adamw())
+    model.compile(adamw(), decay_vectors=True)
+    model.compile("adam")
+    model(random_pairs(2))
+    model.compile(adamw(), **FAST)
+    fit(model, steps=1)
+    decaying = filter(model.optimizer._use_weight_decay, model.trainable_weights)
+    assert {v.name for v in decaying} == {"embeddings", "kernel"}
 
 
 @pytest.mark.any_backend
