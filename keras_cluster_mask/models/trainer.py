@@ -223,8 +223,8 @@ class ContrastiveTrainer(DualEncoder):
                 computes in float16.
 
         Raises:
-            ValueError: If there is no optimizer, if a loss or metrics are passed, if the
-                optimizer was built for other weights or compiled with another
+            ValueError: If there is no optimizer, if a loss or metrics are passed, if
+                the optimizer was built for other weights or compiled with another
                 `decay_vectors`, or if weights decay and the model is not built.
         """
         built_in = ("loss", "loss_weights", "metrics", "weighted_metrics")
