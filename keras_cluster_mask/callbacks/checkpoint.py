@@ -1,3 +1,4 @@
+import math
 import os
 from typing import Any
 
@@ -7,8 +8,8 @@ from keras_cluster_mask.training.checkpoints import CheckpointFiles
 from keras_cluster_mask.training.run_state import find_non_finite, read_state
 from keras_cluster_mask.training.training_run import RunCallback
 
-# A non-finite loss is noticed after at most this many steps. Checking each step would
-# keep the device waiting.
+# The number of steps between two checks of the loss. A check of each step would keep
+# the device waiting.
 CHECK_EVERY = 100
 
 
@@ -37,10 +38,11 @@ class Checkpoint(RunCallback):
     epoch is a pass over it. The state of other callbacks is not saved. An epoch that a
     callback stops early is not saved either.
 
-    A NaN or infinite loss stops the run with an error that names the step and the last
-    checkpoint. The run stops at the end of the epoch or after 100 steps, whichever
-    comes first, because checking each step would make training wait. A NaN or infinite
-    weight or optimizer moment at a save stops the run too. Such an epoch is not saved.
+    A NaN or infinite loss stops the run with an error that names the last checkpoint,
+    and the steps among which the loss occurred. The mean loss of the epoch is read
+    every 100 steps and at the end of the epoch, because reading it makes training wait.
+    A NaN or infinite weight or optimizer moment at a save stops the run too. Such an
+    epoch is not saved.
 
     Example:
 
@@ -99,19 +101,20 @@ class Checkpoint(RunCallback):
             )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._epoch, self._next_check = epoch, CHECK_EVERY
+        self._epoch, self._checked = epoch, 0
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         # Not in `on_train_batch_end`: Keras waits for each step if a callback overrides
         # it. The steps before this batch may still be running.
-        if batch >= self._next_check:
-            self._next_check = batch + CHECK_EVERY
-            self._check_loss()
+        if batch >= self._checked + CHECK_EVERY:
+            loss = self.model.get_metrics_result().get("loss", 0.0)
+            self._check_loss(float(loss), f"step {batch}")
+            self._checked = batch
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._check_loss()
+        self._check_loss((logs or {}).get("loss", 0.0), "the end")
         is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
         is_due = is_last or (epoch + 1) % self.save_every == 0
         if is_due and not self.run.is_partial:
@@ -134,10 +137,11 @@ class Checkpoint(RunCallback):
                 f"callbacks of types {[type(x).__name__ for x in self.run.callbacks]}"
             )
 
-    def _check_loss(self):
-        steps, finite, loss = self.model.finite_steps.read()
-        if finite < steps:
-            self._stop("The loss", f"loss={loss} at step {finite + 1}")
+    def _check_loss(self, loss, last):
+        """Raises an error if the mean loss of the epoch up to a step is not finite."""
+        if not math.isfinite(loss):
+            place = f"between step {self._checked + 1} and {last}"
+            self._stop("The loss", f"loss={loss} {place}")
 
     def _check_state(self, state):
         """Raises an error for NaN or infinity, possible even if the loss is finite."""

@@ -19,7 +19,7 @@ from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.training import layers, optimizers
 from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.input_rules import check_unused
-from keras_cluster_mask.training.step_metrics import FiniteSteps, GradientNorm
+from keras_cluster_mask.training.step_metrics import GradientNorm
 from keras_cluster_mask.training.training_data import evaluation_data, until_the_end
 from keras_cluster_mask.types import Tensor
 
@@ -34,7 +34,6 @@ class ContrastiveTrainer(DualEncoder):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.finite_steps = FiniteSteps()
         self.gradient_norm: GradientNorm | None = None
         self._is_evaluating = False
         # In an object of its own, as Keras looks into attributes that are set.
@@ -60,13 +59,9 @@ class ContrastiveTrainer(DualEncoder):
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Tensor | None = None
     ) -> dict[str, Any]:
-        if not self._is_evaluating:
-            # This is the end of a training step on every backend.
-            # A subclass may override `metrics`, without Keras's mean of the loss.
-            loss = next(each for each in super().metrics if each.name == "loss")
-            self.finite_steps.update_state(loss.result())
-            if self.gradient_norm is not None:
-                self.gradient_norm.update_metric()
+        # This is the end of a step on every backend.
+        if self.gradient_norm is not None and not self._is_evaluating:
+            self.gradient_norm.update_metric()
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def without_small_batches(
@@ -169,17 +164,12 @@ class ContrastiveTrainer(DualEncoder):
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        metrics = [x for x in super().metrics if x is not self.finite_steps]
+        metrics = super().metrics
         if self._is_evaluating:
             # Evaluation computes no gradients and masks no patches.
             return [x for x in metrics if x.name != "mask_ratio"]
         # In the order of the logs.
         return [*metrics, *([self.gradient_norm.metric] if self.gradient_norm else [])]
-
-    @property
-    def metrics_variables(self) -> list[keras.Variable]:
-        # A step updates them on JAX. The logs do not show `finite_steps`.
-        return [*super().metrics_variables, *self.finite_steps.variables]
 
     # === Compile, fit, evaluate, predict ===
 

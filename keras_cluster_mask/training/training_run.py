@@ -136,7 +136,6 @@ class TrainingRun(keras.callbacks.Callback):
         self._start_values = StartValues(self.model)
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.model.finite_steps.restart()
         # Keras begins a step before it knows whether there is another batch, so the
         # last one of an epoch does not end. Each epoch gets new slots.
         self._slots = threading.Semaphore(STEPS_AHEAD)
