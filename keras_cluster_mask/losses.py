@@ -66,8 +66,9 @@ def softmax_contrastive_loss(
         - [Unified Contrastive Learning in Image-Text-Label Space](
           https://arxiv.org/abs/2204.03610) for positives by label.
     """
-    pairs = image_embeddings, text_embeddings, labels
-    return _mean_loss("softmax", [logit_scale], *pairs)
+    return _mean_loss(
+        "softmax", [logit_scale], image_embeddings, text_embeddings, labels
+    )
 
 
 def sigmoid_contrastive_loss(
@@ -106,8 +107,8 @@ def sigmoid_contrastive_loss(
         - [Sigmoid Loss for Language Image Pre-Training](
           https://arxiv.org/abs/2303.15343)
     """
-    pairs = image_embeddings, text_embeddings, labels
-    return _mean_loss("sigmoid", [logit_scale, logit_bias], *pairs)
+    weights = [logit_scale, logit_bias]
+    return _mean_loss("sigmoid", weights, image_embeddings, text_embeddings, labels)
 
 
 # === Loss of a batch, in blocks of rows ===
@@ -299,7 +300,8 @@ def _mean_loss(loss, weights, image_embeddings, text_embeddings, labels):
         raise ValueError(
             f"`labels` must have a row per pair. Received: shape {tuple(labels.shape)}"
         )
-    return ops.mean(batch_loss(loss, weights, images, texts, labels, is_split=False)[0])
+    losses, *_ = batch_loss(loss, weights, images, texts, labels, is_split=False)
+    return ops.mean(losses)
 
 
 def _num_blocks(rows, batch):

@@ -123,15 +123,25 @@ class ClusterMasking(SimilarityMasking):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        base = patch_size, mask_ratio, embedding_weight, num_prefix_tokens, data_format
-        super().__init__(*base, seed, **kwargs)
+        super().__init__(
+            patch_size=patch_size,
+            mask_ratio=mask_ratio,
+            embedding_weight=embedding_weight,
+            num_prefix_tokens=num_prefix_tokens,
+            data_format=data_format,
+            seed=seed,
+            **kwargs,
+        )
         check_range("anchor_ratio", anchor_ratio, 0, 1)
         _check_mode(min_mask_ratio, threshold, softness, hide_padding)
+
+        # === Config ===
         self.min_mask_ratio = min_mask_ratio
         self.anchor_ratio = float(anchor_ratio)
         self.softness = float(softness)
         self.hide_padding = bool(hide_padding)
 
+        # === State ===
         self.threshold = self.share_above = None
         self._given_threshold = threshold
         if min_mask_ratio is not None:

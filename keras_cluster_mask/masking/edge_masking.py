@@ -112,8 +112,15 @@ class EdgeMasking(SimilarityMasking):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        base = patch_size, mask_ratio, embedding_weight, num_prefix_tokens, data_format
-        super().__init__(*base, seed, **kwargs)
+        super().__init__(
+            patch_size=patch_size,
+            mask_ratio=mask_ratio,
+            embedding_weight=embedding_weight,
+            num_prefix_tokens=num_prefix_tokens,
+            data_format=data_format,
+            seed=seed,
+            **kwargs,
+        )
         check_range("seed_ratio", seed_ratio, 0, 1)
         check_range("threshold", threshold, -1, 1)
         check_choice("edges", edges, ("protect", "released", None))

@@ -95,8 +95,15 @@ class KMeansMasking(SimilarityMasking):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        base = patch_size, mask_ratio, embedding_weight, num_prefix_tokens, data_format
-        super().__init__(*base, seed, **kwargs)
+        super().__init__(
+            patch_size=patch_size,
+            mask_ratio=mask_ratio,
+            embedding_weight=embedding_weight,
+            num_prefix_tokens=num_prefix_tokens,
+            data_format=data_format,
+            seed=seed,
+            **kwargs,
+        )
         self.num_clusters = check_integer("num_clusters", num_clusters)
         self.iterations = check_integer("iterations", iterations)
 

@@ -66,9 +66,15 @@ class SimilarityMasking(PatchMasking):
         seed: int | None,
         **kwargs: Any,
     ):
-        super().__init__(mask_ratio, num_prefix_tokens, seed, **kwargs)
-        given = patch_size is not None
-        self._patch_size = sides_of("patch_size", patch_size) if given else None
+        super().__init__(
+            mask_ratio=mask_ratio,
+            num_prefix_tokens=num_prefix_tokens,
+            seed=seed,
+            **kwargs,
+        )
+        self._patch_size = None
+        if patch_size is not None:
+            self._patch_size = sides_of("patch_size", patch_size)
         self.data_format = data_format or keras.config.image_data_format()
         formats = "channels_last", "channels_first"
         check_choice("data_format", self.data_format, formats)

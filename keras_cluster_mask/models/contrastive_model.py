@@ -138,6 +138,8 @@ class ContrastiveModel(ContrastiveTrainer):
         **kwargs: Any,
     ):
         check_choice("duplicates", duplicates, ("positive", "negative"))
+
+        # === Layers ===
         options = {
             "loss": loss,
             "projection_dim": projection_dim,
@@ -153,16 +155,20 @@ class ContrastiveModel(ContrastiveTrainer):
             image_encoder,
             text_encoder,
             head,
-            views,
-            pixel_mean,
-            pixel_std,
+            views=views,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
             **kwargs,
         )
+
+        # === Config ===
         self.micro_batch_size = check_integer(
             "micro_batch_size", micro_batch_size, or_none=True
         )
         self.duplicates = duplicates
         self.tokenizer_fingerprint = tokenizer_fingerprint
+
+        # === Metrics ===
         self.accuracy_metrics = [StepMean(name=f"{x}_accuracy") for x in DIRECTIONS]
         self.temperature_metric = StepMean(name="temperature")
         if self.maskings:
@@ -345,11 +351,23 @@ class ContrastiveModel(ContrastiveTrainer):
             sample_weight = as_weights(sample_weight)
         is_positive = self.duplicates == "positive"
         labels = (caption_labels if is_positive else row_labels)(x["token_ids"])
-        scale, is_split = self.head.scale, replicas.batch_is_split(training)
-        bias = [] if self.head.logit_bias is None else [self.head.logit_bias]
+        weights = [self.head.scale]
+        if self.head.logit_bias is not None:
+            weights.append(self.head.logit_bias)
+        is_split = replicas.batch_is_split(training)
         views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
-        rest = texts, labels, sample_weight, is_split
-        by_view = [batch_loss(self.head.loss, [scale, *bias], x, *rest) for x in views]
+        by_view = [
+            batch_loss(
+                loss=self.head.loss,
+                weights=weights,
+                images=view,
+                texts=texts,
+                labels=labels,
+                sample_weight=sample_weight,
+                is_split=is_split,
+            )
+            for view in views
+        ]
         losses, *hits = (sum(values) / len(views) for values in zip(*by_view))
         # A replica may have no rows in evaluation.
         rows = ops.maximum(ops.shape(losses)[0], 1)
@@ -365,7 +383,7 @@ class ContrastiveModel(ContrastiveTrainer):
             *hits, sample_weight = map(replicas.metric_rows, (*hits, sample_weight))
         for metric, values in zip(self.accuracy_metrics, hits):
             metric.update_state(values, sample_weight)
-        self.temperature_metric.update_state(1.0 / scale)
+        self.temperature_metric.update_state(1.0 / weights[0])
         if training:
             self.update_mask_ratio(is_split)
         return loss

@@ -59,25 +59,34 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         # precision.
         super().__init__(dtype="float32", **kwargs)
         self.autocast = False
-        image_encoder, text_encoder = map(as_functional, (image_encoder, text_encoder))
-        number_positions(image_encoder)
-        self.image_encoder = image_encoder
-        self.text_encoder = text_encoder
+
+        # === Layers ===
+        self.image_encoder = as_functional(image_encoder)
+        self.text_encoder = as_functional(text_encoder)
         self.head = head
-        images, texts = head.image_projection, head.text_projection
-        statistics = pixel_mean, pixel_std
+        number_positions(self.image_encoder)
         # In an object that Keras does not look into: each layer belongs to the model.
         self.towers = types.SimpleNamespace(
-            image=ImageTower(image_encoder, images, *statistics, name="image_tower"),
-            text=TextTower(text_encoder, texts, name="text_tower"),
+            image=ImageTower(
+                self.image_encoder,
+                head.image_projection,
+                pixel_mean=pixel_mean,
+                pixel_std=pixel_std,
+                name="image_tower",
+            ),
+            text=TextTower(self.text_encoder, head.text_projection, name="text_tower"),
         )
+
+        # === Config ===
         self.pixel_mean = None if pixel_mean is None else [*map(float, pixel_mean)]
         self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
         self.text_family = self.towers.text.family
         self.text_input_names = self.towers.text.input_names
-        head.build_projections(_width(image_encoder), _width(text_encoder))
+        head.build_projections(_width(self.image_encoder), _width(self.text_encoder))
+
+        # === Maskings ===
         self.maskings = [
-            x for x in all_layers(image_encoder) if isinstance(x, PatchMasking)
+            x for x in all_layers(self.image_encoder) if isinstance(x, PatchMasking)
         ]
         self.views = check_integer("views", views)
         _check_views(views, self.maskings)

@@ -177,9 +177,10 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
     tokens, tables = layer.output, rotary_tables(encoder)
     try:
         blocks = keras.Model([tokens, *tables] if tables else tokens, encoder.output)
-        # This model requires the full number of tokens. A clone from the same layers,
-        # with an unknown token axis, takes any number. Some layers fail only at a known
-        # number, so a clone with one that no grid of patches has is made first.
+        # Keras requires the full number of tokens of this model. A clone of the same
+        # layers with an unknown number of tokens takes any number. Some layers fail
+        # only if the number is known: a first clone with 23 tokens, which no grid of
+        # patches has, raises their errors.
         for number in (23, None):
             inputs = [
                 keras.Input((number, x.shape[-1]), dtype=x.dtype)

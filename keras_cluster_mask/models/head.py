@@ -83,11 +83,15 @@ class ContrastiveHead(keras.layers.Layer):
                 "`projection_dim` must be given for `projection='mlp'`. "
                 f"Received: projection={projection!r}, projection_dim=None"
             )
+
+        # === Config ===
         self.loss = loss
         self.projection_dim = projection_dim
         self.projection = projection
         self.initial_temperature = initial_temperature
         self.initial_logit_bias = initial_logit_bias
+
+        # === Layers ===
         if projection_dim is not None:
             image_projection, text_projection = (
                 _projection(projection, projection_dim, self.dtype_policy, name)
@@ -95,6 +99,8 @@ class ContrastiveHead(keras.layers.Layer):
             )
         self.image_projection = image_projection
         self.text_projection = text_projection
+
+        # === Weights ===
         if logit_scale is None:
             temperature = initial_temperature or INITIAL_TEMPERATURE[loss]
             logit_scale = self._add_scalar("logit_scale", -math.log(temperature))

@@ -120,6 +120,8 @@ class MaskedEncoder(MadeOfParts, keras.Model):
                 "out of it, `masked.encoder`, to put in another. "
                 f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
             )
+
+        # === Layers ===
         found = find_embedding_layer(encoder, layer)
         self.encoder = encoder = as_functional(encoder)
         self.masking = masking
@@ -128,6 +130,8 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         # after a reload.
         self.layer = layer
         number_positions(encoder)
+
+        # === Functional models ===
         # Stored in a closure: Keras would track attributes, and save every weight
         # twice.
         stem, blocks = split_at(encoder, self.embedding_layer)
@@ -135,6 +139,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         positions = keras.Model(encoder.input, tables) if tables else None
         self._models = lambda: (stem, blocks, positions)
 
+        # === Patches ===
         if isinstance(masking, SimilarityMasking):
             masking.take_patch_size(encoder, found)
         given, counted = masking.num_prefix_tokens, count_prefix_tokens(encoder, stem)

@@ -130,6 +130,8 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
         self.image_size = image_size
         ClassAttention(encoder)
         check_no_lora("encoder", encoder)
+
+        # === The copy ===
         # These hold the copy and the followed encoder in objects that Keras does not
         # look into, so that their layers are no sublayers. Then the copy's layers stay
         # frozen, its blocks are not mistaken for blocks of the encoder, and each weight

@@ -67,11 +67,16 @@ class ContrastiveTrainer(DualEncoder):
     def without_small_batches(
         self, loss: Tensor, losses: Tensor, sample_weight: Tensor | None, is_split: bool
     ) -> tuple[Tensor, Tensor]:
-        """Returns the loss and the weights for the means of an evaluation.
+        """Leaves a batch that is too small out of the means of an evaluation.
 
-        A batch counts if it has at least nine tenths of the mean number of pairs of
-        those before it. The loss of other batches is the mean so far, which does not
-        change where its own value is added.
+        Loss and accuracies depend on the number of negatives, so batches of different
+        sizes cannot be averaged. A batch counts if it has at least nine tenths of the
+        mean number of pairs of the batches before it. Otherwise its loss is replaced by
+        the mean of the losses so far, which leaves the mean unchanged, and its pairs
+        have the weight 0 in the accuracies.
+
+        Returns:
+            A tuple of the loss, and the weights of the pairs in the accuracies.
         """
         mean = next(each for each in super().metrics if each.name == "loss")
         sums = (mean.total, mean.count, ops.shape(losses)[0])

@@ -58,15 +58,25 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     options["verbose"] = verbosity(options["verbose"])
 
     # === The data ===
-    names = "x", "y", "sample_weight", "class_weight"
-    x = as_dictionary(*map(options.pop, names))
+    x = as_dictionary(
+        x=options.pop("x"),
+        y=options.pop("y"),
+        sample_weight=options.pop("sample_weight"),
+        class_weight=options.pop("class_weight"),
+    )
     split, held_out = options["validation_split"], options["validation_data"]
     options["validation_batch_size"] = options["validation_batch_size"] or batch_size
     if isinstance(x, dict) and split and held_out is None:
         # Keras splits arrays alone, and gets batches.
         x, options["validation_data"] = _split(model.input_rules.check_keys(x), split)
-    names = "shuffle", "steps_per_epoch", "initial_epoch"
-    data = _prepare_data(model, x, batch_size, *map(options.pop, names))
+    data = _prepare_data(
+        model,
+        x,
+        batch_size=batch_size,
+        shuffle=options.pop("shuffle"),
+        steps_per_epoch=options.pop("steps_per_epoch"),
+        first_epoch=options.pop("initial_epoch"),
+    )
 
     # === The run ===
     run = TrainingRun(model, data, callbacks)
@@ -98,15 +108,22 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     return history
 
 
-def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, initial_epoch):
+def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, first_epoch):
     """Checks training data, and returns it as `TrainingData`."""
-    initial_epoch = check_integer("initial_epoch", initial_epoch, 0)
+    first_epoch = check_integer("initial_epoch", first_epoch, 0)
     steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
     rules = dataclasses.replace(model.input_rules, training=True)
     is_features = isinstance(x, TowerFeatures)
     if is_features:
         x.check_model(model, training=True)
-    data = TrainingData(x, rules, batch_size, shuffle, steps_per_epoch, initial_epoch)
+    data = TrainingData(
+        x,
+        rules,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        steps_per_epoch=steps_per_epoch,
+        first_epoch=first_epoch,
+    )
     data.check_same_everywhere()
     check_batch_size(model, data.rows)
     if data.batch_size and model.micro_batch_size and not is_features:

@@ -309,7 +309,7 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
         if len(x) > 1 and isinstance(x[1], dict):
             # A list of batches, which `checked` refuses.
             return x
-        x, own_y, own_weight, *_ = [*x, None, None]
+        x, own_y, own_weight = keras.utils.unpack_x_y_sample_weight(tuple(x))
         y = own_y if y is None else y
         sample_weight = own_weight if sample_weight is None else sample_weight
     check_unused(NO_LABELS, y=y, class_weight=class_weight)

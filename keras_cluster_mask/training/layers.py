@@ -84,10 +84,14 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
     The configurations of attention layers and of keras_hub's encoders omit this.
 
     Returns:
-        A dictionary: the indices of frozen layers, in the order of `all_layers`; the
-        indices of weights that are frozen in other layers, and of weights of frozen
-        layers that are trained all the same, in the order of `saved_weights`; and the
-        numbers of all layers and of these weights.
+        A dictionary of lists of integers:
+
+        - `"counts"`: the number of all layers, and the number of all weights.
+        - `"layers"`: the indices of frozen layers in `all_layers`.
+        - `"weights"`: the indices in `saved_weights` of weights that are frozen in a
+          layer that is trained.
+        - `"trained"`: the indices in `saved_weights` of weights that are trained in a
+          frozen layer.
     """
     layers, weights = all_layers(layer), saved_weights(layer)
     trained, frozen = weights_by_layers(layer)

@@ -13,8 +13,8 @@
 | `DataLoader` of torch | - | no | each batch |
 | generator | - | no | each batch |
 
-Values of images are checked until a batch shows that they are normalized. Other data
-than streams and `tf.data.Dataset`s starts at an epoch if each epoch is a pass over it.
+Float images are checked until a batch proves that they are normalized. Data that cannot
+start at any step can still start at any epoch if each epoch is one pass over the data.
 """
 
 import contextlib

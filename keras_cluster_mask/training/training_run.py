@@ -141,10 +141,11 @@ class TrainingRun(keras.callbacks.Callback):
         self._slots = threading.Semaphore(STEPS_AHEAD)
 
     def on_train_batch_begin(self, batch, logs=None):
-        # Data loaders and unseeded layers draw from the same generators. The number of
-        # draws between two epochs depends on where a run was interrupted, so they are
-        # undone, except for a loader that shuffles: it would repeat its order. The
-        # batches of a loader are not known before they are read.
+        # Layers without a seed draw from the global generator of torch, and so do
+        # iterators over data when they start. A resumed run starts other iterators, so
+        # the state at the end of the last epoch is restored before the first step. Data
+        # whose batches are not known may be a `DataLoader`, which shuffles by this
+        # generator: with the restored state, it would repeat its order.
         if batch == 0 and self.data.spec is not None:
             write_rng_state(self.rng_state)
         if batch == 0:
