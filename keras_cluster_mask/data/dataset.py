@@ -52,10 +52,10 @@ def image_text_dataset(
     """Creates a dataset of batches of images and token ids from shards.
 
     Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
-    by `KEY.txt`), TFRecord files, Parquet files, tables (CSV, TSV, JSON lines) that
-    name image files, or folders of images, in which `KEY.txt` is the caption of
-    `KEY.jpg`. They are indexed on first use: a small file for each shard, in a cache
-    folder, stores the position of each sample.
+    by `KEY.txt`), Parquet files, tables (CSV, TSV, JSON lines) that name image files,
+    or folders of images, in which `KEY.txt` is the caption of `KEY.jpg`. They are
+    indexed on first use: a small file for each shard, in a cache folder, stores the
+    position of each sample.
     `python -m keras_cluster_mask.data check SOURCE --workers N` indexes them in N
     processes.
 
@@ -133,9 +133,9 @@ def image_text_dataset(
             unless `include_captions="all"`; else `"grain"`.
         seed: int. The random seed of the order, crops and captions. Defaults to `0`.
         image_keys: str or sequence of str. The field that holds the image: a file
-            extension in a tar, a feature of a TFRecord, or a column of a table with
-            file names. If several are given, the first that a sample has is used.
-            Defaults to `None`: common names.
+            extension in a tar, or a column of a table with file names. If several are
+            given, the first that a sample has is used. Defaults to `None`: common
+            names.
         caption_key: str or sequence of str. The field that holds the caption. If
             several are given, the first that is not empty is used. `"json.caption"` is
             the entry `caption` of the file `KEY.json`. If the field is a list of

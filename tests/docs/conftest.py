@@ -58,6 +58,8 @@ def folder_of_data(tmp_path_factory, copy_pairs, encode, write_tar_to):
             of_class.mkdir(parents=True)
             for i in range(6):
                 (of_class / f"{i}.png").write_bytes(encoded(80 * place + i))
+    if keras.backend.backend() == "tensorflow":
+        write_records(folder / "records" / "train.tfrecord", encode)
     # As clip_benchmark's command writes it.
     flowers = folder / "wds_flowers" / "test"
     flowers.mkdir(parents=True)
@@ -69,6 +71,21 @@ def folder_of_data(tmp_path_factory, copy_pairs, encode, write_tar_to):
     templates = flowers.parent / "zeroshot_classification_templates.txt"
     templates.write_text("a photo of a {c}.")
     return folder
+
+
+def write_records(path, encode):
+    import tensorflow as tf
+
+    def feature(value):
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+    path.parent.mkdir()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for i in range(20):
+            image = encode(Image.new("RGB", (60, 40), (i, 0, 0)), "JPEG")
+            pair = {"jpg": feature(image), "txt": feature(b"a %d" % i)}
+            features = tf.train.Features(feature=pair)
+            writer.write(tf.train.Example(features=features).SerializeToString())
 
 
 @pytest.fixture

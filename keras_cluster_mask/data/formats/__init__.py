@@ -7,13 +7,11 @@ from keras_cluster_mask.data.formats.folder import ENDINGS, Folder
 from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.formats.table import Table
 from keras_cluster_mask.data.formats.tar import Tar
-from keras_cluster_mask.data.formats.tfrecord import TFRecord
 
 __all__ = ["DamagedShard", "Entry", "NoRandomAccess", "format_of"]
 
 # Formats by file extension. Files with any other name are read as tar files.
 FORMATS = {
-    r"\.tfrec(ords?)?(-\d+-of-\d+)?": TFRecord(),
     r"\.csv": Table(","),
     r"\.tsv": Table("\t"),
     r"\.(jsonl|ndjson)": Table(None),

@@ -21,8 +21,9 @@ MAX_ENTRIES = 32
 # An upper bound of the zero padding at the end of a tar file.
 MAX_PADDING = 2**20
 UNKNOWN = (
-    "a compressed file, or one of unknown format: use tar, TFRecord, Parquet, CSV, TSV "
-    "or JSON lines, without compression"
+    "a compressed file, or one of unknown format: use tar, Parquet, CSV, TSV or JSON "
+    "lines, without compression. Read TFRecord files with `tf.data.TFRecordDataset`, "
+    "and pass its batches to `fit`"
 )
 
 

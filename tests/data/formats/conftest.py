@@ -65,41 +65,7 @@ def write(tmp_path):
     return write
 
 
-def record(**features):
-    """A `tf.train.Example` of bytes, ints and floats, or lists of them."""
-    tf = pytest.importorskip("tensorflow")
-
-    def feature(value):
-        values = value if isinstance(value, list) else [value]
-        if values and isinstance(values[0], int):
-            return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
-        if values and isinstance(values[0], float):
-            return tf.train.Feature(float_list=tf.train.FloatList(value=values))
-        return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
-
-    made = {name: feature(value) for name, value in features.items()}
-    example = tf.train.Example(features=tf.train.Features(feature=made))
-    return example.SerializeToString()
-
-
-@pytest.fixture
-def write_records(tmp_path):
-    tf = pytest.importorskip("tensorflow")
-
-    def write_records(name, records):
-        path = tmp_path / name
-        options = "GZIP" if name.endswith(".gz") else None
-        with tf.io.TFRecordWriter(str(path), options) as writer:
-            for each in records:
-                writer.write(each)
-        return path
-
-    return write_records
-
-
-@pytest.fixture(
-    params=["x.tar", "x.tfrecord", "x.csv", "x.tsv", "x.jsonl", "x.parquet"]
-)
+@pytest.fixture(params=["x.tar", "x.csv", "x.tsv", "x.jsonl", "x.parquet"])
 def shard(request, write_rows, write_tar):
     """A shard of `ROWS` in each format."""
     name = request.param
@@ -112,8 +78,4 @@ def shard(request, write_rows, write_tar):
                 for field in ("image", "caption")
             ],
         )
-    if name == "x.tfrecord":
-        rows = [{k: v.encode() for k, v in row.items()} for row in ROWS]
-        write_records = request.getfixturevalue("write_records")
-        return write_records(name, [record(**row) for row in rows])
     return write_rows(name, ROWS)
