@@ -91,9 +91,7 @@ show(kcm.visualization.plot_masks(photographs, masking), "masks")
 # The tokenizer is trained on the captions, so nothing is downloaded. For web captions use
 # CLIP's own vocabulary: `kcm.data.CLIPTokenizer.from_open_clip()`.
 #
-# The images have transparent backgrounds. A model trained on white backgrounds alone fails on
-# all others, so half of the training images get a random background: plain, shaded or textured.
-# Held-out images are on white.
+# The images have transparent backgrounds, which become white.
 
 # %%
 captions = kcm.data.read_captions(TRAIN)
@@ -107,7 +105,7 @@ def dataset(source, training=False, **options):
 
 
 augmentation = dict(crop_scale=(0.5, 1.0), horizontal_flip=True)
-train = dataset(TRAIN, True, seed=1, background=["white", "random"], **augmentation)
+train = dataset(TRAIN, True, seed=1, **augmentation)
 validation, test = dataset(VALIDATION), dataset(TEST)
 
 # %% [markdown]

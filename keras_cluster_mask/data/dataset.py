@@ -34,7 +34,6 @@ def image_text_dataset(
     resize: str = "crop",
     crop_scale: tuple[float, float] | None = None,
     horizontal_flip: bool = False,
-    background: str | Sequence[str] = "white",
     image_transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]
     | None = None,
     include_captions: bool | str = False,
@@ -82,7 +81,7 @@ def image_text_dataset(
     error comes after 4 minutes.
 
     Images stay uint8, and models scale them on the device. The EXIF orientation is
-    applied.
+    applied. Transparent pixels become white.
 
     Training shuffles samples of local files one by one. Files at URLs and Parquet files
     are read in blocks of up to 64 consecutive samples; see `block_size`.
@@ -159,9 +158,6 @@ def image_text_dataset(
             `None`: `(0.4, 1.0)`.
         horizontal_flip: bool. Whether to flip half of the images in training. Not
             suitable for captions that say left or right. Defaults to `False`.
-        background: The background of transparent images: `"white"`, `"random"` (plain
-            colors, gradients and textures), or a list of these, from which one is drawn
-            for each image.
         image_transform: Function of a cropped image, uint8 `(height, width, 3)`, and a
             `np.random.Generator`, that returns an image of the same shape and dtype, in
             training. It may change the image in place.
@@ -241,7 +237,6 @@ def image_text_dataset(
         resize,
         crop_scale,
         horizontal_flip,
-        background,
         image_transform,
         max_image_pixels,
         data_format or keras.config.image_data_format(),

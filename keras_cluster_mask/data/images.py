@@ -12,15 +12,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from keras_cluster_mask.checks import check_choice, check_integer
-from keras_cluster_mask.data.backgrounds import check_background, composite
 
 # Decoding takes four bytes per pixel: 200 MB.
 MAX_PIXELS = 50_000_000
 # The weight of a pixel of a progressive JPEG. Decoding keeps all coefficients in
 # memory, even if the image is reduced.
 PROGRESSIVE = 4
-# The number of random numbers for a crop, a background and a flip.
-NUM_DRAWS = 6
+# The number of random numbers for a crop and a flip.
+NUM_DRAWS = 5
 CROP_SCALE = 0.4, 1.0
 RATIO = 3 / 4, 4 / 3
 ORIENTATION = 0x0112
@@ -252,7 +251,6 @@ class Images:
             `"squash"`, the whole image.
         crop_scale: Pair of floats. See `random_box`.
         horizontal_flip: bool. Whether to flip half of the images in training.
-        background: str, or list of str; a list as an attribute. See `composite`.
         image_transform: Function of an image and a `np.random.Generator` for training,
             or None.
         max_image_pixels: int. See `EncodedImage`.
@@ -264,7 +262,6 @@ class Images:
     resize: str = "crop"
     crop_scale: tuple | None = None
     horizontal_flip: bool = False
-    background: str | list = "white"
     image_transform: Callable | None = None
     max_image_pixels: int = MAX_PIXELS
     data_format: str = "channels_last"
@@ -278,7 +275,6 @@ class Images:
         formats = "channels_last", "channels_first"
         check_choice("data_format", self.data_format, formats)
         self.max_image_pixels = check_integer("max_image_pixels", self.max_image_pixels)
-        self.background = check_background(self.background)
         if self.resize == "squash":
             if self.crop_scale is not None:
                 raise ValueError(
@@ -309,7 +305,6 @@ class Images:
             "data.image_size": list(self.image_size),
             "data.crop_scale": self.crop_scale and [*map(float, self.crop_scale)],
             "data.horizontal_flip": bool(self.horizontal_flip),
-            "data.background": repr(self.background),
             "data.max_image_pixels": self.max_image_pixels,
             "data.image_transform": name_of(self.image_transform),
         }
@@ -345,8 +340,8 @@ class Images:
                 box = random_box(image.size, self.image_size, draws, self.crop_scale)
             part = image.part(box, self.image_size)
         if part.shape[2] == 4:
-            part = composite(part, self.background, seed=int(draws[4] * 2**53))
-        if self.training and self.horizontal_flip and draws[5] < 0.5:
+            part = _over_white(part)
+        if self.training and self.horizontal_flip and draws[4] < 0.5:
             part = part[:, ::-1]
         if self.image_transform is None or not self.training:
             return part
@@ -359,6 +354,12 @@ class Images:
                 f"gets, uint8 {part.shape}. Received: {changed.dtype} {changed.shape}"
             )
         return changed
+
+
+def _over_white(image):
+    """Blends an RGBA array with white, and returns an RGB array."""
+    alpha = image[..., 3:].astype("float32") / 255.0
+    return np.round(alpha * image[..., :3] + (1.0 - alpha) * 255.0).astype("uint8")
 
 
 def name_of(function):

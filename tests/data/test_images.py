@@ -44,6 +44,15 @@ def test_png_of_every_mode_is_blended_with_white(mode, encode):
     assert np.abs(actual.astype(int) - over_white(image)).max() <= 1
 
 
+@pytest.mark.parametrize("options", [{}, {"training": True, "resize": "squash"}])
+def test_white_is_blended_by_alpha(encode, options):
+    image = np.zeros((1, 3, 4), "uint8")
+    image[0, :, 0] = 255
+    image[0, :, 3] = [0, 51, 255]
+    actual = whole(encode(image), **options)
+    assert actual[0].tolist() == [[255, 255, 255], [255, 204, 204], [255, 0, 0]]
+
+
 def test_a_transparent_palette_is_blended_with_white(encode):
     palette = Image.new("P", (4, 4))
     palette.putpalette([10, 20, 30, 200, 100, 0])

@@ -37,7 +37,7 @@ def mixed(image, generator):
 
 def make(source, training=True, **options):
     arguments = {"batch_size": 8, "seed": 3, "format": "grain", "include_keys": True}
-    arguments.update(include_captions=True, background="random", max_skipped=0.5)
+    arguments.update(include_captions=True, max_skipped=0.5)
     arguments.update(options)
     return image_text_dataset(source, lengths, 16, training=training, **arguments)
 

@@ -93,20 +93,6 @@ def test_a_squashed_image_is_flipped_in_training(write_tar, encode):
     assert found == {True, False}
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_transparent_images_have_the_background(write_tar, encode, training):
-    clear = encode(np.zeros((20, 20, 4), "uint8"))
-    members = [
-        (f"{i}.{e}", c) for i in range(8) for e, c in (("png", clear), ("txt", b"t"))
-    ]
-    shard = write_tar("a.tar", members)
-    for batch in take(make(shard, training), 2):
-        assert (batch["images"] == 255).all()
-    random = take(make(shard, training, background="random"), 2)
-    images = np.reshape(column(random, "images"), (8, -1))
-    assert len(np.unique(images, axis=0)) == 8
-
-
 @pytest.mark.parametrize("error", [MemoryError("no memory"), KeyError("a bug")])
 def test_an_error_of_a_transform_ends_the_run_with_shard_and_key(write_pairs, error):
     def transform(image, generator):

@@ -29,7 +29,7 @@ TOKENIZER = CLIPTokenizer.train([f"no {i}" for i in range(200)], 600, context_le
 
 def make(source, training, **options):
     arguments = {"batch_size": 8, "include_keys": True, "include_captions": True}
-    arguments.update(seed=3, format="grain", background="random", max_skipped=0.5)
+    arguments.update(seed=3, format="grain", max_skipped=0.5)
     arguments.update(options)
     return image_text_dataset(source, TOKENIZER, 16, training=training, **arguments)
 
@@ -40,7 +40,7 @@ def keys(batches):
 
 @pytest.fixture
 def shards(write_pairs, write_tar, encode):
-    """100 samples; of some, the crop and the background can be seen, or nothing."""
+    """100 samples; some show their crop, and some are broken."""
     members = []
     for index in range(30):
         image = np.random.default_rng(index).integers(0, 256, (20, 30, 4), "uint8")
