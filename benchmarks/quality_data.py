@@ -18,6 +18,11 @@ CURVE_BATCHES = 20
 LOSS_BATCHES = 10
 
 
+def flip(image, generator):
+    """Flips half of the images."""
+    return image[:, ::-1] if generator.random() < 0.5 else image
+
+
 class Data:
     """One dataset, read with one tokenizer at one size.
 
@@ -58,7 +63,7 @@ class Data:
             training=True,
             caption_key=recipe.caption_key,
             crop_scale=(0.6, 1.0),
-            horizontal_flip=recipe.horizontal_flip,
+            image_transform=flip if recipe.horizontal_flip else None,
             seed=seed,
             **options,
         )

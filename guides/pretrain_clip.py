@@ -104,8 +104,12 @@ def dataset(source, training=False, **options):
     )
 
 
-augmentation = dict(crop_scale=(0.5, 1.0), horizontal_flip=True)
-train = dataset(TRAIN, True, seed=1, **augmentation)
+def flip(image, generator):
+    """Flips half of the images."""
+    return image[:, ::-1] if generator.random() < 0.5 else image
+
+
+train = dataset(TRAIN, True, seed=1, crop_scale=(0.5, 1.0), image_transform=flip)
 validation, test = dataset(VALIDATION), dataset(TEST)
 
 # %% [markdown]

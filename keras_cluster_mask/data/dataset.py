@@ -33,7 +33,6 @@ def image_text_dataset(
     class_names: Sequence[str] | None = None,
     resize: str = "crop",
     crop_scale: tuple[float, float] | None = None,
-    horizontal_flip: bool = False,
     image_transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]
     | None = None,
     include_captions: bool | str = False,
@@ -156,8 +155,6 @@ def image_text_dataset(
         crop_scale: pair of floats. The range of the area of random crops, as a fraction
             of the image's area. Must be `None` for `resize="squash"`. Defaults to
             `None`: `(0.4, 1.0)`.
-        horizontal_flip: bool. Whether to flip half of the images in training. Not
-            suitable for captions that say left or right. Defaults to `False`.
         image_transform: Function of a cropped image, uint8 `(height, width, 3)`, and a
             `np.random.Generator`, that returns an image of the same shape and dtype, in
             training. It may change the image in place.
@@ -236,7 +233,6 @@ def image_text_dataset(
         training,
         resize,
         crop_scale,
-        horizontal_flip,
         image_transform,
         max_image_pixels,
         data_format or keras.config.image_data_format(),

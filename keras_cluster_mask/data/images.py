@@ -18,8 +18,6 @@ MAX_PIXELS = 50_000_000
 # The weight of a pixel of a progressive JPEG. Decoding keeps all coefficients in
 # memory, even if the image is reduced.
 PROGRESSIVE = 4
-# The number of random numbers for a crop and a flip.
-NUM_DRAWS = 5
 CROP_SCALE = 0.4, 1.0
 RATIO = 3 / 4, 4 / 3
 ORIENTATION = 0x0112
@@ -246,11 +244,10 @@ class Images:
 
     Args:
         image_size: int, or pair of ints. Height and width; a pair as an attribute.
-        training: bool. Whether crops and flips are random.
+        training: bool. Whether crops are random.
         resize: `"crop"`, a random crop in training and a center crop in evaluation; or
             `"squash"`, the whole image.
         crop_scale: Pair of floats. See `random_box`.
-        horizontal_flip: bool. Whether to flip half of the images in training.
         image_transform: Function of an image and a `np.random.Generator` for training,
             or None.
         max_image_pixels: int. See `EncodedImage`.
@@ -261,7 +258,6 @@ class Images:
     training: bool
     resize: str = "crop"
     crop_scale: tuple | None = None
-    horizontal_flip: bool = False
     image_transform: Callable | None = None
     max_image_pixels: int = MAX_PIXELS
     data_format: str = "channels_last"
@@ -304,7 +300,6 @@ class Images:
         return {
             "data.image_size": list(self.image_size),
             "data.crop_scale": self.crop_scale and [*map(float, self.crop_scale)],
-            "data.horizontal_flip": bool(self.horizontal_flip),
             "data.max_image_pixels": self.max_image_pixels,
             "data.image_transform": name_of(self.image_transform),
         }
@@ -329,7 +324,6 @@ class Images:
         Raises:
             UnreadableImage: If the image cannot be decoded.
         """
-        draws = generator.random(NUM_DRAWS)
         image = EncodedImage(content, self.max_image_pixels)
         if not self.training:
             fit = squash if self.resize == "squash" else cut_middle
@@ -337,16 +331,15 @@ class Images:
         else:
             box = (0, 0, *image.size)
             if self.resize == "crop":
+                draws = generator.random(4)
                 box = random_box(image.size, self.image_size, draws, self.crop_scale)
             part = image.part(box, self.image_size)
         if part.shape[2] == 4:
             part = _over_white(part)
-        if self.training and self.horizontal_flip and draws[4] < 0.5:
-            part = part[:, ::-1]
         if self.image_transform is None or not self.training:
             return part
-        # A part may be read-only, and a flipped one has a negative stride.
-        part = np.array(part, order="C")
+        # A part may be read-only.
+        part = np.array(part)
         changed = np.asarray(self.image_transform(part, generator))
         if changed.shape != part.shape or changed.dtype != part.dtype:
             raise ValueError(
