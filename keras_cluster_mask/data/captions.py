@@ -59,9 +59,8 @@ class Captions:
 
     Args:
         tokenizer: The tokenizer, or None.
-        training: bool. Whether to draw captions and templates at random, instead of
-            taking the first, and to mask captions.
-        caption_template: str or sequence of str that contain `{}`, or None.
+        training: bool. Whether to draw captions at random, instead of taking the first,
+            and to mask captions.
         text_masking: `TextMasking` of captions that are too long, or None; `None` as an
             attribute in evaluation.
         include_captions: bool, or `"all"`. Whether batches contain the captions.
@@ -69,21 +68,12 @@ class Captions:
 
     tokenizer: Any
     training: bool
-    caption_template: str | Sequence[str] | None = None
     text_masking: TextMasking | None = None
     include_captions: bool | str = False
 
     def __post_init__(self):
         check_choice("include_captions", self.include_captions, (False, True, "all"))
         tokenizing.check_tokenizer(self.tokenizer)
-        template = self.caption_template
-        self.templates = [template] if isinstance(template, str) else template or ["{}"]
-        for each in self.templates:
-            if not isinstance(each, str) or each.count("{}") != 1:
-                raise ValueError(
-                    "`caption_template` must be str that hold {} exactly once, for the "
-                    f"caption. Received: caption_template={template!r}"
-                )
         if self.text_masking is not None:
             check_text_masking(self.text_masking, self.tokenizer)
             self.text_masking = self.text_masking if self.training else None
@@ -102,7 +92,6 @@ class Captions:
         size = tokenizing.vocabulary_size_of(tokenizer)
         length = tokenizing.length_of(tokenizer)
         return {
-            "data.caption_template": repr(self.caption_template),
             "data.tokenizer": [name_of(tokenizer), size, length],
             "data.text_masking": None if masking is None else repr(masking),
             "data.include_captions": not self.training and self.include_captions,
@@ -121,7 +110,7 @@ class Captions:
         batch, chosen = {}, [*map(self.choose, pairs, generators)]
         if self.include_captions:
             is_all = self.include_captions == "all"
-            batch["captions"] = strings(map(self.all_of, pairs) if is_all else chosen)
+            batch["captions"] = strings(map(_all_of, pairs) if is_all else chosen)
         if self.has_layer:
             batch[TEXTS] = chosen, generators, epochs
         elif self.tokenizer is not None:
@@ -141,21 +130,19 @@ class Captions:
             pair: `Pair`.
             generator: `np.random.Generator`. Only used in training.
         """
-        caption = self._drawn(pair.captions, generator)
-        return _filled(self._drawn(self.templates, generator), caption)
-
-    def all_of(self, pair):
-        """Returns all captions in the first template, as a tuple of bytes."""
-        return tuple(_filled(self.templates[0], text) for text in pair.captions)
-
-    def _drawn(self, choices, generator):
-        if self.training and len(choices) > 1:
-            return choices[int(generator.integers(len(choices)))]
-        return choices[0]
+        number = 0
+        if self.training and len(pair.captions) > 1:
+            number = int(generator.integers(len(pair.captions)))
+        return _as_bytes(pair.captions[number])
 
 
-def _filled(template, caption):
-    return template.replace("{}", caption).encode("utf-8", "surrogatepass")
+def _all_of(pair):
+    """Returns all captions of a pair, as a tuple of bytes."""
+    return tuple(map(_as_bytes, pair.captions))
+
+
+def _as_bytes(caption):
+    return caption.encode("utf-8", "surrogatepass")
 
 
 def strings(values):

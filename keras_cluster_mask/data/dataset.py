@@ -28,7 +28,6 @@ def image_text_dataset(
     seed: int = 0,
     image_keys: str | Sequence[str] | None = None,
     caption_key: str | Sequence[str] | None = None,
-    caption_template: str | Sequence[str] | None = None,
     label_key: str | Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
     resize: str = "crop",
@@ -140,9 +139,6 @@ def image_text_dataset(
             captions, one is drawn in each epoch; evaluation uses the first. Captions
             are UTF-8; bytes that are not become U+FFFD. Defaults to `None`: `"txt"` and
             other common names.
-        caption_template: str or sequence of str that contain `{}` for the caption, such
-            as `"a photo of a {}."`. If several are given, one is drawn for each sample
-            and epoch; evaluation uses the first.
         label_key: str or sequence of str. The field that holds the class, such as
             `"cls"`, `"json.label"` or, for images in a folder, `"folder"`, the name of
             the folder. Batches then hold `"labels"`, int32. Defaults to `None`: no
@@ -171,11 +167,10 @@ def image_text_dataset(
             the index, and among those that a process reads in a pass over the samples.
             More raise an error. Defaults to `0.01`.
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
-            `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions, template
-            included, that have more tokens than the `context_length` of the
-            `tokenizer`, of any kind whose rows end in padding. It does not change
-            `"captions"`, and evaluation is never masked. Defaults to `None`: captions
-            that are too long are truncated.
+            `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions that have
+            more tokens than the `context_length` of the `tokenizer`, of any kind whose
+            rows end in padding. It does not change `"captions"`, and evaluation is
+            never masked. Defaults to `None`: captions that are too long are truncated.
         sampling: The samples of each epoch of training: a `Sampling`, or a function of
             the number of samples and the epoch (from 0) that returns an int array of
             sample indices, the same in each process. Only these samples are read, in
@@ -229,32 +224,42 @@ def image_text_dataset(
             "holds no tuples of strings. Received: include_captions='all', format='tf'"
         )
     images = Images(
-        image_size,
-        training,
-        resize,
-        crop_scale,
-        image_transform,
-        max_image_pixels,
-        data_format or keras.config.image_data_format(),
+        image_size=image_size,
+        training=training,
+        resize=resize,
+        crop_scale=crop_scale,
+        image_transform=image_transform,
+        max_image_pixels=max_image_pixels,
+        data_format=data_format or keras.config.image_data_format(),
     )
     captions = Captions(
-        tokenizer, training, caption_template, text_masking, include_captions
+        tokenizer=tokenizer,
+        training=training,
+        text_masking=text_masking,
+        include_captions=include_captions,
     )
     fields = PairReader(
-        image_keys, caption_key, captions.are_read, label_key, class_names
+        image_keys=image_keys,
+        caption_key=caption_key,
+        wants_caption=captions.are_read,
+        label_key=label_key,
+        class_names=class_names,
     )
     reading = Reading(
-        source,
-        fields,
-        batch_size,
-        training,
-        seed,
-        sampling,
-        block_size,
-        process,
-        num_workers,
-        index_dir,
-        max_skipped,
+        source=source,
+        fields=fields,
+        batch_size=batch_size,
+        training=training,
+        seed=seed,
+        sampling=sampling,
+        block_size=block_size,
+        process=process,
+        num_workers=num_workers,
+        index_dir=index_dir,
+        max_skipped=max_skipped,
     )
-    dataset = ImageTextDataset(Samples(images, captions, reading, include_keys))
+    samples = Samples(
+        images=images, captions=captions, reading=reading, include_keys=include_keys
+    )
+    dataset = ImageTextDataset(samples)
     return dataset.as_dataset() if format == "tf" else dataset

@@ -174,7 +174,6 @@ def test_each_source_of_a_mixture_must_have_pairs(shards, write_tar):
         ("include_captions", ["some"]),
         ("crop_scale", [(0.5, 1.5), (0, 1), 0.9]),
         ("image_size", [0, (8, -1), "8", 16.0, None, (8, 8.0)]),
-        ("caption_template", ["none", "{} {}", ["{}", 3], "{0}"]),
         ("seed", [-1, 0.5, None]),
         ("batch_size", [0, 8.0, True, 121]),
         ("num_workers", [-1, None]),

@@ -157,7 +157,6 @@ def test_the_description_tells_other_data_and_other_orders(shards):
         describe(seed=4),
         describe(batch_size=16),
         describe(block_size=2),
-        describe(caption_template="a {}"),
         describe(image_keys=["png", "jpg"]),
         describe({str(shards[0]): 1, str(shards[1]): 2}),
     ]
