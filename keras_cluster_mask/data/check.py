@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 
 import grain
+from PIL import Image
 from tqdm import tqdm
 
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
@@ -96,7 +97,7 @@ def _faults(index, decode):
             return sample
         try:
             if decode:
-                image = EncodedImage(sample.image)
+                image = EncodedImage(sample.image, Image.MAX_IMAGE_PIXELS)
                 image.part((0, 0, *image.size), TINY)
         except UnreadableImage as error:
             return Fault(sample.shard, sample.key, str(error))

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.data.captions import Captions
-from keras_cluster_mask.data.images import MAX_PIXELS, Images
+from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.reading import Reading
 from keras_cluster_mask.data.samples import Samples
@@ -36,8 +36,6 @@ def image_text_dataset(
     | None = None,
     include_captions: bool | str = False,
     include_keys: bool = False,
-    data_format: str | None = None,
-    max_image_pixels: int = MAX_PIXELS,
     max_skipped: float = 0.01,
     text_masking: TextMasking | None = None,
     sampling: Sampling | Callable[[int, int], np.ndarray] | None = None,
@@ -79,7 +77,14 @@ def image_text_dataset(
     error comes after 4 minutes.
 
     Images stay uint8, and models scale them on the device. The EXIF orientation is
-    applied. Transparent pixels become white.
+    applied. Transparent pixels become white. The order of the axes is
+    `keras.config.image_data_format()`.
+
+    An image of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, when the dataset is
+    created, counts as broken; `None` is no limit. A JPEG that is much larger than
+    needed is reduced while it is decoded in training, and its reduced size counts.
+    Pillow refuses more than twice the limit before. Each pixel of a progressive JPEG
+    counts as four.
 
     Training shuffles samples of local files one by one. Files at URLs and Parquet files
     are read in blocks of up to 64 consecutive samples; see `block_size`.
@@ -157,12 +162,6 @@ def image_text_dataset(
         include_captions: bool. Whether batches contain `"captions"`, UTF-8 bytes. With
             `"all"`, they are tuples of all captions of each image.
         include_keys: bool. Whether batches contain the `"keys"` of samples, bytes.
-        data_format: `"channels_last"` or `"channels_first"`. Defaults to `None`:
-            `keras.config.image_data_format()`.
-        max_image_pixels: int. Images with more pixels count as broken. Reduced decoding
-            allows larger JPEGs in training, but each pixel of a progressive JPEG counts
-            as four. Pillow itself refuses images of more than twice
-            `PIL.Image.MAX_IMAGE_PIXELS`. Defaults to 50 million.
         max_skipped: float. The fraction of samples that may be broken, from 0 to 1, in
             the index, and among those that a process reads in a pass over the samples.
             More raise an error. Defaults to `0.01`.
@@ -229,8 +228,7 @@ def image_text_dataset(
         resize=resize,
         crop_scale=crop_scale,
         image_transform=image_transform,
-        max_image_pixels=max_image_pixels,
-        data_format=data_format or keras.config.image_data_format(),
+        data_format=keras.config.image_data_format(),
     )
     captions = Captions(
         tokenizer=tokenizer,

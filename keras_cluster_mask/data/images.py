@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import multiprocessing
 import threading
 from collections.abc import Callable
 
@@ -13,8 +14,6 @@ from PIL import Image, ImageOps
 
 from keras_cluster_mask.checks import check_choice, check_integer
 
-# Decoding takes four bytes per pixel: 200 MB.
-MAX_PIXELS = 50_000_000
 # The weight of a pixel of a progressive JPEG. Decoding keeps all coefficients in
 # memory, even if the image is reduced.
 PROGRESSIVE = 4
@@ -36,13 +35,13 @@ class EncodedImage:
 
     Args:
         content: bytes of the file, or a `PIL.Image.Image`, which may change.
-        max_pixels: int. The largest number of pixels that is decoded.
+        max_pixels: int. The largest number of pixels that is decoded, or None.
 
     Raises:
         UnreadableImage: If the bytes are not an image.
     """
 
-    def __init__(self, content, max_pixels=MAX_PIXELS):
+    def __init__(self, content, max_pixels):
         try:
             is_open = isinstance(content, Image.Image)
             self._image = content if is_open else Image.open(io.BytesIO(content))
@@ -54,7 +53,7 @@ class EncodedImage:
         # Decoders raise many kinds of errors on damaged files.
         except Exception as error:
             raise UnreadableImage("the image does not decode") from error
-        self._max_pixels = max_pixels
+        self._max_pixels = math.inf if max_pixels is None else max_pixels
         progressive = PROGRESSIVE if "progressive" in self._image.info else 0
         self._coefficients = progressive * math.prod(self._image.size)
 
@@ -180,7 +179,8 @@ def cut_middle(image, size):
         covered = columns * height // width, columns
     else:
         covered = rows, rows * width // height
-    if math.prod(covered) > MAX_PIXELS:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and math.prod(covered) > limit:
         raise UnreadableImage("the image is too narrow")
     if covered[::-1] != image.size:
         image = image.resize(covered[::-1], Image.Resampling.BICUBIC)
@@ -250,8 +250,11 @@ class Images:
         crop_scale: Pair of floats. See `random_box`.
         image_transform: Function of an image and a `np.random.Generator` for training,
             or None.
-        max_image_pixels: int. See `EncodedImage`.
         data_format: `"channels_last"` or `"channels_first"`, for batches.
+
+    Attributes:
+        max_pixels: int. `PIL.Image.MAX_IMAGE_PIXELS` where the object was made; or
+            None.
     """
 
     image_size: int | tuple
@@ -259,7 +262,6 @@ class Images:
     resize: str = "crop"
     crop_scale: tuple | None = None
     image_transform: Callable | None = None
-    max_image_pixels: int = MAX_PIXELS
     data_format: str = "channels_last"
 
     def __post_init__(self):
@@ -268,9 +270,7 @@ class Images:
         pair = size if is_pair else (size, size)
         self.image_size = tuple(check_integer("image_size", side) for side in pair)
         check_choice("resize", self.resize, ("crop", "squash"))
-        formats = "channels_last", "channels_first"
-        check_choice("data_format", self.data_format, formats)
-        self.max_image_pixels = check_integer("max_image_pixels", self.max_image_pixels)
+        self.max_pixels = Image.MAX_IMAGE_PIXELS
         if self.resize == "squash":
             if self.crop_scale is not None:
                 raise ValueError(
@@ -288,6 +288,12 @@ class Images:
                 f"Received: crop_scale={self.crop_scale}"
             )
 
+    def __setstate__(self, state):
+        vars(self).update(state)
+        # Pillow refuses large images, too. A worker process has its default limit.
+        if multiprocessing.parent_process() is not None:
+            Image.MAX_IMAGE_PIXELS = self.max_pixels
+
     @property
     def shape(self):
         """The shape of an image in a batch."""
@@ -300,7 +306,7 @@ class Images:
         return {
             "data.image_size": list(self.image_size),
             "data.crop_scale": self.crop_scale and [*map(float, self.crop_scale)],
-            "data.max_image_pixels": self.max_image_pixels,
+            "data.max_image_pixels": self.max_pixels,
             "data.image_transform": name_of(self.image_transform),
         }
 
@@ -324,7 +330,7 @@ class Images:
         Raises:
             UnreadableImage: If the image cannot be decoded.
         """
-        image = EncodedImage(content, self.max_image_pixels)
+        image = EncodedImage(content, self.max_pixels)
         if not self.training:
             fit = squash if self.resize == "squash" else cut_middle
             part = np.asarray(fit(image.decoded(), self.image_size))

@@ -1,3 +1,5 @@
+import copy
+import functools
 import io
 
 import numpy as np
@@ -16,6 +18,12 @@ def cut(content, size=(8, 8), training=False, seed=0, **options):
     return Images(size, training, **options)(content, np.random.default_rng(seed))
 
 
+@pytest.fixture
+def limit(monkeypatch):
+    """Sets Pillow's limit on the pixels of an image."""
+    return functools.partial(monkeypatch.setattr, Image, "MAX_IMAGE_PIXELS")
+
+
 def smooth_image(height, width, channels=3, seed=0):
     """Low-frequency noise, which changes as slowly as a photograph."""
     grid = np.random.default_rng(seed).integers(0, 256, (6, 6, channels), "uint8")
@@ -24,7 +32,7 @@ def smooth_image(height, width, channels=3, seed=0):
 
 def whole(content, **options):
     """The whole image in its own size, on white."""
-    return cut(content, EncodedImage(content).size, **options)
+    return cut(content, EncodedImage(content, None).size, **options)
 
 
 def over_white(image):
@@ -123,7 +131,7 @@ def test_the_exif_orientation_is_applied(orientation, format, order, encode):
     options = {"quality": 95} if format == "JPEG" else {}
     content = encode(smooth_image(24, 16), format, exif=exif, **options)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
-    assert EncodedImage(content).size == upright.size[::-1]
+    assert EncodedImage(content, None).size == upright.size[::-1]
     np.testing.assert_array_equal(whole(content), np.array(upright))
 
 
@@ -133,7 +141,7 @@ def test_the_exif_orientation_is_applied_before_a_part_is_cropped(encode):
     content = encode(smooth_image(600, 400), "JPEG", exif=exif, quality=95)
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     expected = image.resize((32, 32), Image.BICUBIC, box=(100, 40, 500, 240))
-    actual = EncodedImage(content).part((40, 100, 200, 400), (32, 32))
+    actual = EncodedImage(content, None).part((40, 100, 200, 400), (32, 32))
     assert np.abs(actual.astype(int) - np.array(expected)).mean() < 1
 
 
@@ -141,10 +149,10 @@ def test_broken_exif_data_is_ignored(encode):
     exif = Image.Exif()
     exif[0x0112] = 6
     tagged = bytearray(encode(smooth_image(8, 16), "JPEG", exif=exif))
-    assert EncodedImage(bytes(tagged)).size == (16, 8)
+    assert EncodedImage(bytes(tagged), None).size == (16, 8)
     start = tagged.index(b"Exif\0\0")
     tagged[start + 6 : start + 14] = b"\xff" * 8
-    assert EncodedImage(bytes(tagged)).size == (8, 16)
+    assert EncodedImage(bytes(tagged), None).size == (8, 16)
 
 
 # === Images that do not decode ===
@@ -161,33 +169,54 @@ def test_damaged_images_are_unreadable(encode):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_huge_images_are_refused_before_they_are_decoded(encode):
-    options = {"training": True, "max_image_pixels": 1000}
-    cut(encode(np.zeros((25, 40), "uint8")), **options)
-    with pytest.raises(UnreadableImage, match="too many pixels"):
-        cut(encode(np.zeros((26, 40), "uint8")), **options)
-    # A few kilobytes that decode to half a gigabyte.
-    bomb = encode(Image.new("1", (15000, 15000)))
-    with pytest.raises(UnreadableImage, match="too many pixels"):
-        EncodedImage(bomb)
+def test_huge_images_are_refused_before_they_are_decoded(encode, limit):
+    content = encode(np.zeros((26, 40), "uint8"))
+    # Pillow itself refuses images of more than twice its limit.
+    for pixels in (1039, 519):
+        limit(pixels)
+        with pytest.raises(UnreadableImage, match="too many pixels"):
+            cut(content, training=True)
+    for pixels in (1040, None):
+        limit(pixels)
+        assert cut(content, training=True).shape == (8, 8, 3)
 
 
-def test_a_line_is_not_enlarged_to_gigabytes(encode):
-    content = encode(np.zeros((20_000, 1, 3), "uint8"))
+def test_the_limit_is_that_with_which_a_dataset_was_made(encode, limit, monkeypatch):
+    limit(1000)
+    images = Images(8, True)
+    limit(None)
+    for each in (images, copy.deepcopy(images)):
+        with pytest.raises(UnreadableImage, match="too many pixels"):
+            each(encode(np.zeros((26, 40), "uint8")), np.random.default_rng(0))
+    assert Image.MAX_IMAGE_PIXELS is None
+    # In a worker process, Pillow uses it, too.
+    monkeypatch.setattr("multiprocessing.parent_process", object)
+    copy.deepcopy(images)
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_a_line_is_not_enlarged_to_gigabytes(encode, limit):
+    content = encode(np.zeros((2000, 1, 3), "uint8"))
+    limit(4_000_000)
     assert cut(content, training=True).shape == (8, 8, 3)
     with pytest.raises(UnreadableImage, match="too narrow"):
         cut(content, (64, 64))
+    limit(None)
+    assert cut(content, (64, 64)).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("options", [{}, {"training": True}, {"resize": "squash"}])
-def test_a_progressive_jpeg_counts_its_pixels_four_times(encode, options):
+def test_a_progressive_jpeg_counts_its_pixels_four_times(encode, limit, options):
     content = encode(smooth_image(20, 30), "JPEG", progressive=True)
-    assert cut(content, max_image_pixels=2400, **options).any()
+    limit(2400)
+    assert cut(content, **options).any()
+    limit(2399)
     with pytest.raises(UnreadableImage, match="too many pixels"):
-        cut(content, max_image_pixels=2399, **options)
+        cut(content, **options)
     # The same image with its coefficients in sequence, reduced while it is decoded.
     content = encode(smooth_image(20, 30), "JPEG")
-    assert cut(content, max_image_pixels=600, **options).any()
+    limit(600)
+    assert cut(content, **options).any()
 
 
 def test_too_little_memory_is_no_damaged_image(encode, monkeypatch):
@@ -297,7 +326,7 @@ def test_reducing_a_jpeg_while_decoding_hardly_changes_a_pixel(size, encode):
     image = Image.open(io.BytesIO(content))
     exact = image.resize((64, 64), Image.BICUBIC, box=(21, 37, 471, 437))
     exact = np.array(exact).astype(int)
-    quick = EncodedImage(content).part((37, 21, 400, 450), (64, 64)).astype(int)
+    quick = EncodedImage(content, None).part((37, 21, 400, 450), (64, 64)).astype(int)
     assert np.abs(quick - exact).mean() < 1
 
 

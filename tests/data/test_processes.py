@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -101,6 +102,28 @@ def test_workers_read_an_object_and_count_its_broken_samples():
     dataset = make(rows, False, num_workers=2)
     assert keys(dataset) == [str(i) for i in range(40) if i % 10 != 3]
     assert dataset.skipped.by_reason == {"the image does not decode": 4}
+
+
+def shows_the_limit(image, generator):
+    return np.full_like(image, Image.MAX_IMAGE_PIXELS // 10)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_workers_use_the_settings_with_which_the_dataset_was_made(
+    write_pairs, noise, monkeypatch, data_format
+):
+    large = [("large.png", noise(0, (50, 50))), ("large.txt", b"large")]
+    source = write_pairs("a.tar", 0, 15, large)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+        dataset = make(
+            source, batch_size=16, image_transform=shows_the_limit, num_workers=1
+        )
+    (batch,) = take(dataset, 1)
+    assert (batch["images"] == 200).all()
+    is_first = data_format == "channels_first"
+    assert batch["images"].shape[1:] == ((3, 16, 16) if is_first else (16, 16, 3))
+    assert dataset.skipped.by_reason == {"the image has too many pixels": 1}
 
 
 # === Errors ===
