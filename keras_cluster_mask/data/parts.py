@@ -198,7 +198,7 @@ def build_part(path, stamp, image_keys, index_dir=None):
         `Part`.
 
     Raises:
-        NoRandomAccess: If the shard is compressed or of an unknown format.
+        ValueError: If the shard is compressed or of an unknown format.
         OSError: If the shard cannot be read, or the part cannot be written.
     """
     if part := _find(path, stamp, image_keys, index_dir):

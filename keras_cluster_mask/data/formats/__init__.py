@@ -2,13 +2,13 @@
 
 import re
 
-from keras_cluster_mask.data.formats.base import DamagedShard, Entry, NoRandomAccess
+from keras_cluster_mask.data.formats.base import DamagedShard, Entry
 from keras_cluster_mask.data.formats.folder import ENDINGS, Folder
 from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.formats.table import Table
 from keras_cluster_mask.data.formats.tar import Tar
 
-__all__ = ["DamagedShard", "Entry", "NoRandomAccess", "format_of"]
+__all__ = ["DamagedShard", "Entry", "format_of"]
 
 # Formats by file extension. Files with any other name are read as tar files.
 FORMATS = {

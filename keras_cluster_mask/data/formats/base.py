@@ -66,22 +66,6 @@ class DamagedShard(ValueError):
         return f"The shard {path} is damaged {place}: {reason}"
 
 
-class NoRandomAccess(ValueError):
-    """A shard whose samples can only be read from start to end.
-
-    Args:
-        path: str.
-        kind: str. A description of the file, and a remedy.
-    """
-
-    def __str__(self):
-        path, kind = self.args
-        return (
-            f"`source` must be shards with random access, but this is {kind}. "
-            f"Received: source={path!r}"
-        )
-
-
 def json_object(content):
     """Returns the dict that bytes hold as JSON, or None."""
     with contextlib.suppress(ValueError, RecursionError):
@@ -115,7 +99,7 @@ class Format:
 
         Raises:
             DamagedShard: After the last intact sample.
-            NoRandomAccess: If the file has another format.
+            ValueError: If the file has another format.
             OSError: If the file cannot be read.
         """
         raise NotImplementedError

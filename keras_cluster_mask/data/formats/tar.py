@@ -10,7 +10,6 @@ from keras_cluster_mask.data.formats.base import (
     DamagedShard,
     Entry,
     Format,
-    NoRandomAccess,
     entries_of,
     is_empty,
     json_object,
@@ -20,11 +19,6 @@ BLOCK = 512
 MAX_ENTRIES = 32
 # An upper bound of the zero padding at the end of a tar file.
 MAX_PADDING = 2**20
-UNKNOWN = (
-    "a compressed file, or one of unknown format: use tar, Parquet, CSV, TSV or JSON "
-    "lines, without compression. Read TFRecord files with `tf.data.TFRecordDataset`, "
-    "and pass its batches to `fit`"
-)
 
 
 class Tar(Format):
@@ -49,12 +43,18 @@ class Tar(Format):
                 # A header overwritten with zeros looks like the end mark.
                 if rest.strip(b"\0") or len(rest) > MAX_PADDING:
                     raise tarfile.ReadError("a block of zeros comes before its end")
-        except (OSError, NoRandomAccess):
+        except OSError:
             raise
         # Damaged headers raise many kinds of errors.
         except Exception as error:
             if last is None and not path.lower().endswith(".tar"):
-                raise NoRandomAccess(path, UNKNOWN) from error
+                raise ValueError(
+                    "`source` must be shards with random access, but this is a "
+                    "compressed file, or one of unknown format: use tar, Parquet, CSV, "
+                    "TSV or JSON lines, without compression. Read TFRecord files with "
+                    "`tf.data.TFRecordDataset`, and pass its batches to `fit`. "
+                    f"Received: source={path!r}"
+                ) from error
             raise DamagedShard(path, last, str(error)) from error
 
     def parse(self, content, number, context):
