@@ -1,9 +1,7 @@
 """Which captions an image has, and which of them is used."""
 
-import collections
 import json
 
-import numpy as np
 import pytest
 
 from keras_cluster_mask.data import files, read_captions
@@ -70,36 +68,12 @@ def test_bytes_that_are_no_utf_8_are_replaced():
     )
 
 
-# === Drawing ===
-
-
-PAIRS = [Pair(b"", ("a", "b", "c"), "1", "x"), Pair(b"", ("d",), "2", "x")]
-
-
-def test_in_training_each_caption_is_drawn_equally_often():
-    choose = Captions(None, True).choose
-    generator = np.random.default_rng(0)
-    counts = collections.Counter(
-        choose(pair, generator) for _ in range(3000) for pair in PAIRS
-    )
-    # Five deviations of a binomial.
-    for caption in (b"a", b"b", b"c"):
-        assert 870 < counts[caption] < 1130
-    assert counts[b"d"] == 3000
-    assert counts.total() == 6000
-
-
-def test_in_evaluation_the_first_caption_is_taken():
-    captions = Captions(None, False)
-    assert [captions.choose(pair, None) for pair in PAIRS] == [b"a", b"d"]
-
-
 def test_half_letters_are_not_changed():
     pair = Pair(b"", ("{} \ud800",), "1", "x")
     assert Captions(None, False).choose(pair, None) == b"{} \xed\xa0\x80"
 
 
-# === All of them ===
+# === The captions of a source ===
 
 
 def test_all_captions_of_intact_samples_are_read(write_pairs, write_tar):

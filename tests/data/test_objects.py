@@ -155,7 +155,10 @@ def test_arrays_are_converted_exactly(array, expected):
         gradient("uint8", 256),
         gradient("uint8"),
         gradient("float32", 16, 16) / 255,
+        gradient("float32", 16, 16) * np.nan,
+        (gradient("uint8", 16, 16) > 9).astype("float32"),
         gradient("int32", 16, 16) * 9,
+        gradient("int32", 16, 16) - 1,
     ],
 )
 def test_arrays_that_are_no_images_are_refused_with_their_key(array):

@@ -220,10 +220,13 @@ def test_training_on_the_same_captions_gives_the_same_vocabulary():
 
 
 @pytest.mark.parametrize("which", ["clip", "trained"])
-def test_saving_pickling_and_copying_keep_everything(which, request, tmp_path):
+def test_saving_pickling_and_copying_keep_everything(
+    which, request, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
     tokenizer = request.getfixturevalue(which)
-    tokenizer.save(tmp_path / "tokenizer.json")
-    loaded = CLIPTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.save("~/tokenizer.json")
+    loaded = CLIPTokenizer.from_file("~/tokenizer.json")
     copies = [loaded, pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)]
     for other in copies:
         assert other.context_length == tokenizer.context_length
@@ -232,19 +235,6 @@ def test_saving_pickling_and_copying_keep_everything(which, request, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     shorter = CLIPTokenizer.from_file(tmp_path / "tokenizer.json", context_length=5)
     assert shorter("red").shape == (1, 5)
-
-
-def test_paths_may_be_in_the_home_folder(trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    trained.save("~/tokenizer.json")
-    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
-    assert CLIPTokenizer.from_file("~/tokenizer.json").vocabulary_size <= 540
-
-
-def test_a_tokenizer_is_saved_at_a_url(trained, memory):
-    trained.save("memory://run/tokenizer.json")
-    loaded = CLIPTokenizer.from_file("memory://run/tokenizer.json")
-    np.testing.assert_array_equal(loaded(CAPTIONS), trained(CAPTIONS))
 
 
 @pytest.mark.parametrize(
