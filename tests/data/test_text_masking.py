@@ -307,19 +307,14 @@ def some(number, epoch):
 
 
 @pytest.mark.parametrize(
-    ("weighted", "options", "lengths"),
-    [(False, {}, [24] * 4), (False, {"sampling": some}, LENGTHS), (True, {}, [24] * 4)],
-    ids=["all", "sampling", "weights"],
+    ("sampling", "lengths"), [(None, [24] * 4), (some, LENGTHS)], ids=["all", "some"]
 )
 @pytest.mark.parametrize("start", [0, 3])
-def test_each_epoch_has_its_masking_also_after_a_stop(
-    shard, weighted, options, lengths, start
-):
+def test_each_epoch_has_its_masking_also_after_a_stop(shard, sampling, lengths, start):
     """A batch may hold samples of two epochs."""
-    source = {str(shard): 1.0} if weighted else shard
 
     def rows(masking, start=0):
-        dataset = make(source, text_masking=masking, **options)
+        dataset = make(shard, text_masking=masking, sampling=sampling)
         dataset.start = start
         return np.concatenate([b["token_ids"] for b in take(dataset, 9 - start)])
 
