@@ -31,12 +31,12 @@ def as_text(text):
 
 
 def clean(text):
-    """Cleans a caption, str or bytes, as CLIP does."""
+    """Cleans a caption, string or bytes, as CLIP does."""
     return repair(text).lower()
 
 
 def repair(text):
-    """Cleans a caption, str or bytes, without changing its case."""
+    """Cleans a caption, string or bytes, without changing its case."""
     text = as_text(text)
     # Repair is slow, and plain ASCII without HTML entities does not need it.
     if not PLAIN.fullmatch(text):
@@ -71,7 +71,7 @@ def spans_of(text, special_tokens=(START, END)):
 
 
 def words_of(text, special_tokens=(START, END)):
-    """Splits a clean caption into words, a list of str."""
+    """Splits a clean caption into words, a list of strings."""
     return [text[start:end] for start, end in spans_of(text, special_tokens)]
 
 

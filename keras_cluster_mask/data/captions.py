@@ -33,12 +33,13 @@ def read_captions(
     ```
 
     Args:
-        source: str or path, or a list of them; see `list_shards`.
-        caption_key: str or sequence of str. The field that holds captions; see
+        source: String or path, or a list of them; see `list_shards`.
+        caption_key: String or sequence of strings. The field that holds captions; see
             `image_text_dataset`. Defaults to `None`: common names.
 
     Returns:
-        List of str, in the order of the samples. Images are neither needed nor read.
+        List of strings, in the order of the samples. Images are neither needed nor
+        read.
     """
     index = open_index(source, PairReader((), caption_key))
     for line in index.damage:
@@ -58,12 +59,12 @@ class Captions:
     """Chooses a caption for each sample, and tokenizes it. See `image_text_dataset`.
 
     Args:
-        tokenizer: The tokenizer, or None.
-        training: bool. Whether to draw captions at random, instead of taking the first,
-            and to mask captions.
-        text_masking: `TextMasking` of captions that are too long, or None; `None` as an
-            attribute in evaluation.
-        include_captions: bool, or `"all"`. Whether batches contain the captions.
+        tokenizer: The tokenizer, or `None`.
+        training: Boolean. Whether to draw captions at random, instead of taking the
+            first, and to mask captions.
+        text_masking: `TextMasking` of captions that are too long, or `None`. The
+            attribute is `None` in evaluation, which masks no caption.
+        include_captions: Boolean, or `"all"`. Whether batches contain the captions.
     """
 
     tokenizer: Any
@@ -101,9 +102,9 @@ class Captions:
         """Returns the entries of a batch, with the arguments of `tokenize` for a layer.
 
         Args:
-            pairs: list of `Pair`.
-            generators: list of `np.random.Generator`, one for each pair.
-            epochs: list of int. The epoch of each pair in training.
+            pairs: List of `Pair`.
+            generators: List of `np.random.Generator`, one for each pair.
+            epochs: List of integers. The epoch of each pair in training.
         """
         if not self.are_read:
             return {}

@@ -80,11 +80,11 @@ def image_text_dataset(
     applied. Transparent pixels become white. The order of the axes is
     `keras.config.image_data_format()`.
 
-    An image of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, when the dataset is
-    created, counts as broken; `None` is no limit. A JPEG that is much larger than
-    needed is reduced while it is decoded in training, and its reduced size counts.
-    Pillow refuses more than twice the limit before. Each pixel of a progressive JPEG
-    counts as four.
+    An image of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels counts as broken. The
+    limit is read when the dataset is created, also for worker processes; `None` is no
+    limit. In training, a large JPEG is reduced while it is decoded, so only its reduced
+    size must keep to the limit, and its full size to twice the limit. Each pixel of a
+    progressive JPEG counts as four, because its coefficients are kept in full.
 
     Training shuffles samples of local files one by one. Files at URLs and Parquet files
     are read in blocks of up to 64 consecutive samples; see `block_size`.
@@ -113,94 +113,99 @@ def image_text_dataset(
     ```
 
     Args:
-        source: str or path, or a list of them: shards, folders, or patterns such as
+        source: String or path, or a list of them: shards, folders, or patterns such as
             `"data/train-{00000..00127}.tar"` or `"gs://bucket/*.tar"`; see
             `list_shards`. Or an object with `__len__` and `__getitem__` whose items are
-            dicts, such as a `Dataset` of the package `datasets`; an image is bytes, a
-            file name, a `PIL.Image.Image`, or a uint8 array. Only one thread at a time
-            reads items of objects and decodes their images, unless the object has the
-            attribute `thread_safe = True`. Or a dict from several of these to weights,
-            which mixes them in these proportions.
-        tokenizer: A `CLIPTokenizer`; any callable from a list of str to ints
+            dictionaries, such as a `Dataset` of the package `datasets`; an image is
+            bytes, a file name, a `PIL.Image.Image`, or a uint8 array. Only one thread
+            at a time reads items of objects and decodes their images, unless the object
+            has the attribute `thread_safe = True`. Or a dictionary from several of
+            these to weights, which mixes them in these proportions.
+        tokenizer: A `CLIPTokenizer`; any callable from a list of strings to integers
             `(batch, length)`; a tokenizer of open_clip; a tokenizer of Hugging Face,
             whose rows are padded and truncated to its `model_max_length`; or a Keras
             layer, such as a KerasHub `CLIPPreprocessor`, which does not clean captions,
             may split numbers differently from CLIP, and needs TensorFlow. With `None`,
             batches have no `"token_ids"`, and samples need no caption.
-        image_size: int or `(height, width)`, in pixels.
-        batch_size: int. The global batch size, over all processes and devices.
-        training: bool. Whether to shuffle, to repeat, and to take random crops.
-        format: `"grain"` for a `grain.IterDataset` of NumPy arrays, or `"tf"` for a
-            `tf.data.Dataset`. Defaults to `None`: `"tf"` on the TensorFlow backend,
-            unless `include_captions="all"`; else `"grain"`.
-        seed: int. The random seed of the order, crops and captions. Defaults to `0`.
-        image_keys: str or sequence of str. The field that holds the image: a file
-            extension in a tar, or a column of a table with file names. If several are
-            given, the first that a sample has is used. Defaults to `None`: common
+        image_size: Integer or `(height, width)`, in pixels.
+        batch_size: Integer. The global batch size, over all processes and devices.
+        training: Boolean. Whether to shuffle, to repeat, and to take random crops.
+        format: String. `"grain"` for a `grain.IterDataset` of NumPy arrays, or `"tf"`
+            for a `tf.data.Dataset`. Defaults to `None`: `"tf"` on the TensorFlow
+            backend, unless `include_captions="all"`; else `"grain"`.
+        seed: Integer. The random seed of the order, crops and captions. Defaults to
+            `0`.
+        image_keys: String or sequence of strings. The field that holds the image: a
+            file extension in a tar, or a column of a table with file names. If several
+            are given, the first that a sample has is used. Defaults to `None`: common
             names.
-        caption_key: str or sequence of str. The field that holds the caption. If
+        caption_key: String or sequence of strings. The field that holds the caption. If
             several are given, the first that is not empty is used. `"json.caption"` is
             the entry `caption` of the file `KEY.json`. If the field is a list of
             captions, one is drawn in each epoch; evaluation uses the first. Captions
             are UTF-8; bytes that are not become U+FFFD. Defaults to `None`: `"txt"` and
             other common names.
-        label_key: str or sequence of str. The field that holds the class, such as
-            `"cls"`, `"json.label"` or, for images in a folder, `"folder"`, the name of
-            the folder. Batches then hold `"labels"`, int32. Defaults to `None`: no
+        label_key: String or sequence of strings. The field that holds the class, such
+            as `"cls"`, `"json.label"` or, for images in a folder, `"folder"`, the name
+            of the folder. Batches then hold `"labels"`, int32. Defaults to `None`: no
             labels.
-        class_names: sequence of str, for labels that are names: a label is the index of
-            its name. Defaults to `None`: labels are numbers, or, if `label_key` is
-            `"folder"` and not all folders have numbers, indices of their sorted names.
-        resize: `"crop"`, random crops in training and CLIP's center crop in evaluation;
-            or `"squash"`, the whole image with a changed aspect ratio, as for SigLIP.
-        crop_scale: pair of floats. The range of the area of random crops, as a fraction
+        class_names: Sequence of strings, for labels that are names: a label is the
+            index of its name. Defaults to `None`: labels are numbers, or, if
+            `label_key` is `"folder"` and not all folders have numbers, indices of their
+            sorted names.
+        resize: String. `"crop"`: random crops in training, and CLIP's center crop in
+            evaluation. `"squash"`: the whole image with a changed aspect ratio, as for
+            SigLIP. Defaults to `"crop"`.
+        crop_scale: Pair of floats. The range of the area of random crops, as a fraction
             of the image's area. Must be `None` for `resize="squash"`. Defaults to
             `None`: `(0.4, 1.0)`.
         image_transform: Function of a cropped image, uint8 `(height, width, 3)`, and a
             `np.random.Generator`, that returns an image of the same shape and dtype, in
-            training. It may change the image in place.
-        include_captions: bool. Whether batches contain `"captions"`, UTF-8 bytes. With
-            `"all"`, they are tuples of all captions of each image.
-        include_keys: bool. Whether batches contain the `"keys"` of samples, bytes.
-        max_skipped: float. The fraction of samples that may be broken, from 0 to 1, in
-            the index, and among those that a process reads in a pass over the samples.
-            More raise an error. Defaults to `0.01`.
+            training. It may change the image in place. Defaults to `None`.
+        include_captions: Boolean, or `"all"`. Whether batches contain `"captions"`,
+            UTF-8 bytes. With `"all"`, they are tuples of all captions of each image.
+            Defaults to `False`.
+        include_keys: Boolean. Whether batches contain the `"keys"` of samples, bytes.
+            Defaults to `False`.
+        max_skipped: Float. The largest fraction of samples that may be broken, from 0
+            to 1. An error is raised if more samples are broken in the index, or among
+            the samples that a process reads in one pass. Defaults to `0.01`.
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
             `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions that have
             more tokens than the `context_length` of the `tokenizer`, of any kind whose
             rows end in padding. It does not change `"captions"`, and evaluation is
             never masked. Defaults to `None`: captions that are too long are truncated.
         sampling: The samples of each epoch of training: a `Sampling`, or a function of
-            the number of samples and the epoch (from 0) that returns an int array of
-            sample indices, the same in each process. Only these samples are read, in
+            the number of samples and the epoch (from 0) that returns an integer array
+            of sample indices, the same in each process. Only these samples are read, in
             shuffled order. `len(dataset)` is the number of full batches in the epoch
-            that the dataset starts in. `steps_per_epoch` is that number for an epoch of
-            mean length. Defaults to `None`: each sample once.
-        block_size: int. In training, blocks of this many consecutive samples are read
-            together, which is faster on object stores and hard disks. A block may begin
-            in one batch and end in the next. The number of processes must divide
+            that the dataset starts in, and `steps_per_epoch` in an epoch of mean
+            length. Defaults to `None`: each sample once.
+        block_size: Integer. In training, blocks of this many consecutive samples are
+            read together, which is faster on object stores and hard disks. A block may
+            begin in one batch and end in the next. The number of processes must divide
             `batch_size // block_size`. Defaults to `None`: 1 for local files; for URLs
             and Parquet files the largest power of two up to 64 that leaves 16 blocks in
             a batch.
-        process: pair of ints. The index of this process and the number of processes.
-            Each process reads only its rows of every batch. In evaluation, some
-            processes may get one batch more than others. Defaults to the values of JAX
-            or `torch.distributed`; for evaluation on torch to `(0, 1)`, all samples in
-            every process.
-        num_workers: int. The number of worker processes. They are spawned, so a program
-            needs `if __name__ == "__main__":`. Defaults to `0`: threads of this
+        process: Pair of integers. The index of this process and the number of
+            processes. Each process reads only its rows of every batch. In evaluation,
+            some processes may get one batch more than others. Defaults to the values of
+            JAX or `torch.distributed`; for evaluation on torch to `(0, 1)`, all samples
+            in every process.
+        num_workers: Integer. The number of worker processes. They are spawned, so a
+            program needs `if __name__ == "__main__":`. Defaults to `0`: threads of this
             process, which share the GIL and decode at most about 2,200 images per
             second on any number of cores.
-        index_dir: str or path. The folder of the index. `"beside"` writes a hidden file
-            next to each shard, if it is local and its folder can be written to.
+        index_dir: String or path. The folder of the index. `"beside"` writes a hidden
+            file next to each shard, if it is local and its folder can be written to.
             Defaults to `None`: `~/.cache/keras_cluster_mask`, unless there is such a
             hidden file.
 
     Returns:
         An `ImageTextDataset`, which is a `grain.IterDataset`, or a `tf.data.Dataset`,
-        of dicts: `"images"`, uint8 `(batch, height, width, 3)` or channels first, and
-        `"token_ids"`, int32 `(batch, length)`. Both have `len` and the attribute
-        `skipped`; datasets that their methods return do not.
+        of dictionaries: `"images"`, uint8 `(batch, height, width, 3)` or channels
+        first, and `"token_ids"`, int32 `(batch, length)`. Both have `len` and the
+        attribute `skipped`; datasets that their methods return do not.
 
     Raises:
         FileNotFoundError: If a shard is missing.

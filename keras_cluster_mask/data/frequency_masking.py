@@ -34,10 +34,10 @@ class FrequencyTextMasking(TextMasking):
     ```
 
     Args:
-        frequencies: dict from words to positive numbers: counts or frequencies, which
-            are divided by their sum. Words are in lower case, as CLIP's tokenizer
+        frequencies: Dictionary from words to positive numbers: counts or frequencies,
+            which are divided by their sum. Words are in lower case, as CLIP's tokenizer
             splits them. Defaults to `None`: `fit` counts them.
-        threshold: float. A relative frequency. Less frequent words have p = 0. Defaults
+        threshold: Float. A relative frequency. Less frequent words have p = 0. Defaults
             to `1e-6`, as in the paper for CC12M.
         unknown: `"keep"` or `"drop"`. How words outside `frequencies` are treated.
             `"keep"`: like rare words, p = 0. `"drop"`: p = 1, so they are the most
@@ -45,7 +45,8 @@ class FrequencyTextMasking(TextMasking):
             times, as in the released code. Defaults to `"keep"`.
 
     Attributes:
-        frequencies: dict from words to relative frequencies, or None before `fit`.
+        frequencies: Dictionary from words to relative frequencies, or `None` before
+            `fit`.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -80,7 +81,7 @@ class FrequencyTextMasking(TextMasking):
         """Counts the words of captions, and replaces `frequencies`.
 
         Args:
-            captions: Iterable of str or bytes, such as those of `read_captions`.
+            captions: Iterable of strings or bytes, such as those of `read_captions`.
 
         Returns:
             The masking itself.
@@ -97,10 +98,10 @@ class FrequencyTextMasking(TextMasking):
         """Returns the number p that is subtracted from the random score of a word.
 
         Args:
-            word: str, in lower case.
+            word: String, in lower case.
 
         Returns:
-            float, from 0 to 1.
+            Float, from 0 to 1.
         """
         if word not in self.frequencies:
             return float(self.unknown == "drop")

@@ -34,8 +34,9 @@ class EncodedImage:
     animations. The EXIF orientation is applied.
 
     Args:
-        content: bytes of the file, or a `PIL.Image.Image`, which may change.
-        max_pixels: int. The largest number of pixels that is decoded, or None.
+        content: Bytes of the file, or a `PIL.Image.Image`, which may change.
+        max_pixels: Integer. The largest number of pixels that is decoded. `None` is no
+            limit.
 
     Raises:
         UnreadableImage: If the bytes are not an image.
@@ -71,7 +72,7 @@ class EncodedImage:
 
         Args:
             box: Four floats: top, left, height and width of the part, in pixels.
-            size: Pair of ints. The height and width of the result.
+            size: Pair of integers. The height and width of the result.
 
         Returns:
             uint8 array `(height, width, 3)`, or 4 channels with alpha.
@@ -138,7 +139,7 @@ def resize(image, size, box):
 
     Args:
         image: `PIL.Image.Image`, RGB or RGBA.
-        size: Pair of ints. Height and width of the result.
+        size: Pair of integers. Height and width of the result.
         box: Four floats: left, top, right and bottom of the part, in pixels.
 
     Returns:
@@ -169,7 +170,7 @@ def cut_middle(image, size):
 
     Args:
         image: `PIL.Image.Image` in any color mode.
-        size: Pair of ints. The height and width of the result.
+        size: Pair of integers. The height and width of the result.
 
     Returns:
         `PIL.Image.Image` in the same mode.
@@ -196,7 +197,7 @@ def squash(image, size):
 
     Args:
         image: `PIL.Image.Image` in any color mode.
-        size: Pair of ints. The height and width of the result.
+        size: Pair of integers. The height and width of the result.
 
     Returns:
         `PIL.Image.Image` in the same mode.
@@ -212,8 +213,8 @@ def random_box(size, image_size, draws, scale=CROP_SCALE, ratio=RATIO):
     aspect ratio is kept, so that no crop is distorted beyond `ratio`.
 
     Args:
-        size: Pair of ints. Height and width of the image.
-        image_size: Pair of ints. Height and width of the resized crop.
+        size: Pair of integers. Height and width of the image.
+        image_size: Pair of integers. Height and width of the resized crop.
         draws: Four floats from 0 to 1.
         scale: Pair of floats. The range of the crop's area, as a fraction of the
             image's area.
@@ -221,7 +222,7 @@ def random_box(size, image_size, draws, scale=CROP_SCALE, ratio=RATIO):
             ratio of `image_size`.
 
     Returns:
-        tuple of ints: top, left, height and width, in pixels.
+        Tuple of integers: top, left, height and width, in pixels.
     """
     height, width = size
     area = height * width * (scale[0] + draws[0] * (scale[1] - scale[0]))
@@ -243,18 +244,19 @@ class Images:
     """Turns encoded images into arrays of one size. See `image_text_dataset`.
 
     Args:
-        image_size: int, or pair of ints. Height and width; a pair as an attribute.
-        training: bool. Whether crops are random.
+        image_size: Integer, or pair of integers. Height and width; a pair as an
+            attribute.
+        training: Boolean. Whether crops are random.
         resize: `"crop"`, a random crop in training and a center crop in evaluation; or
             `"squash"`, the whole image.
         crop_scale: Pair of floats. See `random_box`.
         image_transform: Function of an image and a `np.random.Generator` for training,
-            or None.
+            or `None`.
         data_format: `"channels_last"` or `"channels_first"`, for batches.
 
     Attributes:
-        max_pixels: int. `PIL.Image.MAX_IMAGE_PIXELS` where the object was made; or
-            None.
+        max_pixels: Integer, or `None`. `PIL.Image.MAX_IMAGE_PIXELS` when the object was
+            made, also in a worker process.
     """
 
     image_size: int | tuple
@@ -321,7 +323,7 @@ class Images:
         """Decodes and crops an image.
 
         Args:
-            content: bytes of the encoded image, or a `PIL.Image.Image`.
+            content: Bytes of the encoded image, or a `PIL.Image.Image`.
             generator: `np.random.Generator`. Equal states give equal crops.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Objects as sources, such as a list of dicts or a Hugging Face `Dataset`."""
+"""Objects as sources, such as a list of dictionaries or a Hugging Face `Dataset`."""
 
 import contextlib
 import functools
@@ -27,10 +27,10 @@ class ObjectIndex:
     found when they are read. Has the methods and attributes of `Index`.
 
     Args:
-        source: The object. Its items are dicts; an image is bytes, the name of a file,
-            a dict of `"bytes"` and `"path"`, a `PIL.Image.Image`, or an array. Only one
-            thread at a time reads an item and decodes its image, unless the object has
-            the attribute `thread_safe = True`.
+        source: The object. Its items are dictionaries; an image is bytes, the name of a
+            file, a dictionary of `"bytes"` and `"path"`, a `PIL.Image.Image`, or an
+            array. Only one thread at a time reads an item and decodes its image, unless
+            the object has the attribute `thread_safe = True`.
         reader: `PairReader`.
     """
 

@@ -30,14 +30,14 @@ def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
     ```
 
     Args:
-        source: str or path, or a list of them. A file; a folder with a table,
+        source: String or path, or a list of them. A file; a folder with a table,
             `metadata.csv`, `.tsv` or `.jsonl`; a folder of images, which may have
             subfolders; a pattern with `*`, `?` or `[...]` for all existing files that
             match it; or a pattern with `{a,b}` or `{000..123}`, each of whose files
             must exist. Each may be a URL, such as `"s3://bucket/train-*.tar"`.
 
     Returns:
-        A sorted list of str without duplicates. A folder of images ends with `/`.
+        A sorted list of strings without duplicates. A folder of images ends with `/`.
 
     Raises:
         FileNotFoundError: If a file is missing, or if no file matches a pattern.
@@ -50,7 +50,7 @@ def find_shards(source):
     """Finds the shards of a source; see `list_shards`.
 
     Returns:
-        dict from the path of each shard to a str that changes with the shard.
+        Dictionary from the path of each shard to a string that changes with the shard.
     """
     is_list = isinstance(source, list | tuple | set)
     shards = {}
@@ -93,10 +93,10 @@ def expand(pattern):
     """Finds the files and folders that a pattern names, with their information.
 
     Args:
-        pattern: str with `{a,b}`, `{000..123}`, `*`, `?` or `[...]`, or a name.
+        pattern: String with `{a,b}`, `{000..123}`, `*`, `?` or `[...]`, or a name.
 
     Returns:
-        dict from each path to its information, as fsspec returns it.
+        Dictionary from each path to its information, as fsspec returns it.
 
     Raises:
         FileNotFoundError: If a file is missing, or if no file matches.
@@ -142,7 +142,7 @@ def _matching(system, path):
 
 
 def stamp(info):
-    """Returns a str that changes with a file, from its size and its date or ETag."""
+    """Returns a string that changes with a file, from its size and its date or ETag."""
     names = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated")
     names += ("md5Hash", "created")
     version = next((info[name] for name in names if info.get(name)), "")

@@ -25,9 +25,9 @@ class LongCaption(NamedTuple):
     """A caption that has too many tokens, for a `TextMasking`.
 
     Attributes:
-        words: list of str, in lower case.
-        num_tokens: list of int. The number of tokens of each word, up to 127.
-        num_tokens_left: int. The maximum number of tokens of all kept words.
+        words: List of strings, in lower case.
+        num_tokens: List of integers. The number of tokens of each word, up to 127.
+        num_tokens_left: Integer. The maximum number of tokens of all kept words.
         generator: `np.random.Generator` of the sample.
     """
 
@@ -76,10 +76,10 @@ class TextMasking:
         """Splits a caption into words, as `score` receives them.
 
         Args:
-            caption: str or bytes.
+            caption: String or bytes.
 
         Returns:
-            list of str, in lower case.
+            List of strings, in lower case.
         """
         return byte_pairs.words_of(byte_pairs.clean(caption))
 
@@ -87,13 +87,13 @@ class TextMasking:
         """Computes the scores of the words of a caption that is too long.
 
         Args:
-            caption: `LongCaption`, with the attributes `words`, a list of str in lower
-                case; `num_tokens`, a list of the number of tokens of each word, up to
-                127; `num_tokens_left`, the maximum number of tokens of all kept words;
-                and `generator`, the `np.random.Generator` of the sample.
+            caption: `LongCaption`, with the attributes `words`, a list of strings in
+                lower case; `num_tokens`, a list of the number of tokens of each word,
+                up to 127; `num_tokens_left`, the maximum number of tokens of all kept
+                words; and `generator`, the `np.random.Generator` of the sample.
 
         Returns:
-            Sequence of float, one for each word. Words with the highest scores are
+            Sequence of floats, one for each word. Words with the highest scores are
             kept; of equal scores, the first in the caption.
         """
         raise NotImplementedError(f"{type(self).__name__} needs `score(caption)`.")
@@ -109,7 +109,7 @@ class TextMasking:
             caption: See `score`.
 
         Returns:
-            list of int.
+            List of integers.
         """
         scores, left = self.score(caption), caption.num_tokens_left
         # The sort keeps the order of equal scores.
@@ -128,7 +128,7 @@ class TextMasking:
         """Returns the masking of an epoch: by default, this masking in all epochs.
 
         Args:
-            epoch: int, from 0. The number of the pass over the samples.
+            epoch: Integer, from 0. The number of the pass over the samples.
 
         Returns:
             A `TextMasking`.
@@ -147,10 +147,10 @@ class TextMasking:
         Args:
             tokenizer: A tokenizer that `image_text_dataset` takes, whose rows end in
                 padding.
-            captions: list of str or bytes.
-            generators: list of `np.random.Generator`, one for each caption.
-            epochs: list of int. The epoch of each caption. Defaults to `None`: 0, the
-                first.
+            captions: List of strings or bytes.
+            generators: List of `np.random.Generator`, one for each caption.
+            epochs: List of integers. The epoch of each caption. Defaults to `None`: 0,
+                the first.
 
         Returns:
             NumPy int32 array of shape `(len(captions), context_length)`.
@@ -249,10 +249,10 @@ class WordTokenizer:
         """Converts captions to token ids.
 
         Args:
-            captions: list of str or bytes.
-            maskings: list of `TextMasking`, which choose the words of those captions
+            captions: List of strings or bytes.
+            maskings: List of `TextMasking`, which choose the words of those captions
                 that are too long.
-            generators: list of `np.random.Generator`, one for each caption.
+            generators: List of `np.random.Generator`, one for each caption.
         """
         captions = [*captions]
         texts = [self._clean(caption) for caption in captions]

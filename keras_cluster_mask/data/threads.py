@@ -9,7 +9,7 @@ class Threads:
     """Threads that call functions. A program that ends does not wait for long.
 
     Args:
-        count: int. The number of threads.
+        count: Integer. The number of threads.
     """
 
     def __init__(self, count):

@@ -41,19 +41,20 @@ class CLIPTokenizer:
     ```
 
     Args:
-        vocabulary: list of str. The tokens in the order of their ids.
-        merges: list of pairs of str. The merge rules in the order of their priority.
-        context_length: int. The length of every row of ids. A longer caption is
+        vocabulary: List of strings. The tokens in the order of their ids.
+        merges: List of pairs of strings. The merge rules in the order of their
+            priority.
+        context_length: Integer. The length of every row of ids. A longer caption is
             truncated and still ends with the end token. Defaults to `77`.
-        start_token: str. The token before each caption.
-        end_token: str. The token after each caption; the last of the vocabulary.
+        start_token: String. The token before each caption.
+        end_token: String. The token after each caption; the last of the vocabulary.
 
     Attributes:
-        context_length: int. The length of every row of ids.
-        vocabulary_size: int. The number of token ids, and of embeddings that a text
+        context_length: Integer. The length of every row of ids.
+        vocabulary_size: Integer. The number of token ids, and of embeddings that a text
             tower needs.
-        start_token_id: int. The id of the start token.
-        end_token_id: int. The id of the end token, the highest of all ids.
+        start_token_id: Integer. The id of the start token.
+        end_token_id: Integer. The id of the end token, the highest of all ids.
     """
 
     def __init__(
@@ -99,10 +100,10 @@ class CLIPTokenizer:
         """Loads a tokenizer from a file saved by `save`, or OpenAI's list of merges.
 
         Args:
-            path: str or path. A JSON file written by `save`, or
+            path: String or path. A JSON file written by `save`, or
                 `bpe_simple_vocab_16e6.txt.gz` as published by OpenAI and open_clip.
-            context_length: int. Defaults to `None`: the saved length, or 77 for a list
-                of merges.
+            context_length: Integer. Defaults to `None`: the saved length, or 77 for a
+                list of merges.
 
         Returns:
             A `CLIPTokenizer`.
@@ -141,7 +142,7 @@ class CLIPTokenizer:
         imported.
 
         Args:
-            context_length: int. Defaults to `77`, as in all of OpenAI's models.
+            context_length: Integer. Defaults to `77`, as in all of OpenAI's models.
 
         Returns:
             A `CLIPTokenizer`.
@@ -164,9 +165,9 @@ class CLIPTokenizer:
         """Loads the vocabulary of a KerasHub CLIP preset.
 
         Args:
-            preset: str. A preset of `keras_hub.models.CLIPTokenizer`, such as
+            preset: String. A preset of `keras_hub.models.CLIPTokenizer`, such as
                 `"clip_vit_base_patch32"`, or the folder of a preset.
-            context_length: int. Defaults to `77`.
+            context_length: Integer. Defaults to `77`.
 
         Returns:
             A `CLIPTokenizer`.
@@ -198,14 +199,14 @@ class CLIPTokenizer:
         never be trained. The same captions always give the same vocabulary.
 
         Args:
-            captions: Iterable of str or bytes.
-            vocabulary_size: int. The maximum number of tokens, at least 514: the 256
-                bytes, each within and at the end of a word, and two special tokens.
+            captions: Iterable of strings or bytes.
+            vocabulary_size: Integer. The maximum number of tokens, at least 514: the
+                256 bytes, each within and at the end of a word, and two special tokens.
                 Fewer are used if there are not enough frequent pairs. Defaults to
                 `4096`.
-            context_length: int. Defaults to `32`.
-            min_frequency: int. The minimum frequency of a pair that is merged. Defaults
-                to `2`.
+            context_length: Integer. Defaults to `32`.
+            min_frequency: Integer. The minimum frequency of a pair that is merged.
+                Defaults to `2`.
 
         Returns:
             A `CLIPTokenizer`.
@@ -218,7 +219,7 @@ class CLIPTokenizer:
         """Writes the tokenizer as JSON, for `from_file`.
 
         Args:
-            path: str or path, for example `"tokenizer.json"`. The file is written
+            path: String or path, for example `"tokenizer.json"`. The file is written
                 under a temporary name and renamed when it is complete.
         """
         with files.replacing(path) as file:
@@ -231,7 +232,7 @@ class CLIPTokenizer:
         does not state the context length.
 
         Args:
-            preset_dir: str or path, such as the one that a backbone was saved to.
+            preset_dir: String or path, such as the one that a backbone was saved to.
         """
         # KerasHub accepts no other names of these tokens.
         names = dict(zip(self._specials, ("<|startoftext|>", "<|endoftext|>")))
@@ -250,7 +251,7 @@ class CLIPTokenizer:
         """Returns a copy with another context length, such as for a training stage.
 
         Args:
-            context_length: int, at least 3.
+            context_length: Integer, at least 3.
 
         Returns:
             A `CLIPTokenizer`.
@@ -263,7 +264,7 @@ class CLIPTokenizer:
         """Converts captions to rows of token ids.
 
         Args:
-            texts: str, or a sequence or array of str or UTF-8 bytes.
+            texts: String, or a sequence or array of strings or UTF-8 bytes.
 
         Returns:
             NumPy int32 array of shape `(len(texts), context_length)`. Each row holds
@@ -284,11 +285,11 @@ class CLIPTokenizer:
         """Converts token ids to text, with a space between any two words.
 
         Args:
-            ids: ints of shape `(length,)` or `(batch, length)`. Start tokens and all
-                tokens from the first end token on are left out.
+            ids: Integers of shape `(length,)` or `(batch, length)`. Start tokens and
+                all tokens from the first end token on are left out.
 
         Returns:
-            A str, or a list of them for a batch.
+            A string, or a list of them for a batch.
         """
         ids = np.asarray(ids)
         if ids.ndim == 2:

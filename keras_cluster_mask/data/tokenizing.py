@@ -49,7 +49,7 @@ def check_tokenizer(tokenizer):
 
 
 def length_of(tokenizer):
-    """Returns the length of the rows of a tokenizer, or None if it is unknown."""
+    """Returns the length of the rows of a tokenizer, or `None` if it is unknown."""
     length = getattr(tokenizer, "context_length", None)
     if length is None and "transformers" in _libraries(tokenizer):
         length = tokenizer.model_max_length
@@ -58,7 +58,7 @@ def length_of(tokenizer):
 
 
 def vocabulary_size_of(tokenizer):
-    """Returns the number of ids of a tokenizer, or None if it is unknown."""
+    """Returns the number of ids of a tokenizer, or `None` if it is unknown."""
     if "transformers" in _libraries(tokenizer):
         return len(tokenizer)
     if is_layer(tokenizer):
@@ -72,11 +72,11 @@ def tokenize(tokenizer, captions, context_length=None):
     """Converts captions to token ids.
 
     Args:
-        tokenizer: Callable from a list of str to ints, such as a `CLIPTokenizer`; a
-            tokenizer of open_clip or Hugging Face; or a Keras layer, which runs on
-            TensorFlow.
-        captions: list of bytes, or of str.
-        context_length: int. The length of the rows of a tokenizer of open_clip or
+        tokenizer: Callable from a list of strings to integers, such as a
+            `CLIPTokenizer`; a tokenizer of open_clip or Hugging Face; or a Keras layer,
+            which runs on TensorFlow.
+        captions: List of bytes or strings.
+        context_length: Integer. The length of the rows of a tokenizer of open_clip or
             Hugging Face. `None`: its own.
 
     Returns:
@@ -112,7 +112,7 @@ def probe(tokenizer, context_length=None, texts=PROBES):
     Args:
         tokenizer: See `tokenize`.
         context_length: See `tokenize`.
-        texts: Sequence of str.
+        texts: Sequence of strings.
 
     Returns:
         int32 array `(texts, length)`; `None` if the tokenizer does not accept

@@ -10,17 +10,26 @@ from keras_cluster_mask.data import files
 
 
 class Entry(typing.NamedTuple):
-    """The position of a sample in its shard.
+    """A sample of a shard: its key, its position, and the fields that it has.
+
+    `Format.scan` finds the entries of a shard. An index keeps less of each entry, and
+    returns entries with hashes and names in place of keys and contents.
 
     Attributes:
-        key: str; in an index its hash, an int.
-        offset: int. The first byte of the sample; for Parquet the row group.
-        size: int. The number of bytes; for Parquet the row in the group.
-        fields: dict from the name of each field that is not empty to its content or
-            its size, or to None for an entry of a JSON field; in an index the names.
-        fault: str, the reason why the sample is broken, or None.
-        content: bytes of a sample that is stored in the index, or None.
-        checksum: int, in an index the hash of the fields; see `checksum_of`.
+        key: String. The key of the sample. From an index: integer, the hash of the key.
+        offset: Integer. The position of the first byte of the sample in the shard. In a
+            Parquet file: the number of the row group.
+        size: Integer. The number of bytes of the sample. In a Parquet file: the number
+            of the row within its row group.
+        fields: Dictionary from the name of each field that is not empty to the content
+            or the size of the field. The entries of a JSON field are named, too, such
+            as `"json.caption"`, with the value `None`. From an index: the names alone.
+        fault: String. The reason why the sample is broken. `None` if the sample is
+            intact.
+        content: Bytes. The sample itself, if its format has `in_index`, such as a
+            folder of images. `None` for other formats.
+        checksum: Integer. From an index: the hash of the fields, by which a run that is
+            resumed notices other data; see `checksum_of`. `None` from `scan`.
     """
 
     key: str | int
@@ -40,7 +49,7 @@ def is_empty(value):
 
 
 def key_of(value):
-    """Returns the key of a sample as a str."""
+    """Returns the key of a sample as a string."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
     return str(value)
@@ -55,9 +64,9 @@ class DamagedShard(ValueError):
     """A shard that cannot be read to its end.
 
     Args:
-        path: str.
-        last_key: str, the key of the last sample that was found, or None.
-        reason: str.
+        path: String.
+        last_key: String, the key of the last sample that was found, or `None`.
+        reason: String.
     """
 
     def __str__(self):
@@ -67,7 +76,7 @@ class DamagedShard(ValueError):
 
 
 def json_object(content):
-    """Returns the dict that bytes hold as JSON, or None."""
+    """Returns the dictionary that bytes hold as JSON, or `None`."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(content)
         return value if isinstance(value, dict) else None
@@ -77,11 +86,11 @@ class Format:
     """A format of shards.
 
     Attributes:
-        has_rows: bool. Whether a shard has rows, of which those of one image are a
+        has_rows: Boolean. Whether a shard has rows, of which those of one image are a
             sample. In other formats, a duplicate key in a shard is a fault.
-        in_index: bool. Whether the content of the samples is stored in the index.
-        names_files: bool. Whether samples may hold the names of image files, which are
-            relative to the folder of the shard.
+        in_index: Boolean. Whether the content of the samples is stored in the index.
+        names_files: Boolean. Whether samples may hold the names of image files, which
+            are relative to the folder of the shard.
     """
 
     has_rows = False
@@ -92,7 +101,7 @@ class Format:
         """Finds the samples of a shard in order.
 
         Args:
-            path: str.
+            path: String.
 
         Yields:
             `Entry`.
@@ -118,10 +127,10 @@ class Format:
         """Reads the content of samples from any shards.
 
         Args:
-            places: list of `(path, offset, size)`, one for each sample.
+            places: List of `(path, offset, size)`, one for each sample.
 
         Returns:
-            list of the content for `parse`, or an error, for each sample.
+            List of the content for `parse`, or an error, for each sample.
         """
         return files.read_ranges([(path, at, at + size) for path, at, size in places])
 
@@ -129,12 +138,12 @@ class Format:
         """Parses the key and the fields of a sample.
 
         Args:
-            content: bytes, or another result of `read`.
-            number: int. The number of the sample in its shard.
+            content: Bytes, or another result of `read`.
+            number: Integer. The number of the sample in its shard.
             context: The result of the method `context`.
 
         Returns:
-            tuple: The key, a str, and a dict from the name of a field to bytes, a str,
-            or a list of these.
+            Tuple `(key, fields)`: a string, and a dictionary from the name of each
+            field to bytes, a string, or a list of bytes or strings.
         """
         raise NotImplementedError

@@ -52,11 +52,11 @@ def images_in(path):
     """Lists the images of a folder and its subfolders, without hidden files.
 
     Args:
-        path: str. A folder, which ends with a slash, or an image.
+        path: String. A folder, which ends with a slash, or an image.
 
     Returns:
-        dict, sorted, from the name of each image to the information on the file of its
-        caption, or None.
+        Dictionary, sorted, from the name of each image to the information on the file
+        of its caption, or `None`.
     """
     if not path.endswith("/"):
         return {os.path.basename(path): None}

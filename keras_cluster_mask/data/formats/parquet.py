@@ -17,10 +17,10 @@ _reading = threading.Lock()
 class Parquet(Format):
     """Parquet files, whose columns are the fields. Needs pyarrow.
 
-    The image column contains bytes, file names, or dicts of `"bytes"` and `"path"`, as
-    the package `datasets` writes them. The rows of one image are a sample with several
-    captions. Its key is the column `__key__`, `key`, `image_id` or `id` of its first
-    row, or the row number.
+    The image column contains bytes, file names, or dictionaries of `"bytes"` and
+    `"path"`, as the package `datasets` writes them. The rows of one image are a sample
+    with several captions. Its key is the column `__key__`, `key`, `image_id` or `id` of
+    its first row, or the row number.
 
     Parquet cannot read single rows. If samples are shuffled one by one, a whole row
     group is read for each sample, so blocks of rows are shuffled; see `block_size`.

@@ -29,7 +29,7 @@ class Table(Format):
     quoted as in CSV keeps its quotes, and a line that has all cells is a row.
 
     Args:
-        delimiter: str. The delimiter of cells; None for JSON lines.
+        delimiter: String. The delimiter of cells; None for JSON lines.
     """
 
     has_rows = True
@@ -102,7 +102,7 @@ class Table(Format):
             return [], NO_CSV
 
     def _row(self, content, columns):
-        """Returns a row as a dict and None, or an incomplete row and a fault."""
+        """Returns a row as a dictionary and None, or an incomplete row and a fault."""
         if len(content) > MAX_ROW:
             return {}, "a row of more than a mebibyte"
         if columns is None:
