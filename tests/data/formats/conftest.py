@@ -23,7 +23,8 @@ def read_all_of(path):
         contents = [entry.content for entry in entries]
     else:
         places = [(path, entry.offset, entry.size) for entry in entries]
-        contents = format.read(places)
+        # In any order.
+        contents = format.read(places[::-1])[::-1]
     samples, faults = [], []
     for number, (entry, content) in enumerate(zip(entries, contents)):
         if entry.fault:
