@@ -154,16 +154,20 @@ def read_ranges(ranges):
         list of the bytes of each range, or an error: an `EOFError` if the file ends
         before.
     """
-    results, requests = [None] * len(ranges), _merged(ranges)
-    for pause in (0.0, *RETRY_AFTER):
-        if not requests:
+    requests = _merged(ranges)
+    replies = fetch([request for request, _ in requests])
+    for pause in RETRY_AFTER:
+        failed = [place for place, reply in enumerate(replies) if _may_pass(reply)]
+        if not failed:
             break
         time.sleep(pause)
-        replies = fetch([request for request, _ in requests])
-        for ((_, start, _), places), reply in zip(requests, replies):
-            for place in places:
-                results[place] = _part_of(reply, start, *ranges[place])
-        requests = [each for each, x in zip(requests, replies) if _may_pass(x)]
+        again = fetch([requests[place][0] for place in failed])
+        for place, reply in zip(failed, again):
+            replies[place] = reply
+    results = [None] * len(ranges)
+    for ((_, start, _), places), reply in zip(requests, replies):
+        for place in places:
+            results[place] = _part_of(reply, start, *ranges[place])
     return results
 
 
