@@ -1,5 +1,6 @@
 """File access through fsspec: local, `s3://`, `gs://`, `memory://`, `http://`."""
 
+import bisect
 import contextlib
 import errno
 import functools
@@ -13,6 +14,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
+from fsspec.utils import merge_offset_ranges
 
 from keras_cluster_mask.data.threads import Threads
 
@@ -154,20 +156,26 @@ def read_ranges(ranges):
         list of the bytes of each range, or an error: an `EOFError` if the file ends
         before.
     """
-    requests = _merged(ranges)
-    replies = fetch([request for request, _ in requests])
+    if not ranges:
+        return []
+    paths, starts, stops = map(list, zip(*ranges))
+    merged = merge_offset_ranges(paths, starts, stops, max_gap=MAX_GAP)
+    requests = [*zip(*merged)]
+    replies = fetch(requests)
     for pause in RETRY_AFTER:
         failed = [place for place, reply in enumerate(replies) if _may_pass(reply)]
         if not failed:
             break
         time.sleep(pause)
-        again = fetch([requests[place][0] for place in failed])
+        again = fetch([requests[place] for place in failed])
         for place, reply in zip(failed, again):
             replies[place] = reply
-    results = [None] * len(ranges)
-    for ((_, start, _), places), reply in zip(requests, replies):
-        for place in places:
-            results[place] = _part_of(reply, start, *ranges[place])
+    # Requests are sorted, and do not overlap.
+    firsts = [request[:2] for request in requests]
+    results = []
+    for path, start, stop in ranges:
+        place = bisect.bisect_right(firsts, (path, start)) - 1
+        results.append(_part_of(replies[place], firsts[place][1], path, start, stop))
     return results
 
 
@@ -186,26 +194,12 @@ def retried(read, path=""):
     return read()
 
 
-def _merged(ranges):
-    """Merges ranges into requests, each with the indices of the ranges it covers."""
-    requests = []
-    places = sorted(range(len(ranges)), key=lambda place: ranges[place][:2])
-    for place in places:
-        path, start, stop = ranges[place]
-        if requests and stop is not None:
-            (other, first, last), members = requests[-1]
-            if other == path and last is not None and start <= last + MAX_GAP:
-                requests[-1] = (path, first, max(last, stop)), [*members, place]
-                continue
-        requests.append(((path, start, stop), [place]))
-    return requests
-
-
 def _part_of(reply, first, path, start, stop):
-    if isinstance(reply, Exception) or stop is None:
+    """Returns the bytes of a range from those of its request, or an error."""
+    if isinstance(reply, Exception):
         return reply
-    content = reply[start - first : stop - first]
-    if len(content) < stop - start:
+    content = reply[start - first : None if stop is None else stop - first]
+    if stop is not None and len(content) < stop - start:
         return EOFError(f"{path} ends before byte {stop}")
     return content
 

@@ -88,9 +88,11 @@ def file(request, tmp_path, memory):
 def test_ranges_are_read_in_the_order_in_which_they_are_wanted(file):
     # Far from each other, next to each other, within and across each other, empty.
     ranges = [(200_000, 200_100), (0, 10), (10, 20), (5, 90), (12, 15), (255_000, None)]
-    ranges += [(0, 10), (100, 100), (0, None), (0, len(CONTENT))]
-    found = files.read_ranges([(file, start, stop) for start, stop in ranges])
-    assert found == [CONTENT[start:stop] for start, stop in ranges]
+    ranges += [(0, 10), (100, 100), (0, len(CONTENT))]
+    rest = [(0, None), (100, 200), (200_000, None), (0, None)]
+    for several in (ranges, ranges + rest, []):
+        found = files.read_ranges([(file, start, stop) for start, stop in several])
+        assert found == [CONTENT[start:stop] for start, stop in several]
 
 
 def test_ranges_beyond_the_end_and_missing_files_are_errors(file):
@@ -115,6 +117,8 @@ def test_neighbors_are_read_in_one_request(address, storage):
     found = files.read_ranges([*ranges[::2], *ranges[1::2]])
     assert found[1] == CONTENT[200:290]
     assert [span for _, *span in storage.requests] == [[0, 6390]]
+    files.read_ranges([(address, 0, 10), (address, 10 + files.MAX_GAP + 1, 99_999)])
+    assert len(storage.requests) == 3
 
 
 def test_what_cannot_be_read_is_read_again(address, storage):
