@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import mmap
 import multiprocessing
 import os
 import struct
@@ -36,6 +37,9 @@ RECORD = np.dtype(
     }
 )
 PACKED = struct.Struct("<QQQII")
+# The number of parts that a process keeps open. Each has a file descriptor, of which a
+# process usually may have 1,024, and a source may have 10,000 shards.
+MAX_OPEN = 256
 # The fault of files that have the key of a sample, but come later in the shard.
 NEIGHBORS = "the files of a sample must be neighbors"
 # The seconds before a progress bar is shown.
@@ -78,38 +82,45 @@ class Part:
 
     def entry(self, number):
         """Reads the `Entry` of a sample or row, with the hash of its key."""
-        ((offset, size, key, layout, checksum),) = self.records(number, 1).tolist()
+        place = self.start + number * RECORD.itemsize
+        packed = PACKED.unpack_from(self._content(), place)
+        offset, size, key, layout, checksum = packed
         fields, fault, _ = self.layouts[layout]
         return Entry(key, offset, size, fields, fault, checksum=checksum)
 
-    def records(self, first=0, count=None):
-        """Reads records, all by default."""
-        count = self.num_records if count is None else count
-        return self._read(RECORD, self.start + first * RECORD.itemsize, count)
+    def records(self):
+        """Returns all records, a read-only array."""
+        return np.frombuffer(self._content(), RECORD, self.num_records, self.start)
 
     def first_rows(self):
-        """Reads the number of the first row with the same image, for each row."""
-        return self._read("<i8", self.content_start, self.num_records)
+        """Returns the number of the first row with the same image, for each row."""
+        count, start = self.num_records, self.content_start
+        return np.frombuffer(self._content(), "<i8", count, start)
 
-    def _read(self, dtype, offset, count):
-        """Reads an array, unless the file was replaced because the shard has changed.
-
-        No file stays open, because there may be too many parts.
-        """
-        head = json.dumps({"version": VERSION, "digest": self.digest})[:-1].encode()
-        with open(self.path, "rb", buffering=0) as file:
-            if file.read(len(head)) != head:
-                raise ValueError(
-                    "`source` must not change while it is read: make the dataset "
-                    f"again. Received: {self.path}, an index that was replaced"
-                )
-            file.seek(offset)
-            return np.fromfile(file, dtype, count)
+    def _content(self):
+        return _mapped(self.path, self.digest)
 
     @property
     def content_start(self):
         """int. The offset of the contents that are stored in the part."""
         return self.start + self.num_records * RECORD.itemsize
+
+
+@functools.lru_cache(MAX_OPEN)
+def _mapped(path, digest):
+    """Maps a part into memory, unless the file is the part of another digest.
+
+    Threads share the maps of a process.
+    """
+    head = json.dumps({"version": VERSION, "digest": digest})[:-1].encode()
+    with open(path, "rb", buffering=0) as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if content[: len(head)] != head:
+        raise ValueError(
+            "`source` must not change while it is read: make the dataset again. "
+            f"Received: {path}, an index that was replaced"
+        )
+    return content
 
 
 def hash_of(key):
@@ -206,6 +217,8 @@ def build_part(path, stamp, image_keys, index_dir=None):
     scan = functools.partial(_scan, path, format_of(path), image_keys)
     head, *contents = files.retried(scan, path)
     contents = json.dumps(head).encode() + b"\n", *contents, stamp.encode()
+    # Windows does not replace a file that is open.
+    _mapped.cache_clear()
     return read_part(_write(_places(path, image_keys, index_dir), contents))
 
 

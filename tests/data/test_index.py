@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import SkippedSamples
+from keras_cluster_mask.data import SkippedSamples, parts
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.parts import hash_of
@@ -215,16 +215,18 @@ def test_a_source_may_have_several_formats(tmp_path, write_pairs, encode):
 
 def test_more_shards_than_open_files_are_read(tmp_path, write_tar):
     resource = pytest.importorskip("resource")
-    for index in range(200):
+    count = parts.MAX_OPEN + 100
+    for index in range(count):
         write_tar(f"{index}.tar", [(f"{index}.jpg", b"j"), (f"{index}.txt", b"t")])
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Of open files, new ones get the lowest free number.
     with open(tmp_path / "0.tar") as file:
         lowest = file.fileno()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 100, limits[1]))
+    limit = lowest + parts.MAX_OPEN + 50
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
     try:
         index = open_all(f"{tmp_path}/*.tar")
-        assert len({*keys(index.read(range(200)))}) == 200
+        assert len({*keys(index.read(range(count)))}) == count
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
