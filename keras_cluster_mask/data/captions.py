@@ -42,8 +42,9 @@ def read_captions(
         read.
     """
     index = open_index(source, PairReader((), caption_key))
-    for line in index.damage:
-        warnings.warn(f"{line}. The captions after it are missing.", stacklevel=2)
+    for fault in index.damage:
+        message = f"{fault.details}. The captions after it are missing."
+        warnings.warn(message, stacklevel=2)
     samples = readable(index.read(range(len(index)), with_images=False))
     captions = [text for each in samples for text in getattr(each, "captions", ())]
     if not captions:

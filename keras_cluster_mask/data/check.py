@@ -1,6 +1,5 @@
 """Indexes shards, counts samples and faults, and optionally decodes all images."""
 
-import itertools
 import os
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.objects import ObjectIndex
 from keras_cluster_mask.data.pairs import Fault, PairReader
 from keras_cluster_mask.data.parts import SHORT
-from keras_cluster_mask.data.skipped import MAX_EXAMPLES, SkippedSamples
+from keras_cluster_mask.data.skipped import SkippedSamples
 
 # The number of samples that are read together.
 TOGETHER = 16
@@ -57,11 +56,10 @@ def check(
             uses them needs `if __name__ == "__main__":`. Defaults to `0`: none.
 
     Returns:
-        dict: `"samples"`, the number of intact samples; `"broken"`, the number of
-        broken ones; `"by_reason"`, a dict from each reason to a count; `"by_shard"`, a
-        dict from the names of shards with broken samples to such dicts; and
-        `"first_broken"`, up to 100 broken samples as dicts of `"shard"`, `"key"`,
-        `"reason"` and `"details"`.
+        Dictionary: `"samples"`, the number of intact samples; `"broken"`, the number of
+        broken samples; `"by_reason"`, a dictionary from each reason to a count; and
+        `"examples"`, a dictionary from each reason to a list of the first 20 broken
+        samples, dictionaries of `"shard"`, `"key"`, `"reason"` and `"details"`.
 
     Raises:
         FileNotFoundError: If a shard is missing.
@@ -69,7 +67,6 @@ def check(
     reader = PairReader(image_keys, caption_key)
     index = open_index(source, reader, index_dir, num_workers)
     broken = SkippedSamples([index])
-    broken.samples.extend(itertools.islice(index.broken(), MAX_EXAMPLES))
     count = len(index)
     # The samples of an object have no index, and must be read to find broken ones.
     if decode or isinstance(index, ObjectIndex):
@@ -80,8 +77,10 @@ def check(
         "samples": count,
         "broken": broken.count,
         "by_reason": broken.by_reason,
-        "by_shard": broken.by_shard,
-        "first_broken": [fault._asdict() for fault in broken.samples],
+        "examples": {
+            reason: [fault._asdict() for fault in faults]
+            for reason, faults in broken.examples.items()
+        },
     }
 
 

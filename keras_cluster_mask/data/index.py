@@ -22,6 +22,8 @@ REMEMBERED = 1024
 # a sample of unknown size, in bytes.
 MAX_TOGETHER = 2**24
 GUESS = 2**20
+# The fault of a shard that cannot be read to its end.
+DAMAGED = "damaged shard"
 # The bytes that are read of a broken sample to find its key.
 GLANCE = 2**16
 
@@ -76,11 +78,9 @@ class Index:
 
     Attributes:
         paths: list of str. The shards.
-        faults: dict from each shard with broken samples to a dict from reasons to
-            counts. A damaged shard counts as one, because the number of samples
-            after the damage is unknown.
-        damage: list of str. A description of each damaged shard, and of the first
-            missing image file of each table.
+        faults: Counter of the reasons of broken samples. A damaged shard counts as one
+            sample, because the number of samples after the damage is unknown.
+        damage: List of `Fault`, one for each damaged shard.
         fingerprint: str. Changes with the keys of samples, with their fields, as far as
             `checksum_of` covers them, and with the names of the fields that are read,
             but not if files are moved.
@@ -92,11 +92,12 @@ class Index:
         counts = [shard.counts() for shard in self._shards]
         # The number of the first sample of each shard, and the total number of samples.
         self._starts = [0, *itertools.accumulate(each.pop(None, 0) for each in counts)]
-        self.faults = {path: each for path, each in zip(paths, counts) if each}
+        self.faults = sum(counts, collections.Counter())
         damaged = [(path, part) for path, part in zip(paths, parts) if part.damage]
-        self.damage = [str(DamagedShard(path, *part.damage)) for path, part in damaged]
-        missing = [part.missing for part in parts if part.missing]
-        self.damage += [f"The image file {path} is missing" for path in missing]
+        self.damage = [
+            Fault(path, None, DAMAGED, str(DamagedShard(path, *part.damage)))
+            for path, part in damaged
+        ]
         self.fingerprint = digest_of([reader.describe(), [p.digest for p in parts]])
         self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)
 
@@ -124,15 +125,15 @@ class Index:
         samples = self.read(range(len(self)), with_images=False)
         return [sample.key for sample in readable(samples)]
 
-    def broken(self):
-        """Yields a `Fault` for each broken sample, whose key is read from its shard."""
-        for shard in self._shards:
-            if damage := shard.part.damage:
-                yield Fault(shard.path, damage[0], "damaged shard", damage[1])
-            layouts = shard.part.records()["layout"] if any(shard.reasons) else ()
-            for number, layout in enumerate(layouts):
-                if reason := shard.reasons[layout]:
-                    yield Fault(shard.path, shard.glance(number), reason)
+    def examples(self, count):
+        """Yields a `Fault` for the first `count` broken samples of each reason.
+
+        Their keys are read from the shards.
+        """
+        yield from self.damage[:count]
+        for reason in self.faults:
+            faults = (f for shard in self._shards for f in shard.broken(reason))
+            yield from itertools.islice(faults, count)
 
     def read(self, numbers, with_images=True):
         """Reads samples in order, and neighbors in a shard together.
@@ -211,7 +212,8 @@ class _Shard:
     """
 
     def __init__(self, path, part, reader):
-        self.path, self.part, self.format = path, part, format_of(path)
+        self.path, self.part, self.reader = path, part, reader
+        self.format = format_of(path)
         # For each layout, the reason why its samples are broken, or None.
         self.reasons = [fault or reader.fault_of(x) for x, fault, _ in part.layouts]
 
@@ -221,18 +223,32 @@ class _Shard:
         for reason, (_, _, count) in zip(self.reasons, self.part.layouts):
             counts[reason] += count
         if self.part.damage:
-            counts["damaged shard"] += 1
+            counts[DAMAGED] += 1
         if self.part.has_groups:
             counts[None] = len(self.intact()[1]) - 1
         return counts
+
+    def broken(self, reason):
+        """Yields a `Fault` for each record that is broken for a reason."""
+        if reason in self.reasons:
+            for number in self._numbers(reason).tolist():
+                yield self._fault(number, reason)
+
+    def _numbers(self, reason):
+        """Returns the numbers of the records that are broken for a reason, or intact.
+
+        Args:
+            reason: String, or `None` for the intact records.
+        """
+        has_reason = np.array([each == reason for each in self.reasons], bool)
+        return np.flatnonzero(has_reason[self.part.records()["layout"]])
 
     def intact(self):
         """Returns the numbers of the intact records, sorted by sample, and the starts.
 
         Those of the sample `n` are `numbers[starts[n] : starts[n + 1]]`.
         """
-        is_intact = np.array([reason is None for reason in self.reasons], bool)
-        numbers = np.flatnonzero(is_intact[self.part.records()["layout"]])
+        numbers = self._numbers(None)
         firsts = self.part.first_rows()[numbers] if self.part.has_groups else numbers
         order = np.argsort(firsts, kind="stable")
         starts = np.flatnonzero(np.diff(firsts[order], prepend=-1, append=-2))
@@ -244,14 +260,18 @@ class _Shard:
             return self.part.path, self.part.content_start + entry.offset, entry.size
         return self.path, entry.offset, entry.size
 
-    def glance(self, number):
-        """Reads the key of a sample from its first bytes; None if that fails."""
+    def _fault(self, number, reason):
+        """Returns the `Fault` of a record, with its key if the shard can be read."""
         path, offset, size = self.span(self.part.entry(number))
+        names_files, key, details = self.format.names_files, None, None
         # In a tar, the first header contains the key, and its file may be large.
-        size = size if self.format.names_files else min(size, GLANCE)
+        size = size if names_files else min(size, GLANCE)
         with contextlib.suppress(Exception):
             (content,) = self.format.read([(path, offset, size)])
-            return self.format.parse(content, number, self.part.context)[0]
+            key, fields = self.format.parse(content, number, self.part.context)
+            # The image file that a row names may be missing.
+            details = self.reader.pair(self.path, key, fields, names_files).path
+        return Fault(self.path, key, reason, details or None)
 
 
 def _joined(rows):

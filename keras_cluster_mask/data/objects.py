@@ -1,5 +1,6 @@
 """Objects as sources, such as a list of dictionaries or a Hugging Face `Dataset`."""
 
+import collections
 import contextlib
 import functools
 import os
@@ -37,7 +38,7 @@ class ObjectIndex:
     def __init__(self, source, reader):
         self._source, self._reader = source, reader
         self.paths = [type(source).__name__]
-        self.faults, self.damage = {}, []
+        self.faults, self.damage = collections.Counter(), []
         try:
             first = self._alone(self._sample, 0) if len(source) else {}
         # An item of a DataFrame is a column, and streams have no length.
@@ -72,9 +73,9 @@ class ObjectIndex:
             return [sample.key for sample in self.read(range(len(self)), False)]
         return [*map(str, range(len(self)))]
 
-    def broken(self):
-        """Yields nothing: broken samples are only found when they are read."""
-        return iter(())
+    def examples(self, count):
+        """Returns nothing: broken samples are only found when they are read."""
+        return ()
 
     def read(self, numbers, with_images=True):
         """Reads samples one by one; see `Index.read`."""

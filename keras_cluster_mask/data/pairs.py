@@ -59,6 +59,11 @@ class Fault(typing.NamedTuple):
     reason: str
     details: str | None = None
 
+    def __str__(self):
+        sample = "" if self.key is None else f"the sample {self.key!r} of "
+        details = f" ({self.details})" if self.details else ""
+        return f"{sample}the shard {self.shard}: {self.reason}{details}"
+
 
 class SampleError(RuntimeError):
     """An error in a sample that ends the run.

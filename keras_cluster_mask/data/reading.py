@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -131,16 +132,14 @@ class Reading:
         if any(isinstance(sample, Pair) for sample in examples):
             return
         faults = collections.Counter(sample.reason for sample in examples)
-        skipped = SkippedSamples([index])
-        faults.update(skipped.by_reason)
-        details = [*skipped.details, *(each.details for each in examples)]
-        detail = next(filter(None, details), "")
+        faults.update(index.faults)
+        known = itertools.chain(examples, index.examples(1), index.paths)
         fields = sorted(field for field in index.fields if not field.endswith("."))
         raise ValueError(
             f"`source` must hold samples with these fields: {self.fields.wanted}. "
-            f"`image_keys`, `caption_key` and `label_key` name others. {detail} "
-            f"Received: {dict(faults) or 'no sample'} with the fields {fields} from "
-            f"{len(index.paths)} shards such as {index.paths[0]}"
+            "`image_keys`, `caption_key` and `label_key` name others. Received: "
+            f"{dict(faults) or 'no sample'} with the fields {fields} from "
+            f"{len(index.paths)} shards, such as {next(known)}"
         )
 
     def _checked_block_size(self):

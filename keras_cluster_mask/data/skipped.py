@@ -1,11 +1,13 @@
 """Counts the samples that a dataset skips."""
 
 import collections
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-MAX_EXAMPLES = 100
+# The number of samples that are listed for each reason.
+MAX_EXAMPLES = 20
 
 
 class SkippedSamples:
@@ -17,43 +19,45 @@ class SkippedSamples:
     starts with the counts of the index.
 
     Args:
-        indexes: list of `Index` and `ObjectIndex`.
-        max_share: float. The fraction of samples that may be broken.
+        indexes: List of `Index` and `ObjectIndex`.
+        max_share: Float. The fraction of samples that may be broken.
 
     Attributes:
-        max_share: float. The fraction of samples that may be broken.
-        by_reason: dict from the reason (str) to a count.
-        by_shard: dict from the name of a shard to a dict from reasons to counts.
-        samples: list of the first 100 samples that turned out to be broken, as `Fault`
-            tuples of shard, key, reason and details.
-        details: list of str. The descriptions of damaged shards, and the first missing
-            image file of each table.
+        max_share: Float. The fraction of samples that may be broken.
+        by_reason: Dictionary from each reason, a string, to the number of samples.
+        examples: Dictionary from each reason to a list of the first 20 samples, tuples
+            of `shard`, `key`, `reason` and `details`. The keys of samples that the
+            index left out are read from the shards at each access.
     """
 
     def __init__(self, indexes: Sequence[Any] = (), max_share: float = 1.0):
         self.max_share = max_share
-        self.details = [line for index in indexes for line in index.damage]
-        self.samples = []
-        self._counts = collections.defaultdict(collections.Counter)
+        self._indexes = indexes
+        self._counts = collections.Counter()
         for index in indexes:
-            for shard, counts in index.faults.items():
-                self._counts[shard].update(counts)
+            self._counts.update(index.faults)
+        # Of the samples that turned out to be broken.
+        self._examples = collections.defaultdict(list)
         self._read, self._broken = 0, set()
         self._taken = self.count
 
     @property
-    def by_shard(self) -> dict[str, dict[str, int]]:
-        by_shard = sorted(self._counts.items())
-        return {shard: dict(sorted(counts.items())) for shard, counts in by_shard}
+    def by_reason(self) -> dict[str, int]:
+        return dict(sorted(self._counts.items()))
 
     @property
-    def by_reason(self) -> dict[str, int]:
-        return dict(sorted(sum(self._counts.values(), collections.Counter()).items()))
+    def examples(self) -> dict[str, list[Any]]:
+        left_out = [index.examples(MAX_EXAMPLES) for index in self._indexes]
+        faults = [*itertools.chain(*left_out, *self._examples.values())]
+        return {
+            reason: [each for each in faults if each.reason == reason][:MAX_EXAMPLES]
+            for reason in self.by_reason
+        }
 
     @property
     def count(self) -> int:
-        """int. The number of broken samples."""
-        return sum(counts.total() for counts in self._counts.values())
+        """Integer. The number of broken samples."""
+        return self._counts.total()
 
     def reasons(self) -> str:
         """Returns the reasons with their counts."""
@@ -65,9 +69,10 @@ class SkippedSamples:
         Args:
             fault: `Fault`.
         """
-        self._counts[fault.shard][fault.reason] += 1
-        if len(self.samples) < MAX_EXAMPLES:
-            self.samples.append(fault)
+        self._counts[fault.reason] += 1
+        examples = self._examples[fault.reason]
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(fault)
 
     def report_index(self, num_samples: int) -> None:
         """Warns about samples left out of the index, or raises an error for too many.
@@ -78,11 +83,11 @@ class SkippedSamples:
         count, total = self.count, self.count + num_samples
         if not count:
             return
+        examples = itertools.chain(*(index.examples(1) for index in self._indexes))
         message = (
-            f"{count} of {total} samples of `source` are broken ({self.reasons()}), in "
-            f"{', '.join([*self.by_shard][:3])}"
+            f"{count} of {total} samples of `source` are broken ({self.reasons()}), "
+            f"such as {next(examples)}"
         )
-        message = ". ".join([message, *self.details[:1]])
         self._check(message, count, total)
         # Imported here, since worker processes import this module without Keras.
         from keras_cluster_mask.distribution import is_main_process
@@ -106,11 +111,8 @@ class SkippedSamples:
         self._read += read
         if not faults:
             return
-        first = faults[0]
-        message = f"The sample {first.key!r} of the shard {first.shard}: {first.reason}"
-        if first.details:
-            message += f" ({first.details})"
-        is_first = not self.samples
+        message = f"A sample is broken: {faults[0]}"
+        is_first = not self._examples
         # Rounds of whole batches may read a sample twice.
         self._broken.update((x.shard, x.key or object()) for x in faults)
         for fault in faults:

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import copy
 import functools
 import itertools
 import math
@@ -20,6 +19,7 @@ import numpy as np
 
 from keras_cluster_mask.data.captions import TEXTS
 from keras_cluster_mask.data.samples import FAULTS, Samples
+from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.threads import Threads
 
 # The limits of prefetching per process, in bytes and in batches.
@@ -135,8 +135,10 @@ class _Iterator(grain.DatasetIterator):
     def __init__(self, dataset):
         super().__init__()
         self._dataset = dataset
-        self._skipped = dataset.skipped = copy.deepcopy(dataset._reading.skipped)
-        self._total = dataset.num_samples // dataset._reading.process[1]
+        reading = dataset._reading
+        self._skipped = SkippedSamples(reading.indexes, reading.max_skipped)
+        dataset.skipped = self._skipped
+        self._total = dataset.num_samples // reading.process[1]
         dataset.waits.clear()
         self._start(dataset.start)
 

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.any_backend
 
 def test_intact_samples_are_counted(write_pairs):
     source = [write_pairs("a.tar", 0, 5), write_pairs("b.tar", 5, 3)]
-    nothing = {"broken": 0, "by_reason": {}, "by_shard": {}, "first_broken": []}
+    nothing = {"broken": 0, "by_reason": {}, "examples": {}}
     assert check(source) == {"samples": 8, **nothing}
     assert check(source, decode=True) == {"samples": 8, **nothing}
 
@@ -32,20 +32,29 @@ def broken(write_pairs, noise):
     return write_pairs("a.tar", 0, 4, broken)
 
 
+EXAMPLES = {
+    "duplicate key": ["0000"],
+    "empty caption": ["blank"],
+    "no caption": ["silent"],
+    "the image does not decode": ["cut", "png"],
+}
+
+
+def keys_of(found):
+    """The keys of the listed samples, by reason."""
+    return {
+        reason: [x["key"] for x in each] for reason, each in found["examples"].items()
+    }
+
+
 def test_broken_samples_are_listed_with_their_reasons(broken):
     found = check(broken, decode=True)
     assert found["samples"] == 4
-    assert {each["key"]: each["reason"] for each in found["first_broken"]} == {
-        "cut": "the image does not decode",
-        "png": "the image does not decode",
-        "silent": "no caption",
-        "blank": "empty caption",
-        "0000": "duplicate key",
-    }
-    assert {each["shard"] for each in found["first_broken"]} == {str(broken)}
     assert found["broken"] == 5
-    assert found["by_reason"]["the image does not decode"] == 2
-    assert found["by_shard"] == {str(broken): found["by_reason"]}
+    assert found["by_reason"] == {reason: len(x) for reason, x in EXAMPLES.items()}
+    assert keys_of(found) == EXAMPLES
+    listed = [each for x in found["examples"].values() for each in x]
+    assert {each["shard"] for each in listed} == {str(broken)}
     assert json.loads(json.dumps(found)) == found
 
 
@@ -61,12 +70,11 @@ def test_objects_are_checked_by_reading_them(noise):
     assert (found["samples"], found["by_reason"]) == (2, faults)
     found = check(items, decode=True)
     assert found["samples"] == 1
-    keys = [(each["key"], each["reason"]) for each in found["first_broken"]]
-    assert dict(keys) == {
-        "cut": "the image does not decode",
-        "2": "empty caption",
-        "3": "no image",
-        "4": "no caption",
+    assert keys_of(found) == {
+        "empty caption": ["2"],
+        "no caption": ["4"],
+        "no image": ["3"],
+        "the image does not decode": ["cut"],
     }
 
 
@@ -83,5 +91,5 @@ def test_of_a_broken_sample_only_its_start_is_read(write_tar, monkeypatch):
         files, "read_ranges", lambda ranges: asked.extend(ranges) or read_ranges(ranges)
     )
     result = check(path)
-    assert result["first_broken"][0]["key"] == "a"
+    assert keys_of(result) == {"no caption": ["a"]}
     assert max(stop - start for _, start, stop in asked) <= 2**16

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import SkippedSamples, parts
+from keras_cluster_mask.data import parts
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.parts import hash_of
@@ -58,34 +58,30 @@ def test_numbers_name_the_intact_samples_in_order(source):
         assert (image == int(pair.key)).all()
 
 
-def test_faults_are_counted_by_reason_and_shard(source):
+def test_faults_are_counted_by_reason_with_the_first_samples_of_each(source):
     index = open_all(source)
     folder = os.path.dirname(source)
-    first = {"duplicate key": 1, "no caption": 2, "no image": 1}
-    assert SkippedSamples([index]).by_reason == {"damaged shard": 2, **first}
-    assert index.faults == {
-        f"{folder}/0.tar": first,
-        f"{folder}/1.tar": {"damaged shard": 1},
-        f"{folder}/2.tar": {"damaged shard": 1},
-    }
-    assert f"{folder}/2.tar is damaged after the sample '0012'" in index.damage[1]
-    assert [(f.key, f.reason) for f in index.broken()] == [
+    faults = {"damaged shard": 2, "no caption": 2, "duplicate key": 1, "no image": 1}
+    assert index.faults == faults
+    first, *others = index.examples(1)
+    assert first.shard == f"{folder}/1.tar"
+    assert {(x.key, x.reason) for x in others} == {
         ("0001", "duplicate key"),
         ("silent", "no caption"),
-        ("other", "no caption"),
         ("blind", "no image"),
-        (None, "damaged shard"),
-        ("0012", "damaged shard"),
-    ]
+    }
+    _, second, *others = index.examples(9)
+    assert f"{folder}/2.tar is damaged after the sample '0012'" in second.details
+    assert len(others) == 4
 
 
 def test_what_is_broken_depends_on_the_fields_that_are_wanted(source):
     assert len(open_all(source, wants_caption=False)) == 11
     index = open_all(source, caption_key="alt")
     assert (len(index), index.fields) == (0, {"png", "txt"})
-    assert SkippedSamples([index]).by_reason["no caption"] == 11
+    assert index.faults["no caption"] == 11
     index = open_all(source, wants_caption=False, label_key="json.label")
-    assert SkippedSamples([index]).by_reason["no label"] == 11
+    assert index.faults["no label"] == 11
 
 
 def test_a_pickle_holds_names_and_no_samples(tmp_path, write_tar):
@@ -269,8 +265,8 @@ def test_rows_of_one_image_are_one_sample(write_rows, name):
     ]
     assert [pair.path[-5:] for pair in found] == ["c.png", "a.png", "b.png"]
     assert index.key_hashes().tolist() == [hash_of(key) for key in ("14", "11", "12")]
-    assert index.faults == {str(path): {"no caption": 2}}
-    assert [fault.key for fault in index.broken()] == ["10", "15"]
+    assert index.faults == {"no caption": 2}
+    assert [fault.key for fault in index.examples(9)] == ["10", "15"]
     copy = pickle.loads(pickle.dumps(index))
     assert [*copy.read([2, 0], with_images=False)] == found[::-2]
 
@@ -316,7 +312,7 @@ def test_json_files_without_the_caption_do_not_count_as_captions(write_tar):
             members.append((f"{number:02}.txt", b"t"))
     index = open_index(write_tar("a.tar", members), PairReader())
     assert len(index) == 15
-    assert SkippedSamples([index]).by_reason == {"no caption": 5}
+    assert index.faults == {"no caption": 5}
     nested = open_index(write_tar("b.tar", members), PairReader(caption_key="json.url"))
     assert len(nested) == 20
     with_other = PairReader(caption_key="json.caption")

@@ -36,9 +36,9 @@ def test_check_counts_samples_and_fails_if_one_is_broken(
     printed = capsys.readouterr().out
     # Control characters of a key do not reach the terminal.
     assert "\x1b" not in printed
-    (found,) = json.loads(printed)["first_broken"]
+    ((reason, (found,)),) = json.loads(printed)["examples"].items()
     assert (found["shard"], found["key"]) == (broken, "cut\x1b")
-    assert found["reason"] == "the image does not decode"
+    assert found["reason"] == reason == "the image does not decode"
 
 
 def test_fields_are_named(write_tar, noise):

@@ -14,7 +14,7 @@ def read(source, with_images=False, **options):
     """The pairs, and the keys and reasons of all broken samples."""
     index = open_index(source, PairReader(**options))
     found = [*index.read(range(len(index)), with_images)]
-    faults = [*index.broken(), *(each for each in found if isinstance(each, Fault))]
+    faults = [*index.examples(9), *(each for each in found if isinstance(each, Fault))]
     pairs = [each for each in found if not isinstance(each, Fault)]
     return pairs, [(fault.key, fault.reason) for fault in faults]
 

@@ -19,45 +19,38 @@ def fault(key, reason="the image does not decode", shard="a.tar"):
 
 
 class Index:
-    """What two shards hold, of which one is damaged."""
+    """What the index of two shards left out."""
 
-    faults = {"b.tar": {"no image": 1, "damaged shard": 1}, "a.tar": {"no image": 1}}
-    damage = ["b.tar is damaged"]
+    faults = {"no image": 25, "no caption": 1}
+
+    def examples(self, count):
+        yield fault("silent", "no caption")
+        yield from (fault(f"{n}", "no image", "b.tar") for n in range(min(count, 25)))
 
 
-def test_samples_are_counted_by_reason_and_by_shard():
+def test_samples_are_counted_by_reason_and_the_first_twenty_of_each_are_listed():
     skipped = SkippedSamples([Index()])
-    structural = {"damaged shard": 1, "no image": 2}
-    assert (skipped.count, skipped.by_reason) == (3, structural)
-    with pytest.warns(UserWarning, match="'7' of the shard a.tar"):
-        skipped.report([fault("7"), fault("8", shard="b.tar")], 10, 20)
+    with pytest.warns(UserWarning, match=r"'7' of the shard a.tar: the image does not"):
+        skipped.report([fault("7"), fault("8", shard="b.tar")], 100, 200)
     # Only the first is a warning, and a warning would be an error here.
-    skipped.report([fault("9", "the shard cannot be read")], 10, 20)
-    broken = "the image does not decode"
-    lost = {"the shard cannot be read": 1}
-    assert skipped.by_reason == structural | {broken: 2} | lost
-    assert skipped.by_shard == {
-        "a.tar": {"no image": 1, broken: 1} | lost,
-        "b.tar": {"no image": 1, "damaged shard": 1, broken: 1},
+    skipped.report([fault("9", "no caption")] * 30, 100, 200)
+    assert skipped.by_reason == {
+        "no caption": 31,
+        "no image": 25,
+        "the image does not decode": 2,
     }
-    assert skipped.count == 6
-    assert [each.key for each in skipped.samples] == ["7", "8", "9"]
-    assert skipped.details == ["b.tar is damaged"]
-    assert repr(skipped) == (
-        "<SkippedSamples count=6, damaged shard: 1, no image: 2, "
-        "the image does not decode: 2, the shard cannot be read: 1>"
-    )
-
-
-def test_only_the_first_hundred_samples_are_listed():
-    skipped = SkippedSamples()
-    faults = [fault(str(number)) for number in range(300)]
-    with pytest.warns(UserWarning, match="'0'"):
-        skipped.report(faults[:70], 70, 300)
-    skipped.report(faults[70:], 230, 300)
-    assert [each.key for each in skipped.samples] == [str(i) for i in range(100)]
-    assert skipped.count == skipped.take_new() == 300
+    assert skipped.count == 58
+    assert skipped.take_new() == 32
     assert skipped.take_new() == 0
+    assert skipped.examples == {
+        "no caption": [fault("silent", "no caption"), *[fault("9", "no caption")] * 19],
+        "no image": [fault(f"{n}", "no image", "b.tar") for n in range(20)],
+        "the image does not decode": [fault("7"), fault("8", shard="b.tar")],
+    }
+    assert repr(skipped) == (
+        "<SkippedSamples count=58, no caption: 31, no image: 25, "
+        "the image does not decode: 2>"
+    )
 
 
 def test_each_pass_has_a_share_of_its_own():
@@ -138,11 +131,10 @@ def test_broken_samples_are_skipped_and_counted_in_each_pass(shard, training):
         received = [key.decode() for batch in batches for key in batch["keys"]]
         assert {*received} == {*(f"{index:04}" for index in range(30)), "x7"}
         assert len(received) == (35 if training else 31)
-        counted = dataset.skipped.by_reason
-        assert counted == STRUCTURAL | READ
-        assert dataset.skipped.by_shard == {str(shard): counted}
-        listed = {key for _, key, _, _ in dataset.skipped.samples}
-        assert listed == {"x0", "x1", "x4", "x5"}
+        assert dataset.skipped.by_reason == STRUCTURAL | READ
+        listed = [each for x in dataset.skipped.examples.values() for each in x]
+        assert {each.key for each in listed} == {f"x{number}" for number in range(7)}
+        assert {each.shard for each in listed} == {str(shard)}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -159,7 +151,9 @@ def test_without_any_tolerance_the_first_broken_sample_is_an_error(
 
 
 def test_what_the_index_leaves_out_is_told_or_refused(shard):
-    with pytest.warns(UserWarning, match=rf"3 of 38 samples.*no image: 2.*{shard}"):
+    with pytest.warns(
+        UserWarning, match=rf"3 of 38 .*no image: 2.*'x\d' of the shard {shard}"
+    ):
         make(shard, max_skipped=3 / 38)
     for share in (0, 0.07):
         message = rf"3 of 38 samples.*Received: max_skipped={share}"
