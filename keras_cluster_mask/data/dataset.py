@@ -38,7 +38,7 @@ def image_text_dataset(
     include_keys: bool = False,
     max_skipped: float = 0.01,
     text_masking: TextMasking | None = None,
-    sampling: Sampling | Callable[[int, int], np.ndarray] | None = None,
+    sampling: Sampling | None = None,
     block_size: int | None = None,
     process: tuple[int, int] | None = None,
     num_workers: int = 0,
@@ -175,12 +175,10 @@ def image_text_dataset(
             more tokens than the `context_length` of the `tokenizer`, of any kind whose
             rows end in padding. It does not change `"captions"`, and evaluation is
             never masked. Defaults to `None`: captions that are too long are truncated.
-        sampling: The samples of each epoch of training: a `Sampling`, or a function of
-            the number of samples and the epoch (from 0) that returns an integer array
-            of sample indices, the same in each process. Only these samples are read, in
-            shuffled order. `len(dataset)` is the number of full batches in the epoch
-            that the dataset starts in, and `steps_per_epoch` in an epoch of mean
-            length. Defaults to `None`: each sample once.
+        sampling: A `Sampling`, the samples of each epoch of training. Only these
+            samples are read, in shuffled order. `len(dataset)` is the number of full
+            batches in the epoch that the dataset starts in, and `steps_per_epoch` in an
+            epoch of mean length. Defaults to `None`: each sample once.
         block_size: Integer. In training, blocks of this many consecutive samples are
             read together, which is faster on object stores and hard disks. A block may
             begin in one batch and end in the next. The number of processes must divide

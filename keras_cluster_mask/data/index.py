@@ -120,11 +120,6 @@ class Index:
             hashes.append(shard.part.records()["key"][numbers[starts[:-1]]])
         return np.concatenate(hashes)
 
-    def keys(self):
-        """Reads all samples, and returns their keys, a list of str."""
-        samples = self.read(range(len(self)), with_images=False)
-        return [sample.key for sample in readable(samples)]
-
     def examples(self, count):
         """Yields a `Fault` for the first `count` broken samples of each reason.
 

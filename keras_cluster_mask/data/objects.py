@@ -64,14 +64,11 @@ class ObjectIndex:
         return len(self._source)
 
     def key_hashes(self):
-        """See `Index.key_hashes`."""
-        return np.fromiter(map(hash_of, self.keys()), "u8", len(self))
-
-    def keys(self):
-        """See `Index.keys`. Samples are only read if the first one has `"__key__"`."""
+        """See `Index.key_hashes`. Reads samples only if the first has `"__key__"`."""
+        keys = range(len(self))
         if "__key__" in self.fields:
-            return [sample.key for sample in self.read(range(len(self)), False)]
-        return [*map(str, range(len(self)))]
+            keys = [sample.key for sample in self.read(keys, with_images=False)]
+        return np.fromiter(map(hash_of, keys), "u8", len(self))
 
     def examples(self, count):
         """Returns nothing: broken samples are only found when they are read."""

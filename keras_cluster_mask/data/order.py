@@ -9,7 +9,7 @@ import numpy as np
 
 # The rounds of grain's shuffle, a cipher on the numbers. grain also uses four.
 ROUNDS = 4
-# Only one thread at a time calls a sampler, because its result may be large.
+# Only one thread at a time draws an epoch, because the numbers may be many.
 _lock = threading.RLock()
 
 
@@ -17,7 +17,7 @@ class Order:
     """An endless sequence of samples, computed on demand: `order[position]`.
 
     A sample is a pair of ints: the number of its source, and its number there. Each
-    epoch has its own permutation. Only the numbers that a sampler chooses are stored.
+    epoch has its own permutation. Only the numbers that `sampling` draws are stored.
 
     Args:
         num_samples: int.
@@ -25,9 +25,10 @@ class Order:
         block_size: int. Runs of this many neighbors stay together, for storage on which
             small reads are slow. Runs are shuffled, and begin at different samples in
             each epoch. 1 shuffles single samples.
-        sampling: Function of the number of samples and the epoch that returns an array
-            of the sample numbers of the epoch. It may leave out and repeat samples, and
-            must return the same in all processes. Defaults to `None`: each sample once.
+        sampling: Function of the epoch that returns an array of the sample numbers of
+            the epoch, with the mean length of these arrays as the attribute
+            `mean_length`; see `Sampling.of_index`. Defaults to `None`: each sample
+            once.
         source: int. The number of the source. Several sources with the same seed are
             shuffled differently.
     """
@@ -64,18 +65,14 @@ class Order:
 
     @property
     def mean_length(self):
-        """Mean number of samples in an epoch, or the number in the first if unknown."""
-        mean = getattr(self._sampling, "mean_length", None)
-        return self.length(0) if mean is None else mean
+        """The mean number of samples in an epoch."""
+        return self._sampling.mean_length if self._sampling else self.num_samples
 
     def digest(self):
-        """Returns a hash of the numbers that a sampler chooses for the first epoch.
-
-        It is `None` without a sampler.
-        """
+        """Returns a hash of the samples of the first epoch, or `None` for all."""
         if self._sampling is None:
             return None
-        chosen = np.ascontiguousarray(self._epoch(0)[0], "<i8")
+        chosen = self._epoch(0)[0].astype("<i8")
         return hashlib.blake2b(chosen, digest_size=8).hexdigest()
 
     def place(self, position):
@@ -96,18 +93,12 @@ class Order:
                 return self._known[epoch]
             chosen, length = None, self.num_samples
             if self._sampling is not None:
-                chosen = np.asarray(self._sampling(self.num_samples, epoch))
-                length = chosen.size
-                is_valid = chosen.ndim == 1 and length and chosen.dtype.kind in "iu"
-                if not is_valid or chosen.min() < 0 or chosen.max() >= self.num_samples:
-                    raise ValueError(
-                        "`sampling` must return an array of the numbers of samples, "
-                        f"ints from 0 to {self.num_samples - 1}. Received: {chosen!r} "
-                        f"in epoch {epoch}"
-                    )
+                chosen = self._sampling(epoch)
+                length = len(chosen)
             sequence = np.random.SeedSequence([*self._seeds, epoch])
             seed, shift = map(int, sequence.generate_state(2))
-            shift = shift % length if self.block_size > 1 else 0
+            # By chance, an epoch may have no samples.
+            shift = shift % max(length, 1) if self.block_size > 1 else 0
             self._known = dict([*self._known.items()][-1:])
             self._known[epoch] = chosen, length, seed, shift
             return self._known[epoch]

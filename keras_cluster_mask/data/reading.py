@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,7 @@ class Reading:
         batch_size: int. The global batch size.
         training: bool. Whether positions are endless and shuffled.
         seed: int.
-        sampling: `Sampling`, or function of the number of samples and the epoch; or
-            None.
+        sampling: `Sampling`, or None.
         block_size: int, or None, as in evaluation.
         process: Pair of ints. The index of this process, and the number of processes.
         num_workers: int.
@@ -60,7 +59,7 @@ class Reading:
     batch_size: int
     training: bool
     seed: int = 0
-    sampling: dataclasses.InitVar[Sampling | Callable | None] = None
+    sampling: dataclasses.InitVar[Sampling | None] = None
     block_size: int | None = None
     process: tuple[int, int] | None = None
     num_workers: int = 0
@@ -165,15 +164,14 @@ class Reading:
 
     def _shuffled(self, sampling):
         """Returns the order of training."""
-        if isinstance(sampling, Sampling):
-            sampling = sampling.of_index(self.indexes[0])
-        elif sampling is not None and not callable(sampling):
+        if not isinstance(sampling, Sampling | None):
             raise ValueError(
-                "`sampling` must be a `kcm.data.Sampling`, or a function. "
-                f"Received: sampling={sampling!r}"
+                "`sampling` must be a `kcm.data.Sampling` of a dictionary or of keys, "
+                f"or None. Received: sampling={sampling!r}"
             )
+        draw = sampling and sampling.of_index(self.indexes[0])
         orders = [
-            Order(len(index), self.seed, self.block_size, sampling, source)
+            Order(len(index), self.seed, self.block_size, draw, source)
             for source, index in enumerate(self.indexes)
         ]
         order = Mix(orders, self.weights) if self.weights else orders[0]

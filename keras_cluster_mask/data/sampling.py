@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,13 +30,10 @@ class Sampling:
     epoch of mean length. `ContrastiveModel.fit` trains for `steps_per_epoch` steps in
     each epoch. No sample is lost between epochs.
 
-    With a dictionary or keys, no samples are read, because the index of the shards has
-    the hashes of all keys. (Objects whose samples have `"__key__"` are read.) A
-    function needs the keys themselves. Each process reads all samples once when the
-    dataset is created, with their images but without decoding them. This takes about
-    0.15 ms per sample plus the time of the storage, and about 100 bytes of memory per
-    key. If the keys are available elsewhere, such as in the metadata that img2dataset
-    writes, a dictionary is faster.
+    No samples are read to draw them, because the index of the shards has the hashes of
+    all keys. (Objects whose samples have `"__key__"` are read.) The keys are in the
+    metadata that img2dataset writes, or in the batches of a dataset with
+    `include_keys=True`.
 
     A dataset uses 16 bytes of memory per sample, in each process and worker process,
     and 8 bytes per sample of two epochs.
@@ -65,38 +63,42 @@ class Sampling:
     ```
 
     Args:
-        probability: dict from the key of each sample, str or bytes, to a number of at
-            least 0. It must contain all samples of the dataset, and may contain others.
-            Or an iterable of keys, such as a list or an array: these samples occur once
-            in each epoch, or as often as they are listed, and all others never. Or a
-            function from the list of all keys, str, to an array of numbers of the same
-            length. Keys are those that batches contain with `include_keys`.
-        seed: int. Defaults to `0`.
+        probability: Dictionary from the key of each sample, a string or bytes, to a
+            number of at least 0. It must contain all samples of the dataset, and may
+            contain others. Or an iterable of keys, such as a list or an array: these
+            samples occur once in each epoch, or as often as they are listed, and all
+            others never. Keys are those that batches contain with `include_keys`.
+        seed: Integer. The random seed of the samples that are drawn. Defaults to `0`.
 
     Raises:
-        ValueError: In `image_text_dataset`, if the probability of a sample is missing
-            or invalid, if samples have equal keys, or if no sample is left.
+        ValueError: If `probability` is neither a dictionary nor an iterable. In
+            `image_text_dataset`, if the probability of a sample is missing or invalid,
+            if samples have equal keys, or if no sample is left.
     """
 
     def __init__(
         self,
         probability: Mapping[str, float]
         | Mapping[bytes, float]
-        | Iterable[str | bytes]
-        | Callable[[list[str]], Any],
+        | Iterable[str | bytes],
         seed: int = 0,
     ):
         self.seed = check_integer("seed", seed, 0)
-        self._function = probability if callable(probability) else None
         # The number of copies of samples whose key is missing; NaN means an error.
         self._default = 0.0
         if isinstance(probability, Mapping):
             self._default = np.nan
             self._copies = {_hash(key): number for key, number in probability.items()}
-        elif not self._function:
+        elif isinstance(probability, Iterable):
             self._copies = collections.Counter(map(_hash, probability))
+        else:
+            raise ValueError(
+                "`probability` must be a dictionary from keys to numbers, or keys: "
+                "compute them before, such as from the metadata of the samples. "
+                f"Received: probability={probability!r}"
+            )
 
-    def of_index(self, index: Any) -> Callable[[int, int], np.ndarray]:
+    def of_index(self, index: Any) -> Callable[[int], np.ndarray]:
         """Returns a function that draws the samples of an `Index` for an epoch."""
 
         def key_of(number):
@@ -111,11 +113,8 @@ class Sampling:
                 "samples by their keys. Write the shards with longer keys. Received: "
                 f"the key {key_of(twice)!r} twice"
             )
-        if self._function:
-            copies = self._function(index.keys())
-        else:
-            copies = [self._copies.get(x, self._default) for x in hashes.tolist()]
-        copies = _checked(copies, len(hashes), key_of)
+        copies = [self._copies.get(x, self._default) for x in hashes.tolist()]
+        copies = _checked(copies, key_of)
         mean_length = float(copies.sum())
         if mean_length < 1:
             raise ValueError(
@@ -128,11 +127,11 @@ class Sampling:
         return draw
 
 
-def _draw(hashes, copies, seed, num_samples, epoch):
+def _draw(hashes, copies, seed, epoch):
     """Draws the numbers of the samples of an epoch, copies included."""
     key = np.random.SeedSequence([seed, epoch]).generate_state(1, "u8")
     chosen = []
-    for first in range(0, num_samples, ROWS):
+    for first in range(0, len(hashes), ROWS):
         # SplitMix64 gives independent numbers for each seed and epoch.
         bits = hashes[first : first + ROWS] ^ key
         bits = (bits ^ (bits >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -143,22 +142,19 @@ def _draw(hashes, copies, seed, num_samples, epoch):
     return np.concatenate(chosen)
 
 
-def _checked(copies, count, key_of):
+def _checked(copies, key_of):
     """Checks the expected number of copies of each sample, and returns an array."""
-    copies = np.array(copies, "float64")
-    if copies.shape != (count,):
-        received = f"shape {copies.shape} for {count} samples"
-    elif (wrong := np.flatnonzero(~(np.isfinite(copies) & (copies >= 0)))).size:
-        received = (
-            f"none or an invalid one for {len(wrong)} of {count} samples, such as "
+    values = [x if isinstance(x, numbers.Real) else np.nan for x in copies]
+    values = np.array(values, "float64")
+    wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+    if wrong.size:
+        raise ValueError(
+            "`probability` must have a finite number of at least 0 for each sample of "
+            "`source`, with 0 for samples that are never read. Received: none or an "
+            f"invalid one for {len(wrong)} of {len(copies)} samples, such as "
             f"{copies[wrong[0]]} for the key {key_of(wrong[0])!r}"
         )
-    else:
-        return copies
-    raise ValueError(
-        "`probability` must have a finite number of at least 0 for each sample of "
-        f"`source`, with 0 for those that are never read. Received: {received}"
-    )
+    return values
 
 
 def _hash(key):

@@ -48,7 +48,7 @@ def test_an_epoch_has_the_samples_of_the_law_with_repeat_and_fewer_without(
     keys = Keys(f"{number:06}" for number in range(len(clusters)))
     copies = dynamics.probabilities(clusters, 0.2, 0.5, repeat)
     draw = kcm.data.Sampling(dict(zip(keys, copies))).of_index(keys)
-    chosen = [draw(len(keys), epoch) for epoch in range(4)]
+    chosen = [draw(epoch) for epoch in range(4)]
     for numbers in chosen:
         found = len(numbers) / (0.5 * len(keys))
         assert found == pytest.approx(share_of_target, abs=0.01)
