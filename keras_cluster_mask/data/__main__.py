@@ -11,11 +11,11 @@ def main(arguments=None):
     """Runs the command, and prints the result as JSON.
 
     Args:
-        arguments: list of str. Defaults to `None`: those in `sys.argv`.
+        arguments: List of strings. Defaults to `None`: those in `sys.argv`.
 
     Returns:
-        int. The exit status: 0, or 1 if a sample is broken. argparse exits with 2 on an
-        error.
+        Integer. The exit status: 0, or 1 if a sample is broken. argparse exits with 2
+        on an error.
     """
     parser = argparse.ArgumentParser(prog="python -m keras_cluster_mask.data")
     add = parser.add_argument

@@ -47,13 +47,14 @@ def check(
     ```
 
     Args:
-        source: str or path, or a list of them; see `list_shards`.
-        image_keys: str or sequence of str; see `image_text_dataset`.
-        caption_key: str or sequence of str; see `image_text_dataset`.
-        decode: bool. Whether to also read and decode every image. Defaults to `False`.
-        index_dir: str or path; see `image_text_dataset`.
-        num_workers: int. The number of processes that build the index. A program that
-            uses them needs `if __name__ == "__main__":`. Defaults to `0`: none.
+        source: String or path, or a list of them; see `list_shards`.
+        image_keys: String or sequence of strings; see `image_text_dataset`.
+        caption_key: String or sequence of strings; see `image_text_dataset`.
+        decode: Boolean. Whether to also read and decode every image. Defaults to
+            `False`.
+        index_dir: String or path; see `image_text_dataset`.
+        num_workers: Integer. The number of processes that build the index. A program
+            that uses them needs `if __name__ == "__main__":`. Defaults to `0`: none.
 
     Returns:
         Dictionary: `"samples"`, the number of intact samples; `"broken"`, the number of

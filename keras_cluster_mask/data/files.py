@@ -44,8 +44,8 @@ def file_system(path, argument="source"):
     """Returns the fsspec file system of a path, and the path within it.
 
     Args:
-        path: str or path.
-        argument: str. The name of the argument in error messages.
+        path: String or path.
+        argument: String. The name of the argument in error messages.
 
     Raises:
         ImportError: If a package for the URL is missing.
@@ -66,7 +66,7 @@ def open_file(path, mode="rb"):
     """Opens a binary file, with read-ahead for sequential reads.
 
     Args:
-        path: str or path.
+        path: String or path.
         mode: `"rb"` or `"wb"`.
     """
     if not is_address(path):
@@ -103,7 +103,7 @@ def replacing(path):
     The content is written to a hidden file in the same folder, which is then renamed.
 
     Args:
-        path: str or path.
+        path: String or path.
 
     Yields:
         A binary file, open for writing.
@@ -150,10 +150,10 @@ def read_ranges(ranges):
     Failed reads are retried a few times.
 
     Args:
-        ranges: list of `(path, start, stop)`, in bytes. `None` as stop reads the rest.
+        ranges: List of `(path, start, stop)`, in bytes. `None` as stop reads the rest.
 
     Returns:
-        list of the bytes of each range, or an error: an `EOFError` if the file ends
+        List of the bytes of each range, or an error: an `EOFError` if the file ends
         before.
     """
     if not ranges:
@@ -238,7 +238,7 @@ def limited(system, function, *arguments, size=0):
         system: The file system. Only the operating system limits reads of local files.
         function: Function.
         *arguments: Its arguments.
-        size: int. The number of bytes that are read.
+        size: Integer. The number of bytes that are read.
 
     Raises:
         TimeoutError: If the storage does not answer in time.

@@ -32,8 +32,8 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
     """Opens the index of a source, and builds missing parts.
 
     Args:
-        source: str or path, or a list of them; see `list_shards`. Or an object with
-            `__len__` and `__getitem__` whose items are dicts.
+        source: String or path, or a list of them; see `list_shards`. Or an object with
+            `__len__` and `__getitem__` whose items are dictionaries.
         reader: `PairReader`.
         index_dir: See `build_parts`.
         num_workers: See `build_parts`.
@@ -72,18 +72,18 @@ class Index:
     `faults`. Reading is thread-safe. A pickle contains file names, but no content.
 
     Args:
-        paths: list of str. The shards.
-        parts: list of `Part`.
+        paths: List of strings. The shards.
+        parts: List of `Part`.
         reader: `PairReader`.
 
     Attributes:
-        paths: list of str. The shards.
+        paths: List of strings. The shards.
         faults: Counter of the reasons of broken samples. A damaged shard counts as one
             sample, because the number of samples after the damage is unknown.
         damage: List of `Fault`, one for each damaged shard.
-        fingerprint: str. Changes with the keys of samples, with their fields, as far as
-            `checksum_of` covers them, and with the names of the fields that are read,
-            but not if files are moved.
+        fingerprint: String. Changes with the keys of samples, with their fields, as far
+            as `checksum_of` covers them, and with the names of the fields that are
+            read, but not if files are moved.
     """
 
     def __init__(self, paths, parts, reader):
@@ -109,7 +109,7 @@ class Index:
 
     @property
     def fields(self):
-        """set of str. The fields of all samples."""
+        """Set of strings. The fields of all samples."""
         return {name for p in self._parts for each in p.layouts for name in each[0]}
 
     def key_hashes(self):
@@ -134,8 +134,8 @@ class Index:
         """Reads samples in order, and neighbors in a shard together.
 
         Args:
-            numbers: Iterable of int, from 0 to `len(index) - 1`.
-            with_images: bool. Whether to read the image files that samples name.
+            numbers: Iterable of integers, from 0 to `len(index) - 1`.
+            with_images: Boolean. Whether to read the image files that samples name.
 
         Yields:
             `Pair`, or `Fault` for a sample that cannot be read or turns out to be
@@ -201,7 +201,7 @@ class _Shard:
     """A shard and its part of the index.
 
     Args:
-        path: str.
+        path: String.
         part: `Part`.
         reader: `PairReader`.
     """

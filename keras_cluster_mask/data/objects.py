@@ -53,7 +53,7 @@ class ObjectIndex:
 
     @functools.cached_property
     def fingerprint(self):
-        """str. See `Index`. It depends on up to `SAMPLED` of the samples."""
+        """String. See `Index`. It depends on up to `SAMPLED` of the samples."""
         numbers = np.unique(np.linspace(0, len(self) - 1, SAMPLED, dtype=int))
         samples = self.read(numbers[: len(self)], with_images=False)
         identity = str(getattr(self._source, "_fingerprint", None))

@@ -16,21 +16,21 @@ _lock = threading.RLock()
 class Order:
     """An endless sequence of samples, computed on demand: `order[position]`.
 
-    A sample is a pair of ints: the number of its source, and its number there. Each
+    A sample is a pair of integers: the number of its source, and its number there. Each
     epoch has its own permutation. Only the numbers that `sampling` draws are stored.
 
     Args:
-        num_samples: int.
-        seed: int.
-        block_size: int. Runs of this many neighbors stay together, for storage on which
-            small reads are slow. Runs are shuffled, and begin at different samples in
-            each epoch. 1 shuffles single samples.
+        num_samples: Integer.
+        seed: Integer.
+        block_size: Integer. Runs of this many neighbors stay together, for storage on
+            which small reads are slow. Runs are shuffled, and begin at different
+            samples in each epoch. 1 shuffles single samples.
         sampling: Function of the epoch that returns an array of the sample numbers of
             the epoch, with the mean length of these arrays as the attribute
             `mean_length`; see `Sampling.of_index`. Defaults to `None`: each sample
             once.
-        source: int. The number of the source. Several sources with the same seed are
-            shuffled differently.
+        source: Integer. The number of the source. Several sources with the same seed
+            are shuffled differently.
     """
 
     def __init__(self, num_samples, seed, block_size=1, sampling=None, source=0):
@@ -111,8 +111,8 @@ class Mix(Order):
     as all sources together.
 
     Args:
-        orders: list of `Order`.
-        weights: list of float, in any unit.
+        orders: List of `Order`.
+        weights: List of floats, in any unit.
     """
 
     def __init__(self, orders, weights):

@@ -28,12 +28,12 @@ class Pair(typing.NamedTuple):
     """An encoded image with its captions and label.
 
     Attributes:
-        image: bytes, or a `PIL.Image.Image`; the file name until it is read.
-        captions: tuple of str. Not empty if captions are requested.
-        key: str.
-        shard: str.
-        label: int, the class of the image; None if labels are not requested.
-        path: str, the file of the image; empty if it is inside a shard.
+        image: Bytes, or a `PIL.Image.Image`; the file name until it is read.
+        captions: Tuple of strings. Not empty if captions are requested.
+        key: String.
+        shard: String.
+        label: Integer, the class of the image; `None` if labels are not requested.
+        path: String, the file of the image; empty if it is inside a shard.
     """
 
     image: typing.Any
@@ -48,10 +48,10 @@ class Fault(typing.NamedTuple):
     """A broken sample.
 
     Attributes:
-        shard: str.
-        key: str, or None if it is unknown.
-        reason: str. One of a few fixed reasons, for counting.
-        details: str, or None if nothing more is known.
+        shard: String.
+        key: String, or `None` if it is unknown.
+        reason: String. One of a few fixed reasons, for counting.
+        details: String, or `None` if nothing more is known.
     """
 
     shard: str
@@ -69,9 +69,9 @@ class SampleError(RuntimeError):
     """An error in a sample that ends the run.
 
     Args:
-        shard: str.
-        key: str.
-        reason: str.
+        shard: String.
+        key: String.
+        reason: String.
     """
 
     def __str__(self):
@@ -83,20 +83,20 @@ class PairReader:
     """Finds the image, the captions and the label of a sample.
 
     Args:
-        image_keys: str or sequence of str. The field that holds the image or the name
-            of its file. If several are given, the first that a sample has is used.
+        image_keys: String or sequence of strings. The field that holds the image or the
+            name of its file. If several are given, the first that a sample has is used.
             `None`: common names. Empty: no images.
-        caption_key: str or sequence of str. The field that holds the caption or a list
-            of captions. If several are given, the first that is not empty is used.
-            `"json.caption"` is the entry `caption` of the field `json`. `None`: common
-            names.
-        wants_caption: bool. Whether samples without a caption are broken.
+        caption_key: String or sequence of strings. The field that holds the caption or
+            a list of captions. If several are given, the first that is not empty is
+            used. `"json.caption"` is the entry `caption` of the field `json`. `None`:
+            common names.
+        wants_caption: Boolean. Whether samples without a caption are broken.
         label_key: See `Labels`. `None`: no labels.
         class_names: See `Labels`.
 
     Attributes:
-        wanted: dict from the kind of each requested content to the fields that may hold
-            it, of which a sample needs one.
+        wanted: Dictionary from the kind of each requested content to the fields that
+            may hold it, of which a sample needs one.
     """
 
     def __init__(
@@ -138,11 +138,11 @@ class PairReader:
         """Returns the `Pair` of a sample, or its `Fault`.
 
         Args:
-            shard: str.
-            key: str.
-            fields: dict from the name of a field to its content.
-            names_files: bool. Whether a str is the name of an image file, which is
-                relative to the folder of the shard.
+            shard: String.
+            key: String.
+            fields: Dictionary from the name of a field to its content.
+            names_files: Boolean. Whether a string is the name of an image file, which
+                is relative to the folder of the shard.
         """
         found = (fields[k] for k in self.image_keys if not is_empty(fields.get(k)))
         image, path = next(found, ""), ""
@@ -186,7 +186,7 @@ class PairReader:
         """Reads the image files of pairs together, and adds their content.
 
         Args:
-            samples: list of `Pair` and `Fault`.
+            samples: List of `Pair` and `Fault`.
         """
         places = [i for i, each in enumerate(samples) if getattr(each, "path", "")]
         contents = files.read_ranges([(samples[i].path, 0, None) for i in places])
@@ -204,10 +204,10 @@ class Labels:
     """Finds the class of a sample.
 
     Args:
-        label_key: str or sequence of str. The field that holds the label. If several
-            are given, the first that a sample has is used.
-        class_names: Sequence of str in which labels are looked up, or None if labels
-            are numbers or folders.
+        label_key: String or sequence of strings. The field that holds the label. If
+            several are given, the first that a sample has is used.
+        class_names: Sequence of strings in which labels are looked up, or `None` if
+            labels are numbers or folders.
     """
 
     def __init__(self, label_key, class_names=None):
@@ -232,7 +232,7 @@ class Labels:
 
     @property
     def class_names(self):
-        """list of str. Empty if labels are numbers."""
+        """List of strings. Empty if labels are numbers."""
         return list(self._numbers or ())
 
     def describe(self):

@@ -1,9 +1,21 @@
-"""The parts of an index: one file for each shard, which is built once.
+"""The parts of an index: a file for each shard that says where its samples are.
 
-A part holds a line of JSON, then a record for each sample or row, then the contents of
-samples that are stored in the index, or the first row of the image of each row, then
-the stamp of the shard. Only of formats with rows, it depends on which field is read as
-image. Parts of one shard and digest differ only in the stamp.
+A part is written once, when a shard is first used, so that later any sample is read by
+its number, without a scan of the shard. The file holds, in this order:
+
+| content | size | meaning |
+| --- | --- | --- |
+| head | a line of JSON | the attributes of `Part` except for `path`, `stamp`, `start` |
+| records | 32 bytes each | the place of each sample or row in the shard; see `RECORD` |
+| contents | any | the samples of a format that stores samples in the index |
+| first rows | 8 bytes each | for each row, the first row with the same image |
+| stamp | a short text | the size and the date of the shard, to notice changes |
+
+Only a folder of images has contents, and only a table in which rows share an image has
+first rows. For tables, the part also depends on the field that is read as image.
+
+The digest covers the samples, and not the stamp. If a shard gets a new date and no other
+change, the new part has the same digest, and can be read in place of the old part.
 """
 
 import array
@@ -29,7 +41,8 @@ from keras_cluster_mask.data.pairs import IMAGE_KEYS
 
 # Increase this number when the format of parts changes.
 VERSION = 3
-# The key is its hash. The layout is the number of the fields and the fault.
+# The place of a sample in its shard, the hash of its key, the number of its entry in
+# `Part.layouts`, and the checksum of its fields.
 RECORD = np.dtype(
     {
         "names": ["offset", "size", "key", "layout", "checksum"],
@@ -51,18 +64,18 @@ class Part:
     """The index of a shard.
 
     Attributes:
-        path: str. The file of the part.
-        stamp: str. The size and the date of the shard when it was indexed.
-        digest: str. A hash of all records: of the keys of samples, and of the sizes and
-            values of their fields, but not of images.
-        layouts: list of `(fields, fault, count)`: the names of the fields that these
-            samples have, the reason why they are broken or None, and the number of
+        path: String. The file of the part.
+        stamp: String. The size and the date of the shard when it was indexed.
+        digest: String. A hash of all records: of the keys of samples, and of the sizes
+            and values of their fields, but not of images.
+        layouts: List of `(fields, fault, count)`: the names of the fields that these
+            samples have, the reason why they are broken or `None`, and the number of
             these records.
-        has_groups: bool. Whether several rows have the same image.
-        damage: None, or `(last_key, reason)` of a shard that is damaged.
-        missing: str. The first local image file that rows name and that is missing.
+        has_groups: Boolean. Whether several rows have the same image.
+        damage: `None`, or `(last_key, reason)` of a shard that is damaged.
+        missing: String. The first local image file that rows name and that is missing.
         context: The result of `Format.context`, for `Format.parse`.
-        start: int. The offset of the records in the file.
+        start: Integer. The offset of the records in the file.
     """
 
     path: str
@@ -77,7 +90,7 @@ class Part:
 
     @property
     def num_records(self):
-        """int. The number of samples or rows, broken ones included."""
+        """Integer. The number of samples or rows, broken ones included."""
         return sum(count for _, _, count in self.layouts)
 
     def entry(self, number):
@@ -102,7 +115,7 @@ class Part:
 
     @property
     def content_start(self):
-        """int. The offset of the contents that are stored in the part."""
+        """Integer. The offset of the contents that are stored in the part."""
         return self.start + self.num_records * RECORD.itemsize
 
 
@@ -124,23 +137,23 @@ def _mapped(path, digest):
 
 
 def hash_of(key):
-    """Returns the 64-bit hash of bytes, or of a key or another value as a str."""
+    """Returns the 64-bit hash of bytes, or of a key or another value as a string."""
     is_bytes = isinstance(key, bytes)
     content = key if is_bytes else str(key).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def digest_of(content):
-    """Returns the hash of JSON values, a str."""
+    """Returns the hash of JSON values, a string."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
 def checksum_of(fields):
-    """Returns a hash of the fields of a sample, an int of 32 bits.
+    """Returns a hash of the fields of a sample, an integer of 32 bits.
 
     Args:
-        fields: dict from the name of a field to its content. Of bytes, only the size
-            counts. Empty fields do not count.
+        fields: Dictionary from the name of a field to its content. Of bytes, only the
+            size counts. Empty fields do not count.
     """
     values = sorted(
         (name, len(value) if isinstance(value, bytes) else value)
@@ -151,7 +164,7 @@ def checksum_of(fields):
 
 
 def read_part(path):
-    """Reads the first line and the stamp of a part."""
+    """Reads the head and the stamp of a part."""
     with open(path, "rb") as file:
         head = json.loads(file.readline())
         start = file.tell()
@@ -166,18 +179,19 @@ def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1
     """Returns the parts of shards, and builds missing and outdated ones.
 
     Args:
-        shards: dict from the paths of shards to their stamps, as of `find_shards`.
-        image_keys: tuple of str. The fields that may hold the image of a row.
-        index_dir: str or path. The folder of the parts, or `"beside"` for a hidden file
-            in the folder of each shard, if it is local and can be written to. Defaults
-            to `None`: a cache folder.
-        num_workers: int. The number of processes that build parts; 0 for none.
-        process: Pair of ints. The index of this process, and the number of processes
-            that build the same parts. Each process starts at a different shard, and
-            uses the parts that others have built.
+        shards: Dictionary from the paths of shards to their stamps, as of
+            `find_shards`.
+        image_keys: Tuple of strings. The fields that may hold the image of a row.
+        index_dir: String or path. The folder of the parts, or `"beside"` for a hidden
+            file in the folder of each shard, if it is local and can be written to.
+            Defaults to `None`: a cache folder.
+        num_workers: Integer. The number of processes that build parts; 0 for none.
+        process: Pair of integers. The index of this process, and the number of
+            processes that build the same parts. Each process starts at a different
+            shard, and uses the parts that others have built.
 
     Returns:
-        list of `Part`.
+        List of `Part`.
     """
     first = len(shards) * process[0] // process[1]
     order = [*shards][first:] + [*shards][:first]
@@ -200,8 +214,8 @@ def build_part(path, stamp, image_keys, index_dir=None):
     Several processes may build the same part at the same time.
 
     Args:
-        path: str. The shard.
-        stamp: str.
+        path: String. The shard.
+        stamp: String.
         image_keys: See `build_parts`.
         index_dir: See `build_parts`.
 
@@ -223,7 +237,7 @@ def build_part(path, stamp, image_keys, index_dir=None):
 
 
 def _scan(path, format, image_keys):
-    """Scans a shard; returns the part's first line as a dict, records and contents."""
+    """Scans a shard; returns the part's head, a dictionary, its records and contents."""
     records, content, images = bytearray(), bytearray(), array.array("Q")
     seen, layouts, damage, context, missing = {}, {}, None, None, None
     try:

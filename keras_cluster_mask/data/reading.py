@@ -37,19 +37,20 @@ class Reading:
     Args:
         source: See `image_text_dataset`; also for the arguments below.
         fields: `PairReader`. The fields of a sample that are read.
-        batch_size: int. The global batch size.
-        training: bool. Whether positions are endless and shuffled.
-        seed: int.
-        sampling: `Sampling`, or None.
-        block_size: int, or None, as in evaluation.
-        process: Pair of ints. The index of this process, and the number of processes.
-        num_workers: int.
-        index_dir: str or path, or None.
-        max_skipped: float.
+        batch_size: Integer. The global batch size.
+        training: Boolean. Whether positions are endless and shuffled.
+        seed: Integer.
+        sampling: `Sampling`, or `None`.
+        block_size: Integer, or `None`, as in evaluation.
+        process: Pair of integers. The index of this process, and the number of
+            processes.
+        num_workers: Integer.
+        index_dir: String or path, or `None`.
+        max_skipped: Float.
 
     Attributes:
-        indexes: list of `Index` and `ObjectIndex`, one for each source.
-        num_samples: int. The number of intact samples.
+        indexes: List of `Index` and `ObjectIndex`, one for each source.
+        num_samples: Integer. The number of intact samples.
         order: `Order` or `Mix`, in training.
         skipped: `SkippedSamples` of the indexes.
     """
@@ -186,7 +187,7 @@ class Reading:
 
     @property
     def description(self):
-        """dict. The settings that a resumed run must share."""
+        """Dictionary. The settings that a resumed run must share."""
         return {
             "data.shards": sum(len(index.paths) for index in self.indexes),
             "data.samples": self.num_samples,
@@ -200,7 +201,7 @@ class Reading:
 
     @property
     def rows(self):
-        """int. The number of rows per process in a full batch, rounded up."""
+        """Integer. The number of rows per process in a full batch, rounded up."""
         return -(-self.batch_size // self.process[1])
 
     def positions(self, batch):

@@ -34,7 +34,7 @@ class Samples:
         images: `Images`.
         captions: `Captions`.
         reading: `Reading`.
-        include_keys: bool.
+        include_keys: Boolean.
     """
 
     images: Images
@@ -44,7 +44,7 @@ class Samples:
 
     @property
     def element_spec(self):
-        """dict from the name of each entry of a batch to its `Spec`."""
+        """Dictionary from the name of each entry of a batch to its `Spec`."""
         reading, captions = self.reading, self.captions
         rows = reading.rows if reading.training else None
         included, text = captions.include_captions, Spec((rows,), "string")
@@ -61,7 +61,7 @@ class Samples:
 
     @property
     def description(self):
-        """dict. The settings that a resumed run must share."""
+        """Dictionary. The settings that a resumed run must share."""
         parts = self.reading, self.images, self.captions
         return {k: v for part in parts for k, v in part.description.items()}
 
@@ -70,11 +70,11 @@ class Samples:
 
         Args:
             threads: `Threads`, which share the rows.
-            batch: int. The number of the batch.
+            batch: Integer. The number of the batch.
 
         Returns:
-            dict of arrays, and a list of `Fault` under `FAULTS`. Broken samples are
-            replaced in training, and left out in evaluation.
+            Dictionary of arrays, and a list of `Fault` under `FAULTS`. Broken samples
+            are replaced in training, and left out in evaluation.
         """
         positions = self.reading.positions(batch)
         size = int(np.clip(-(-len(positions) // threads.count), *TOGETHER))
@@ -100,7 +100,7 @@ class Samples:
         """Reads a group of rows.
 
         Returns:
-            tuple: A list of the decoded `Pair`, the generator and the epoch of each
+            Tuple: A list of the decoded `Pair`, the generator and the epoch of each
             row, and a list of `Fault`.
         """
         rows, faults = [], []

@@ -78,7 +78,7 @@ class SkippedSamples:
         """Warns about samples left out of the index, or raises an error for too many.
 
         Args:
-            num_samples: int. The number of intact samples.
+            num_samples: Integer. The number of intact samples.
         """
         count, total = self.count, self.count + num_samples
         if not count:
@@ -102,9 +102,9 @@ class SkippedSamples:
         Raises an error as soon as a pass has too many.
 
         Args:
-            faults: list of `Fault`.
-            read: int. The number of samples, intact or broken.
-            total: int. The number of samples in a pass.
+            faults: List of `Fault`.
+            read: Integer. The number of samples, intact or broken.
+            total: Integer. The number of samples in a pass.
         """
         if self._read >= total:
             self._read, self._broken = 0, set()

@@ -38,18 +38,19 @@ class ImageTextDataset(grain.IterDataset):
         samples: `Samples`.
 
     Attributes:
-        start: int. The batch at which an iteration starts. `ContrastiveModel.fit` sets
-            it to the batch after the last one that it trained on.
+        start: Integer. The batch at which an iteration starts. `ContrastiveModel.fit`
+            sets it to the batch after the last one that it trained on.
         skipped: `SkippedSamples`. The broken samples of the last pass.
-        batch_size: int. The global batch size.
-        num_samples: int. The number of intact samples, from which a sampler may choose
-            those of an epoch.
-        element_spec: dict from the name of each entry of a batch to its `Spec`.
-        description: dict. The settings that determine the samples of each batch. A run
-            can only be resumed on a dataset with an equal `description`.
-        tokenizer: The tokenizer, or None.
-        process: Pair of ints. The index of this process, and the number of processes.
-        class_names: list of str, the names that labels are indices into, if known.
+        batch_size: Integer. The global batch size.
+        num_samples: Integer. The number of intact samples, from which `Sampling` may
+            choose those of an epoch.
+        element_spec: Dictionary from the name of each entry of a batch to its `Spec`.
+        description: Dictionary. The settings that determine the samples of each batch.
+            A run can only be resumed on a dataset with an equal `description`.
+        tokenizer: The tokenizer, or `None`.
+        process: Pair of integers. The index of this process, and the number of
+            processes.
+        class_names: List of strings, the names that labels are indices into, if known.
         waits: deque of the times at which the program began and ended to wait for each
             of the last batches, in seconds.
     """
@@ -228,9 +229,9 @@ def _in_workers(read, count, size, batches, stack):
 
     Args:
         read: Function of batches and a stack, as `_in_threads`.
-        count: int. The number of processes.
-        size: int. The number of bytes of the images of a full batch.
-        batches: range. The numbers of the batches.
+        count: Integer. The number of processes.
+        size: Integer. The number of bytes of the images of a full batch.
+        batches: Range. The numbers of the batches.
         stack: `contextlib.ExitStack`. Closing it ends the processes.
     """
     context, workers = multiprocessing.get_context("spawn"), []
