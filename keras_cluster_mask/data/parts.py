@@ -14,8 +14,8 @@ its number, without a scan of the shard. The file holds, in this order:
 Only a folder of images has contents, and only a table in which rows share an image has
 first rows. For tables, the part also depends on the field that is read as image.
 
-The digest covers the samples, and not the stamp. If a shard gets a new date and no other
-change, the new part has the same digest, and can be read in place of the old part.
+The digest covers the samples, and not the stamp. If a shard gets a new date and no
+other change, the new part has the same digest, and can be read in place of the old one.
 """
 
 import array
@@ -237,7 +237,7 @@ def build_part(path, stamp, image_keys, index_dir=None):
 
 
 def _scan(path, format, image_keys):
-    """Scans a shard; returns the part's head, a dictionary, its records and contents."""
+    """Scans a shard; returns the head of its part as a dictionary, and the rest."""
     records, content, images = bytearray(), bytearray(), array.array("Q")
     seen, layouts, damage, context, missing = {}, {}, None, None, None
     try:
