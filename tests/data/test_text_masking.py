@@ -8,6 +8,7 @@ from keras_cluster_mask.data import (
     CLIPTokenizer,
     FrequencyTextMasking,
     RandomTextMasking,
+    Sampling,
     TextMasking,
     image_text_dataset,
 )
@@ -291,18 +292,13 @@ def test_training_masks_token_ids_and_changes_nothing_else(shard, name):
     assert changed > 24
 
 
-LENGTHS = [24, 16, 12, 24]
-
-
-def some(number, epoch):
-    return np.arange(number)[: LENGTHS[min(epoch, 3)]]
-
-
 @pytest.mark.parametrize(
-    ("sampling", "lengths"), [(None, [24] * 4), (some, LENGTHS)], ids=["all", "some"]
+    ("sampling", "length"),
+    [(None, 24), (Sampling([f"{n:02}" for n in range(20)]), 20)],
+    ids=["all", "sampling"],
 )
 @pytest.mark.parametrize("start", [0, 3])
-def test_each_epoch_has_its_masking_also_after_a_stop(shard, sampling, lengths, start):
+def test_each_epoch_has_its_masking_also_after_a_stop(shard, sampling, length, start):
     """A batch may hold samples of two epochs."""
 
     def rows(masking, start=0):
@@ -310,8 +306,7 @@ def test_each_epoch_has_its_masking_also_after_a_stop(shard, sampling, lengths, 
         dataset.start = start
         return np.concatenate([b["token_ids"] for b in take(dataset, 9 - start)])
 
-    ends = np.cumsum(lengths)
-    epochs = np.searchsorted(ends, np.arange(72), side="right")
+    epochs = np.arange(72) // length
     fixed = [rows(FixedEpoch(epoch)) for epoch in range(max(epochs) + 1)]
     expected = np.array([fixed[epoch][row] for row, epoch in enumerate(epochs)])
     np.testing.assert_array_equal(rows(Shifted(), start), expected[8 * start :])
