@@ -32,6 +32,21 @@ def keys(dataset, count=None):
     return [key.decode() for key in column(take(dataset, count), "keys")]
 
 
+def batches(dataset, first, last):
+    """The keys of the batches with these numbers."""
+    dataset.stream.start = first
+    read = take(dataset, last - first)
+    return [[key.decode() for key in batch["keys"]] for batch in read]
+
+
+def pairs_of(images):
+    """The files of a tar shard: images, each with a caption."""
+    files = []
+    for number, image in enumerate(images):
+        files += [(f"{number:02}.png", image), (f"{number:02}.txt", b"t")]
+    return files
+
+
 def lengths(captions):
     """A tokenizer of rows of one number, the length of the caption, which is a str."""
     assert {type(caption) for caption in captions} == {str}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import files
-from tests.data.reading import keys, make_dataset, take
+from tests.data.reading import batches, keys, make_dataset, take
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -202,20 +202,14 @@ def test_errors_in_a_tensorflow_dataset_can_be_read(shards):
         list(dataset)
 
 
-def test_a_run_of_neighbors_in_a_lost_shard_is_replaced_by_others(write_tar, encode):
+def test_a_run_of_neighbors_in_a_lost_shard_is_replaced_by_others(write_pairs):
     """All others of a run are lost with it, so others must come from elsewhere."""
-    image = encode(np.zeros((4, 4, 3), "uint8"))
-    paths = []
-    for shard in range(4):
-        members = []
-        for index in range(128 * shard, 128 * shard + 128):
-            members += [(f"{index:04}.png", image), (f"{index:04}.txt", b"t")]
-        paths.append(write_tar(f"{shard}.tar", members))
-    dataset = make(paths, True, batch_size=256, block_size=64, max_skipped=1.0)
+    paths = [write_pairs(f"{first}.tar", first, 64) for first in (0, 64, 128, 192)]
+    dataset = make(paths, True, batch_size=128, block_size=32)
     paths[1].unlink()
-    for batch in take(dataset, 2):
-        assert len(batch["keys"]) == 256
-        assert not {*batch["keys"].tolist()} & {b"%04d" % n for n in range(128, 256)}
+    for batch in batches(dataset, 0, 2):
+        assert len(batch) == 128
+        assert not {*batch} & {*numbers(range(64, 128))}
 
 
 def test_an_item_that_an_object_cannot_decode_is_replaced():

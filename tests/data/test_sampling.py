@@ -1,6 +1,5 @@
 """`Sampling`: how often samples occur, and which are read with it in a dataset."""
 
-import itertools
 import math
 import pickle
 
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.data import Sampling, image_text_dataset
-from tests.data.reading import Counted, Keys
+from keras_cluster_mask.data import Sampling
+from tests.data.reading import Counted, Keys, batches, make_dataset
 from tests.helpers import FAST, image_mlp, text_bag
 
 pytestmark = [
@@ -30,28 +29,9 @@ COPIES = {
 }
 
 
-def tokenizer(captions):
-    return [[1, 2, 3, 4, 5, 29]] * len(captions)
-
-
 def make(source, sampling, **options):
-    arguments = dict(batch_size=4, training=True, format="grain", include_keys=True)
-    arguments.update(max_skipped=0.5)
-    return image_text_dataset(
-        source, tokenizer, 16, sampling=sampling, **{**arguments, **options}
-    )
-
-
-def batches(dataset, first, last):
-    """The keys of the batches with these numbers."""
-    dataset.start = first
-    iterator = iter(dataset)
-    read = [
-        [key.decode() for key in batch["keys"]]
-        for batch in itertools.islice(iterator, last - first)
-    ]
-    iterator.close()
-    return read
+    options = {"batch_size": 4, **options}
+    return make_dataset(source, True, sampling=sampling, **options)
 
 
 def epochs_of(source, sampling, count):
@@ -178,21 +158,22 @@ def test_workers_choose_the_same_samples(shards):
 
 @pytest.mark.parametrize("has_keys", [False, True])
 def test_samples_that_are_left_out_are_not_read(noise, has_keys):
-    source = Counted({"image": noise(0), "caption": "no 1"} for _ in range(300))
-    keys = [str(number) for number in range(300)]
-    if has_keys:
-        keys = [f"key {number}" for number in range(300)]
-        source = Counted({**row, "__key__": key} for row, key in zip(source, keys))
-    probability = {key: 0.4 * (n % 4 == 0) for n, key in enumerate(keys)}
-    dataset = make(source, Sampling(probability))
+    name = "__key__" if has_keys else "other"
+    rows = [{"image": noise(0), "caption": "a", name: f"0{n}"} for n in range(300)]
+    source = Counted(rows)
+    keys = [f"0{n}" if has_keys else f"{n}" for n in range(300)]
+    dataset = make(
+        source, Sampling(dict.fromkeys(keys, 0) | dict.fromkeys(keys[::4], 0.4))
+    )
     source.read.clear()
-    read = [key for batch in batches(dataset, 0, 10) for key in batch]
-    assert len({*read}) > 10
-    assert {keys.index(key) for key in read} <= {*source.read} <= {*range(0, 300, 4)}
+    read = {int(key) for batch in batches(dataset, 0, 10) for key in batch}
+    assert len(read) > 10
+    assert read <= {*source.read} <= {*range(0, 300, 4)}
 
 
 def test_fit_trains_for_the_steps_of_an_epoch_of_the_mean_length(shards):
-    dataset = make(shards, Sampling(COPIES), include_keys=False)
+    options = {"tokenizer": lambda texts: [[1, 2, 3, 4, 5, 29]] * len(texts)}
+    dataset = make(shards, Sampling(COPIES), include_keys=False, **options)
     model = kcm.ContrastiveModel(image_mlp(), text_bag())
     model.compile(keras.optimizers.SGD(0.01), **FAST)
     model.fit(dataset, epochs=3, verbose=0)

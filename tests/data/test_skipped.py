@@ -4,9 +4,9 @@ import warnings
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import SkippedSamples, image_text_dataset
+from keras_cluster_mask.data import SkippedSamples
 from keras_cluster_mask.data.pairs import Fault
-from tests.data.reading import lengths, make_dataset, take
+from tests.data.reading import keys, make_dataset, take
 
 pytestmark = pytest.mark.any_backend
 
@@ -88,33 +88,20 @@ def test_samples_that_take_the_places_of_broken_ones_count_as_read():
 @pytest.fixture
 def shard(write_pairs, encode):
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), "uint8")
-    jpeg, png = encode(image, "JPEG"), encode(image)
-    return write_pairs(
-        "x.tar",
-        0,
-        30,
-        [
-            ("x0.jpg", jpeg[: len(jpeg) // 2]),
-            ("x0.txt", b"half a JPEG"),
-            ("x1.jpg", b"garbage"),
-            ("x1.txt", b"not an image"),
-            ("x2.jpg", jpeg),
-            ("x3.txt", b"no image"),
-            ("x4.jpg", jpeg),
-            ("x4.txt", b" \n"),
-            ("x5.png", png[: len(png) // 2]),
-            ("x5.txt", b"half a PNG"),
-            ("x6.jpg", b""),
-            ("x6.txt", b"an image of no bytes"),
-            ("x7.jpg", jpeg),
-            ("x7.txt", b"intact"),
-        ],
-    )
+    jpeg = encode(image, "JPEG")
+    broken = [
+        *[("x0.jpg", jpeg[: len(jpeg) // 2]), ("x0.txt", b"half a JPEG")],
+        *[("x1.jpg", b"garbage"), ("x1.txt", b"not an image")],
+        *[("x2.jpg", jpeg), ("x3.txt", b"no image")],
+        *[("x4.jpg", jpeg), ("x4.txt", b" \n")],
+        *[("x5.jpg", b""), ("x5.txt", b"an image of no bytes")],
+    ]
+    return write_pairs("x.tar", 0, 32, broken)
 
 
 # Found by the index, and when samples are read.
 STRUCTURAL = {"no caption": 1, "no image": 2}
-READ = {"empty caption": 1, "the image does not decode": 3}
+READ = {"empty caption": 1, "the image does not decode": 2}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -125,28 +112,24 @@ def test_broken_samples_are_skipped_and_counted_in_each_pass(shard, training):
     for _ in range(2):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            batches = take(dataset, 7) if training else [*dataset]
+            received = keys(dataset, 7)
         (message,) = (str(warning.message) for warning in caught)
         assert "of the shard" in message
-        received = [key.decode() for batch in batches for key in batch["keys"]]
-        assert {*received} == {*(f"{index:04}" for index in range(30)), "x7"}
-        assert len(received) == (35 if training else 31)
+        assert {*received} == {f"{index:04}" for index in range(32)}
+        assert len(received) == (35 if training else 32)
         assert dataset.skipped.by_reason == STRUCTURAL | READ
         listed = [each for x in dataset.skipped.examples.values() for each in x]
-        assert {each.key for each in listed} == {f"x{number}" for number in range(7)}
+        assert {each.key for each in listed} == {f"x{number}" for number in range(6)}
         assert {each.shard for each in listed} == {str(shard)}
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_without_any_tolerance_the_first_broken_sample_is_an_error(
-    write_tar, encode, training
+    write_pairs, training
 ):
-    image = encode(np.zeros((4, 4, 3), "uint8"))
-    members = [(f"{n}.txt", b"t") for n in range(12)]
-    members += [(f"{n}.png", b"-" if n == 7 else image) for n in range(12)]
-    shard = write_tar("a.tar", sorted(members))
+    shard = write_pairs("a.tar", 0, 11, [("x.png", b"-"), ("x.txt", b"t")])
     dataset = make(shard, training, max_skipped=0)
-    with pytest.raises(ValueError, match=rf"'7' of the shard {shard}.*max_skipped=0,"):
+    with pytest.raises(ValueError, match=rf"'x' of the shard {shard}.*max_skipped=0,"):
         take(dataset, 7)
 
 
@@ -159,13 +142,3 @@ def test_what_the_index_leaves_out_is_told_or_refused(shard):
         message = rf"3 of 38 samples.*Received: max_skipped={share}"
         with pytest.raises(ValueError, match=message):
             make(shard, max_skipped=share)
-
-
-@pytest.mark.filterwarnings("ignore:.*skipped")
-@pytest.mark.parametrize("training", [False, True])
-def test_the_share_of_few_samples_ends_the_run_too(write_pairs, training):
-    broken = [(f"x{i}.{end}", b"-") for i in range(9) for end in ("png", "txt")]
-    shard = write_pairs("x.tar", 0, 30, broken)
-    dataset = image_text_dataset(shard, lengths, 8, 5, training, format="grain")
-    with pytest.raises(ValueError, match=r"1 % .*max_skipped=0.01, \d+ broken of"):
-        take(dataset, 8)
