@@ -120,20 +120,17 @@ def test_images_that_cannot_be_read_are_counted(folder, training):
 
 
 def test_missing_images_are_found_when_the_dataset_is_made(
-    tmp_path, encode, monkeypatch
+    tmp_path, noise, write_rows, monkeypatch
 ):
-    image = encode(np.zeros((4, 4, 3), "uint8"))
-    names = [f"images/{n:02}.png" for n in range(20)]
-    lines = ["file_name,text", *(f"{name},t" for name in names)]
-    (tmp_path / "metadata.csv").write_text("\n".join(lines))
-    (tmp_path / "images").mkdir()
-    first = f"{tmp_path}/images/00.png"
+    names = [f"{n:02}.png" for n in range(20)]
+    write_rows("metadata.csv", [{"file_name": name, "text": "t"} for name in names])
+    first = f"{tmp_path}/00.png"
     with pytest.raises(
         ValueError, match=rf"`image_keys`.*: 20.*is missing \({first}\)"
     ):
         make(tmp_path)
     for name in names[2:]:
-        (tmp_path / name).write_bytes(image)
+        (tmp_path / name).write_bytes(noise(0))
     # The table is the same, but files that were missing exist.
     with pytest.raises(
         ValueError, match=rf"2 of 20.*is missing \({first}\).*max_skipped"
@@ -154,12 +151,11 @@ def test_missing_images_are_found_when_the_dataset_is_made(
 
 
 def test_a_sample_of_images_at_addresses_is_read_when_the_dataset_is_made(
-    tmp_path, memory, monkeypatch
+    write_rows, memory, monkeypatch
 ):
     def table(address):
-        lines = ["file_name,text", *(f"{address}/{n}.png,t" for n in range(10))]
-        (tmp_path / "metadata.csv").write_text("\n".join(lines))
-        return tmp_path
+        rows = [{"file_name": f"{address}/{n}.png", "text": "t"} for n in range(10)]
+        return write_rows("metadata.csv", rows)
 
     with pytest.raises(ValueError, match=r"Received: .*: 5.*memory://set/0.png"):
         make(table("memory://set"))
@@ -170,9 +166,8 @@ def test_a_sample_of_images_at_addresses_is_read_when_the_dataset_is_made(
         make(table("s3://set"))
 
 
-def test_an_image_with_an_unknown_protocol_is_a_skipped_sample(tmp_path, encode):
-    image = encode(np.zeros((4, 4, 3), "uint8"))
-    items = [{"image": image, "text": "t"}, {"image": "foo://x.png", "text": "t"}]
+def test_an_image_with_an_unknown_protocol_is_a_skipped_sample(noise):
+    items = [{"image": image, "text": "t"} for image in (noise(0), "foo://x.png")]
     dataset = make(items)
     assert keys(dataset) == ["0"]
     assert dataset.skipped.by_reason == {"the image file cannot be read": 1}

@@ -55,13 +55,11 @@ def test_labels_are_numbers_of_classes(labeled, options):
 
 def test_json_labels_that_are_not_whole_numbers(write_tar, encode):
     image = encode(np.zeros((8, 8, 3), "uint8"))
-    files = []
     # Python converts no number of five thousand digits.
     labels = [b"1.0", b"true", b"1.5", b'"2"', b"null", b"9" * 5000]
-    for index, label in enumerate(labels):
-        content = b'{"label": %s}' % label
-        files += [(f"{index}.png", image), (f"{index}.json", content)]
-    shard = write_tar("odd.tar", files)
+    files = [(f"{n}.json", b'{"label": %s}' % label) for n, label in enumerate(labels)]
+    files += [(f"{n}.png", image) for n in range(len(labels))]
+    shard = write_tar("odd.tar", sorted(files))
     dataset = make(shard, label_key="json.label", max_skipped=1.0)
     with pytest.warns(UserWarning, match="unknown label"):
         assert values(dataset, "labels") == [1, 2]

@@ -110,11 +110,6 @@ def test_threads_ask_a_sampler_once_for_each_epoch(first):
     assert asked == [*range(first // 50 + 2)]
 
 
-def test_the_identity_as_sampling_changes_nothing():
-    plain, sampled = Order(30, 4), Order(30, 4, sampling=lambda _: np.arange(30))
-    assert read(plain, 90) == read(sampled, 90)
-
-
 def orders_of(*counts, **options):
     return [Order(n, 0, source=i, **options) for i, n in enumerate(counts)]
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.data.reading import column, make_dataset, take
+from tests.data.reading import column, make_dataset, pairs_of, take
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -103,12 +103,9 @@ def test_an_error_of_a_transform_ends_the_run_with_shard_and_key(write_pairs, er
 # === Broken samples ===
 
 
-def broken_tar(write_tar, noise, broken, count=24):
-    members = []
-    for index in range(count):
-        image = b"broken" if index in broken else noise(index)
-        members += [(f"{index:02}.png", image), (f"{index:02}.txt", b"t")]
-    return write_tar("broken.tar", members)
+def broken_tar(write_tar, noise, broken):
+    images = [b"broken" if n in broken else noise(n) for n in range(24)]
+    return write_tar("broken.tar", pairs_of(images))
 
 
 def test_training_replaces_a_broken_sample_by_another_of_its_batch(write_tar, noise):

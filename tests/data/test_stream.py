@@ -17,7 +17,7 @@ from keras_cluster_mask.data import (
     samples,
     stream,
 )
-from tests.data.reading import Counted, assert_same, column, take
+from tests.data.reading import Counted, assert_same, column, pairs_of, take
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -169,17 +169,10 @@ def test_the_description_tells_other_data_and_other_orders(shards):
 
 def test_a_process_reads_no_more_than_its_share(write_tar, noise, storage):
     processes, rows, block_size = 64, 16, 8
-    image, count = noise(0), processes * rows * 12
-    total = 0
-    shards = []
-    for first in range(0, count, count // 8):
-        numbers = range(first, first + count // 8)
-        members = ((f"{i:05}.{end}", c) for i in numbers for end, c in files_of(image))
-        shard = write_tar(f"{first:05}.tar", members)
-        total += os.path.getsize(shard)
-        shards.append(f"storage://{shard}")
+    files = pairs_of([noise(0)] * (processes * rows * 12 // 8))
+    shards = [write_tar(f"{number}.tar", files) for number in range(8)]
     dataset = make(
-        shards,
+        [f"storage://{shard}" for shard in shards],
         True,
         batch_size=processes * rows,
         block_size=block_size,
@@ -188,16 +181,12 @@ def test_a_process_reads_no_more_than_its_share(write_tar, noise, storage):
     storage.requests.clear()
     steps = len(dataset)
     assert len(take(dataset, steps)) == steps
-    # Two batches are read ahead.
-    total, steps = total * (steps + 2) / steps, steps + 2
     read = sum(last - first for _, first, last in storage.requests)
-    assert total / processes * 0.8 < read <= 1.1 * total / processes
+    # Two batches are read ahead.
+    share = sum(map(os.path.getsize, shards)) / processes * (steps + 2) / steps
+    assert 0.8 * share < read <= 1.1 * share
     # A run is one request.
-    assert len(storage.requests) <= 1.2 * steps * rows / block_size
-
-
-def files_of(image):
-    return ("png", image), ("txt", b"no 1")
+    assert len(storage.requests) <= 1.2 * (steps + 2) * rows / block_size
 
 
 @pytest.fixture
