@@ -13,7 +13,7 @@ from keras_cluster_mask.data import stream
 from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import PairReader
-from tests.data.reading import keys, make_dataset, take
+from tests.data.reading import Counted, keys, make_dataset, take
 
 pytestmark = pytest.mark.any_backend
 
@@ -203,41 +203,17 @@ def test_the_fingerprint_of_an_object_depends_on_its_samples(noise, tmp_path):
 
 
 def test_few_samples_are_read_for_a_fingerprint():
-    class Counting(list):
-        def __getitem__(self, number):
-            numbers.append(number)
-            return {"image": b"-", "text": "a"}
-
-        def __len__(self):
-            return 10**6
-
-    numbers = []
-    assert open_all(Counting()).fingerprint
-    assert len(numbers) < 40
-    assert {0, 10**6 - 1} <= {*numbers}
+    source = Counted([{"image": b"-", "text": "a"}] * 10**6)
+    assert open_all(source).fingerprint
+    assert len(source.read) < 40
+    assert {0, 10**6 - 1} <= {*source.read}
 
 
 # === Refusals ===
 
 
-class Frame:
-    """As a DataFrame of pandas, whose items are columns."""
-
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, column):
-        return {"image": [b""], "text": ["a"]}[column]
-
-
-class Endless:
-    """As a dataset without a length."""
-
-    def __getitem__(self, number):
-        return {"image": b"", "text": "a"}
-
-
-@pytest.mark.parametrize("source", [Frame(), Endless(), iter([]), 3, None])
+# An item of an array, as of a DataFrame, is no dictionary; the others have no length.
+@pytest.mark.parametrize("source", [np.array(["a"]), iter([]), 3, None])
 def test_objects_that_are_no_samples_are_refused_with_a_remedy(source):
     remedy = r"'records'.*without streaming.*Received: source="
     with pytest.raises(ValueError, match=rf"`source`.*{remedy}{type(source).__name__}"):
