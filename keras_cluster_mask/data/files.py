@@ -5,6 +5,7 @@ import contextlib
 import errno
 import functools
 import io
+import operator
 import os
 import re
 import secrets
@@ -161,21 +162,22 @@ def read_ranges(ranges):
     paths, starts, stops = map(list, zip(*ranges))
     merged = merge_offset_ranges(paths, starts, stops, max_gap=MAX_GAP)
     requests = [*zip(*merged)]
-    replies = fetch(requests)
+    replies = dict(zip(requests, fetch(requests)))
     for pause in RETRY_AFTER:
-        failed = [place for place, reply in enumerate(replies) if _may_pass(reply)]
+        failed = [each for each, reply in replies.items() if _may_pass(reply)]
         if not failed:
             break
         time.sleep(pause)
-        again = fetch([requests[place] for place in failed])
-        for place, reply in zip(failed, again):
-            replies[place] = reply
-    # Requests are sorted, and do not overlap.
-    firsts = [request[:2] for request in requests]
+        replies.update(zip(failed, fetch(failed)))
     results = []
     for path, start, stop in ranges:
-        place = bisect.bisect_right(firsts, (path, start)) - 1
-        results.append(_part_of(replies[place], firsts[place][1], path, start, stop))
+        # Requests are sorted, and do not overlap.
+        place = (
+            bisect.bisect_right(requests, (path, start), key=operator.itemgetter(0, 1))
+            - 1
+        )
+        reply, first = replies[requests[place]], requests[place][1]
+        results.append(_part_of(reply, first, path, start, stop))
     return results
 
 

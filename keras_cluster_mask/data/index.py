@@ -93,10 +93,10 @@ class Index:
         # The number of the first sample of each shard, and the total number of samples.
         self._starts = [0, *itertools.accumulate(each.pop(None, 0) for each in counts)]
         self.faults = sum(counts, collections.Counter())
-        damaged = [(path, part) for path, part in zip(paths, parts) if part.damage]
         self.damage = [
             Fault(path, None, DAMAGED, str(DamagedShard(path, *part.damage)))
-            for path, part in damaged
+            for path, part in zip(paths, parts)
+            if part.damage
         ]
         self.fingerprint = digest_of([reader.describe(), [p.digest for p in parts]])
         self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)

@@ -40,7 +40,7 @@ from keras_cluster_mask.data.formats.base import is_empty
 from keras_cluster_mask.data.pairs import IMAGE_KEYS
 
 # Increase this number when the format of parts changes.
-VERSION = 3
+VERSION = 4
 # The place of a sample in its shard, the hash of its key, the number of its entry in
 # `Part.layouts`, and the checksum of its fields.
 RECORD = np.dtype(
@@ -55,6 +55,8 @@ PACKED = struct.Struct("<QQQII")
 MAX_OPEN = 256
 # The fault of files that have the key of a sample, but come later in the shard.
 NEIGHBORS = "the files of a sample must be neighbors"
+# The fault of rows that name a local image file which does not exist.
+MISSING = "the image file is missing"
 # The seconds before a progress bar is shown.
 SHORT = 1.0
 
@@ -73,7 +75,6 @@ class Part:
             these records.
         has_groups: Boolean. Whether several rows have the same image.
         damage: `None`, or `(last_key, reason)` of a shard that is damaged.
-        missing: String. The first local image file that rows name and that is missing.
         context: The result of `Format.context`, for `Format.parse`.
         start: Integer. The offset of the records in the file.
     """
@@ -84,7 +85,6 @@ class Part:
     layouts: list
     has_groups: bool
     damage: list | None
-    missing: str | None
     context: list | None
     start: int = 0
 
@@ -239,7 +239,7 @@ def build_part(path, stamp, image_keys, index_dir=None):
 def _scan(path, format, image_keys):
     """Scans a shard; returns the head of its part as a dictionary, and the rest."""
     records, content, images = bytearray(), bytearray(), array.array("Q")
-    seen, layouts, damage, context, missing = {}, {}, None, None, None
+    seen, layouts, damage, context = {}, {}, None, None
     try:
         context = format.context(path)
         for entry in format.scan(path):
@@ -250,8 +250,7 @@ def _scan(path, format, image_keys):
                 images.append(hash_of(image))
                 file = files.beside(path, image) if isinstance(image, str) else ""
                 if file and not files.is_address(file) and not os.path.isfile(file):
-                    missing = missing or file
-                    fault = fault or "the image file is missing"
+                    fault = fault or MISSING
             elif key in seen:
                 is_rest = not {*seen[key]} & {*entry.fields}
                 fault = NEIGHBORS if is_rest else "duplicate key"
@@ -283,7 +282,6 @@ def _scan(path, format, image_keys):
         "layouts": layouts,
         "has_groups": has_groups,
         "damage": damage,
-        "missing": missing,
         "context": context,
     }
     return head, records, content
@@ -295,7 +293,8 @@ def _find(path, stamp, image_keys, index_dir):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             part = read_part(place)
             # A file that was missing may exist now.
-            if part.stamp == stamp and not part.missing:
+            is_missing = any(fault == MISSING for _, fault, _ in part.layouts)
+            if part.stamp == stamp and not is_missing:
                 return part
     return None
 
