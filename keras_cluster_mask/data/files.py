@@ -5,7 +5,6 @@ import contextlib
 import errno
 import functools
 import io
-import operator
 import os
 import re
 import secrets
@@ -169,15 +168,12 @@ def read_ranges(ranges):
             break
         time.sleep(pause)
         replies.update(zip(failed, fetch(failed)))
+    # Requests are sorted, and do not overlap.
+    firsts = [request[:2] for request in requests]
     results = []
     for path, start, stop in ranges:
-        # Requests are sorted, and do not overlap.
-        place = (
-            bisect.bisect_right(requests, (path, start), key=operator.itemgetter(0, 1))
-            - 1
-        )
-        reply, first = replies[requests[place]], requests[place][1]
-        results.append(_part_of(reply, first, path, start, stop))
+        request = requests[bisect.bisect_right(firsts, (path, start)) - 1]
+        results.append(_part_of(replies[request], request[1], path, start, stop))
     return results
 
 
