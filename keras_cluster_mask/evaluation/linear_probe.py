@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from keras_cluster_mask.checks import check_choice, check_integer, check_range
-from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.evaluation.checks import (
     check_labels,
     check_matrix,
@@ -18,9 +16,10 @@ from keras_cluster_mask.evaluation.checks import (
 from keras_cluster_mask.evaluation.classification import classification_accuracy
 from keras_cluster_mask.evaluation.embedding import Embedder, embed_batches
 
-# The candidate strengths, eight per decade, and the step sizes of the search.
-STRENGTHS = [10.0 ** (exponent / 8) for exponent in range(-48, 49)]
-STEPS = 16, 8, 4, 2, 1
+# The grid of the protocol. Of equal scores, scikit-learn chooses the first.
+STRENGTHS = np.logspace(6, -6, 96)
+# The names in scikit-learn of the metrics that choose the strength.
+SCORING = {"top_1": "accuracy", "mean_per_class": "balanced_accuracy"}
 # The largest gradient of a converged fit, times the number of classes. scikit-learn
 # minimizes the mean loss over items, so gradients shrink with the number of classes:
 # with the default of 1e-4, a fit of a thousand classes stops where it starts.
@@ -38,18 +37,17 @@ def linear_probe(
     validation_split: float = 0.2,
     max_iterations: int = 1000,
     seed: int = 0,
-    verbose: str | int = "auto",
 ) -> dict[str, Any]:
     """Computes the accuracy of a logistic regression on frozen features.
 
     This is the protocol of CLIP (Radford et al., appendix A.3): multinomial logistic
-    regression, fitted by scikit-learn's L-BFGS in float64. The regularization strength
-    is chosen on validation data by a search from 1e-6 to 1e6: first every second power
-    of ten, then smaller steps around the best, down to an eighth of a decade. If scores
-    are equal, the largest strength is chosen. A final fit uses training and validation
-    data, and is evaluated on the test data, which nothing else depends on.
+    regression, fitted by scikit-learn's L-BFGS in float64. `LogisticRegressionCV` tries
+    96 regularization strengths from 1e6 to 1e-6 on validation data. Each fit starts
+    from the one before. If scores are equal, the largest strength is chosen. A final
+    fit uses training and validation data, and is evaluated on the test data, which
+    nothing else depends on.
 
-    Features are neither centered nor scaled, as in the paper: the search covers both
+    Features are neither centered nor scaled, as in the paper: the strengths suit both
     embeddings of length 1 and larger features.
 
     Example:
@@ -75,21 +73,21 @@ def linear_probe(
             a validation split of the training data.
         regularization: Float in `[1e-6, 1e6]`. The strength, scikit-learn's 1 / `C`:
             half the sum of squared weights is multiplied by it and added to the
-            cross-entropy summed over items. `None` searches for it.
+            cross-entropy summed over items. `None` chooses it on validation data.
         metric: `"top_1"`, or `"mean_per_class"` for unbalanced classes. The metric on
-            the validation data that the search maximizes.
-        validation_split: Float in `(0, 1]`. The share of each class that is held out to
-            choose the strength. One item of each class stays in training.
+            the validation data that chooses the strength.
+        validation_split: Float in `(0, 1]`. The share of the training data that is held
+            out to choose the strength, stratified by class. Both parts have at least as
+            many items as there are classes. A class of one item stays in training.
         max_iterations: Integer. The maximum number of L-BFGS iterations in each fit.
             scikit-learn warns of fits that need more.
         seed: Integer. The seed of the validation split.
-        verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
         A dictionary: `"top_1"`, with more than five classes `"top_5"`, and
         `"mean_per_class"`, floats in `[0, 1]` on the test data; `"regularization"`, the
-        strength; and `"validation"`, a dictionary from each strength that was tried to
-        the metric on the validation data.
+        strength; and `"validation"`, a dictionary from each strength that was tried,
+        the largest first, to the metric on the validation data.
 
     Raises:
         ImportError: If scikit-learn is not installed.
@@ -102,42 +100,45 @@ def linear_probe(
           https://arxiv.org/abs/2103.00020)
     """
     _check_options(regularization, metric, validation_split, max_iterations)
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 
-    train = _check_items("train", train_features, train_labels)
-    test = _check_items("test", test_features, test_labels, train)
+    features, labels = _check_items("train", train_features, train_labels)
+    known = np.unique(labels)
+    test_features, test_labels = _check_items("test", test_features, test_labels, known)
     if validation is not None:
-        validation = _check_items("validation", *validation, train)
-    strength, tried = regularization, {}
-    progress = tqdm(desc="Linear probe", unit=" fits", disable=not verbosity(verbose))
-
-    def fit(features, labels, strength):
-        tolerance = TOLERANCE / len(np.unique(labels))
-        classifier = LogisticRegression(
-            C=1 / strength, tol=tolerance, max_iter=max_iterations
+        held_out, held_out_labels = validation
+        held_out, held_out_labels = _check_items(
+            "validation", held_out, held_out_labels, known
         )
-        # In float32 a fit stops early, where rounding hides changes of the loss.
-        classifier.fit(features.astype("float64"), labels)
-        progress.update()
-        return classifier
-
-    if strength is None:
-        part, held_out = train, validation
-        if validation is None:
-            part, held_out = stratified_split(*train, validation_split, seed)
-        for step in STEPS:
-            for strength in next_strengths(tried, step):
-                tried[strength] = _accuracy(fit(*part, strength), *held_out)[metric]
-        strength = best_strength(tried)
-    if validation is not None:
-        train = [np.concatenate(both) for both in zip(train, validation)]
-    accuracy = _accuracy(fit(*train, strength), *test)
-    progress.close()
-    return {
-        **accuracy,
-        "regularization": float(strength),
-        "validation": dict(sorted(tried.items())),
-    }
+        split = np.split(np.arange(len(labels) + len(held_out)), [len(labels)])
+        features = np.concatenate([features, held_out])
+        labels = np.concatenate([labels, held_out_labels])
+    elif regularization is None:
+        split = _stratified_split(labels, validation_split, seed)
+    options = {"tol": TOLERANCE / len(known), "max_iter": max_iterations}
+    tried = {}
+    if regularization is None:
+        classifier = LogisticRegressionCV(
+            Cs=1 / STRENGTHS,
+            cv=[split],
+            scoring=SCORING[metric],
+            l1_ratios=(0.0,),
+            use_legacy_attributes=False,
+            **options,
+        )
+    else:
+        classifier = LogisticRegression(C=1 / regularization, **options)
+    # In float32 a fit stops early, where rounding hides changes of the loss.
+    classifier.fit(features.astype("float64"), labels)
+    if regularization is None:
+        tried = dict(zip(STRENGTHS.tolist(), classifier.scores_.ravel().tolist()))
+        regularization = max(tried, key=tried.get)
+    scores = classifier.decision_function(test_features)
+    # With two classes, scikit-learn scores only the second.
+    if scores.ndim == 1:
+        scores = np.stack([-scores, scores], axis=1)
+    accuracy = classification_accuracy(scores, np.searchsorted(known, test_labels))
+    return {**accuracy, "regularization": float(regularization), "validation": tried}
 
 
 def evaluate_linear_probe(
@@ -199,56 +200,49 @@ def evaluate_linear_probe(
     """
     # Checked before embedding, which may take hours.
     _check_options(**options)
-    given, names = {"train": train, "test": test}, class_names_of(train)
+    names = class_names_of(train)
+    given = {"train": train, "test": test}
     if validation is not None:
         given["validation"] = validation
-    parts = [(data, read_labeled(name, data, names)) for name, data in given.items()]
+    batches = {name: read_labeled(name, data, names) for name, data in given.items()}
     embedder = Embedder.of(model)
-    found = [embed_batches(embedder, *part, None, verbose) for part in parts]
-    items = [(each["image_embeddings"], each["labels"]) for each in found]
-    return linear_probe(*items[0], *items[1], *items[2:], verbose=verbose, **options)
+    items = {}
+    for name, data in given.items():
+        found = embed_batches(
+            embedder, data, batches[name], tokenizer=None, verbose=verbose
+        )
+        items[name] = found["image_embeddings"], found["labels"]
+    train_features, train_labels = items["train"]
+    test_features, test_labels = items["test"]
+    return linear_probe(
+        train_features=train_features,
+        train_labels=train_labels,
+        test_features=test_features,
+        test_labels=test_labels,
+        validation=items.get("validation"),
+        **options,
+    )
 
 
-def next_strengths(tried: dict[float, float], step: int) -> list[float]:
-    """Returns the strengths to try next: every `step`-th, then those next to the best.
+def _stratified_split(labels, share, seed):
+    """Returns the rows of two parts: training and validation."""
+    from sklearn.model_selection import StratifiedShuffleSplit
 
-    Args:
-        tried: Dictionary from the strengths that were tried to scores.
-        step: Integer, the distance between strengths, in eighths of a decade.
-    """
-    if not tried:
-        return STRENGTHS[::step]
-    peak = STRENGTHS.index(best_strength(tried))
-    around = peak - step, peak + step
-    return [STRENGTHS[index] for index in around if 0 <= index < len(STRENGTHS)]
-
-
-def best_strength(tried: dict[float, float]) -> float:
-    """Returns the strength with the highest score; among equal scores the largest."""
-    return max(tried, key=lambda strength: (tried[strength], strength))
-
-
-def _accuracy(classifier, features, labels):
-    scores = classifier.decision_function(features)
-    # With two classes, scikit-learn scores only the second.
-    scores = scores if scores.ndim == 2 else np.stack([-scores, scores], axis=1)
-    return classification_accuracy(scores, np.searchsorted(classifier.classes_, labels))
-
-
-def stratified_split(features, labels, share, seed):
-    """Splits items into two pairs of features and labels: training and validation."""
-    held_out = np.zeros(len(labels), bool)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    for label in np.unique(labels):
-        rows = order[labels[order] == label]
-        held_out[rows[: min(math.ceil(share * len(rows)), len(rows) - 1)]] = True
-    if not held_out.any():
+    _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    # scikit-learn does not split classes of one item.
+    rows = np.flatnonzero(counts[places] > 1)
+    if not len(rows):
         raise ValueError(
             "`train_labels` must hold a class of two items or more for a validation "
             "split; pass `validation` or `regularization` otherwise. Received: "
             f"{len(labels)} classes of one item each"
         )
-    return tuple((features[part], labels[part]) for part in (~held_out, held_out))
+    # In both parts, it needs as many items as there are classes.
+    num_classes = np.count_nonzero(counts > 1)
+    size = np.clip(math.ceil(share * len(rows)), num_classes, len(rows) - num_classes)
+    splitter = StratifiedShuffleSplit(1, test_size=int(size), random_state=seed)
+    _, held_out = next(splitter.split(rows, labels[rows]))
+    return np.delete(np.arange(len(labels)), rows[held_out]), rows[held_out]
 
 
 def _check_options(
@@ -261,20 +255,30 @@ def _check_options(
             "A linear probe needs the extra `probe`: `pip install scikit-learn`."
         ) from error
     if regularization is not None:
-        check_range("regularization", regularization, STRENGTHS[0], STRENGTHS[-1])
+        check_range("regularization", regularization, 1e-6, 1e6)
     check_choice("metric", metric, ("top_1", "mean_per_class"))
     check_range("validation_split", validation_split, 0, 1, "(]")
     check_integer("max_iterations", max_iterations)
 
 
-def _check_items(name, features, labels, train=None):
+def _check_items(name, features, labels, known=None):
+    """Returns features and labels, after a check that they match.
+
+    Args:
+        name: String, the name of the part of the data in errors.
+        features: `(items, d)` array.
+        labels: `(items,)` ints.
+        known: The classes of the training data, or `None` for the training data.
+    """
     features = check_matrix(f"{name}_features", features)
     labels = check_labels(f"{name}_labels", labels, len(features))
-    if train is None and len(np.unique(labels)) < 2:
-        raise ValueError(f"`{name}_labels` need two classes. Received: {labels[:5]}")
-    if train is None:
+    if known is None:
+        if len(np.unique(labels)) < 2:
+            raise ValueError(
+                f"`{name}_labels` need two classes. Received: {labels[:5]}"
+            )
         return features, labels
-    unknown = np.setdiff1d(labels, train[1])
+    unknown = np.setdiff1d(labels, known)
     if len(unknown):
         raise ValueError(
             f"`{name}_labels` must be classes that occur in `train_labels`. Received: "
