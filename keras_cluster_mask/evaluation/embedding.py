@@ -188,12 +188,14 @@ class Embedder:
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of one that was saved.
+            `SigLIPBackbone`, the path of one that was saved, or another embedder.
         features: Boolean. Whether to return the features that the head projects, in
             place of embeddings.
     """
 
     def __init__(self, model, features=False):
+        if isinstance(model, Embedder):
+            model = model.model
         self.model = model = as_contrastive_model(model)
         self._images = _Encoder(model.towers.image, features, "images")
         self._texts = _Encoder(model.towers.text, features, "texts")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.callbacks import Retrieval, ZeroShot
+from keras_cluster_mask.callbacks import Evaluate, Retrieval, ZeroShot
 from keras_cluster_mask.callbacks import evaluation as evaluation_module
 from keras_cluster_mask.evaluation import evaluate_retrieval, evaluate_zero_shot
 from tests.helpers import assert_same_values, image_mlp, random_pairs, text_bag
@@ -49,16 +49,10 @@ def log(small, *callbacks, **options):
     return fit(callbacks, small, **options)[1]
 
 
-class Scripted(Retrieval):
+def scripted(values, **options):
     """Finds what it is told, one value an evaluation."""
-
-    def __init__(self, values, **options):
-        super().__init__(pairs(), **options)
-        # The first is of the batch that is looked at before training.
-        self.values = iter([0.0, *values])
-
-    def evaluate(self, embedder, data):
-        return {"image_to_text_recall@1": next(self.values)}
+    values = iter(values)
+    return Evaluate(lambda model: {"score": next(values)}, **options)
 
 
 # === What is evaluated ===
@@ -69,48 +63,30 @@ class Scripted(Retrieval):
 def test_metrics_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
     keras.config.set_dtype_policy(dtype)
     labeled = {"images": pairs(9, 2)["images"], "labels": np.arange(9) % 3}
+    captioned = {"images": pairs(4)["images"], "captions": [["a", "b"], "c", "d", "e"]}
     model = without_averages()
     before = evaluate_retrieval(model, pairs(8, 1), ks=(1, 3), verbose=0)
     callbacks = [
         Retrieval(pairs(8, 1), ks=(1, 3)),
+        Retrieval(captioned, tokenizer, ks=2, duplicates="negative", name="coco"),
         ZeroShot(labeled, NAMES, tokenizer, ["{}", "a {}"], ks=(1, 2)),
     ]
     _, history = fit(callbacks, model, validation_data=pairs(6, 3))
     after = evaluate_retrieval(model, pairs(8, 1), ks=(1, 3), verbose=0)
+    coco = evaluate_retrieval(
+        model, captioned, tokenizer, ks=2, duplicates="negative", verbose=0
+    )
     zero_shot = evaluate_zero_shot(
         model, labeled, NAMES, tokenizer, ["{}", "a {}"], ks=(1, 2), verbose=0
     )
     expected = {
         **{f"val_{name}": [value] for name, value in after.items()},
+        **{f"val_coco_{name}": [value] for name, value in coco.items()},
         **{f"val_zero_shot_{name}": [value] for name, value in zero_shot.items()},
     }
     assert {key: history[key] for key in expected} == expected
     assert before != after
     assert "val_loss" in history
-
-
-@pytest.mark.any_backend
-def test_captions_are_evaluated_with_a_tokenizer_and_several_data_sets_by_name():
-    captioned = {"images": pairs(4)["images"], "captions": [["a", "b"], "c", "d", "e"]}
-    callbacks = [
-        Retrieval(captioned, tokenizer, ks=(1,), name="coco"),
-        Retrieval(pairs(), ks=(2,), name="train", duplicates="positive"),
-        ZeroShot(
-            (pairs(3)["images"], np.arange(3)),
-            NAMES,
-            tokenizer,
-            name="colors",
-            ks=(1,),
-        ),
-    ]
-    _, history = fit(callbacks)
-    assert history.keys() >= {
-        "val_coco_image_to_text_recall@1",
-        "val_coco_text_to_image_recall@1",
-        "val_train_image_to_text_recall@2",
-        "val_colors_top_1",
-        "val_colors_mean_per_class",
-    }
 
 
 @pytest.mark.slow
@@ -139,15 +115,15 @@ def test_data_is_read_again_for_each_evaluation():
 @pytest.mark.any_backend
 def test_averages_are_evaluated_once_they_are_swapped_in():
     def embeddings(callbacks):
-        class Embeddings(Retrieval):
-            def evaluate(self, embedder, data):
-                found.append(embedder.images(pairs(4)["images"]))
-                return {}
+        def embed(model):
+            found = kcm.evaluation.embed(model, pairs(4)["images"], verbose=0)
+            embeddings.append(found["image_embeddings"])
+            return {}
 
-        found = []
-        model, _ = fit([*callbacks, Embeddings(pairs())], make_model(), epochs=2)
-        end = kcm.evaluation.embed(model, pairs(4)["images"], verbose=0)
-        return found, end["image_embeddings"]
+        embeddings = []
+        model, _ = fit([*callbacks, Evaluate(embed)], make_model(), epochs=2)
+        embed(model)
+        return embeddings[:-1], embeddings[-1]
 
     found, end = embeddings([])
     # `fit` ends with the averages in the model.
@@ -156,6 +132,29 @@ def test_averages_are_evaluated_once_they_are_swapped_in():
     averaged, end_swapped = embeddings([swap])
     np.testing.assert_allclose(averaged[-1], end, atol=1e-5)
     np.testing.assert_allclose(end_swapped, end, atol=1e-5)
+
+
+@pytest.mark.any_backend
+def test_a_function_may_call_all_functions_of_evaluation(tmp_path):
+    evaluation, images = kcm.evaluation, pairs(6)["images"]
+    labeled = images, np.arange(6) % 3
+    captioned = {"images": images, "captions": list("abcdef")}
+    options = {"tokenizer": tokenizer, "verbose": 0}
+
+    def evaluate(model):
+        evaluation.compute_features(model, captioned, folder=tmp_path, **options)
+        evaluation.zero_shot_classifier(model, NAMES, **options)
+        evaluation.embed(model, captioned, **options)
+        evaluation.embed_texts(model, NAMES, **options)
+        evaluation.evaluate_linear_probe(
+            model, labeled, labeled, regularization=1.0, verbose=0
+        )
+        evaluation.evaluate_retrieval(model, captioned, **options)
+        return evaluation.evaluate_zero_shot(model, labeled, NAMES, **options)
+
+    model, history = fit([Evaluate(evaluate, name="all")])
+    assert history["val_all_top_1"] == [evaluate(model)["top_1"]]
+    assert kcm.TowerFeatures(tmp_path).num_images == 6
 
 
 # === What training makes of it ===
@@ -204,8 +203,8 @@ def test_an_interrupted_run_resumes_the_same(tmp_path):
 def test_the_first_the_last_and_each_so_many_epochs_are_evaluated(small):
     values = [0.1, 0.3, 0.2, 0.6]
     # Epochs 1, 3, 6 and, as the last one, 7.
-    history = log(small, Scripted(values, every=3), epochs=7)
-    assert history[RECALL] == [0.1, 0.1, 0.3, 0.3, 0.3, 0.2, 0.6]
+    history = log(small, scripted(values, every=3), epochs=7)
+    assert history["val_score"] == [0.1, 0.1, 0.3, 0.3, 0.3, 0.2, 0.6]
 
 
 @pytest.mark.any_backend
@@ -214,8 +213,8 @@ def test_an_epoch_at_whose_end_training_stops_is_evaluated(small):
         def on_epoch_end(self, epoch, logs=None):
             self.model.stop_training = epoch == 1
 
-    history = log(small, Stop(), Scripted([0.1, 0.4], every=9), epochs=9)
-    assert history[RECALL] == [0.1, 0.4]
+    history = log(small, Stop(), scripted([0.1, 0.4], every=9), epochs=9)
+    assert history["val_score"] == [0.1, 0.4]
 
 
 @pytest.mark.any_backend
@@ -226,26 +225,23 @@ def test_a_model_whose_loss_is_not_finite_is_not_evaluated():
                 scale = self.model.head.logit_scale
                 scale.assign(scale * math.nan)
 
-    callbacks = [Break(), keras.callbacks.TerminateOnNaN(), Retrieval(pairs())]
+    callbacks = [Break(), keras.callbacks.TerminateOnNaN(), scripted([0.1])]
     _, history = fit(callbacks, epochs=4)
-    assert np.isfinite(history[RECALL][0])
-    assert len(history[RECALL]) == 2
-    assert math.isnan(history[RECALL][1])
+    np.testing.assert_array_equal(history["val_score"], [0.1, math.nan])
 
 
 # === Processes ===
 
 
 @pytest.mark.any_backend
-def test_all_processes_have_the_metrics_of_the_main_one(monkeypatch):
+def test_all_processes_have_the_metrics_of_the_main_one(small, monkeypatch):
     monkeypatch.setattr(
         evaluation_module,
         "all_gather_object",
         lambda value: [[0.25, 0.5], value],
     )
-    _, history = fit([Retrieval(pairs(), ks=(1,))])
-    assert history[RECALL] == [0.25]
-    assert history["val_text_to_image_recall@1"] == [0.5]
+    history = log(small, Evaluate(lambda model: {"one": 0.1, "other": 0.2}))
+    assert (history["val_one"], history["val_other"]) == ([0.25], [0.5])
 
 
 # === Wrong input ===
@@ -283,6 +279,22 @@ def test_what_cannot_be_evaluated_is_an_error_before_training(make, message):
     with pytest.raises(ValueError, match=rf"{message}[\s\S]*Received: "):
         fit([make(), steps])
     assert steps.count == 0
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: [Evaluate({"score": 0.5})], "`function` must be a function"),
+        (lambda: [Evaluate(lambda model: 0.5)], "`function` must return"),
+        (lambda: [Evaluate(lambda model: {"score": "0.5"})], "`function` must return"),
+        (lambda: [scripted([0.5]), scripted([0.4])], "`name` must distinguish"),
+        (lambda: [Evaluate(lambda model: {"loss": 0.5})], "`name` must distinguish"),
+    ],
+)
+def test_wrong_functions_and_names_in_use_are_errors(small, make, message):
+    with pytest.raises(ValueError, match=rf"{message}[\s\S]*Received: "):
+        log(small, *make(), validation_data=random_pairs(4))
 
 
 @pytest.mark.any_backend
