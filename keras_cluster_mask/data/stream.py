@@ -24,9 +24,8 @@ from keras_cluster_mask.data.threads import Threads
 
 # The limits of prefetching per process, in bytes and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
-# More threads in one process would wait for each other, and the GIL keeps more
-# processors than these from being busy.
-MAX_THREADS, BUSY = 16, 3
+# More threads in one process would wait for each other.
+MAX_THREADS = 16
 
 
 class ImageTextDataset(grain.IterDataset):
@@ -51,8 +50,7 @@ class ImageTextDataset(grain.IterDataset):
         process: Pair of integers. The index of this process, and the number of
             processes.
         class_names: List of strings, the names that labels are indices into, if known.
-        waits: deque of the times at which the program began and ended to wait for each
-            of the last batches, in seconds.
+        waited: Float. The seconds for which the program has waited for batches.
     """
 
     def __init__(self, samples: Samples):
@@ -69,7 +67,7 @@ class ImageTextDataset(grain.IterDataset):
         self.process = reading.process
         labels = reading.fields.labels
         self.class_names = labels.class_names if labels else []
-        self.waits = collections.deque(maxlen=1024)
+        self.waited = 0.0
         self._samples, self._reading = samples, reading
 
     @property
@@ -102,17 +100,6 @@ class ImageTextDataset(grain.IterDataset):
             return None
         return sum(len(self._reading.positions(batch)) for batch in range(len(self)))
 
-    def faster(self, share: float) -> int | None:
-        """Returns the `num_workers` that would shorten the wait for data, or `None`.
-
-        Args:
-            share: float. The share of time that steps wait for data.
-        """
-        workers = max(self._reading.num_workers, 1)
-        wanted = math.ceil(workers / (1 - min(share, 0.9)))
-        useful = min(wanted, -(-num_processors() // BUSY))
-        return useful if useful > workers else None
-
     def as_dataset(self) -> Any:
         """Returns a `tf.data.Dataset` of the batches, which also starts at `start`."""
         from keras_cluster_mask.data.tensorflow import as_dataset
@@ -140,7 +127,6 @@ class _Iterator(grain.DatasetIterator):
         self._skipped = SkippedSamples(reading.indexes, reading.max_skipped)
         dataset.skipped = self._skipped
         self._total = dataset.num_samples // reading.process[1]
-        dataset.waits.clear()
         self._start(dataset.start)
 
     def _start(self, batch):
@@ -174,7 +160,7 @@ class _Iterator(grain.DatasetIterator):
                 self._close()
                 raise
             self._batch += 1
-            self._dataset.waits.append((began, time.perf_counter()))
+            self._dataset.waited += time.perf_counter() - began
             rows = len(batch["images"])
             faults = batch.pop(FAULTS)
             # In training, broken samples have been replaced.
