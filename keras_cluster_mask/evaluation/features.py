@@ -9,11 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
-from keras_cluster_mask.checks import check_integer
-from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.evaluation.checks import check_whole
 from keras_cluster_mask.evaluation.embedding import Embedder, texts_of
@@ -34,8 +31,6 @@ def compute_features(
     tokenizer: Any,
     folder: str | os.PathLike,
     verbose: str | int = "auto",
-    *,
-    num_crops: int = 0,
 ) -> TowerFeatures:
     """Runs both towers of a model once over a dataset, and stores their features.
 
@@ -47,22 +42,17 @@ def compute_features(
         data: As for `embed`, with `"captions"`: one or several for each image.
         tokenizer: As for `embed`.
         folder: str or path. The folder to write to.
-        num_crops: Integer. The number of random crops of each image, of which features
-            are stored beside those of the whole image. `fit` draws the whole image or
-            one of its crops in each epoch. Crops have at least 0.4 of the area of the
-            image, and need uint8 RGB images.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
         `TowerFeatures`, data for `ContrastiveModel.fit`.
 
     Raises:
-        ValueError: If the folder holds features of other towers, data or crops. Data
-            other than arrays and an `image_text_dataset` is known by its first batch,
-            and an iterator not at all.
+        ValueError: If the folder holds features of other towers, of another tokenizer
+            or of other data. Data other than arrays and an `image_text_dataset` is
+            known by its first batch, and an iterator not at all.
     """
     check_whole("data", data)
-    check_integer("num_crops", num_crops, at_least=0)
     embedder = Embedder(model, features=True)
     model = embedder.model
     description = {
@@ -71,7 +61,6 @@ def compute_features(
         "tokenizer": check_tokenizer(
             model, tokenizer, model.input_rules.context_length
         ),
-        "num_crops": num_crops,
     }
     tokenizer = embedder.tokenizer(tokenizer)
     folder = pathlib.Path(folder)
@@ -93,10 +82,8 @@ def compute_features(
                     f"{int(np.sum(counts == 0))} images of a batch without"
                 )
             token_ids = tokenizer(texts)
-            images, first = batch["images"], found["rows"]["images"]
-            views = [images, *(_cropped(images, first, i) for i in range(num_crops))]
             arrays = {
-                "image_features": np.hstack([*map(embedder.images, views)]),
+                "image_features": embedder.images(batch["images"]),
                 "text_features": embedder.texts(token_ids),
                 "token_ids": token_ids,
                 "captions_of_image": counts,
@@ -120,22 +107,6 @@ def _describe_data(data):
     first = data if isinstance(data, dict) else next(read_batches(data), {})
     images = np.ascontiguousarray(first.get("images", 0))
     return [zlib.crc32(images), zlib.crc32(repr([*first.get("captions", ())]).encode())]
-
-
-def _cropped(images, first, number):
-    """Returns a random crop of each image, which depends on numbers alone.
-
-    Args:
-        images: `(batch, H, W, 3)` uint8 array.
-        first: The number of the first image.
-        number: The number of the crop.
-    """
-    crop, rng = Images(images.shape[1:3], training=True), np.random.default_rng
-    crops = [
-        crop(Image.fromarray(image), rng([row, number]))
-        for row, image in enumerate(images, first)
-    ]
-    return crop.batch(crops)
 
 
 def _append(folder, found, arrays):

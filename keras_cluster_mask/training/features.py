@@ -31,8 +31,7 @@ class TowerFeatures:
     """Features of both towers for a dataset, in memory-mapped files.
 
     `kcm.evaluation.compute_features` makes them, and `ContrastiveModel.fit` trains the
-    projections on them. Each epoch draws one caption of each image, and, of several
-    views, one: the whole image or a crop.
+    projections on them. Each epoch draws one caption of each image.
 
     Example:
 
@@ -53,12 +52,13 @@ class TowerFeatures:
         folder: str or path. A folder that `compute_features` has filled.
 
     Attributes:
-        description: dict. What the features depend on: weights of the towers, pixels,
-            data and crops.
-        tokenizer_fingerprint: str that identifies the tokenizer, or None.
-        num_images: int.
-        num_texts: int.
-        num_views: int. The whole image, and its crops.
+        description: Dictionary. What the features depend on: the encoders, the pixel
+            mean and deviation of the model, the tokenizer, and the data.
+        tokenizer_fingerprint: String, or `None`. Identifies the tokenizer.
+        num_images: Integer. The number of images.
+        num_texts: Integer. The number of captions of all images.
+        counts: `(num_images,)` array. The number of captions of each image.
+        first_text: `(num_images,)` array. The row of the first caption of each image.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -83,12 +83,8 @@ class TowerFeatures:
             )
             for name, (dtype, kind) in ARRAYS.items()
         }
-        self.num_views = 1 + self.description["num_crops"]
-        # On disk, the views of an image are one row.
-        views = self._arrays["image_features"]
-        self._arrays["image_features"] = views.reshape(len(views), self.num_views, -1)
-        counts = self._arrays.pop("captions_of_image")
-        self.counts, self.first_text = counts, np.cumsum(counts) - counts
+        self.counts = self._arrays.pop("captions_of_image")
+        self.first_text = np.cumsum(self.counts) - self.counts
 
     def check_model(self, model: keras.Model, training: bool = False) -> None:
         """Raises an error unless the features are those that a model computes.
@@ -122,7 +118,6 @@ class TowerFeatures:
             name: `"image"` or `"text"`.
         """
         rows = self._arrays[f"{name}_features"]
-        rows = rows.reshape(-1, rows.shape[-1])
         parts = np.array_split(rows, math.ceil(len(rows) / ROWS))
         mean = sum(part.sum(axis=0, dtype="float64") for part in parts) / len(rows)
         square = sum(((part - mean) ** 2).sum(axis=0) for part in parts) / len(rows)
@@ -130,26 +125,23 @@ class TowerFeatures:
         # A feature that varies by rounding alone is only centered.
         return mean, np.where(deviation > 1e-4 * deviation.mean(), deviation, 1.0)
 
-    def pairs(
-        self, images: Any, captions: Any = 0, views: Any = 0
-    ) -> dict[str, np.ndarray]:
-        """Returns the features of a view of images, and of one caption of each.
+    def pairs(self, images: Any, captions: Any = 0) -> dict[str, np.ndarray]:
+        """Returns the features of images, and of one caption of each.
 
         Args:
             images: `(batch,)` ints.
             captions: `(batch,)` ints, the number of the caption of each image.
-            views: `(batch,)` ints, the number of the view; 0 is the whole image.
         """
         texts = self.first_text[images] + captions
         return {
-            "image_features": self._arrays["image_features"][images, views],
+            "image_features": self._arrays["image_features"][images],
             "text_features": self._arrays["text_features"][texts],
             "token_ids": self._arrays["token_ids"][texts],
         }
 
 
 class FeatureBatches(ArrayBatches):
-    """Batches of `TowerFeatures`, each with one view and one caption of each image.
+    """Batches of `TowerFeatures`, with one caption of each image.
 
     Args:
         features: `TowerFeatures`.
@@ -166,11 +158,8 @@ class FeatureBatches(ArrayBatches):
     def batch(self, rows, epoch):
         features = self._features
         rng = np.random.default_rng([self.shuffle_seed, epoch, 1])
-        drawn = rng.random(features.num_images)[rows]
-        drawn *= features.counts[rows] * features.num_views
-        return features.pairs(
-            rows, *np.divmod(drawn.astype("int64"), features.num_views)
-        )
+        drawn = rng.random(features.num_images)[rows] * features.counts[rows]
+        return features.pairs(rows, captions=drawn.astype("int64"))
 
 
 def read_progress(folder: pathlib.Path) -> dict[str, Any] | None:
