@@ -126,22 +126,6 @@ def test_an_uncompiled_model_is_refused_and_keeps_its_scaling(tmp_path):
 
 
 @pytest.mark.any_backend
-def test_features_are_those_of_the_whole_data_and_of_one_architecture(
-    tmp_path, write_pairs
-):
-    part = stream(write_pairs("a.tar", 0, 8), training=False, process=(0, 2))
-    with pytest.raises(ValueError, match=r"`data` must hold all.*process=\(0, 1\)"):
-        compute_features(small_model(), part, None, tmp_path)
-    model = make_model(vit_encoder)
-    other = make_model(lambda: vit_encoder(num_heads=4))
-    computed(model, tmp_path)
-    weights = zip(model.get_weights(), other.get_weights())
-    other.set_weights([x.reshape(y.shape) for x, y in weights])
-    with pytest.raises(ValueError, match="`features` must be those of the same"):
-        computed(other, tmp_path)
-
-
-@pytest.mark.any_backend
 def test_micro_batches_have_no_effect_on_features_and_need_not_fit(tmp_path):
     model, other = frozen_model(micro_batch_size=2), frozen_model()
     features, _ = computed(model, tmp_path)
@@ -219,49 +203,65 @@ def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("change", ["weights", "data"])
-def test_features_of_something_else_are_refused(change, tmp_path):
+def test_features_of_other_weights_are_refused(tmp_path):
     model = frozen_model()
     features, _ = computed(model, tmp_path)
-    if change == "weights":
-        weight = model.image_encoder.weights[0]
-        weight.assign(weight + 1.0)
+    weight = model.image_encoder.weights[0]
+    weight.assign(weight + 1.0)
+    for use in (
+        lambda: model.fit(features, batch_size=5),
+        lambda: model.evaluate(features),
+        lambda: computed(model, tmp_path),
+    ):
         with pytest.raises(ValueError, match=r"`features` .*towers.*Received: "):
-            model.fit(features, batch_size=5)
-        with pytest.raises(ValueError, match=r"`features` .*towers.*Received: "):
-            model.evaluate(features)
-    with pytest.raises(ValueError, match=r"`features` .*Received: "):
-        computed(model, tmp_path, seed=1)
+            use()
 
 
 @pytest.mark.any_backend
-def test_features_of_another_pooling_are_refused(tmp_path):
-    computed(frozen_model(pooling=("class", "class")), tmp_path)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda is_other: frozen_model(
+            pooling=("mean" if is_other else "class", "class")
+        ),
+        lambda is_other: make_model(lambda: vit_encoder(num_heads=4 - 2 * is_other)),
+    ],
+    ids=["pooling", "heads"],
+)
+def test_features_of_other_settings_are_refused(make, tmp_path):
+    model, other = make(False), make(True)
+    weights = zip(model.get_weights(), other.get_weights())
+    other.set_weights([x.reshape(y.shape) for x, y in weights])
+    computed(model, tmp_path)
     with pytest.raises(ValueError, match=r"`features` .*towers.*Received: "):
-        computed(frozen_model(pooling=("mean", "class")), tmp_path)
+        computed(other, tmp_path)
+
+
+@pytest.mark.any_backend
+def test_data_of_one_of_several_processes_is_refused(tmp_path, write_pairs):
+    part = stream(write_pairs("a.tar", 0, 8), training=False, process=(0, 2))
+    with pytest.raises(ValueError, match=r"`data` must hold all.*process=\(0, 1\)"):
+        compute_features(small_model(), part, None, tmp_path)
 
 
 @pytest.mark.any_backend
 def test_other_batches_and_other_captions_are_refused(tmp_path, write_pairs):
-    def compute(data, name):
-        compute_features(model, data, tokenizer, tmp_path / name, verbose=0)
-
-    model, (one, other) = frozen_model(), (dataset(6, seed=seed) for seed in (0, 1))
-    compute([one], "batches")
-    compute([one], "batches")
-    halves = [{name: values[:3] for name, values in one.items()}]
-    for data in [other], halves:
-        with pytest.raises(ValueError, match=r"`features` .*data.*Received: "):
-            compute(data, "batches")
-    source = write_pairs("pairs.tar", 0, 6)
-
     def stream(captions):
         options = {"training": False, "include_captions": captions, "format": "grain"}
         return kcm.data.image_text_dataset(source, None, 16, 3, **options)
 
-    compute(stream(True), "stream")
-    with pytest.raises(ValueError, match=r"`features` .*data.*Received: "):
-        compute(stream("all"), "stream")
+    source, model = write_pairs("pairs.tar", 0, 6), frozen_model()
+    one, other = dataset(6), dataset(6, seed=1)
+    halves = [{name: values[:3] for name, values in one.items()}]
+    for number, (data, others) in enumerate(
+        [(one, [other]), ([one], [[other], halves]), (stream(True), [stream("all")])]
+    ):
+        folder = tmp_path / str(number)
+        for _ in range(2):
+            compute_features(model, data, tokenizer, folder, verbose=0)
+        for each in others:
+            with pytest.raises(ValueError, match=r"`features` .*data.*Received: "):
+                compute_features(model, each, tokenizer, folder, verbose=0)
 
 
 @pytest.mark.any_backend
@@ -278,16 +278,14 @@ def test_the_tokenizer_is_part_of_the_features(tmp_path):
 def test_empty_batches_are_left_out(tmp_path):
     model = frozen_model()
     expected, data = computed(model, tmp_path / "whole", images=6)
-    parts = [
-        {k: v[part] for k, v in data.items()}
-        for part in map(slice, (0, 3, 3), (3, 3, 6))
-    ]
-    empty = parts.pop(1)
-    for batches in [empty, *parts], [parts[0], empty, parts[1]]:
-        folder = tmp_path / str(len(batches[0]["images"]))
-        found = compute_features(model, batches, tokenizer, folder, verbose=0)
-        rows = [x.pairs(slice(None))["image_features"] for x in (found, expected)]
-        np.testing.assert_allclose(*rows, rtol=1e-5, atol=1e-6)
+    empty, first, second = (
+        {name: values[start:end] for name, values in data.items()}
+        for start, end in ((0, 0), (0, 3), (3, 6))
+    )
+    batches = [empty, first, empty, second]
+    found = compute_features(model, batches, tokenizer, tmp_path / "parts", verbose=0)
+    rows = [x.pairs(slice(None))["image_features"] for x in (found, expected)]
+    np.testing.assert_allclose(*rows, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"`data` must hold at least one image"):
         compute_features(model, [empty], tokenizer, tmp_path / "none", verbose=0)
 
@@ -312,19 +310,12 @@ def test_what_changes_features_is_refused(name, tmp_path):
         model.fit(features, batch_size=5)
 
 
-@pytest.mark.any_backend
-def test_features_of_a_masked_model_train_its_projections_without_masking(tmp_path):
+@pytest.mark.one_case
+def test_features_of_a_masked_model_train_and_validate_it_without_masking(tmp_path):
     masked = frozen_model(masking=kcm.RandomMasking(0.5))
     features, _ = computed(masked, tmp_path)
     model = masked.without_masking()
     model.compile("adam", **FAST)
-    model.fit(features, batch_size=5, verbose=0)
-
-
-@pytest.mark.one_case
-def test_features_may_be_validation_data(tmp_path):
-    model = frozen_model()
-    features, _ = computed(model, tmp_path)
     options = {"batch_size": 5, "verbose": 0}
     found = model.fit(features, epochs=2, validation_data=features, **options).history
     loss = model.evaluate(features, return_dict=True, **options)["loss"]
