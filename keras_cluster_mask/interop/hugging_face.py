@@ -25,10 +25,8 @@ from keras_cluster_mask.models.architecture import Architecture
 from keras_cluster_mask.models.pixels import (
     CLIP_MEAN,
     CLIP_STD,
-    PREPROCESSING_FILES,
     SIGLIP_MEAN,
     SIGLIP_STD,
-    image_processor_entries,
 )
 from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 
@@ -36,6 +34,9 @@ from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 SINGLE_FILES = "model.safetensors", "pytorch_model.bin"
 WEIGHT_FILES = *SINGLE_FILES, *(name + INDEX for name in SINGLE_FILES)
 CONFIG_FILE = "config.json"
+# The files of image processors. Newer versions write the second one, which holds the
+# first under "image_processor".
+PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
 
 # The families of `TEXT_FAMILIES` by `model_type`, and the names of their tensors.
 FAMILIES = {"clip": "CLIP", "metaclip_2": "MetaCLIP2", "siglip": "SigLIP"}
@@ -209,7 +210,13 @@ def _read_preprocessing(folder, of_model):
     is_siglip = of_model["family"] == "SigLIP"
     paths = [folder / name for name in PREPROCESSING_FILES]
     path = next(filter(pathlib.Path.is_file, paths), None)
-    given = image_processor_entries({} if path is None else read_json(path))
+    config = {} if path is None else read_json(path)
+    config = config.get("image_processor", config)
+    # A flag of null is off. Any other null stands for the default.
+    flags = "do_normalize", "do_rescale"
+    given = {k: x for k, x in config.items() if x is not None or k in flags}
+    if not given.get("do_normalize", True):
+        given.update(image_mean=0.0, image_std=1.0)
     for key in ("image_mean", "image_std"):
         # transformers takes a number for all channels.
         if is_number(given.get(key)):

@@ -234,7 +234,6 @@ class ContrastiveModel(ContrastiveTrainer):
         masking: PatchMasking | None = None,
         head: str = "linear",
         pooling: tuple[str | None, str | None] | None = None,
-        image_preset: str | None = None,
         **kwargs: Any,
     ) -> Self:
         """Makes a model from two encoders that were pre-trained apart.
@@ -253,20 +252,18 @@ class ContrastiveModel(ContrastiveTrainer):
                 `"class_and_mean"`. `None` is that of the family: the class token and
                 the mean of the patches for DINO, the class token for ViT and DeiT, the
                 mean of all tokens but padding for texts. A `TextEmbedder` has its own.
-            image_preset: String, the name or folder of the preset of `image_backbone`.
-                Its `preprocessor_config.json` or image converter gives `pixel_mean` and
-                `pixel_std`. A preset without either has those of the family.
-            **kwargs: Arguments of `ContrastiveModel`, before those of `image_preset`.
+            **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
+                default to those of the family of `image_backbone`.
 
         Reference:
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
               https://arxiv.org/abs/2111.07991)
         """
-        backbones = image_backbone, text_backbone
-        towers = pretrained_towers(*backbones, masking, pooling, image_preset)
-        return cls(
-            projection_dim=projection_dim, projection=head, **{**towers, **kwargs}
+        towers = pretrained_towers(
+            image_backbone, text_backbone, masking=masking, pooling=pooling
         )
+        options = {**towers, **kwargs}
+        return cls(projection_dim=projection_dim, projection=head, **options)
 
     # === One step of training ===
 

@@ -1,7 +1,6 @@
-"""Means and deviations of pixels, and what a preset says of them."""
+"""Means and deviations of pixels."""
 
 import warnings
-from typing import Any
 
 import keras
 import numpy as np
@@ -21,20 +20,6 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 # (https://github.com/facebookresearch/dinov2, dinov2/data/transforms.py).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# The files of image processors that transformers writes into a folder. Newer versions
-# write the second one, which holds the first under "image_processor".
-PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
-
-
-def image_processor_entries(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the entries that one of `PREPROCESSING_FILES` gives, as they are used."""
-    config = config.get("image_processor", config)
-    # A flag of null is off. Any other null stands for the default.
-    flags = "do_normalize", "do_rescale"
-    given = {k: x for k, x in config.items() if x is not None or k in flags}
-    if not given.get("do_normalize", True):
-        given.update(image_mean=0.0, image_std=1.0)
-    return given
 
 
 def check_statistics(mean, std, encoder):

@@ -1,15 +1,11 @@
 """Encoders made of pre-trained backbones: what is pooled, and how pixels are scaled."""
 
-import json
-import pathlib
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.encoders import (
     class_of,
@@ -20,10 +16,8 @@ from keras_cluster_mask.models.masked_encoder import with_masking
 from keras_cluster_mask.models.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    PREPROCESSING_FILES,
     SIGLIP_MEAN,
     SIGLIP_STD,
-    image_processor_entries,
 )
 from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
@@ -48,7 +42,6 @@ def pretrained_towers(
     text_backbone: keras.Model,
     masking: PatchMasking | None,
     pooling: tuple[str | None, str | None] | None,
-    image_preset: str | None,
 ) -> dict[str, Any]:
     """Returns arguments of `ContrastiveModel`; see `ContrastiveModel.from_encoders`."""
     hint = "Pass other encoders, with their own pooling, to `ContrastiveModel`. "
@@ -65,39 +58,12 @@ def pretrained_towers(
     own = getattr(text_backbone, "pooling_mode", "mean").replace("cls", "class")
     image_pooling, mean, std = IMAGE_FAMILIES[family]
     images = PooledEncoder(image_backbone, of_images or image_pooling)
-    if image_preset is not None:
-        mean, std = _pixel_statistics(image_preset, mean, std)
     return {
         "image_encoder": images if masking is None else with_masking(images, masking),
         "text_encoder": PooledEncoder(texts, of_texts or own),
         "pixel_mean": mean,
         "pixel_std": std,
     }
-
-
-def _pixel_statistics(preset, mean, std):
-    """Returns the mean and the deviation of the pixels that a preset takes.
-
-    Args:
-        preset: String, the name of a preset, or a folder.
-        mean: Three floats, for a preset that has none.
-        std: Three floats, for a preset that has none.
-    """
-    folder, scale = pathlib.Path(preset), 1 / 255
-    paths = [folder / name for name in PREPROCESSING_FILES]
-    path = next(filter(pathlib.Path.is_file, paths), None)
-    if path is not None:
-        given = image_processor_entries(json.loads(path.read_text()))
-        scale = given.get("rescale_factor", scale) if given.get("do_rescale", 1) else 1
-        mean, std = given.get("image_mean", mean), given.get("image_std", std)
-    elif not folder.is_dir() or (folder / "image_converter.json").is_file():
-        converter = import_keras_hub().layers.ImageConverter.from_preset(str(preset))
-        if converter is not None:
-            # keras_hub applies no scale or offset that is `None`.
-            std = 1 / np.array(converter.scale or 1)
-            mean, scale = -np.array(converter.offset or 0) * std, 1
-    # Of pixels from 0 to 1. One number is that of all channels.
-    return [np.repeat(x, 3 // np.size(x)) / (255 * scale) for x in (mean, std)]
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")

@@ -1,6 +1,5 @@
 """Two pre-trained encoders as one model: pooling, pixels and padding by family."""
 
-import json
 import warnings
 
 import keras
@@ -194,65 +193,6 @@ def test_pixels_are_those_of_the_family():
     assert make_model().pixel_mean == [0.5, 0.5, 0.5]
     assert make_model(deit_encoder).pixel_mean == [0.485, 0.456, 0.406]
     assert make_model(pixel_mean=None).pixel_mean is None
-
-
-PIXELS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    "config",
-    [
-        PIXELS,
-        {**PIXELS, "image_mean": 0.3, "rescale_factor": 1 / 127.5},
-        {**PIXELS, "do_rescale": False},
-        {**PIXELS, "do_normalize": False},
-        {**PIXELS, "do_normalize": None},
-        {**PIXELS, "do_rescale": None},
-    ],
-)
-def test_pixels_are_those_of_a_folder_of_hugging_face(config, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    processor = transformers.ViTImageProcessor.from_pretrained(tmp_path)
-    images = pairs()["images"]
-    expected = processor([*images], do_resize=False, return_tensors="np")
-    found = make_model(image_preset=tmp_path).towers.image.prepare(images)
-    expected = expected["pixel_values"].transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(to_numpy(found), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("scale", "offset"),
-    [(1 / 127.5, -1.0), ([0.01, 0.02, 0.03], [-2.0, -1.5, -1.0]), (None, None)],
-)
-def test_pixels_are_those_of_the_image_converter_of_a_preset(scale, offset, tmp_path):
-    backbone = vit_encoder()
-    converter = keras_hub.layers.ViTImageConverter(scale=scale, offset=offset)
-    for part in (backbone, converter):
-        part.save_to_preset(str(tmp_path))
-    images = pairs()["images"]
-    found = make_model(lambda: backbone, image_preset=tmp_path).towers.image.prepare(
-        images
-    )
-    expected = to_numpy(converter(images))
-    np.testing.assert_allclose(to_numpy(found), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.any_backend
-def test_a_preset_without_pixels_has_those_of_the_family(tmp_path, monkeypatch):
-    assert make_model(image_preset=tmp_path).pixel_mean == [0.5, 0.5, 0.5]
-    # That of DINOv2 on Hugging Face, which keras_hub does not convert.
-    converter = keras_hub.layers.ImageConverter
-    monkeypatch.setattr(converter, "from_preset", lambda preset: None)
-    preset = "hf://facebook/dinov2-small"
-    assert make_model(image_preset=preset).pixel_mean == [0.5, 0.5, 0.5]
-    path = tmp_path / "preprocessor_config.json"
-    path.write_text(json.dumps({"image_mean": [0.1, 0.2]}))
-    assert make_model(image_preset=tmp_path, pixel_mean=None).pixel_mean is None
-    with pytest.raises(ValueError, match=r"`pixel_mean` must be three .*Received: "):
-        make_model(image_preset=tmp_path)
 
 
 @pytest.mark.any_backend
