@@ -55,10 +55,10 @@ def test_a_tokenizer_that_returns_no_rows_is_an_error(shard, tokenizer):
 
 
 @pytest.mark.any_backend
-def test_without_a_tokenizer_captions_are_not_needed(write_tar, noise):
-    shard = write_tar("a.tar", [(f"{i}.png", noise(i)) for i in range(8)])
-    batch = first(make(shard, None, include_captions=False))
-    assert [*batch] == ["images"]
+def test_without_a_tokenizer_captions_are_not_needed(write_tar, noise, shard):
+    images = write_tar("images.tar", [(f"{i}.png", noise(i)) for i in range(8)])
+    assert [*first(make(images, None, include_captions=False))] == ["images"]
+    assert [*first(make(shard, None))] == ["images", "captions"]
 
 
 @pytest.fixture

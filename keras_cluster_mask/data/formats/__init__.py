@@ -23,6 +23,8 @@ FORMATS = {
 
 def format_of(path):
     """Returns the `Format` of a shard."""
-    for ending, format in FORMATS.items():
-        if re.search(f"({ending})$", path, re.IGNORECASE):
-            return format
+    return next(
+        format
+        for ending, format in FORMATS.items()
+        if re.search(f"({ending})$", path, re.IGNORECASE)
+    )
