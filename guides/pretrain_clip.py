@@ -149,7 +149,7 @@ show(kcm.visualization.plot_history(history, chance=chance), "training")
 
 # %% [markdown]
 # The model overfits: its training loss falls to the end, while its validation loss is lowest after
-# about 4 epochs and ends above chance. The recall rises for longer. It depends on the order of the
+# 3 or 4 epochs and ends above chance. The recall rises for longer. It depends on the order of the
 # similarities alone, and not on how certain the model is.
 #
 # ## Recall
