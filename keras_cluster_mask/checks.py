@@ -51,6 +51,24 @@ def check_range(name: str, value: Any, low: float, high: float, ends="[]") -> No
         raise ValueError(f"`{name}` must be in {interval}. Received: {name}={value!r}")
 
 
+def sides_of(name: str, size: Any, other: str = "a positive integer") -> tuple:
+    """Returns two positive integers, or raises an error.
+
+    Args:
+        name: The name of the argument.
+        size: Its value: two integers, or one for both.
+        other: For the error message, what it may be other than a tuple.
+    """
+    sides = [size, size] if is_integer(size) else size
+    is_pair = isinstance(sides, tuple | list) and len(sides) == 2
+    if not is_pair or not all(is_integer(side) and side > 0 for side in sides):
+        raise ValueError(
+            f"`{name}` must be {other} or a tuple of two positive integers. "
+            f"Received: {name}={size}"
+        )
+    return int(sides[0]), int(sides[1])
+
+
 def fits_shape(shape: tuple, expected: tuple) -> bool:
     """Returns whether two shapes are equal, except for unknown sizes (`None`)."""
     return len(shape) == len(expected) and all(

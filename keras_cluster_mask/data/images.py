@@ -12,14 +12,16 @@ import cykooz_resizer as simd
 import numpy as np
 from PIL import Image, ImageOps
 
-from keras_cluster_mask.checks import check_choice, check_integer
+from keras_cluster_mask.checks import check_choice, sides_of
 
 # The weight of a pixel of a progressive JPEG. Decoding keeps all coefficients in
 # memory, even if the image is reduced.
 PROGRESSIVE = 4
 CROP_SCALE = 0.4, 1.0
+# The range of the width / height of a crop, relative to that of the resized crop.
 RATIO = 3 / 4, 4 / 3
 ORIENTATION = 0x0112
+TOO_LARGE = "the image has too many pixels"
 _thread = threading.local()
 
 
@@ -43,17 +45,11 @@ class EncodedImage:
     """
 
     def __init__(self, content, max_pixels):
-        try:
-            is_open = isinstance(content, Image.Image)
-            self._image = content if is_open else Image.open(io.BytesIO(content))
+        self._image = content
+        with _decoding():
+            if not isinstance(content, Image.Image):
+                self._image = Image.open(io.BytesIO(content))
             self._orientation = _orientation(self._image)
-        except Image.DecompressionBombError as error:
-            raise UnreadableImage("the image has too many pixels") from error
-        except MemoryError:
-            raise
-        # Decoders raise many kinds of errors on damaged files.
-        except Exception as error:
-            raise UnreadableImage("the image does not decode") from error
         self._max_pixels = math.inf if max_pixels is None else max_pixels
         progressive = PROGRESSIVE if "progressive" in self._image.info else 0
         self._coefficients = progressive * math.prod(self._image.size)
@@ -75,7 +71,7 @@ class EncodedImage:
             size: Pair of integers. The height and width of the result.
 
         Returns:
-            uint8 array `(height, width, 3)`, or 4 channels with alpha.
+            uint8 array `(height, width, 3)`.
         """
         full = self.size
         wanted = [int(size[i] * full[i] / box[2 + i]) for i in range(2)]
@@ -90,17 +86,27 @@ class EncodedImage:
         return resize(image, size, (left, top, right, bottom))
 
     def decoded(self):
-        """Returns a `PIL.Image.Image` in RGB or RGBA, with the orientation applied."""
+        """Returns a `PIL.Image.Image` in RGB, with the orientation applied."""
         if max(math.prod(self._image.size), self._coefficients) > self._max_pixels:
-            raise UnreadableImage("the image has too many pixels")
-        try:
-            turned = self._orientation > 1
-            image = ImageOps.exif_transpose(self._image) if turned else self._image
-            return _in_eight_bits(image)
-        except (MemoryError, UnreadableImage):
-            raise
-        except Exception as error:
-            raise UnreadableImage("the image does not decode") from error
+            raise UnreadableImage(TOO_LARGE)
+        with _decoding():
+            image = self._image
+            if self._orientation > 1:
+                image = ImageOps.exif_transpose(image)
+            return _as_rgb(image)
+
+
+@contextlib.contextmanager
+def _decoding():
+    """Raises `UnreadableImage` for the many kinds of errors that decoders raise."""
+    try:
+        yield
+    except (MemoryError, UnreadableImage):
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(TOO_LARGE) from error
+    except Exception as error:
+        raise UnreadableImage("the image does not decode") from error
 
 
 def _orientation(image):
@@ -113,11 +119,12 @@ def _orientation(image):
     return value if value in range(1, 9) else 1
 
 
-def _in_eight_bits(image):
-    """Converts an image to RGB, or to RGBA if it has transparency."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()
-        return image
+def _as_rgb(image):
+    """Decodes an image of any mode to RGB. Transparent pixels become white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     if image.mode[0] in "IF":
         values = np.asarray(image)
         # Pillow would clip the values of 16 bits to 255.
@@ -126,27 +133,25 @@ def _in_eight_bits(image):
         # Floats up to 1 would become black.
         if not np.array_equal(gray, levels) or (image.mode == "F" and gray.max() < 2):
             raise UnreadableImage("the gray levels are not integers from 0 to 255")
-        return Image.fromarray(gray).convert("RGB")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = Image.fromarray(gray)
+    return image.convert("RGB")
 
 
 def resize(image, size, box):
     """Resizes a part of an image by bicubic interpolation with antialiasing.
 
-    RGB images are resized by cykooz-resizer, whose SIMD instructions take a third of
-    Pillow's time. It sums rows and columns in a different order, so one pixel in seven
-    of a photograph differs, mostly by one level.
+    The SIMD instructions of cykooz-resizer take a third of Pillow's time. It sums rows
+    and columns in a different order, so one pixel in seven of a photograph differs,
+    mostly by one level.
 
     Args:
-        image: `PIL.Image.Image`, RGB or RGBA.
+        image: `PIL.Image.Image` in RGB.
         size: Pair of integers. Height and width of the result.
         box: Four floats: left, top, right and bottom of the part, in pixels.
 
     Returns:
-        uint8 array `(height, width, channels)`.
+        uint8 array `(height, width, 3)`.
     """
-    if image.mode != "RGB":
-        return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box))
     left, top, right, bottom = box
     options = simd.ResizeOptions()
     # The bicubic kernel with a = -0.5, as in Pillow.
@@ -205,12 +210,12 @@ def squash(image, size):
     return image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
-def random_box(size, image_size, draws, scale=CROP_SCALE, ratio=RATIO):
+def random_box(size, image_size, draws, scale=CROP_SCALE):
     """Draws the box of a random crop.
 
     The area and the aspect ratio are drawn first (the ratio log-uniformly), then the
     position. If the crop does not fit into the image, its area is reduced and its
-    aspect ratio is kept, so that no crop is distorted beyond `ratio`.
+    aspect ratio is kept, so that no crop is distorted beyond `RATIO`.
 
     Args:
         size: Pair of integers. Height and width of the image.
@@ -218,15 +223,13 @@ def random_box(size, image_size, draws, scale=CROP_SCALE, ratio=RATIO):
         draws: Four floats from 0 to 1.
         scale: Pair of floats. The range of the crop's area, as a fraction of the
             image's area.
-        ratio: Pair of floats. The range of the crop's width / height, relative to the
-            ratio of `image_size`.
 
     Returns:
         Tuple of integers: top, left, height and width, in pixels.
     """
     height, width = size
     area = height * width * (scale[0] + draws[0] * (scale[1] - scale[0]))
-    shape = ratio[0] * (ratio[1] / ratio[0]) ** draws[1]
+    shape = RATIO[0] * (RATIO[1] / RATIO[0]) ** draws[1]
     shape *= image_size[1] / image_size[0]
     crop = (area / shape) ** 0.5, (area * shape) ** 0.5
     fit = min(1.0, height / crop[0], width / crop[1])
@@ -267,10 +270,7 @@ class Images:
     data_format: str = "channels_last"
 
     def __post_init__(self):
-        size = self.image_size
-        is_pair = isinstance(size, tuple | list) and len(size) == 2
-        pair = size if is_pair else (size, size)
-        self.image_size = tuple(check_integer("image_size", side) for side in pair)
+        self.image_size = sides_of("image_size", self.image_size)
         check_choice("resize", self.resize, ("crop", "squash"))
         self.max_pixels = Image.MAX_IMAGE_PIXELS
         if self.resize == "squash":
@@ -342,8 +342,6 @@ class Images:
                 draws = generator.random(4)
                 box = random_box(image.size, self.image_size, draws, self.crop_scale)
             part = image.part(box, self.image_size)
-        if part.shape[2] == 4:
-            part = _over_white(part)
         if self.image_transform is None or not self.training:
             return part
         # A part may be read-only.
@@ -355,12 +353,6 @@ class Images:
                 f"gets, uint8 {part.shape}. Received: {changed.dtype} {changed.shape}"
             )
         return changed
-
-
-def _over_white(image):
-    """Blends an RGBA array with white, and returns an RGB array."""
-    alpha = image[..., 3:].astype("float32") / 255.0
-    return np.round(alpha * image[..., :3] + (1.0 - alpha) * 255.0).astype("uint8")
 
 
 def name_of(function):

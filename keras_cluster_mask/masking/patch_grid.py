@@ -1,11 +1,10 @@
 """The grid of patches of an image: its rows and columns, and counts of patches."""
 
 import math
-from typing import Any
 
 import keras
 
-from keras_cluster_mask.checks import is_integer
+from keras_cluster_mask.checks import sides_of
 
 
 def is_channels_first(data_format: str | None = None) -> bool:
@@ -77,24 +76,6 @@ def _sides(shape, data_format):
             f"channels first. Received: images.shape={tuple(shape)}"
         )
     return height_and_width(shape, data_format)
-
-
-def sides_of(name: str, size: Any, other: str = "a positive integer") -> tuple:
-    """Returns two positive integers, or raises an error.
-
-    Args:
-        name: The name of the argument.
-        size: Its value: two integers, or one for both.
-        other: For the error message, what it may be other than a tuple.
-    """
-    sides = [size, size] if is_integer(size) else size
-    is_pair = isinstance(sides, tuple | list) and len(sides) == 2
-    if not is_pair or not all(is_integer(side) and side > 0 for side in sides):
-        raise ValueError(
-            f"`{name}` must be {other} or a tuple of two positive integers. "
-            f"Received: {name}={size}"
-        )
-    return int(sides[0]), int(sides[1])
 
 
 def standardize_grid(grid) -> tuple[int, int] | None:

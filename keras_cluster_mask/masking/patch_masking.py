@@ -6,13 +6,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.checks import check_integer, check_range
+from keras_cluster_mask.checks import check_integer, check_range, sides_of
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.distribution.replicas import take_rows
 from keras_cluster_mask.masking.patch_grid import (
     grid_of_square_patches,
     grid_shape,
-    sides_of,
 )
 from keras_cluster_mask.masking.selection import (
     PutMask,

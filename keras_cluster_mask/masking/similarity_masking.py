@@ -5,9 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_cluster_mask.checks import check_choice, check_range
+from keras_cluster_mask.checks import check_choice, check_range, sides_of
 from keras_cluster_mask.distribution.chunks import map_rows
-from keras_cluster_mask.masking.patch_grid import sides_of
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.selection import add_state
 from keras_cluster_mask.masking.similarity import (

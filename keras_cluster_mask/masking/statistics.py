@@ -9,8 +9,9 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.batches import num_images, read_images
+from keras_cluster_mask.checks import sides_of
 from keras_cluster_mask.distribution.processes import progress_bar
-from keras_cluster_mask.masking.patch_grid import grid_shape, sides_of
+from keras_cluster_mask.masking.patch_grid import grid_shape
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.types import Tensor
 

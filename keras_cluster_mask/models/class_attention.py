@@ -5,8 +5,9 @@ import operator
 import keras
 from keras import ops
 
+from keras_cluster_mask.checks import sides_of
 from keras_cluster_mask.distribution.backends import in_full_precision
-from keras_cluster_mask.masking.patch_grid import height_and_width, sides_of
+from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.encoders import (
     EMBEDDINGS,
     count_tokens,

@@ -11,7 +11,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_cluster_mask.masking.patch_grid import grid_shape, sides_of
+from keras_cluster_mask.checks import sides_of
+from keras_cluster_mask.masking.patch_grid import grid_shape
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 from keras_cluster_mask.training.layers import all_layers
 

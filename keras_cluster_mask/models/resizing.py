@@ -4,11 +4,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.checks import check_integer, sides_of
 from keras_cluster_mask.masking.patch_grid import (
     height_and_width,
     is_channels_first,
-    sides_of,
 )
 from keras_cluster_mask.models.encoders import (
     RESIZABLE,
