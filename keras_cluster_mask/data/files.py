@@ -1,6 +1,7 @@
 """File access through fsspec: local, `s3://`, `gs://`, `memory://`, `http://`."""
 
 import bisect
+import collections
 import contextlib
 import errno
 import functools
@@ -161,13 +162,13 @@ def read_ranges(ranges):
     paths, starts, stops = map(list, zip(*ranges))
     merged = merge_offset_ranges(paths, starts, stops, max_gap=MAX_GAP)
     requests = [*zip(*merged)]
-    replies = dict(zip(requests, fetch(requests)))
+    replies = fetch(requests)
     for pause in RETRY_AFTER:
         failed = [each for each, reply in replies.items() if _may_pass(reply)]
         if not failed:
             break
         time.sleep(pause)
-        replies.update(zip(failed, fetch(failed)))
+        replies |= fetch(failed)
     # Requests are sorted, and do not overlap.
     firsts = [request[:2] for request in requests]
     results = []
@@ -203,29 +204,31 @@ def _part_of(reply, first, path, start, stop):
 
 
 def fetch(requests):
-    """Requests ranges from the storage, and returns bytes or an error for each."""
-    replies, systems = [None] * len(requests), {}
-    for number, (path, *span) in enumerate(requests):
+    """Requests ranges; returns a dictionary from each to its bytes or an error."""
+    replies, systems = {}, collections.defaultdict(list)
+    for request in requests:
         try:
-            system, name = file_system(path)
-            systems.setdefault(system, []).append((number, name, *span))
+            system, name = file_system(request[0])
+            systems[system].append((name, request))
         except ValueError as error:
-            replies[number] = error
+            replies[request] = error
     for system, several in systems.items():
-        numbers, *arguments = map(list, zip(*several))
-        sizes = [stop and stop - start for _, _, start, stop in several]
+        names, asked = map(list, zip(*several))
+        _, starts, stops = map(list, zip(*asked))
         read = functools.partial(system.cat_ranges, on_error="return")
+        size = sum(stop - start for _, start, stop in asked if stop)
         try:
-            contents = limited(system, read, *arguments, size=sum(filter(None, sizes)))
+            contents = limited(system, read, names, starts, stops, size=size)
         except TimeoutError as error:
-            contents = [error] * len(several)
-        for number, content, size in zip(numbers, contents, sizes):
-            if isinstance(content, MemoryError):
-                raise content
-            if size is not None and not isinstance(content, Exception):
-                # Some web servers ignore ranges.
-                content = content if len(content) <= size else ValueError(NO_RANGES)
-            replies[number] = content
+            contents = [error] * len(asked)
+        replies.update(zip(asked, contents))
+    for request, reply in replies.items():
+        _, start, stop = request
+        if isinstance(reply, MemoryError):
+            raise reply
+        # Some web servers ignore ranges.
+        if stop and not isinstance(reply, Exception) and len(reply) > stop - start:
+            replies[request] = ValueError(NO_RANGES)
     return replies
 
 
