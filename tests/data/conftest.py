@@ -70,8 +70,7 @@ class Storage(LocalFileSystem):
     """
 
     protocol = "storage"
-    requests, errors, failures, failed = [], [], 0.0, 0
-    _asked = collections.Counter()
+    failures, failed = 0.0, 0
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -87,7 +86,7 @@ class Storage(LocalFileSystem):
         self._asked[bytes_of] += 1
         draw = random.Random(f"{bytes_of} {self._asked[bytes_of]}").random()
         if draw < self.failures:
-            Storage.failed += 1
+            type(self).failed += 1
             raise OSError("the connection was reset")
         content = super().cat_file(path, start, end, **options)
         self.requests.append((path, start or 0, (start or 0) + len(content)))
@@ -99,13 +98,10 @@ def storage(tmp_path, monkeypatch):
     """The class of a file system at `storage://`, which counts what is read."""
     # The index of files at an address is in a cache.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(Storage, "requests", [])
-    monkeypatch.setattr(Storage, "errors", [])
-    monkeypatch.setattr(Storage, "failures", 0.0)
-    monkeypatch.setattr(Storage, "failed", 0)
-    monkeypatch.setattr(Storage, "_asked", collections.Counter())
-    fsspec.register_implementation("storage", Storage, clobber=True)
-    return Storage
+    state = {"requests": [], "errors": [], "_asked": collections.Counter()}
+    storage = type("Storage", (Storage,), state)
+    fsspec.register_implementation("storage", storage, clobber=True)
+    return storage
 
 
 @pytest.fixture

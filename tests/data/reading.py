@@ -39,6 +39,15 @@ def batches(dataset, first, last):
     return [[key.decode() for key in batch["keys"]] for batch in read]
 
 
+def together(parts):
+    """The keys that all processes read, batch by batch."""
+    assert len({len(part) for part in parts}) == 1
+    # All have as many rows of each batch.
+    for batch in zip(*parts):
+        assert len({len(keys) for keys in batch}) == 1
+    return [key for batch in zip(*parts) for keys in batch for key in keys]
+
+
 def pairs_of(images):
     """The files of a tar shard: images, each with a caption."""
     files = []

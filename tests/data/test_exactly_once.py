@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import files
-from tests.data.reading import batches, keys, make_dataset, pairs_of
+from tests.data.reading import batches, keys, make_dataset, pairs_of, together
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -48,15 +48,6 @@ def write_shards(write_tar, encode):
         return shards
 
     return write_shards
-
-
-def together(parts):
-    """The keys that all processes read, batch by batch."""
-    assert len({len(part) for part in parts}) == 1
-    # All have as many rows of each batch.
-    for batch in zip(*parts):
-        assert len({len(keys) for keys in batch}) == 1
-    return [key for batch in zip(*parts) for keys in batch for key in keys]
 
 
 def check_epochs(stream, num_samples=GOOD, broken=0):

@@ -85,17 +85,16 @@ def test_a_shard_that_is_replaced_is_refused(shards, write_pairs, training):
 
 
 @pytest.fixture
-def folder(tmp_path, encode):
+def folder(tmp_path, noise):
     """A table of intact rows and of one row with each fault."""
     folder = tmp_path / "folder"
     (folder / "images").mkdir(parents=True)
-    names = [f"images/{index}.png" for index in range(10)]
+    names = [*(f"images/{index}.png" for index in range(10)), "../above.png"]
     for name in names:
-        (folder / name).write_bytes(encode(np.zeros((4, 4, 3), "uint8")))
+        (folder / name).write_bytes(noise(0))
     (folder / "empty.png").touch()
-    (tmp_path / "absolute.png").write_bytes(encode(np.zeros((4, 4, 3), "uint8")))
     names += ["missing.png", "images", "nul\0.png", "n" * 5000, "\ud800.png"]
-    names += ["empty.png", str(tmp_path / "absolute.png"), "../absolute.png"]
+    names += ["empty.png", str(tmp_path / "above.png")]
     lines = [json.dumps({"file_name": name, "text": "a"}) for name in names]
     lines += ["broken", json.dumps({"file_name": names[0]}), json.dumps({"text": "a"})]
     lines += [json.dumps({"file_name": names[0], "text": ""})]
@@ -176,8 +175,7 @@ def test_an_image_with_an_unknown_protocol_is_a_skipped_sample(noise):
 
 
 def test_images_at_addresses_are_read_beside_their_table(encode, tmp_path, memory):
-    image = encode(np.full((4, 4, 3), 7, "uint8"))
-    memory.pipe("/faults/a/1.png", image)
+    memory.pipe("/faults/a/1.png", encode(np.full((4, 4, 3), 7, "uint8")))
     lines = "file_name,text\na/1.png,one\nmissing.png,two\nmemory://faults/a/1.png,x\n"
     memory.pipe("/faults/metadata.csv", lines.encode())
     dataset = make("memory://faults", index_dir=tmp_path / "index")

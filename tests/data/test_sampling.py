@@ -9,7 +9,7 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.data import Sampling
-from tests.data.reading import Counted, Keys, batches, make_dataset
+from tests.data.reading import Counted, Keys, batches, make_dataset, together
 from tests.helpers import FAST, image_mlp, text_bag
 
 pytestmark = [
@@ -127,24 +127,20 @@ def test_epochs_are_the_same_for_all_processes_and_after_a_stop(shards, block_si
     steps = sum(map(len, epochs)) // 8
     streams = []
     for processes in (1, 2, 4):
-        parts = []
-        for number in range(processes):
-            options = dict(
-                process=(number, processes), batch_size=8, block_size=block_size
-            )
-            # As another program would make it, which then resumes.
-            first, second = (
-                make(shards, Sampling(dict(COPIES), 5), **options) for _ in range(2)
-            )
-            assert len(first) == len(epochs[0]) // 8
-            stop = steps // 2
-            parts.append(batches(first, 0, stop) + batches(second, stop, steps))
-        streams.append([key for batch in zip(*parts) for keys in batch for key in keys])
+        parts = [[] for _ in range(processes)]
+        for number, part in enumerate(parts):
+            options = {"process": (number, processes), "block_size": block_size}
+            # Another program resumes.
+            for first, last in ((0, steps // 2), (steps // 2, steps)):
+                sampling = Sampling(dict(COPIES), 5)
+                dataset = make(shards, sampling, batch_size=8, **options)
+                part += batches(dataset, first, last)
+        streams.append(together(parts))
     assert streams[0] == streams[1] == streams[2]
     first = 0
     for epoch in epochs[:3]:
-        assert sorted(streams[0][first : first + len(epoch)]) == epoch
-        assert streams[0][first : first + len(epoch)] != epoch
+        read = streams[0][first : first + len(epoch)]
+        assert sorted(read) == epoch != read
         first += len(epoch)
 
 
