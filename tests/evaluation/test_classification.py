@@ -1,10 +1,9 @@
 import types
-import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from keras_cluster_mask.callbacks import ZeroShot
 from keras_cluster_mask.data import image_text_dataset
@@ -32,22 +31,23 @@ def unbalanced_labels(count, num_classes, seed=0):
     )
 
 
+# It warns of answers that are never right.
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
 @pytest.mark.parametrize("num_classes", [6, 30])
-def test_accuracies_are_those_of_torch_and_scikit_learn(num_classes):
-    torch = pytest.importorskip("torch")
+def test_accuracies_are_those_of_scikit_learn(num_classes):
     scores = np.random.default_rng(0).normal(size=(500, num_classes)).astype("float32")
     labels = unbalanced_labels(500, num_classes)
     # Columns that are equal, and so tie, for classes that no item is of.
     scores[:, -1] = scores[:, 0] - 9
-    found = classification_accuracy(scores, labels)
-    top = torch.from_numpy(scores).topk(5)[1].numpy()
-    assert found["top_5"] == pytest.approx((top == labels[:, None]).any(1).mean())
-    assert found["top_1"] == pytest.approx((top[:, 0] == labels).mean(), abs=1e-9)
-    # It warns of answers that are never right.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        expected = balanced_accuracy_score(labels, scores.argmax(1))
-    assert found["mean_per_class"] == pytest.approx(expected, abs=1e-9)
+    classes = np.arange(num_classes)
+    assert classification_accuracy(scores, labels) == pytest.approx(
+        {
+            "top_1": top_k_accuracy_score(labels, scores, k=1, labels=classes),
+            "top_5": top_k_accuracy_score(labels, scores, k=5, labels=classes),
+            "mean_per_class": balanced_accuracy_score(labels, scores.argmax(axis=1)),
+        },
+        abs=1e-9,
+    )
 
 
 def test_scores_are_compared_in_their_own_precision():
@@ -69,25 +69,18 @@ def test_of_equal_scores_the_first_class_counts_as_the_highest():
 def test_of_classes_of_the_same_name_only_the_first_is_predicted(model, tokenizer):
     names = ["crane", "dog", "fox", "crane", "owl", "bee", "dog"]
     images = random_pairs(60, seed=3)["images"]
-    # An untrained model prefers few classes, so these are the classes of the images.
     texts = embed_texts(model, names, tokenizer, verbose=0)
     scores = embed(model, images, verbose=0)["image_embeddings"] @ texts.T
     scores = scores[:, [names.index(name) for name in names]]
-    order = np.argsort(-scores, axis=1, kind="stable")
-    labels = order[np.arange(60), np.random.default_rng(0).integers(0, 4, 60)]
+    # Half of the images are of the class that is predicted, the others of the second
+    # crane.
+    labels = np.where(np.arange(60) % 2, 3, scores.argmax(axis=1))
     with pytest.warns(UserWarning, match=r"`class_names` holds \['crane', 'dog'\]"):
         found = evaluate_zero_shot(
             model, (images, labels), names, tokenizer, "{}", verbose=0
         )
-    hits = order == labels[:, None]
-    predicted = order[:, 0]
-    assert found == {
-        "top_1": pytest.approx(hits[:, 0].mean()),
-        "top_5": pytest.approx(hits[:, :5].any(axis=1).mean()),
-        "mean_per_class": pytest.approx(balanced_accuracy_score(labels, predicted)),
-    }
-    assert np.isin(labels, [3, 6]).any()
-    assert found["top_1"] > 0
+    assert found["top_1"] == 0.5
+    assert found == pytest.approx(classification_accuracy(scores, labels))
 
 
 def test_classes_of_the_same_name_have_equal_weights(model, tokenizer):
@@ -123,7 +116,6 @@ def test_images_and_labels_are_read_batch_by_batch_and_nothing_else(model, token
 
 
 def test_templates_are_formats_functions_or_texts_of_each_class(model, tokenizer):
-    open_clip = pytest.importorskip("open_clip")
     texts = {name: [f"a photo of a {name}.", f"{name}!"] for name in NAMES}
     expected = zero_shot_classifier(model, NAMES, tokenizer, texts, verbose=0)
     for templates in (
@@ -133,10 +125,6 @@ def test_templates_are_formats_functions_or_texts_of_each_class(model, tokenizer
     ):
         found = zero_shot_classifier(model, NAMES, tokenizer, templates, verbose=0)
         np.testing.assert_allclose(found, expected, atol=1e-6)
-    functions = open_clip.OPENAI_IMAGENET_TEMPLATES[:3]
-    assert callable(functions[0])
-    found = zero_shot_classifier(model, NAMES, tokenizer, functions, verbose=0)
-    assert found.shape == (96, len(NAMES))
     # One text, and the same one for two classes.
     alike = {"cat": ["a pet"], "dog": "a pet"}
     found = zero_shot_classifier(model, ["cat", "dog"], tokenizer, alike, verbose=0)
@@ -209,28 +197,19 @@ def colored(folder, class_names, format="grain"):
     return image_text_dataset(folder, None, 16, 2, False, format=format, **options)
 
 
-EVALUATIONS = {
-    "zero-shot": lambda model, tokenizer, data, names: evaluate_zero_shot(
-        model, data, names, tokenizer, verbose=0
-    ),
-    "linear probe": lambda model, tokenizer, data, names: evaluate_linear_probe(
-        model, data, data, verbose=0
-    ),
-}
-
-
 @pytest.mark.filterwarnings("ignore:.*was skipped")
-@pytest.mark.parametrize("evaluation", list(EVALUATIONS))
 @pytest.mark.parametrize("format", ["grain", "tf"])
-def test_a_misspelled_class_is_not_left_out(
-    model, tokenizer, folder, evaluation, format
-):
+def test_a_misspelled_class_is_not_left_out(model, tokenizer, folder, format):
     if format == "tf":
         pytest.importorskip("tensorflow")
     misspelled = ["red", "gren", "blue"]
     data = colored(folder, misspelled, format)
-    with pytest.raises(ValueError, match=r"`class_names` of .*Received: \['gren'\]"):
-        EVALUATIONS[evaluation](model, tokenizer, data, misspelled)
+    for evaluate in (
+        lambda: evaluate_zero_shot(model, data, misspelled, tokenizer, verbose=0),
+        lambda: evaluate_linear_probe(model, data, data, verbose=0),
+    ):
+        with pytest.raises(ValueError, match=r"`class_names` of.*Received: \['gren'\]"):
+            evaluate()
     # A choice of the classes, and names without images.
     for names in (["red", "blue"], [*COLORS, "black"]):
         evaluate_zero_shot(model, colored(folder, names), names, tokenizer, verbose=0)

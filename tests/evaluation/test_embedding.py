@@ -87,21 +87,25 @@ def test_images_alone_and_with_labels_need_no_texts(model, pairs, expected):
 
 
 @pytest.mark.any_backend
-def test_several_captions_of_an_image_are_embedded_each(model, tokenizer):
-    captions = [["ab", "c"], ["d"], ["ab", "e", "f"]]
+@pytest.mark.parametrize(
+    "captions",
+    [
+        [["ab", "c"], ["d"], ["ab", "e", "f"]],
+        np.array([["ab", "c"], ["d", "ab"], ["e", "f"]]),
+    ],
+    ids=["lists", "matrix"],
+)
+def test_several_captions_of_an_image_are_embedded_each(model, tokenizer, captions):
     data = {"images": random_pairs(3)["images"], "captions": captions}
-    found = embed(model, data, tokenizer, verbose=0)
-    assert found["image_of_text"].tolist() == [0, 0, 1, 2, 2, 2]
     flat = [text for each in captions for text in each]
+    owners = [row for row, each in enumerate(captions) for _ in each]
     texts = embed_texts(model, flat, tokenizer, verbose=0)
-    np.testing.assert_allclose(found["text_embeddings"], texts, atol=1e-6)
-    matrix = {**data, "captions": np.array([["ab", "c"], ["d", "ab"], ["e", "f"]])}
-    assert len(embed(model, matrix, tokenizer, verbose=0)["text_embeddings"]) == 6
-    # As batches, the numbers continue.
+    # In batches, the numbers continue.
     batches = [{k: v[:1] for k, v in data.items()}, {k: v[1:] for k, v in data.items()}]
-    again = embed(model, batches, tokenizer, verbose=0)
-    assert again["image_of_text"].tolist() == [0, 0, 1, 2, 2, 2]
-    np.testing.assert_allclose(again["text_embeddings"], texts, atol=1e-6)
+    for each in (data, batches):
+        found = embed(model, each, tokenizer, verbose=0)
+        assert found["image_of_text"].tolist() == owners
+        np.testing.assert_allclose(found["text_embeddings"], texts, atol=1e-6)
 
 
 @pytest.mark.any_backend
@@ -211,52 +215,46 @@ def test_bad_texts_and_tokenizers_are_refused_by_name(model, name, texts, tokeni
         embed_texts(model, texts, tokenizer)
 
 
-EVALUATIONS = {
-    "embed": lambda model, tokenizer, data: embed(model, data),
-    "retrieval": lambda model, tokenizer, data: evaluate_retrieval(model, data),
-    "zero-shot": lambda model, tokenizer, data: evaluate_zero_shot(
-        model, data, ["cat", "dog"], tokenizer
-    ),
-    "linear probe": lambda model, tokenizer, data: evaluate_linear_probe(
-        model, (random_pairs(6)["images"], np.arange(6) % 2), data
-    ),
-    "callback": lambda model, tokenizer, data: kcm.callbacks.Retrieval(data),
-    "zero-shot callback": lambda model, tokenizer, data: kcm.callbacks.ZeroShot(
-        data, ["cat", "dog"], tokenizer
-    ),
-}
+def evaluations(model, tokenizer, data):
+    names = ["cat", "dog"]
+    labeled = random_pairs(6)["images"], np.arange(6) % 2
+    return [
+        lambda: evaluate_retrieval(model, data),
+        lambda: evaluate_zero_shot(model, data, names, tokenizer),
+        lambda: evaluate_linear_probe(model, labeled, data),
+        lambda: kcm.callbacks.Retrieval(data),
+        lambda: kcm.callbacks.ZeroShot(data, names, tokenizer),
+    ]
 
 
-def read_dataset(write_pairs, tokenizer, format, **options):
+@pytest.mark.any_backend
+@pytest.mark.parametrize("format", ["grain", "tf"])
+def test_datasets_for_training_and_parts_of_datasets_are_refused(
+    model, tokenizer, write_pairs, format
+):
     if format == "tf":
         pytest.importorskip("tensorflow")
-    options = {"training": False, "format": format, **options}
-    return kcm.data.image_text_dataset(
-        write_pairs("a.tar", 0, 8), tokenizer, 16, 4, **options
-    )
+    arguments = write_pairs("a.tar", 0, 8), tokenizer, 16, 4
 
+    def read(training, **options):
+        return kcm.data.image_text_dataset(
+            *arguments, training=training, format=format, **options
+        )
 
-@pytest.mark.any_backend
-@pytest.mark.parametrize("evaluation", list(EVALUATIONS))
-@pytest.mark.parametrize("format", ["grain", "tf"])
-def test_a_dataset_for_training_is_refused(
-    model, tokenizer, write_pairs, evaluation, format
-):
-    data = read_dataset(write_pairs, tokenizer, format, training=True)
-    with pytest.raises(ValueError, match=r"training=False.*Received: \w+=.*Dataset"):
-        EVALUATIONS[evaluation](model, tokenizer, data)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("evaluation", [x for x in EVALUATIONS if x != "embed"])
-@pytest.mark.parametrize("format", ["grain", "tf"])
-def test_metrics_of_a_share_of_the_images_are_refused(
-    model, tokenizer, write_pairs, evaluation, format
-):
-    data = read_dataset(write_pairs, tokenizer, format, process=(1, 2))
-    assert len(embed(model, data, verbose=0)["image_embeddings"]) == 4
-    with pytest.raises(ValueError, match=r"`process=\(0, 1\)`.*Received: .*\(1, 2\)"):
-        EVALUATIONS[evaluation](model, tokenizer, data)
+    data = read(training=True)
+    for evaluate in [
+        lambda: embed(model, data),
+        *evaluations(model, tokenizer, data),
+    ]:
+        with pytest.raises(
+            ValueError, match=r"training=False.*Received: \w+=.*Dataset"
+        ):
+            evaluate()
+    part = read(training=False, process=(1, 2))
+    assert len(embed(model, part, verbose=0)["image_embeddings"]) == 4
+    for evaluate in evaluations(model, tokenizer, part):
+        with pytest.raises(ValueError, match=r"`process=\(0, 1\)`.*Received: .*\(1, 2"):
+            evaluate()
 
 
 @pytest.mark.any_backend
