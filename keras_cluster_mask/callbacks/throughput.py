@@ -48,8 +48,8 @@ class Throughput(RunCallback):
         self._lock = threading.Lock()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._first, self._last = None, self._state(steps=0)
-        self._begin = self._last
+        self._begin = self._last = self._state(steps=0)
+        self._first = None
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
@@ -66,14 +66,13 @@ class Throughput(RunCallback):
             return
         # For an epoch of one step, use the whole time of this step.
         start = self._begin if self._first == self._last else self._first
-        steps, seconds, waited = (
-            after - before for after, before in zip(self._last, start)
-        )
-        seconds = max(seconds, 1e-9)
-        logs["samples_per_second"] = steps * data.batch_size / seconds
+        steps_before, time_before, waited_before = start
+        steps, now, waited = self._last
+        seconds = max(now - time_before, 1e-9)
+        logs["samples_per_second"] = (steps - steps_before) * data.batch_size / seconds
         if hasattr(data.stream, "waited"):
             # A wait that began before the first step ended counts as a whole.
-            logs["data_wait"] = min(waited / seconds, 1.0)
+            logs["data_wait"] = min((waited - waited_before) / seconds, 1.0)
 
     def _state(self, steps):
         """Returns a number of steps, the time, and the seconds waited for data."""

@@ -36,13 +36,13 @@ def check_whole(name, data):
 
 def check_class_order(name, data, class_names):
     """Raises an error if names of classes have other numbers in a dataset."""
-    numbers = {each: i for i, each in reversed([*enumerate(class_names)])}
+    class_names = list(class_names)
     for number, each in enumerate(class_names_of(data)):
-        if numbers.get(each, number) != number:
+        if each in class_names and class_names.index(each) != number:
             raise ValueError(
                 "`class_names` must have one order everywhere, because labels are "
-                f"indices into them. Received: {each!r} as class {numbers[each]}, and "
-                f"as class {number} in `{name}`"
+                f"indices into them. Received: {each!r} as class "
+                f"{class_names.index(each)}, and as class {number} in `{name}`"
             )
 
 
@@ -106,8 +106,12 @@ def read_labeled(name, data, class_names=()):
 
     def check():
         for batch in batches:
-            sizes = len(batch["images"]), len(class_names) or None
-            labels = check_labels("labels", batch["labels"], *sizes)
+            labels = check_labels(
+                "labels",
+                batch["labels"],
+                num_items=len(batch["images"]),
+                num_classes=len(class_names) or None,
+            )
             for label in np.unique(labels).tolist():
                 unseen.pop(label, None)
             yield {**batch, "labels": labels}

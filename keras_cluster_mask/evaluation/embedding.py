@@ -95,7 +95,8 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
     of_texts = embedder.model.text_input_names
     if tokenizer is not None:
         tokenizer = embedder.tokenizer(tokenizer)
-    rows, numbers, count = {}, {}, 0
+    rows, numbers = {}, {}
+    count = 0
     progress = progress_bar(num_images(data), verbose, "image")
     for batch in batches:
         size = len(batch["images"])
@@ -107,19 +108,21 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
             **{k: v for k, v in batch.items() if k not in ("images", *of_texts)},
             "image_embeddings": embedder.images(batch["images"]),
         }
-        ids, owners = batch.get("token_ids"), np.arange(size)
-        texts = {k: batch[k] for k in of_texts if k in batch}
+        ids = batch.get("token_ids")
+        owners = np.arange(size)
+        inputs = {k: batch[k] for k in of_texts if k in batch}
         if tokenizer is not None:
             captions, owners = texts_of(batch)
-            ids = texts = tokenizer(captions)
+            ids = inputs = tokenizer(captions)
         if ids is not None:
-            found["text_embeddings"] = embedder.texts(texts)
+            found["text_embeddings"] = embedder.texts(inputs)
             found["image_of_text"] = count + owners
             # Batches may be padded to different lengths.
-            rests = np.asarray(ids, "int32") - embedder.model.text_family.padding_id
-            texts = (np.trim_zeros(x, "b").tobytes() for x in rests)
-            texts = [numbers.setdefault(text, len(numbers)) for text in texts]
-            found["text_numbers"] = np.array(texts, "int64")
+            shifted = np.asarray(ids, "int32") - embedder.model.text_family.padding_id
+            texts = [np.trim_zeros(row, "b").tobytes() for row in shifted]
+            found["text_numbers"] = np.array(
+                [numbers.setdefault(text, len(numbers)) for text in texts], "int64"
+            )
         if rows and rows.keys() != found.keys():
             raise ValueError(
                 "`data` must hold the same entries in all batches. Received: some "
@@ -214,7 +217,7 @@ class Embedder:
             )
         # The tokenizer's own length is the one used in training, which may be shorter
         # than the text tower's.
-        lengths = length_of(tokenizer), self.model.input_rules.context_length
+        lengths = [length_of(tokenizer), self.model.input_rules.context_length]
         length = min((x for x in lengths if x is not None), default=None)
         check_tokenizer(self.model, tokenizer, length)
         return functools.partial(tokenize, tokenizer, context_length=length)
@@ -242,7 +245,8 @@ class Embedder:
 
     def _embedded(self, encoder, inputs):
         arrays = [np.asarray(x) for x in keras.tree.flatten(inputs)]
-        count, found = len(arrays[0]), []
+        count = len(arrays[0])
+        found = []
         for start in range(0, max(count, 1), MAX_SIZE):
             rows = min(count - start, MAX_SIZE)
             extra = encoder.size_for(rows) - rows

@@ -65,8 +65,12 @@ def compute_features(
     tokenizer = embedder.tokenizer(tokenizer)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    none = {"rows": {"images": 0, "texts": 0}, "batches": 0, "done": False}
-    found = read_progress(folder) or {**none, "description": description}
+    found = read_progress(folder) or {
+        "rows": {"images": 0, "texts": 0},
+        "batches": 0,
+        "done": False,
+        "description": description,
+    }
     check_same(found["description"], description, "towers, tokenizer and data")
     progress = progress_bar(num_images(data), verbose, "image")
     if not found["done"]:

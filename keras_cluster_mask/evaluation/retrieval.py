@@ -161,7 +161,8 @@ def chance_recall(
     Returns:
         A dictionary with the keys of `retrieval_recall`.
     """
-    ks, num_texts = check_ks(ks), num_images * captions_per_image
+    ks = check_ks(ks)
+    num_texts = num_images * captions_per_image
     chances = {}
     for k in ks:
         few = min(k, num_texts)
@@ -231,14 +232,17 @@ def ranks_of_partners(images, texts, image_labels, text_labels):
     Returns:
         Two int64 arrays, `(images,)` and `(texts,)`.
     """
-    arrays = images, texts, image_labels, text_labels
     best = [np.full(len(each), -np.inf, "float32") for each in (images, texts)]
-    for part, other, similarity, is_match in _tiles(*arrays):
+    for part, other, similarity, is_match in _tiles(
+        images, texts, image_labels, text_labels
+    ):
         similarity[~is_match] = -np.inf
         best[0][part] = np.maximum(best[0][part], similarity.max(axis=1))
         best[1][other] = np.maximum(best[1][other], similarity.max(axis=0))
     counts = [np.zeros(len(each), "int64") for each in best]
-    for part, other, similarity, is_match in _tiles(*arrays):
+    for part, other, similarity, is_match in _tiles(
+        images, texts, image_labels, text_labels
+    ):
         similarity[is_match] = -np.inf
         reached = similarity >= best[0][part, None] - TIE
         counts[0][part] += np.count_nonzero(reached, axis=1)
