@@ -211,19 +211,22 @@ def _prompts(class_names, templates):
             "the same name only the first is ever predicted.",
             stacklevel=3,
         )
+    if isinstance(templates, str) or not isinstance(templates, Iterable):
+        templates = [templates]
     prompts = []
-    are_texts = isinstance(templates, Mapping)
     for name in names:
-        texts = templates.get(name) or () if are_texts else templates
-        if isinstance(texts, str) or not isinstance(texts, Iterable):
-            texts = [texts]
-        prompts.append(tuple(x if are_texts else _fill(x, name) for x in texts))
-        if not prompts[-1] or not all(isinstance(x, str) and x for x in prompts[-1]):
+        if isinstance(templates, Mapping):
+            texts = templates.get(name) or ()
+            texts = (texts,) if isinstance(texts, str) else tuple(texts)
+        else:
+            texts = tuple(_fill(template, name) for template in templates)
+        if not texts or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(
                 "`templates` must hold at least one text for each class: str with one "
                 "{} as the placeholder of the name, or functions that return a text. "
                 f"Received: {templates!r}, with no text for {name!r}"
             )
+        prompts.append(texts)
     return prompts
 
 

@@ -1,6 +1,5 @@
 """Linear probe: the accuracy of a linear classifier on frozen features."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,9 +75,9 @@ def linear_probe(
             cross-entropy summed over items. `None` chooses it on validation data.
         metric: `"top_1"`, or `"mean_per_class"` for unbalanced classes. The metric on
             the validation data that chooses the strength.
-        validation_split: Float in `(0, 1]`. The share of the training data that is held
-            out to choose the strength, stratified by class. Both parts have at least as
-            many items as there are classes. A class of one item stays in training.
+        validation_split: Float in `(0, 1)`. The share of the training data that is held
+            out to choose the strength, stratified by class. Each class needs two items
+            or more.
         max_iterations: Integer. The maximum number of L-BFGS iterations in each fit.
             scikit-learn warns of fits that need more.
         seed: Integer. The seed of the validation split.
@@ -93,7 +92,8 @@ def linear_probe(
         ImportError: If scikit-learn is not installed.
         ValueError: For features that are not finite, for labels that do not match them,
             for a single class, for validation or test data with a class that the
-            training data lacks, and for a split of classes of one item each.
+            training data lacks, and, from scikit-learn, for a split of a class of one
+            item.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -101,26 +101,24 @@ def linear_probe(
     """
     _check_options(regularization, metric, validation_split, max_iterations)
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+    from sklearn.model_selection import PredefinedSplit, StratifiedShuffleSplit
 
     features, labels = _check_items("train", train_features, train_labels)
     known = np.unique(labels)
+    if len(known) < 2:
+        raise ValueError(f"`train_labels` need two classes. Received: {labels[:5]}")
     test_features, test_labels = _check_items("test", test_features, test_labels, known)
+    split = StratifiedShuffleSplit(1, test_size=validation_split, random_state=seed)
     if validation is not None:
-        held_out, held_out_labels = validation
-        held_out, held_out_labels = _check_items(
-            "validation", held_out, held_out_labels, known
-        )
-        split = np.split(np.arange(len(labels) + len(held_out)), [len(labels)])
+        held_out, held_out_labels = _check_items("validation", *validation, known)
+        split = PredefinedSplit(np.repeat([-1, 0], [len(features), len(held_out)]))
         features = np.concatenate([features, held_out])
         labels = np.concatenate([labels, held_out_labels])
-    elif regularization is None:
-        split = _stratified_split(labels, validation_split, seed)
     options = {"tol": TOLERANCE / len(known), "max_iter": max_iterations}
-    tried = {}
     if regularization is None:
         classifier = LogisticRegressionCV(
             Cs=1 / STRENGTHS,
-            cv=[split],
+            cv=split,
             scoring=SCORING[metric],
             l1_ratios=(0.0,),
             use_legacy_attributes=False,
@@ -130,6 +128,7 @@ def linear_probe(
         classifier = LogisticRegression(C=1 / regularization, **options)
     # In float32 a fit stops early, where rounding hides changes of the loss.
     classifier.fit(features.astype("float64"), labels)
+    tried = {}
     if regularization is None:
         tried = dict(zip(STRENGTHS.tolist(), classifier.scores_.ravel().tolist()))
         regularization = max(tried, key=tried.get)
@@ -224,27 +223,6 @@ def evaluate_linear_probe(
     )
 
 
-def _stratified_split(labels, share, seed):
-    """Returns the rows of two parts: training and validation."""
-    from sklearn.model_selection import StratifiedShuffleSplit
-
-    _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    # scikit-learn does not split classes of one item.
-    rows = np.flatnonzero(counts[places] > 1)
-    if not len(rows):
-        raise ValueError(
-            "`train_labels` must hold a class of two items or more for a validation "
-            "split; pass `validation` or `regularization` otherwise. Received: "
-            f"{len(labels)} classes of one item each"
-        )
-    # In both parts, it needs as many items as there are classes.
-    num_classes = np.count_nonzero(counts > 1)
-    size = np.clip(math.ceil(share * len(rows)), num_classes, len(rows) - num_classes)
-    splitter = StratifiedShuffleSplit(1, test_size=int(size), random_state=seed)
-    _, held_out = next(splitter.split(rows, labels[rows]))
-    return np.delete(np.arange(len(labels)), rows[held_out]), rows[held_out]
-
-
 def _check_options(
     regularization=None, metric="top_1", validation_split=0.2, max_iterations=1, seed=0
 ):
@@ -257,7 +235,7 @@ def _check_options(
     if regularization is not None:
         check_range("regularization", regularization, 1e-6, 1e6)
     check_choice("metric", metric, ("top_1", "mean_per_class"))
-    check_range("validation_split", validation_split, 0, 1, "(]")
+    check_range("validation_split", validation_split, 1e-6, 1, "[)")
     check_integer("max_iterations", max_iterations)
 
 
@@ -272,13 +250,7 @@ def _check_items(name, features, labels, known=None):
     """
     features = check_matrix(f"{name}_features", features)
     labels = check_labels(f"{name}_labels", labels, len(features))
-    if known is None:
-        if len(np.unique(labels)) < 2:
-            raise ValueError(
-                f"`{name}_labels` need two classes. Received: {labels[:5]}"
-            )
-        return features, labels
-    unknown = np.setdiff1d(labels, known)
+    unknown = () if known is None else np.setdiff1d(labels, known)
     if len(unknown):
         raise ValueError(
             f"`{name}_labels` must be classes that occur in `train_labels`. Received: "

@@ -7,7 +7,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from keras_cluster_mask.evaluation import embed, evaluate_linear_probe, linear_probe
-from keras_cluster_mask.evaluation.linear_probe import _stratified_split
 from tests.helpers import class_pairs
 
 pytestmark = pytest.mark.any_backend
@@ -207,14 +206,6 @@ def with_nan(features):
         ("validation_split", {"validation_split": 1.1}),
         ("max_iterations", {"max_iterations": 0}),
         ("train_labels", {"train_labels": np.zeros_like(TRAIN)}),
-        (
-            "train_labels",
-            {
-                "train_features": FEATURES[0][:7],
-                "train_labels": NAMES,
-                "validation": None,
-            },
-        ),
     ],
 )
 def test_bad_input_is_refused_by_name(name, options):
@@ -231,20 +222,6 @@ def test_errors_come_before_anything_is_embedded(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match="pip install scikit-learn"):
         evaluate_linear_probe(model, None, None)
-
-
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 1.0])
-def test_the_split_is_stratified_and_classes_of_one_item_stay_in_training(share):
-    sizes = np.array([50, 10, 9, 3, 2, 2, 1])
-    labels = np.repeat(np.arange(7), sizes)
-    kept, held_out = _stratified_split(labels, share, seed=1)
-    assert sorted([*kept, *held_out]) == list(range(77))
-    # Of 76 items in six classes, at least six are in each part.
-    size = np.clip(np.ceil(share * 76), 6, 70)
-    expected = np.where(sizes > 1, size / 76 * sizes, 0)
-    found = np.bincount(labels[held_out], minlength=7)
-    assert found.sum() == size
-    assert np.all(np.abs(found - expected) < 1)
 
 
 def test_a_class_that_is_only_in_the_validation_part_is_no_error():
