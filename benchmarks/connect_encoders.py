@@ -187,9 +187,7 @@ def dataset(options, split, training, seed=0, short=False):
 
 def scores(images, texts, owners):
     """Recall@10 in percent, both ways and their mean, and the loss, from embeddings."""
-    found = kcm.evaluation.retrieval_recall(
-        images, texts, np.arange(len(images)), owners, ks=10
-    )
+    found = kcm.evaluation.retrieval_recall(images, texts, owners, ks=10)
     both = {
         "image to text": 100 * found["image_to_text_recall@10"],
         "text to image": 100 * found["text_to_image_recall@10"],

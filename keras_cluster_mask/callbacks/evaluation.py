@@ -81,11 +81,6 @@ class Evaluate(RunCallback):
         name: str | None = None,
     ):
         super().__init__()
-        if not callable(function):
-            raise ValueError(
-                "`function` must be a function from a model to a dictionary of floats. "
-                f"Received: function={function!r}"
-            )
         self.function = function
         self.every = check_integer("every", every)
         self.name = name

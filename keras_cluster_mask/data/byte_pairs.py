@@ -55,24 +55,23 @@ def clean_all(captions):
 
 
 @functools.cache
-def word_splitter(*special_tokens):
+def word_splitter():
     """Returns a pre-tokenizer from a clean caption to words in byte characters."""
-    specials = "|".join(re.escape(token) for token in special_tokens)
-    pattern = tokenizers.Regex(f"(?i:{specials})|{WORD_PATTERN}")
+    pattern = tokenizers.Regex(f"(?i:{START}|{END})|{WORD_PATTERN}")
     split = pre_tokenizers.Split(pattern, "removed", invert=True)
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([split, to_bytes])
 
 
-def spans_of(text, special_tokens=(START, END)):
+def spans_of(text):
     """Returns the start and the end of each word of a text."""
-    pieces = word_splitter(*special_tokens).pre_tokenize_str(text)
+    pieces = word_splitter().pre_tokenize_str(text)
     return [span for _, span in pieces]
 
 
-def words_of(text, special_tokens=(START, END)):
+def words_of(text):
     """Splits a clean caption into words, a list of strings."""
-    return [text[start:end] for start, end in spans_of(text, special_tokens)]
+    return [text[start:end] for start, end in spans_of(text)]
 
 
 def clip_vocabulary(merges):
@@ -101,7 +100,7 @@ def learn_merges(captions, vocabulary_size, min_frequency):
     # tokens, their ids depend on the order of a randomized hash table.
     letters = clip_vocabulary([])[:-2]
     learner = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
-    learner.pre_tokenizer = word_splitter(START, END)
+    learner.pre_tokenizer = word_splitter()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size - 2,
         min_frequency=min_frequency,

@@ -11,9 +11,6 @@ import numpy as np
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data.parts import hash_of
 
-# The number of samples that are drawn at once.
-ROWS = 2**18
-
 
 class Sampling:
     """Trains on a subset of the samples in each epoch, or repeats some of them.
@@ -21,9 +18,8 @@ class Sampling:
     `probability` gives the expected number of copies of each sample in an epoch. A
     sample with a probability of 0.3 occurs in 30 % of all epochs, and one with 0 is
     never read. One with 2.3 occurs two or three times: `floor(2.3 + u)` times, where
-    `u` is uniform in [0, 1). Samples are drawn independently, by a hash of the key, the
-    epoch and `seed`. So all processes and resumed runs draw the same samples, with any
-    number of workers.
+    `u` is uniform in [0, 1). Samples are drawn independently, by `seed` and the epoch.
+    So all processes and resumed runs draw the same samples, with any number of workers.
 
     The length of an epoch is random. `len(dataset)` is the number of batches in the
     epoch that the dataset starts in, and `dataset.steps_per_epoch` is the number in an
@@ -35,8 +31,8 @@ class Sampling:
     metadata that img2dataset writes, or in the batches of a dataset with
     `include_keys=True`.
 
-    A dataset uses 16 bytes of memory per sample, in each process and worker process,
-    and 8 bytes per sample of two epochs.
+    A dataset uses 8 bytes of memory per sample, in each process and worker process, and
+    8 bytes per sample of two epochs.
 
     `examples/dynamic_cluster_sampling.py` (DynamiCS) and
     `examples/frequency_pruning.py` (WFPP) compute probabilities.
@@ -122,24 +118,16 @@ class Sampling:
                 f"check its keys. Received: {mean_length:.3g} of {len(copies)} samples "
                 f"on average, which have keys such as {key_of(0)!r}"
             )
-        draw = functools.partial(_draw, hashes, copies, self.seed)
+        draw = functools.partial(_draw, copies, self.seed)
         draw.mean_length = mean_length
         return draw
 
 
-def _draw(hashes, copies, seed, epoch):
+def _draw(copies, seed, epoch):
     """Draws the numbers of the samples of an epoch, copies included."""
-    key = np.random.SeedSequence([seed, epoch]).generate_state(1, "u8")
-    chosen = []
-    for first in range(0, len(hashes), ROWS):
-        # SplitMix64 gives independent numbers for each seed and epoch.
-        bits = hashes[first : first + ROWS] ^ key
-        bits = (bits ^ (bits >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
-        bits = (bits ^ (bits >> 27)) * np.uint64(0x94D049BB133111EB)
-        uniform = ((bits ^ (bits >> 31)) >> 11) * 2.0**-53
-        times = np.floor(copies[first : first + ROWS] + uniform).astype("int64")
-        chosen.append(first + np.repeat(np.arange(len(times)), times))
-    return np.concatenate(chosen)
+    uniform = np.random.default_rng([seed, epoch]).random(len(copies))
+    times = np.floor(copies + uniform).astype("int64")
+    return np.repeat(np.arange(len(copies)), times)
 
 
 def _checked(copies, key_of):

@@ -15,6 +15,9 @@ from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data import byte_pairs, files
 from keras_cluster_mask.data.byte_pairs import END, START, WORD_END
 
+# The names of the special tokens in KerasHub, which accepts no others.
+KERAS_HUB = {START: "<|startoftext|>", END: "<|endoftext|>"}
+
 
 class CLIPTokenizer:
     """Lower-cased byte-pair tokenizer that returns exactly CLIP's token ids.
@@ -46,8 +49,6 @@ class CLIPTokenizer:
             priority.
         context_length: Integer. The length of every row of ids. A longer caption is
             truncated and still ends with the end token. Defaults to `77`.
-        start_token: String. The token before each caption.
-        end_token: String. The token after each caption; the last of the vocabulary.
 
     Attributes:
         context_length: Integer. The length of every row of ids.
@@ -62,32 +63,28 @@ class CLIPTokenizer:
         vocabulary: Sequence[str],
         merges: Sequence[Sequence[str]],
         context_length: int = 77,
-        start_token: str = START,
-        end_token: str = END,
     ):
         # At least one token fits between the start and end tokens.
         context_length = check_integer("context_length", context_length, 3)
         self._vocabulary = list(vocabulary)
         self._merges = [tuple(merge) for merge in merges]
-        self._specials = start_token, end_token
         ids = {token: index for index, token in enumerate(self._vocabulary)}
         self.vocabulary_size = len(self._vocabulary)
-        if self._vocabulary[-1] != end_token or len(ids) < self.vocabulary_size:
+        if self._vocabulary[-1] != END or len(ids) < self.vocabulary_size:
             raise ValueError(
-                f"`vocabulary` must end with {end_token!r}, which then has the highest "
+                f"`vocabulary` must end with {END!r}, which then has the highest "
                 "id, and must have each token once. Received: "
                 f"{self.vocabulary_size} tokens, ...{self._vocabulary[-2:]}"
             )
-        self.start_token_id = ids[start_token]
-        self.end_token_id = ids[end_token]
+        self.start_token_id, self.end_token_id = ids[START], ids[END]
         model = models.BPE(ids, self._merges, end_of_word_suffix=WORD_END)
         self._tokenizer = Tokenizer(model)
-        self._tokenizer.pre_tokenizer = byte_pairs.word_splitter(start_token, end_token)
+        self._tokenizer.pre_tokenizer = byte_pairs.word_splitter()
         self._tokenizer.decoder = decoders.ByteLevel()
-        self._tokenizer.add_special_tokens([start_token, end_token])
+        self._tokenizer.add_special_tokens([START, END])
         # Adds the start and end tokens.
         self._tokenizer.post_processor = processors.BertProcessing(
-            (end_token, self.end_token_id), (start_token, self.start_token_id)
+            (END, self.end_token_id), (START, self.start_token_id)
         )
         self.context_length = context_length
         self._tokenizer.enable_truncation(context_length)
@@ -177,13 +174,10 @@ class CLIPTokenizer:
 
         source = import_keras_hub().models.CLIPTokenizer.from_preset(preset)
         merges = [merge.split() for merge in source.merges if "#version:" not in merge]
-        return cls(
-            sorted(source.vocabulary, key=source.vocabulary.get),
-            merges,
-            context_length,
-            str(source.start_token),
-            str(source.end_token),
-        )
+        names = {name: token for token, name in KERAS_HUB.items()}
+        tokens = sorted(source.vocabulary, key=source.vocabulary.get)
+        tokens = [names.get(token, token) for token in tokens]
+        return cls(tokens, merges, context_length)
 
     @classmethod
     def train(
@@ -234,9 +228,8 @@ class CLIPTokenizer:
         Args:
             preset_dir: String or path, such as the one that a backbone was saved to.
         """
-        # KerasHub accepts no other names of these tokens.
-        names = dict(zip(self._specials, ("<|startoftext|>", "<|endoftext|>")))
-        words = {names.get(token, token): i for i, token in enumerate(self._vocabulary)}
+        tokens = [KERAS_HUB.get(token, token) for token in self._vocabulary]
+        words = {token: index for index, token in enumerate(tokens)}
         kind = {"module": "keras_hub.models", "class_name": "CLIPTokenizer"}
         config = {**kind, "config": {}, "registered_name": "keras_hub>CLIPTokenizer"}
         for name, text in (
@@ -274,9 +267,9 @@ class CLIPTokenizer:
         texts = [byte_pairs.clean(text) for text in texts]
         # As in the reference implementation, a special token in a caption keeps its id
         # if it is a separate word.
-        has_special = any(t in text for t in self._specials for text in texts)
+        has_special = any(t in text for t in (START, END) for text in texts)
         if has_special:
-            texts = [byte_pairs.words_of(text, self._specials) for text in texts]
+            texts = [*map(byte_pairs.words_of, texts)]
         rows = self._tokenizer.encode_batch_fast(texts, is_pretokenized=has_special)
         rows = np.array([row.ids for row in rows], "int32")
         return rows.reshape(-1, self.context_length)
@@ -304,8 +297,6 @@ class CLIPTokenizer:
             "vocabulary": self._vocabulary,
             "merges": self._merges,
             "context_length": self.context_length,
-            "start_token": self._specials[0],
-            "end_token": self._specials[1],
         }
 
     def __repr__(self):

@@ -154,7 +154,7 @@ def check_labels(name, labels, num_items, num_classes=None):
     labels = np.asarray(labels)
     if labels.shape != (num_items,) or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"`{name}` must be ints of shape ({num_items},), a class for each item. "
+            f"`{name}` must be ints of shape ({num_items},), one for each item. "
             f"Received: {name} of shape {labels.shape} and type {labels.dtype}"
         )
     if num_classes is None:
@@ -162,8 +162,7 @@ def check_labels(name, labels, num_items, num_classes=None):
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(bad):
         raise ValueError(
-            f"`{name}` must be classes from 0 to {num_classes - 1}. Received: other "
-            f"labels in {len(bad)} rows, the first {bad[:5].tolist()}: "
-            f"{labels[bad[:5]].tolist()}"
+            f"`{name}` must be from 0 to {num_classes - 1}. Received: others in "
+            f"{len(bad)} rows, the first {bad[:5].tolist()}: {labels[bad[:5]].tolist()}"
         )
     return labels.astype("int64")

@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.evaluation.checks import check_ks, check_matrix, read_entries
+from keras_cluster_mask.evaluation.checks import (
+    check_ks,
+    check_labels,
+    check_matrix,
+    read_entries,
+)
 from keras_cluster_mask.evaluation.embedding import Embedder, embed_batches
 from keras_cluster_mask.training.tokens import check_tokenizer_of
 
@@ -22,8 +27,7 @@ NEVER = np.iinfo("int64").max
 def retrieval_recall(
     image_embeddings: np.ndarray,
     text_embeddings: np.ndarray,
-    image_labels: Sequence | np.ndarray | None = None,
-    text_labels: Sequence | np.ndarray | None = None,
+    image_of_text: Sequence[int] | np.ndarray | None = None,
     ks: int | Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
     """Computes the recall of image-to-text and text-to-image retrieval.
@@ -37,18 +41,17 @@ def retrieval_recall(
     ```python
     images = np.eye(12, 16, dtype="float32")
     texts = np.roll(images, 1, axis=0)
-    labels = np.arange(12)
-    kcm.evaluation.retrieval_recall(images, texts, labels, np.roll(labels, 1))
+    image_of_text = np.roll(np.arange(12), 1)
+    kcm.evaluation.retrieval_recall(images, texts, image_of_text)
     # {"image_to_text_recall@1": 1.0, ...}
     ```
 
     Args:
         image_embeddings: `(images, d)` array. Rows are L2-normalized in float32.
         text_embeddings: `(texts, d)` array. Rows are L2-normalized in float32.
-        image_labels: `(images,)` array. An image and a text with equal labels match:
-            pass image ids for images with several captions, or the captions for images
-            that share one. By default, row i of the images matches row i of the texts.
-        text_labels: `(texts,)` array. Defaults to `image_labels`.
+        image_of_text: `(texts,)` ints, the row of the image that each text matches, as
+            `kcm.evaluation.embed` returns it. By default, row i of the images matches
+            row i of the texts.
         ks: Integer or integers, the numbers of retrieved items.
 
     Returns:
@@ -56,16 +59,15 @@ def retrieval_recall(
         `image_to_text_recall@k` and `text_to_image_recall@k` for each k.
 
     Raises:
-        ValueError: For embeddings whose shapes do not match each other or the labels,
-            for NaN embeddings, and for texts without an image. An image without a text
-            counts as a miss.
+        ValueError: For embeddings whose widths differ, for NaN embeddings, and for
+            texts without an image. An image without a text counts as a miss.
     """
     ks = check_ks(ks)
     images, texts = _normalized(image_embeddings, text_embeddings)
-    image_labels, text_labels = _match_labels(
-        len(images), len(texts), image_labels, text_labels
-    )
-    return _recall(images, texts, image_labels[:, None], text_labels, ks)
+    if image_of_text is None:
+        image_of_text = np.arange(len(texts))
+    owners = check_labels("image_of_text", image_of_text, len(texts), len(images))
+    return _recall(images, texts, np.arange(len(images))[:, None], owners, ks)
 
 
 def _recall(images, texts, image_labels, text_labels, ks):
@@ -171,33 +173,6 @@ def chance_recall(
         chances[f"image_to_text_recall@{k}"] = 1.0 - missed
         chances[f"text_to_image_recall@{k}"] = min(k / num_images, 1.0)
     return chances
-
-
-def _match_labels(num_images, num_texts, image_labels, text_labels):
-    """Returns the labels or their defaults, after a check that texts have images."""
-    if image_labels is None:
-        image_labels = np.arange(num_images)
-    if text_labels is None:
-        text_labels = image_labels
-    image_labels, text_labels = np.asarray(image_labels), np.asarray(text_labels)
-    given = {"image": (image_labels, num_images), "text": (text_labels, num_texts)}
-    for part, (labels, count) in given.items():
-        if labels.shape != (count,):
-            raise ValueError(
-                f"`{part}_labels` must have shape ({count},), one label per item. "
-                f"Received: {part}_labels.shape={labels.shape}"
-            )
-    lost = np.flatnonzero(~np.isin(text_labels, image_labels))
-    if len(lost):
-        raise ValueError(
-            "`text_labels` must occur in `image_labels`. Received: "
-            f"{len(lost)} texts without an image, the first {lost[:5].tolist()}: "
-            f"{text_labels[lost[:5]].tolist()}"
-        )
-    # Numbers are compared faster than strings.
-    both = np.concatenate([image_labels, text_labels])
-    numbers = np.unique(both, return_inverse=True)[1]
-    return numbers[:num_images], numbers[num_images:]
 
 
 def _normalized(image_embeddings, text_embeddings):

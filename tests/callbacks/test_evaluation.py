@@ -235,7 +235,7 @@ class Steps(keras.callbacks.Callback):
         (lambda: ZeroShot(pairs(), [], tokenizer), "`class_names`"),
         (
             lambda: ZeroShot((pairs(4)["images"], np.arange(4)), NAMES, tokenizer),
-            "`labels` must be classes",
+            "`labels` must be from 0",
         ),
         (lambda: [Retrieval(pairs()), Retrieval(pairs(8))], "`name` must distinguish"),
         (lambda: Retrieval(iter([pairs()])), "`data` must be readable"),
@@ -254,7 +254,6 @@ def test_what_cannot_be_evaluated_is_an_error_before_training(make, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: [Evaluate({"score": 0.5})], "`function` must be a function"),
         (lambda: [Evaluate(lambda model: 0.5)], "`function` must return"),
         (lambda: [Evaluate(lambda model: {"score": "0.5"})], "`function` must return"),
         (lambda: [scripted([0.5]), scripted([0.4])], "`name` must distinguish"),

@@ -85,16 +85,6 @@ def test_samples_are_drawn_anew_in_each_epoch_and_by_themselves():
         assert abs(np.corrcoef(mask[1:], mask[:-1])[0, 1]) < 0.03
 
 
-def test_a_sample_is_drawn_alike_among_others():
-    """Also of many more, which are drawn in several pieces."""
-    keys = Keys(map(str, range(300_000)))
-    draw = Sampling(dict.fromkeys(keys, 0.5)).of_index(keys)
-    last = Keys(keys[-1000:])
-    expected = Sampling(dict.fromkeys(last, 0.5)).of_index(last)(3)
-    found = draw(3)
-    np.testing.assert_array_equal(found[found >= 299_000] - 299_000, expected)
-
-
 @pytest.mark.parametrize(
     "probability",
     [

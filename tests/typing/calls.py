@@ -96,7 +96,7 @@ kcm.callbacks.Checkpoint("run", keep="all")  # type: ignore[arg-type]
 recall = kcm.evaluation.evaluate_retrieval("model.keras", dataset, tokenizer)
 assert_type(recall, dict[str, float])
 recall = kcm.evaluation.retrieval_recall(
-    np.eye(4), np.eye(4), image_labels=np.arange(4), text_labels=[0, 1, 2, 3], ks=1
+    np.eye(4), np.eye(4), image_of_text=[0, 1, 2, 3], ks=1
 )
 probe = kcm.evaluation.evaluate_linear_probe(model, dataset, dataset)
 assert_type(probe, dict[str, Any])
