@@ -55,37 +55,37 @@ def patches(images, patch_size, data_format="channels_last"):
 # === Similarity ===
 
 
-def pairwise_similarity(images, patch_size, data_format="channels_last"):
-    """Unrounded S of the pixels: (batch, N, N) (arXiv 2405.08815).
+def _unit(vectors):
+    norm = np.sqrt(np.sum(vectors**2, axis=-1, keepdims=True))
+    return vectors / np.where(norm == 0.0, 1.0, norm)
 
-    The cosine of mean-free patches, measured in units of the contrast r of the image
-    and regularized by e, so that flat patches are alike and nothing is divided by 0.
+
+def comparable_patches(
+    images, patch_size, data_format="channels_last", tokens=None, weight=0.0
+):
+    """Unit vectors whose dot products are S: (batch, N, n + 1 + dim).
+
+    Patches are mean-free, in units of the contrast r of the image. Each gets a
+    coordinate of its own size e, which flat patches share: they are alike, and nothing
+    is divided by 0. Tokens, without prefix, are mixed in by weight, the embedding
+    variant of arXiv 2405.08815. A token of zeros is like none, not even itself.
     """
     x = patches(images, patch_size, data_format)
-    e_squared = 1e-3**2 * x.shape[-1]
-
-    similarity = []
-    for image in x:
-        r = max(np.std(image), 0.01 * np.max(np.abs(image)), 1e-12)
-        centered = (image - image.mean(axis=1, keepdims=True)) / r
-        squared_norm = np.sum(centered**2, axis=1)
-        dot = centered @ centered.T
-        norm_product = np.sqrt(
-            (squared_norm[:, None] + e_squared) * (squared_norm[None, :] + e_squared)
-        )
-        similarity.append((dot + e_squared) / norm_product)
-    return np.stack(similarity)
+    r = np.maximum(x.std(axis=(1, 2)), 0.01 * np.abs(x).max(axis=(1, 2)))
+    r = np.maximum(r, 1e-12)[:, None, None]
+    centered = (x - x.mean(axis=-1, keepdims=True)) / r
+    e = np.full((*centered.shape[:2], 1), 1e-3 * np.sqrt(x.shape[-1]))
+    pixels = _unit(np.concatenate([centered, e], axis=-1))
+    if weight == 0.0:
+        return pixels
+    parts = [np.sqrt(1.0 - weight) * pixels, np.sqrt(weight) * _unit(_float64(tokens))]
+    return np.concatenate(parts, axis=-1)
 
 
-def token_similarity(tokens):
-    """Cosine of patch tokens without prefix: (batch, N, N) (arXiv 2405.08815).
-
-    A zero vector has similarity 0 to everything, itself included.
-    """
-    tokens = _float64(tokens)
-    norm = np.sqrt(np.sum(tokens**2, axis=-1, keepdims=True))
-    unit = tokens / np.where(norm == 0.0, 1.0, norm)
-    return unit @ np.swapaxes(unit, 1, 2)
+def pairwise_similarity(images, patch_size, **options):
+    """Unrounded S of the patches, or of their mix with tokens: (batch, N, N)."""
+    x = comparable_patches(images, patch_size, **options)
+    return x @ np.swapaxes(x, 1, 2)
 
 
 def round_similarity(s):
@@ -94,19 +94,6 @@ def round_similarity(s):
     A detail of this library, not of arXiv 2405.08815.
     """
     return np.round(np.asarray(s, np.float64) / SIMILARITY_STEP) * SIMILARITY_STEP
-
-
-def mixed_similarity(
-    images, patch_size, data_format="channels_last", tokens=None, weight=0.0
-):
-    """(1 - weight) S_pixels + weight S_tokens, rounded once: (batch, N, N).
-
-    The embedding variant of arXiv 2405.08815. At weight 0 tokens are not looked at.
-    """
-    similarity = pairwise_similarity(images, patch_size, data_format)
-    if weight != 0.0:
-        similarity = (1.0 - weight) * similarity + weight * token_similarity(tokens)
-    return round_similarity(similarity)
 
 
 # === Counts and anchors ===
@@ -150,11 +137,6 @@ def _order(cost, noise):
     return np.lexsort((np.arange(len(cost)), -noise, cost))
 
 
-def _largest_noise_first(candidates, noise):
-    """Candidate patches of one image, largest noise first, then lower index."""
-    return sorted(candidates, key=lambda j: (-noise[j], j))
-
-
 def _cost(s, noise, softness):
     """What budget mode minimizes: s_j - softness * g_j, g_j a Gumbel variable."""
     if softness == 0.0:
@@ -184,23 +166,14 @@ def select_threshold(s, noise, min_mask_ratio, threshold, hide_padding=True):
     unless `hide_padding` is false. If all are masked, the one of the lowest s is not.
     """
     s, noise = np.asarray(s, np.float64), _float64(noise)
-    threshold = float(np.float32(threshold))
-    batch, N = s.shape
-    K = kept_count(N, min_mask_ratio)
-
-    indices = np.zeros((batch, K), np.int32)
-    visible = np.ones((batch, K), bool)
-    for b in range(batch):
-        unmasked = {j for j in range(N) if not s[b, j] > threshold}
-        if not unmasked:
-            unmasked = {int(_order(s[b], noise[b])[0])}
-        masked = set(range(N)) - unmasked
-
-        preferred = _largest_noise_first(unmasked, noise[b])
-        preferred += _largest_noise_first(masked, noise[b])
-        indices[b] = sorted(preferred[:K])
-        if hide_padding:
-            visible[b] = [j in unmasked for j in indices[b]]
+    unmasked = ~(s > float(np.float32(threshold)))
+    for s_image, noise_image, row in zip(s, noise, unmasked):
+        if not row.any():
+            row[_order(s_image, noise_image)[0]] = True
+    K = kept_count(noise.shape[1], min_mask_ratio)
+    indices, visible = _keep_highest(unmasked.astype(float), noise, K)
+    if hide_padding:
+        visible = np.take_along_axis(unmasked, indices, axis=1)
     return indices, visible
 
 
@@ -228,9 +201,8 @@ def gap_at_cut(s_unrounded, noise, K, softness=0.0):
     gaps = []
     for s_image, noise_image in zip(s, noise):
         cost = _cost(s_image, noise_image, softness)
-        in_order = cost[_order(cost, noise_image)]
-        everything_kept = len(cost) == K
-        gaps.append(np.inf if everything_kept else in_order[K] - in_order[K - 1])
+        in_order = np.append(cost[_order(cost, noise_image)], np.inf)
+        gaps.append(in_order[K] - in_order[K - 1])
     return np.array(gaps)
 
 
@@ -278,17 +250,15 @@ def select_grid(noise, grid, window):
     Ties go to the patch that comes first in its window, row by row.
     """
     rows, columns = grid
-    indices = []
-    for row in _float64(noise).reshape(-1, rows, columns):
-        kept = []
-        for top in range(0, rows, window):
-            for left in range(0, columns, window):
-                part = row[top : top + window, left : left + window]
-                y, x = np.unravel_index(np.argmax(part), part.shape)
-                kept.append((top + y) * columns + left + x)
-        indices.append(sorted(kept))
-    indices = np.array(indices, np.int32)
-    return indices, np.ones(indices.shape, bool)
+    numbers = np.arange(rows * columns).reshape(grid)
+    windows = [
+        numbers[top : top + window, left : left + window].ravel()
+        for top in range(0, rows, window)
+        for left in range(0, columns, window)
+    ]
+    noise = _float64(noise)
+    kept = np.stack([x[noise[:, x].argmax(axis=1)] for x in windows], axis=1)
+    return np.sort(kept).astype(np.int32), np.ones(kept.shape, bool)
 
 
 def block_sides(grid, K):
@@ -312,17 +282,13 @@ def select_block(noise, grid, mask_ratio):
     rows, columns = grid
     K = kept_count(rows * columns, mask_ratio)
     height, width = block_sides(grid, K)
-    places = [
-        (top, left)
-        for top in range(rows - height + 1)
-        for left in range(columns - width + 1)
-    ]
+    places = [*np.ndindex(rows - height + 1, columns - width + 1)]
+    numbers = np.arange(rows * columns).reshape(grid)
     score = np.full(noise.shape, -1.0)
     for b, row in enumerate(noise):
         top, left = places[int(row[0] * len(places))]
-        for y in range(top, top + height):
-            for x in range(left, left + width):
-                score[b, y * columns + x] = np.modf(row[y * columns + x] * 4096)[0]
+        block = numbers[top : top + height, left : left + width]
+        score[b, block] = np.modf(row[block] * 4096)[0]
     return _keep_highest(score, noise, K)
 
 
@@ -331,43 +297,16 @@ def select_attentive(attention, noise, grid, teacher_grid, block_size, mask_rati
 
     The attention of a block is the mean over the teacher's patches in it.
     """
-    noise = _float64(noise)
-    down, right = (side * block_size // s for side, s in zip(teacher_grid, grid))
-    score = np.empty(noise.shape)
-    for b, seen in enumerate(_float64(attention).reshape(-1, *teacher_grid)):
-        for patch in range(grid[0] * grid[1]):
-            y, x = (i // block_size for i in divmod(patch, grid[1]))
-            block = seen[down * y : down * (y + 1), right * x : right * (x + 1)]
-            score[b, patch] = block.mean()
-    K = kept_count(noise.shape[1], mask_ratio)
-    return _keep_highest(score, noise, K)
+    rows, columns = (side // block_size for side in grid)
+    seen = _float64(attention).reshape(
+        -1, rows, teacher_grid[0] // rows, columns, teacher_grid[1] // columns
+    )
+    score = seen.mean(axis=(2, 4)).repeat(block_size, 1).repeat(block_size, 2)
+    K = kept_count(grid[0] * grid[1], mask_ratio)
+    return _keep_highest(score.reshape(noise.shape), _float64(noise), K)
 
 
 # === Strategies that compare all patches ===
-
-
-def _unit(vectors):
-    norm = np.sqrt(np.sum(vectors**2, axis=-1, keepdims=True))
-    return vectors / np.where(norm == 0.0, 1.0, norm)
-
-
-def comparable_patches(
-    images, patch_size, data_format="channels_last", tokens=None, weight=0.0
-):
-    """Unit vectors whose dot products are `mixed_similarity`: (batch, N, n + 1 + dim).
-
-    Each patch gets a coordinate of its own size e, which flat patches share.
-    """
-    x = patches(images, patch_size, data_format)
-    r = np.maximum(x.std(axis=(1, 2)), 0.01 * np.abs(x).max(axis=(1, 2)))
-    r = np.maximum(r, 1e-12)[:, None, None]
-    centered = (x - x.mean(axis=-1, keepdims=True)) / r
-    e = np.full((*centered.shape[:2], 1), 1e-3 * np.sqrt(x.shape[-1]))
-    pixels = _unit(np.concatenate([centered, e], axis=-1))
-    if weight == 0.0:
-        return pixels
-    parts = [np.sqrt(1.0 - weight) * pixels, np.sqrt(weight) * _unit(_float64(tokens))]
-    return np.concatenate(parts, axis=-1)
 
 
 def kmeans_labels(x, noise, clusters=8, iterations=5):

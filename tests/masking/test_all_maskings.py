@@ -236,7 +236,15 @@ IN_PIXELS = {"patch_size": (8, 4), "data_format": "channels_first", "mask_ratio"
         (kcm.CenteredMasking, {"variance": 0.3, "grid": (4, 6)}),
         (kcm.GridMasking, {"window": 3, "grid": (3, 6)}),
         (kcm.BlockMasking, {"mask_ratio": 0.6, "grid": (4, 6)}),
-        (kcm.ClusterMasking, {**IN_PIXELS, "anchor_ratio": 0.1, "softness": 0.4}),
+        (
+            kcm.ClusterMasking,
+            {
+                **IN_PIXELS,
+                "anchor_ratio": 0.1,
+                "softness": 0.4,
+                "embedding_weight": ramp(),
+            },
+        ),
         (
             kcm.ClusterMasking,
             {
@@ -247,13 +255,8 @@ IN_PIXELS = {"patch_size": (8, 4), "data_format": "channels_first", "mask_ratio"
             },
         ),
         (kcm.KMeansMasking, {**IN_PIXELS, "num_clusters": 3, "iterations": 2}),
-        (kcm.EdgeMasking, {**IN_PIXELS, "seed_ratio": 0.2, "threshold": 0.3}),
-        (kcm.EdgeMasking, {"patch_size": (8, 4), "edges": None, "transport": False}),
-        *(
-            (strategy, {"patch_size": (8, 4), "embedding_weight": weight})
-            for strategy in (kcm.ClusterMasking, kcm.KMeansMasking, kcm.EdgeMasking)
-            for weight in (0.25, ramp())
-        ),
+        (kcm.EdgeMasking, {**IN_PIXELS, "threshold": 0.3, "transport": False}),
+        (kcm.EdgeMasking, {"patch_size": 8, "edges": None, "embedding_weight": 0.25}),
         (
             kcm.AttentiveMasking,
             {"teacher": GrayAttention((4, 6), name="teacher"), "block_size": 1},

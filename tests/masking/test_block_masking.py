@@ -28,19 +28,6 @@ def test_selects_as_the_reference(grid):
 
 
 @pytest.mark.any_backend
-def test_keeps_a_square_at_a_uniform_place():
-    # 9 of 36 patches, a square of 3 x 3 at one of 4 x 4 places.
-    masking = kcm.BlockMasking(0.75, num_prefix_tokens=0, seed=3)
-    indices, _ = numpy(*masking.select(tokens=np.zeros((6000, 36, 1), "float32")))
-    rows, columns = indices // 6, indices % 6
-    top, left = rows.min(axis=1), columns.min(axis=1)
-    np.testing.assert_array_equal(rows.max(axis=1) - top, 2)
-    np.testing.assert_array_equal(columns.max(axis=1) - left, 2)
-    counts = np.bincount(4 * top + left, minlength=16)
-    assert chi_square(counts, 6000, 1) > FALSE_ALARM
-
-
-@pytest.mark.any_backend
 def test_the_surplus_of_a_square_goes_at_random_wherever_the_square_is():
     # 5 of 16 patches: a square of 3 x 3 at one of four places loses 4 patches. The
     # noise of the first patch draws the place, which must not decide whether it stays.

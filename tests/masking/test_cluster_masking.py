@@ -97,7 +97,7 @@ def reference_similarity(images, patch_size, noise, options):
     """Unrounded and rounded highest similarity to the anchors of some noise."""
     data_format = options.get("data_format", "channels_last")
     anchors = reference.anchors(noise, options.get("anchor_ratio", 0.03))
-    exact = reference.pairwise_similarity(images, patch_size, data_format)
+    exact = reference.pairwise_similarity(images, patch_size, data_format=data_format)
     rounded = reference.round_similarity(exact)
     return tuple(reference.highest_similarity(x, anchors) for x in (exact, rounded))
 
@@ -165,12 +165,12 @@ class TestSimilarity:
         tokens[:, prefix + 3] = 0.0
         anchors = np.array([[0, 3], [5, 1], [11, 4]], "int32")
         masking = kcm.ClusterMasking(8, embedding_weight=weight)
-        mixed = reference.mixed_similarity(
+        mixed = reference.pairwise_similarity(
             images, 8, tokens=tokens[:, prefix:], weight=weight
         )
         np.testing.assert_allclose(
             numpy(masking.similarity(images, anchors, tokens)),
-            reference.highest_similarity(mixed, anchors),
+            reference.highest_similarity(reference.round_similarity(mixed), anchors),
             atol=2.0**-12 + 1e-6,
             rtol=0,
         )

@@ -32,9 +32,13 @@ def test_selects_as_the_reference_wherever_every_decision_is_clear():
             patch_size, embedding_weight=weight, data_format=data_format, **options
         )
         x = reference.patches(images, patch_size, data_format)
-        similarity = reference.pairwise_similarity(images, patch_size, data_format)
-        alike = reference.token_similarity(tokens[:, 1:])
-        similarity = (1.0 - weight) * similarity + weight * alike
+        similarity = reference.pairwise_similarity(
+            images,
+            patch_size,
+            data_format=data_format,
+            tokens=tokens[:, 1:],
+            weight=weight,
+        )
         expected, gaps = reference.select_edges(
             x, similarity, noise, (rows, columns), **options
         )

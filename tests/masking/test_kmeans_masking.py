@@ -7,9 +7,7 @@ import keras_cluster_mask as kcm
 from tests.masking import masking_reference as reference
 from tests.masking.images import (
     CLEAR,
-    FALSE_ALARM,
     assert_selects,
-    chi_square,
     draw_noise,
     numpy,
     paper,
@@ -81,24 +79,6 @@ def test_flat_patches_of_many_gray_levels_share_a_cluster():
     seeds = np.argsort(noise, axis=1)[:, :8]
     assert np.all((seeds >= 8).sum(axis=1) > 1)
     np.testing.assert_array_equal(flat, np.broadcast_to(flat[:, :1], flat.shape))
-
-
-@pytest.mark.any_backend
-def test_clusters_leave_in_random_order():
-    # The left half is striped, the right half barred: two clusters of equal size, where
-    # the two seeds are not of the same kind.
-    images = np.zeros((6000, 16, 16, 1), "float32")
-    images[:, :, :8] = np.arange(8)[:, None] % 2
-    images[:, :, 8:] = np.arange(16)[:, None, None] % 2
-    noise = kcm.RandomMasking(seed=4).draw(6000, 16)
-    masking = kcm.KMeansMasking(4, 0.5, num_clusters=2)
-    seeds = np.argsort(numpy(noise), axis=1)[:, :2] % 4 < 2
-    differ = seeds[:, 0] != seeds[:, 1]
-    indices, _ = numpy(*masking.select(images, noise=noise))
-    left = (indices % 4 < 2).sum(axis=1)
-    assert np.isin(left[differ], [0, 8]).all()
-    counts = np.bincount(left[differ], minlength=9)[[0, 8]]
-    assert chi_square(counts, differ.sum(), 1) > FALSE_ALARM
 
 
 @pytest.mark.any_backend

@@ -148,6 +148,8 @@ class TestOrder:
     def test_is_by_score_then_larger_noise_then_lower_index(self):
         rng = np.random.default_rng(0)
         score = rng.integers(-2, 3, (50, 12)).astype("float32")
+        # Zeros and minus zeros, which tie.
+        score[:, ::2] *= -1.0
         score[score == -2] = -np.inf
         noise = (rng.integers(0, 6, (50, 12)) / 8).astype("float32")
         got = numpy(order_by_score(*map(ops.convert_to_tensor, (score, noise))))
@@ -155,12 +157,6 @@ class TestOrder:
         expected = np.lexsort((index, -noise, -score), axis=1)
         np.testing.assert_array_equal(got, expected)
         assert got.dtype == np.int32
-
-    def test_tells_no_minus_zero_from_zero(self):
-        score = np.array([[0.0, -0.0, 0.0, -0.0]], "float32")
-        noise = np.array([[0.1, 0.4, 0.2, 0.3]], "float32")
-        got = numpy(order_by_score(*map(ops.convert_to_tensor, (score, noise))))
-        np.testing.assert_array_equal(got, [[1, 3, 2, 0]])
 
 
 def test_noise_is_float32_in_the_unit_interval_under_any_policy():

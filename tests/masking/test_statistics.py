@@ -14,6 +14,7 @@ IMAGES, N = 10, 24
 PIXELS = textured(np.random.default_rng(1), IMAGES, 16, 24, 3)
 MODES = {
     "budget": {"mask_ratio": 0.7, "anchor_ratio": 0.2},
+    "tokens": {"embedding_weight": 0.5},
     "threshold": {"min_mask_ratio": 0.3, "threshold": 0.14},
     "threshold_shown": {
         "min_mask_ratio": 0.5,
@@ -25,6 +26,11 @@ MODES = {
 
 def cluster_masking(**options):
     return kcm.ClusterMasking(4, data_format="channels_last", **options)
+
+
+def embed(images):
+    """A token for as many pixels as a patch has."""
+    return ops.reshape(images, (-1, N, 48))
 
 
 def statistics_of(masking, data, **options):
@@ -40,18 +46,18 @@ def assert_equal(one, other):
 def test_are_those_of_what_is_selected(mode):
     masking = cluster_masking(**MODES[mode])
     before = [numpy(variable) for variable in masking.variables]
-    found = statistics_of(masking, PIXELS, seed=7)
+    found = statistics_of(masking, PIXELS, seed=7, embed=embed)
     for variable, value in zip(masking.variables, before):
         np.testing.assert_array_equal(numpy(variable), value)
 
     noise = np.random.default_rng(7).random((IMAGES, N), dtype="float32")
-    indices, visible = numpy(*masking.select(PIXELS, noise=noise))
+    tokens = embed(PIXELS)
+    indices, visible = numpy(*masking.select(PIXELS, tokens, noise))
     seen = [row[stays] for row, stays in zip(indices, visible)]
     np.testing.assert_allclose(found.keep_ratio, [len(x) / N for x in seen], rtol=1e-6)
     times = np.bincount(np.concatenate(seen), minlength=N).reshape(4, 6)
     np.testing.assert_allclose(found.kept_by_position, times / IMAGES)
     # The same as a training step reports.
-    tokens = np.zeros((IMAGES, 1 + N, 4), "float32")
     masking(tokens, images=PIXELS, training=True, noise=noise)
     reported = 1.0 - float(numpy(masking.last_mask_ratio))
     assert found.keep_ratio.mean() == pytest.approx(reported, abs=1e-6)
@@ -72,27 +78,6 @@ def test_look_at_images_as_the_model_prepares_them():
     masking.prepare_pixels = lambda pixels: ops.flip(pixels, axis=1)
     prepared = statistics_of(masking, PIXELS)
     assert_equal(prepared, statistics_of(cluster_masking(), PIXELS[:, ::-1].copy()))
-
-
-class Dimmest(kcm.PatchMasking):
-    "Leaves out the patches of smallest embedding."
-
-    def score(self, noise, images=None, tokens=None):
-        return ops.sum(tokens[:, -noise.shape[1] :], axis=-1)
-
-
-def test_embed_gives_tokens_to_a_strategy_that_looks_at_them():
-    def embed(images):
-        # A patch's token is its place, forwards in light images, backwards in dark.
-        place = ops.arange(N, dtype="float32") - (N - 1) / 2
-        sign = ops.sign(ops.mean(ops.cast(images, "float32"), axis=(1, 2, 3)) - 0.5)
-        return ops.reshape(sign, (-1, 1, 1)) * ops.reshape(place, (1, N, 1))
-
-    images = np.repeat([0.0, 1.0, 1.0, 1.0], 16 * 24 * 3).reshape(4, 16, 24, 3)
-    masking = Dimmest(0.5, num_prefix_tokens=0)
-    found = statistics_of(masking, images, patch_size=4, embed=embed)
-    expected = np.where(np.arange(N) < N // 2, 0.25, 0.75)
-    np.testing.assert_allclose(found.kept_by_position.ravel(), expected)
 
 
 def test_a_masking_that_learns_its_prefix_from_an_encoder_can_be_measured():
