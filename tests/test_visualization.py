@@ -115,17 +115,18 @@ def test_masks_that_cannot_be_drawn_are_refused(masking, patch_size, argument):
 # === Statistics ===
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_statistics_are_drawn_as_they_are(threshold, tmp_path):
-    masking = clusters(min_mask_ratio=0.2, threshold=threshold)
-    statistics = kcm.masking.masking_statistics(masking, IMAGES, verbose=0)
+def test_statistics_are_drawn_as_they_are(tmp_path):
+    ratios = np.array([0.0, 0.5, 0.995, 1.0], "float32")
+    positions = np.random.default_rng(0).random((2, 3))
+    statistics = kcm.masking.MaskingStatistics(ratios, positions)
     figure = visualization.plot_masking_statistics(statistics)
-    ratios, positions, _ = figure.axes
-    assert sum(bar.get_height() for bar in ratios.patches) == pytest.approx(1)
-    mean = statistics.keep_ratio.mean()
-    assert ratios.get_legend().texts[0].get_text() == f"mean {mean:.3f}"
-    np.testing.assert_array_equal(drawn(positions), statistics.kept_by_position)
-    for axis in (ratios, positions):
+    histogram, grid, _ = figure.axes
+    # Every ratio is within it.
+    assert sum(bar.get_height() for bar in histogram.patches) == pytest.approx(1)
+    mean = ratios.mean()
+    assert histogram.get_legend().texts[0].get_text() == f"mean {mean:.3f}"
+    np.testing.assert_array_equal(drawn(grid), positions)
+    for axis in (histogram, grid):
         assert axis.get_title()
         assert axis.get_xlabel()
         assert axis.get_ylabel()
@@ -133,27 +134,19 @@ def test_statistics_are_drawn_as_they_are(threshold, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
-def test_every_ratio_is_within_the_histogram():
-    ratios = np.array([0.0, 0.5, 0.995, 1.0], "float32")
-    statistics = kcm.masking.MaskingStatistics(ratios, np.full((2, 2), 0.5))
-    axis = visualization.plot_masking_statistics(statistics).axes[0]
-    assert sum(bar.get_height() for bar in axis.patches) == pytest.approx(1)
-
-
 # === Retrieval ===
 
 
-def test_retrieval_shows_the_most_similar_images_first(tmp_path):
-    figure = visualization.plot_retrieval(["query"], IMAGES, [[0.1, 0.9]], k=2)
-    np.testing.assert_allclose(drawn(figure.axes[0]), IMAGES[1] / 255.0, atol=1e-6)
-    assert figure.axes[0].get_title() == "0.90"
-    figure.savefig(tmp_path / "figure.png")
-
-
-def test_dollar_signs_of_a_query_are_no_formula(tmp_path):
+def test_retrieval_shows_queries_as_they_are_and_the_most_similar_images_first(
+    tmp_path,
+):
+    # Dollar signs are no formula.
     query = r"a $5 bill and a price of $\x$"
     figure = visualization.plot_retrieval([query], IMAGES, [[0.1, 0.9]], k=2)
-    (text,) = figure.axes[0].texts
+    axis = figure.axes[0]
+    np.testing.assert_allclose(drawn(axis), IMAGES[1] / 255.0, atol=1e-6)
+    assert axis.get_title() == "0.90"
+    (text,) = axis.texts
     assert (text.get_text(), text.get_parse_math()) == (query, False)
     figure.savefig(tmp_path / "figure.png")
 
