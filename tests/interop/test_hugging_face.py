@@ -34,33 +34,29 @@ VISION = dict(
 END = VOCABULARY - 1
 
 
-def clip(text=(), vision=(), **options):
+def made(kind, text=(), vision=(), **options):
+    """A model of transformers with weights of its own."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.CLIPConfig(
-        text_config={**TEXT, "eos_token_id": END, **dict(text)},
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**TEXT, **dict(text)},
         vision_config={**VISION, **dict(vision)},
-        **{"projection_dim": 24, **options},
+        **options,
     )
-    return randomized(transformers.CLIPModel(config))
+    return randomized(getattr(transformers, f"{kind}Model")(config))
+
+
+def clip(text=(), vision=()):
+    return made("CLIP", {"eos_token_id": END, **dict(text)}, vision, projection_dim=24)
 
 
 def metaclip_2(text=(), vision=()):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.MetaClip2Config(
-        text_config={**TEXT, "eos_token_id": 2, **dict(text)},
-        vision_config={**VISION, **dict(vision)},
-        projection_dim=24,
+    return made(
+        "MetaClip2", {"eos_token_id": 2, **dict(text)}, vision, projection_dim=24
     )
-    return randomized(transformers.MetaClip2Model(config))
 
 
 def siglip(text=(), vision=()):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.SiglipConfig(
-        text_config={**TEXT, "projection_size": 48, **dict(text)},
-        vision_config={**VISION, **dict(vision)},
-    )
-    return randomized(transformers.SiglipModel(config))
+    return made("Siglip", {"projection_size": 48, **dict(text)}, vision)
 
 
 def randomized(model):
@@ -315,44 +311,30 @@ def test_preprocessing_that_cannot_be_followed_is_refused(folder, key, value):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "kind"),
     [
-        ("text_config__eos_token_id", 5),
-        ("text_config__hidden_act", "gelu"),
-        ("text_config__hidden_act", "relu"),
-        ("text_config__layer_norm_eps", 1e-6),
-        ("vision_config__layer_norm_eps", 1e-6),
-        ("vision_config__num_channels", 1),
-        ("vision_config__image_size", [16, 24]),
-        ("text_config__num_hidden_layers", 0),
-        ("text_config__vocab_size", "40"),
-        ("projection_dim", None),
-        ("model_type", "siglip2"),
+        ("text_config__eos_token_id", 5, "clip"),
+        ("text_config__hidden_act", "gelu", "clip"),
+        ("text_config__hidden_act", "relu", "clip"),
+        ("text_config__layer_norm_eps", 1e-6, "clip"),
+        ("vision_config__layer_norm_eps", 1e-6, "clip"),
+        ("vision_config__num_channels", 1, "clip"),
+        ("vision_config__image_size", [16, 24], "clip"),
+        ("text_config__num_hidden_layers", 0, "clip"),
+        ("text_config__vocab_size", "40", "clip"),
+        ("projection_dim", None, "clip"),
+        ("model_type", "siglip2", "clip"),
+        # Other kinds.
+        ("text_config__projection_size", 24, "siglip"),
+        ("vision_config__vision_use_head", False, "siglip"),
+        ("text_config__eos_token_id", 3, "metaclip_2"),
     ],
 )
-def test_what_clip_cannot_hold_is_refused_by_name(folder, key, value):
-    change_json(folder / "config.json", **{key: value})
+def test_what_a_model_cannot_hold_is_refused_by_name(folder, key, value, kind):
+    change_json(folder / "config.json", **{"model_type": kind, key: value})
     name = key.rpartition("__")[2].removesuffix("_dim")
     with pytest.raises(ValueError, match=rf"{name}.*Received: source="):
         load_hugging_face(folder)
-
-
-@pytest.mark.parametrize(
-    ("make", "part", "key", "value"),
-    [
-        ("siglip", "text_config", "projection_size", 24),
-        ("siglip", "vision_config", "vision_use_head", False),
-        ("metaclip_2", "text_config", "eos_token_id", 3),
-    ],
-)
-def test_what_other_kinds_cannot_hold_is_refused_by_name(
-    tmp_path, make, part, key, value
-):
-    config = {"model_type": make, part: {key: value}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=rf"{key}.*Received: source="):
-        load_hugging_face(tmp_path)
 
 
 def test_what_is_not_there_is_said(folder, tmp_path_factory):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 
 import keras
 import keras_hub
@@ -246,24 +247,26 @@ def test_configs_of_open_clip_have_the_sizes_heads_and_activations_of_its_models
     for name, config in configs.items():
         with torch.device("meta"):
             model = open_clip_model(config)
-        found = read_config(name)
-        image, text = model.visual.transformer.resblocks, model.transformer.resblocks
+        found, visual = read_config(name), model.visual
+        image, text = visual.transformer.resblocks, model.transformer.resblocks
         for tower, blocks in (("image", image), ("text", text)):
             inner, heads = blocks[0].mlp.c_fc, blocks[0].attn.num_heads
             expected = inner.in_features, len(blocks), heads, inner.out_features
             sizes = [getattr(found, f"{tower}_{x}") for x in TOWER]
             assert sizes == [*expected], name
-        patches = found.image_width, 3, found.patch, found.patch
-        assert model.visual.conv1.weight.shape == patches, name
-        positions = 1 + (found.image_size // found.patch) ** 2
-        assert len(model.visual.positional_embedding) == positions, name
-        assert len(model.positional_embedding) == found.context, name
-        assert len(model.token_embedding.weight) == found.vocabulary, name
+        width, channels, *patch = visual.conv1.weight.shape
+        assert (width, channels) == (found.image_width, 3), name
         activation = type(image[0].mlp.gelu).__name__
-        expected = {"GELU": "gelu", "QuickGELU": "quick_gelu"}[activation]
-        assert found.activation == expected, name
-        pooled = {"argmax": "CLIP", "eos": "MetaCLIP2"}[model.text_pool_type]
-        assert (model.visual.pool_type, found.family) == ("tok", pooled), name
+        expected = dataclasses.replace(
+            found,
+            patch=patch[0],
+            image_size=math.isqrt(len(visual.positional_embedding)) * patch[1],
+            context=len(model.positional_embedding),
+            vocabulary=len(model.token_embedding.weight),
+            activation={"GELU": "gelu", "QuickGELU": "quick_gelu"}[activation],
+            family={"argmax": "CLIP", "eos": "MetaCLIP2"}[model.text_pool_type],
+        )
+        assert (found, visual.pool_type) == (expected, "tok"), name
     assert all(" does not: " in reason for reason in refused.values())
 
 
