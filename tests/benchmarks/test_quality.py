@@ -1,12 +1,11 @@
 import json
 import sys
 
-import keras
 import numpy as np
 import pytest
 import quality
 from PIL import Image
-from quality_data import IMAGES, loss_at_best_temperature, splits
+from quality_data import IMAGES, loss_at_best_temperature
 from quality_methods import CHANGES, PATCHES, STUDIES, method_of
 
 import keras_cluster_mask as kcm
@@ -30,72 +29,33 @@ def run(folder, *options, name=METHOD, costs=None):
     return quality.train(name, 1, options, data_of, costs or {}, folder)
 
 
-def data_for(name, *options):
-    return quality.data_by_method(quality.arguments([*SMALL, *options]))(
-        method_of(name)
-    )
-
-
-@pytest.fixture
-def write_colors(write_tar, encode):
-    """Red squares and blue ones in turn; with two shards, each has a color."""
-
-    def write_colors(shards=1):
-        counts = {"train": 64, "validation": 32, "test": 32}
-        for split, count in counts.items():
-            for number in range(shards):
-                files = []
-                for key in range(number, count, shards):
-                    color = ("red", "blue")[key % 2]
-                    image = encode(Image.new("RGB", (16, 16), color))
-                    caption = f"a {color} square".encode()
-                    files += [(f"{key:04}.png", image), (f"{key:04}.txt", caption)]
-                shard = write_tar(f"{split}-{number:05}.tar", files)
-        return f"--data={shard.parent}"
-
-    return write_colors
-
-
-def test_a_run_that_is_cut_off_ends_as_one_that_was_not(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole")
+def test_a_finished_run_is_read_and_never_taken_for_one_of_other_settings(
+    tmp_path, monkeypatch
+):
+    whole = run(tmp_path)
     assert [point["step"] for point in whole["curve"]] == list(range(1, 9))
-
-    class Stop(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            if epoch == 5:
-                raise KeyboardInterrupt
-
-    fit = kcm.ContrastiveModel.fit
-
-    def fit_and_stop(self, *args, callbacks, **options):
-        return fit(self, *args, callbacks=[*callbacks, Stop()], **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kcm.ContrastiveModel, "fit", fit_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "cut")
-    keras.utils.set_random_seed(999)  # As in a process that did other things before.
-    resumed = run(tmp_path / "cut")
-    for found, expected in zip(resumed["curve"], whole["curve"], strict=True):
-        assert found == pytest.approx(expected)
-    assert resumed["validation"] == pytest.approx(whole["validation"])
-
-    # A finished run is read, is scored on the test split without more training, and is
-    # never taken for one of other settings.
+    whole = json.loads(json.dumps(whole))
     monkeypatch.setattr(kcm.ContrastiveModel, "fit", None)
-    assert run(tmp_path / "cut") == json.loads(json.dumps(resumed))
-    tested = run(tmp_path / "cut", "--test")
+    assert run(tmp_path) == whole
+    tested = run(tmp_path, "--test")
     assert 0 <= tested.pop("test")["score"] <= 100
-    assert tested == json.loads(json.dumps(resumed))
+    assert tested == whole
     with pytest.raises(ValueError, match=r"same settings.*Received.*0\.002"):
-        run(tmp_path / "cut", "--learning-rate=0.002")
+        run(tmp_path, "--learning-rate=0.002")
 
 
 def test_classes_are_judged_by_zero_shot_accuracy_and_a_linear_probe(
-    tmp_path, write_colors
+    tmp_path, write_tar, encode
 ):
-    data = write_colors()
-    options = [data, "--learning-rate=0.002", "--steps=64"]
+    for split, count in {"train": 64, "validation": 32, "test": 32}.items():
+        files = []
+        for key in range(count):
+            color = ("red", "blue")[key % 2]
+            image = encode(Image.new("RGB", (16, 16), color))
+            caption = f"a {color} square".encode()
+            files += [(f"{key:04}.png", image), (f"{key:04}.txt", caption)]
+        write_tar(f"{split}-00000.tar", files)
+    options = [f"--data={tmp_path}", "--learning-rate=0.002", "--steps=64"]
     found = run(tmp_path / "runs", *options, name="random")
     assert set(found["validation"]) == {"score", "linear probe", "loss"}
     # Red and blue squares: chance is a half.
@@ -150,7 +110,7 @@ def test_a_method_whose_changes_have_no_effect_is_refused(name):
 
 
 def test_methods_that_cut_texts_train_on_short_ones_and_are_judged_by_whole_ones():
-    data = data_for("random")
+    data = quality.data_by_method(quality.arguments(SMALL))(method_of("random"))
     for name in sorted(set(CHANGES) - {"12 tokens", "whole texts last"}):
         method = method_of(f"random, {name}")
         length = 4 if method.text_masking else 10
@@ -218,18 +178,6 @@ def test_the_command_reports_the_runs_of_all_processes(tmp_path, monkeypatch):
     assert rows[1]["validation loss - random's"] == "0.000"
 
 
-def test_halves_share_no_sample(write_colors):
-    data = write_colors(shards=2)
-    seen = []
-    for half in (0, 1):
-        batches = data_for("random", data, f"--half={half}").training(
-            1, method_of("random"), whole_texts=False
-        )
-        (color,) = {tuple(image[0, 0] > 100) for image in next(iter(batches))["images"]}
-        seen.append(color)
-    assert seen == [(True, False, False), (False, False, True)]
-
-
 def test_a_run_may_start_from_the_weights_of_another(tmp_path):
     first = run(tmp_path / "first", name="none")
     place = quality.place_of("none", 1, tmp_path / "first")
@@ -239,9 +187,3 @@ def test_a_run_may_start_from_the_weights_of_another(tmp_path):
     assert second["setting"]["start_from"]["method"] == "none"
     with pytest.raises(ValueError, match=r"--start-from.*vocabulary_size.*Received"):
         run(tmp_path / "third", *options, "--vocabulary-size=601")
-
-
-def test_a_folder_without_the_shards_it_takes_is_refused(tmp_path):
-    assert len(splits(IMAGES)["validation"]) == 1
-    with pytest.raises(ValueError, match=r"`--data`.*Received"):
-        splits(tmp_path)

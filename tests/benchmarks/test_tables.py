@@ -53,7 +53,7 @@ def test_pages_of_the_repository_agree_with_the_results():
 
 
 @pytest.mark.usefixtures("results")
-def test_a_changed_number_fails_the_check_and_is_written_back(
+def test_numbers_are_written_and_a_changed_one_fails_the_check(
     monkeypatch, tmp_path, capsys
 ):
     page = tmp_path / "page.md"
@@ -67,18 +67,13 @@ def test_a_changed_number_fails_the_check_and_is_written_back(
     assert right.endswith("8,182<!-- end --> ms.\n")
     monkeypatch.setattr(sys, "argv", ["tables.py", "--check", str(page)])
     tables.main()
+    wrong = right.replace("8,182", "8,183")
+    page.write_text(wrong)
     capsys.readouterr()
-    for number, wrong in (("| 4109.5 |", "| 4209.5 |"), ("8,182", "8,183")):
-        page.write_text(right.replace(number, wrong))
-        with pytest.raises(SystemExit, match=r"run benchmarks/tables\.py"):
-            tables.main()
-        difference = capsys.readouterr().out.splitlines()
-        changed = [line for line in difference[2:] if line[:1] in "+-"]
-        assert [wrong in changed[0], number in changed[1]] == [True, True]
-        assert len(changed) == 2
-        assert wrong in page.read_text()
-        tables.rewrite(page)
-        assert page.read_text() == right
+    with pytest.raises(SystemExit, match=r"run benchmarks/tables\.py"):
+        tables.main()
+    assert "\n-A step:" in capsys.readouterr().out
+    assert page.read_text() == wrong
 
 
 @pytest.mark.usefixtures("results")
@@ -159,22 +154,3 @@ REFUSED = [
 def test_what_cannot_be_shown_is_an_error(content, message):
     with pytest.raises(ValueError, match=rf"(?s){re.escape(message)}.*Received: "):
         value_of(content) if isinstance(content, str) else table_of(*content)
-
-
-OPEN = "<!-- value first.json; none; / none -->1.000"
-VALUE = f"{OPEN}<!-- end -->"
-AT_START = [f"Text\n{start}{VALUE}" for start in ("", "- ", "  ", "> ", "1. ")]
-
-
-@pytest.mark.usefixtures("results")
-@pytest.mark.parametrize("text", [*AT_START, f"It is {VALUE}.\nIt is {OPEN}."])
-def test_a_value_that_begins_a_line_or_has_no_end_is_an_error_of_its_page(
-    text, tmp_path
-):
-    in_lines = f"Text\n- **{VALUE}**\n| {VALUE} | all |"
-    assert tables.rendered(in_lines) == in_lines
-    page = tmp_path / "page.md"
-    page.write_text(text)
-    with pytest.raises(ValueError, match=r"begin a line|2 of them, 1 ends") as caught:
-        tables.rewrite(page)
-    assert str(page) in caught.value.__notes__[0]
