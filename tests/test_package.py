@@ -180,17 +180,6 @@ def test_tensorflow_is_not_required():
     assert not [x for x in PROJECT["project"]["dependencies"] if "tensorflow" in x]
 
 
-def test_workflows_run_steps_that_there_are():
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    functions = set(re.findall(r"^(\w+)\(\) \{", script, re.MULTILINE))
-    steps = set()
-    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
-        text = path.read_text(encoding="utf-8")
-        steps |= set(re.findall(r"\.ci/run (\w+)", text.partition("\non:")[2]))
-    assert {"lint", "tests", "slow", "guides", "package", "docs"} <= steps
-    assert steps <= functions
-
-
 # === Distributions ===
 
 
