@@ -255,8 +255,14 @@ IN_PIXELS = {"patch_size": (8, 4), "data_format": "channels_first", "mask_ratio"
             },
         ),
         (kcm.KMeansMasking, {**IN_PIXELS, "num_clusters": 3, "iterations": 2}),
-        (kcm.EdgeMasking, {**IN_PIXELS, "threshold": 0.3, "transport": False}),
-        (kcm.EdgeMasking, {"patch_size": 8, "edges": None, "embedding_weight": 0.25}),
+        (
+            kcm.EdgeMasking,
+            {**IN_PIXELS, "seed_ratio": 0.2, "threshold": 0.3, "transport": False},
+        ),
+        (
+            kcm.EdgeMasking,
+            {"patch_size": (8, 4), "edges": None, "embedding_weight": 0.25},
+        ),
         (
             kcm.AttentiveMasking,
             {"teacher": GrayAttention((4, 6), name="teacher"), "block_size": 1},

@@ -29,7 +29,7 @@ def cluster_masking(**options):
 
 
 def embed(images):
-    """A token for as many pixels as a patch has."""
+    """Cuts the values of each image into as many tokens as it has patches."""
     return ops.reshape(images, (-1, N, 48))
 
 
