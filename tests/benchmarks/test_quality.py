@@ -23,10 +23,10 @@ def few(few_images, monkeypatch):
     monkeypatch.setattr(quality, "IMAGES", few_images / "images")
 
 
-def run(folder, *options, name=METHOD, costs=None):
+def run(folder, *options, name=METHOD):
     options = quality.arguments([*SMALL, *options])
     data_of = quality.data_by_method(options)
-    return quality.train(name, 1, options, data_of, costs or {}, folder)
+    return quality.train(name, 1, options, data_of, {}, folder)
 
 
 def test_a_finished_run_is_read_and_never_taken_for_one_of_other_settings(
