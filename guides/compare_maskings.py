@@ -96,7 +96,6 @@ validation = dataset("validation", format="grain")
 statistics = kcm.masking.masking_statistics(
     MASKINGS["cluster"](), validation, verbose=0
 )
-print(statistics)
 show(kcm.visualization.plot_masking_statistics(statistics), "cluster_statistics")
 
 # %% [markdown]

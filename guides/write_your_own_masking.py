@@ -133,7 +133,6 @@ show(kcm.visualization.plot_masks(images[:4] / 255.0, maskings), "own_masks")
 statistics = kcm.masking.masking_statistics(
     maskings["ContentMasking"], images / 255.0, verbose=0
 )
-print(statistics)
 show(kcm.visualization.plot_masking_statistics(statistics), "own_statistics")
 
 # %%

@@ -118,7 +118,7 @@ def test_masks_that_cannot_be_drawn_are_refused(masking, patch_size, argument):
 def test_statistics_are_drawn_as_they_are(tmp_path):
     ratios = np.array([0.0, 0.5, 0.995, 1.0], "float32")
     positions = np.random.default_rng(0).random((2, 3))
-    statistics = kcm.masking.MaskingStatistics(ratios, positions)
+    statistics = {"keep_ratio": ratios, "kept_by_position": positions}
     figure = visualization.plot_masking_statistics(statistics)
     histogram, grid, _ = figure.axes
     # Every ratio is within it.

@@ -9,7 +9,7 @@ from keras_cluster_mask.masking.grid_masking import GridMasking
 from keras_cluster_mask.masking.kmeans_masking import KMeansMasking
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.random_masking import RandomMasking
-from keras_cluster_mask.masking.statistics import MaskingStatistics, masking_statistics
+from keras_cluster_mask.masking.statistics import masking_statistics
 
 __all__ = [
     "AttentiveMasking",
@@ -19,7 +19,6 @@ __all__ = [
     "EdgeMasking",
     "GridMasking",
     "KMeansMasking",
-    "MaskingStatistics",
     "PatchMasking",
     "RandomMasking",
     "masking_statistics",

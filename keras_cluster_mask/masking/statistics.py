@@ -1,6 +1,5 @@
 """Computes which patches a masking keeps, and statistics of them in a dataset."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,34 +15,6 @@ from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.types import Tensor
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class MaskingStatistics:
-    """The result of `masking_statistics`. Use `print` for a summary.
-
-    A patch that is kept as hidden padding does not count, because it has no influence.
-
-    Attributes:
-        keep_ratio: `(images,)` float32 array. The fraction of the patches that is kept,
-            for each image.
-        kept_by_position: `(rows, columns)` float64 array. The fraction of the images in
-            which the patch at each grid position is kept.
-    """
-
-    keep_ratio: np.ndarray
-    kept_by_position: np.ndarray
-
-    def __repr__(self):
-        rows, columns = self.kept_by_position.shape
-        lines = [f"{len(self.keep_ratio):,} images of {rows} x {columns} patches"]
-        for name, values in (
-            ("keep ratio of an image", self.keep_ratio),
-            ("how often a position is kept", self.kept_by_position),
-        ):
-            spread = f"from {values.min():.3f} to {values.max():.3f}"
-            lines.append(f"{name}: {values.mean():.3f}, {spread}")
-        return "\n".join(lines)
-
-
 def masking_statistics(
     masking: PatchMasking,
     data: Any,
@@ -51,7 +22,7 @@ def masking_statistics(
     embed: Callable[[Tensor], Tensor] | None = None,
     seed: int | None = 0,
     verbose: str | int = "auto",
-) -> MaskingStatistics:
+) -> dict[str, np.ndarray]:
     """Measures how many patches a masking keeps in the images of a dataset, and where.
 
     The function reads the data once and stores only sums and one number per image. It
@@ -68,8 +39,7 @@ def masking_statistics(
     masking = kcm.ClusterMasking(patch_size=8, min_mask_ratio=0.3)
     masking.adapt(images)
     statistics = kcm.masking.masking_statistics(masking, images)
-    print(statistics)
-    statistics.keep_ratio  # (32,), around 0.5
+    statistics["keep_ratio"]  # (32,), around 0.5
     ```
 
     Args:
@@ -87,7 +57,11 @@ def masking_statistics(
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
-        A `MaskingStatistics`.
+        A dictionary of arrays: `"keep_ratio"`, `(images,)` float32, the fraction of the
+        patches that is kept in each image; and `"kept_by_position"`, `(rows, columns)`
+        float64, the fraction of the images in which the patch at each position is kept.
+        A patch that is kept as hidden padding does not count, because it has no
+        influence.
 
     Raises:
         ValueError: If the patch size, the tokens or the threshold that the masking
@@ -113,10 +87,10 @@ def masking_statistics(
         count += len(images)
         progress.update(count, [("keep_ratio", kept.mean())], finalize=False)
     progress.update(count, finalize=True)
-    return MaskingStatistics(
-        keep_ratio=np.concatenate(ratios),
-        kept_by_position=(times_kept / count).reshape(first_grid),
-    )
+    return {
+        "keep_ratio": np.concatenate(ratios),
+        "kept_by_position": (times_kept / count).reshape(first_grid),
+    }
 
 
 # === The patches that a masking keeps ===

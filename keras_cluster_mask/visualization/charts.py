@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from keras_cluster_mask.checks import check_integer, is_integer
-from keras_cluster_mask.masking import MaskingStatistics
 
 # The metrics of each panel, and their labels in it.
 PANELS = {
@@ -84,7 +83,7 @@ def plot_history(
     return figure
 
 
-def plot_masking_statistics(statistics: MaskingStatistics) -> Figure:
+def plot_masking_statistics(statistics: Mapping[str, np.ndarray]) -> Figure:
     """Plots how many patches a masking keeps in the images of a dataset, and where.
 
     The figure has a histogram of the fraction that is kept of each image, and a map of
@@ -111,7 +110,7 @@ def plot_masking_statistics(statistics: MaskingStatistics) -> Figure:
     # Bins are centered on multiples of their width, because ratios often are such
     # numbers.
     edges = (np.arange(42) - 0.5) / 40
-    values = statistics.keep_ratio
+    values = statistics["keep_ratio"]
     ratios.hist(values, edges, weights=np.full(len(values), 1 / len(values)))
     ratios.axvline(
         values.mean(), color="black", linestyle="--", linewidth=1,
@@ -123,7 +122,7 @@ def plot_masking_statistics(statistics: MaskingStatistics) -> Figure:
     ratios.legend(fontsize=8)
     # Use a range of at least 0.2. Otherwise a difference of a few images would look
     # like a pattern.
-    kept = statistics.kept_by_position
+    kept = statistics["kept_by_position"]
     middle = (kept.min() + kept.max()) / 2
     reach = max(0.1, kept.max() - middle)
     shown = positions.imshow(

@@ -38,8 +38,8 @@ def statistics_of(masking, data, **options):
 
 
 def assert_equal(one, other):
-    for name, value in vars(one).items():
-        np.testing.assert_array_equal(value, getattr(other, name), err_msg=name)
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -54,13 +54,15 @@ def test_are_those_of_what_is_selected(mode):
     tokens = embed(PIXELS)
     indices, visible = numpy(*masking.select(PIXELS, tokens, noise))
     seen = [row[stays] for row, stays in zip(indices, visible)]
-    np.testing.assert_allclose(found.keep_ratio, [len(x) / N for x in seen], rtol=1e-6)
+    np.testing.assert_allclose(
+        found["keep_ratio"], [len(x) / N for x in seen], rtol=1e-6
+    )
     times = np.bincount(np.concatenate(seen), minlength=N).reshape(4, 6)
-    np.testing.assert_allclose(found.kept_by_position, times / IMAGES)
+    np.testing.assert_allclose(found["kept_by_position"], times / IMAGES)
     # The same as a training step reports.
     masking(tokens, images=PIXELS, training=True, noise=noise)
     reported = 1.0 - float(numpy(masking.last_mask_ratio))
-    assert found.keep_ratio.mean() == pytest.approx(reported, abs=1e-6)
+    assert found["keep_ratio"].mean() == pytest.approx(reported, abs=1e-6)
 
 
 def test_are_the_same_in_batches_of_any_size_and_in_other_layouts():
@@ -85,7 +87,7 @@ def test_a_masking_that_learns_its_prefix_from_an_encoder_can_be_measured():
     encoder = kcm.with_masking(clip_vision_encoder(), masking)
     for embed in (None, encoder.embed_patches):
         found = statistics_of(masking, random_images(4), patch_size=4, embed=embed)
-        np.testing.assert_array_equal(found.keep_ratio, [0.5] * 4)
+        np.testing.assert_array_equal(found["keep_ratio"], [0.5] * 4)
 
 
 TWO_SIZES = [np.zeros((2, 16, 24, 3)), np.zeros((2, 24, 16, 3))]
@@ -124,13 +126,3 @@ def test_progress_is_shown_as_in_keras(capsys):
     printed = capsys.readouterr().out
     assert "10/10" in printed
     assert "keep_ratio: 0.5000" in printed
-
-
-def test_are_printed_as_a_summary():
-    found = statistics_of(cluster_masking(**MODES["threshold"]), PIXELS)
-    size, ratio, position = str(found).splitlines()
-    assert size == "10 images of 4 x 6 patches"
-    mean, lowest = found.keep_ratio.mean(), found.kept_by_position.min()
-    assert ratio.startswith(f"keep ratio of an image: {mean:.3f}, from ")
-    assert position.startswith("how often a position is kept: ")
-    assert f"from {lowest:.3f} to " in position

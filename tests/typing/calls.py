@@ -47,7 +47,7 @@ maskings: list[kcm.PatchMasking] = [
     kcm.EdgeMasking(16, edges=None),
 ]
 statistics = kcm.masking.masking_statistics(masking, dataset, seed=1)
-assert_type(statistics.keep_ratio, np.ndarray)
+assert_type(statistics, dict[str, np.ndarray])
 kcm.RandomMasking(mask_ratio="half")  # type: ignore[arg-type]
 
 
