@@ -11,16 +11,13 @@ from PIL import Image
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import entries_of, is_empty
 
+# `path` is also the field of an image in a folder.
 IMAGE_KEYS = (
-    *("jpg", "jpeg", "png", "webp", "gif", "bmp"),
-    # `path` is also the field of an image in a folder.
-    *("image", "image/encoded", "file_name", "filepath", "image_path", "path"),
-)
+    "jpg", "jpeg", "png", "webp", "gif", "bmp",
+    "image", "file_name", "filepath", "image_path", "path",
+)  # fmt: skip
 # `json.captions` may hold all captions, and `txt` only the first one.
-CAPTION_KEYS = (
-    *("json.captions", "txt"),
-    *("caption", "caption/raw", "captions", "text", "title"),
-)
+CAPTION_KEYS = ("json.captions", "txt", "caption", "captions", "text", "title")
 NO_ARRAY = "the array is not uint8 (height, width) or (height, width, 3)"
 
 
