@@ -75,6 +75,12 @@ def random_pairs(count, seed=0):
     return {"images": images, "token_ids": ids}
 
 
+def split(pairs, size=4):
+    """The pairs in batches."""
+    starts = range(0, len(pairs["images"]), size)
+    return [{k: v[i : i + size] for k, v in pairs.items()} for i in starts]
+
+
 def class_pairs(count, num_classes=4, seed=0):
     """Pairs of one pattern and one text a class, with a little noise."""
     rng = np.random.default_rng(seed)
@@ -187,10 +193,10 @@ def functional_vit(width=16, num_layers=1, mix=None, pool=True, name="own_vit"):
     return keras.Model(images, x, name=name)
 
 
-def class_token_vit(name="class_token_vit"):
+def class_token_vit():
     vit = clip_vision_encoder()
     x = keras.layers.GlobalAveragePooling1D()(vit.output)
-    return keras.Model(vit.input, x, name=name)
+    return keras.Model(vit.input, x, name="class_token_vit")
 
 
 def masked_vit(masking, **options):
@@ -205,35 +211,41 @@ def masked_vit(masking, **options):
     return kcm.with_masking(functional_vit(**options), masking, "positions")
 
 
-def patch_mlp(width=16, name="patch_mlp"):
+def patch_mlp():
     """Patches that never meet but in their average: the cheapest thing to mask."""
     images = keras.Input((16, 16, 3))
-    x = keras.layers.Conv2D(width, 4, strides=4)(images)
-    x = keras.layers.Reshape((16, width))(x)
+    x = keras.layers.Conv2D(16, 4, strides=4)(images)
+    x = keras.layers.Reshape((16, 16))(x)
     x = AddPositions(name="positions")(x)
-    x = keras.layers.Dense(width, activation="relu")(x)
+    x = keras.layers.Dense(16, activation="relu")(x)
     x = keras.layers.GlobalAveragePooling1D()(x)
-    return keras.Model(images, keras.layers.Dense(width)(x), name=name)
+    return keras.Model(images, keras.layers.Dense(16)(x), name="patch_mlp")
 
 
-def image_mlp(width=16, name="image_mlp"):
+def image_mlp(width=16):
     images = keras.Input((16, 16, 3))
     x = keras.layers.AveragePooling2D(4)(images)
     x = keras.layers.Flatten()(x)
     x = keras.layers.Dense(width)(x)
-    return keras.Model(images, x, name=name)
+    return keras.Model(images, x, name="image_mlp")
 
 
-def text_bag(width=16, name="text_bag"):
+def text_bag(width=16):
     ids = keras.Input((CONTEXT,), dtype="int32")
     x = keras.layers.Embedding(VOCABULARY, width)(ids)
     x = keras.layers.GlobalAveragePooling1D()(x)
     x = keras.layers.Dense(width)(x)
-    return keras.Model(ids, x, name=name)
+    return keras.Model(ids, x, name="text_bag")
 
 
 def small_model(**kwargs):
     return kcm.ContrastiveModel(image_mlp(), text_bag(), **kwargs)
+
+
+def compiled_model(optimizer="sgd", **options):
+    model = small_model(**options)
+    model.compile(optimizer, **FAST)
+    return model
 
 
 # The smallest transformer, and the towers of keras_hub that are made of it.
@@ -241,21 +253,26 @@ TRANSFORMER = dict(num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=32
 VIT = dict(TRANSFORMER, patch_size=4)
 
 
-def vision_encoder(family, sizes=TRANSFORMER, **kwargs):
-    make = getattr(keras_hub.models, f"{family}VisionEncoder")
-    return make(**sizes, patch_size=4, image_shape=(16, 16, 3), **kwargs)
+def vision_encoder(family, **options):
+    """An encoder of keras_hub for images of 16 x 16 pixels, in patches of 4 x 4."""
+    options = {**VIT, "image_shape": (16, 16, 3), **options}
+    if family == "ViT":
+        options["mlp_dim"] = options.pop("intermediate_dim")
+    if family.startswith("DINO"):
+        options["num_register_tokens"] = 2
+    models = keras_hub.models
+    make = getattr(models, f"{family}VisionEncoder", None)
+    return (make or getattr(models, f"{family}Backbone"))(**options)
 
 
-def make_backbone(family, dtype=None, sizes=TRANSFORMER, **kwargs):
+def make_backbone(family, dtype=None, **kwargs):
     make_text = getattr(keras_hub.models, f"{family}TextEncoder")
     return getattr(keras_hub.models, f"{family}Backbone")(
-        vision_encoder=vision_encoder(
-            family, sizes, dtype=dtype, name="vision_encoder"
-        ),
+        vision_encoder=vision_encoder(family, dtype=dtype, name="vision_encoder"),
         text_encoder=make_text(
-            **sizes,
+            **TRANSFORMER,
             vocabulary_size=VOCABULARY,
-            embedding_dim=sizes["hidden_dim"],
+            embedding_dim=16,
             max_sequence_length=CONTEXT,
             dtype=dtype,
             name="text_encoder",
@@ -291,27 +308,20 @@ def tiny_metaclip():
     return make_backbone("MetaCLIP2", projection_dim=16)
 
 
-def vit_encoder(height=16, width=16, **kwargs):
-    sizes = {**VIT, **kwargs}
-    sizes["mlp_dim"] = sizes.pop("intermediate_dim")
-    return keras_hub.models.ViTBackbone(image_shape=(height, width, 3), **sizes)
+def vit_encoder(height=16, width=16, **options):
+    return vision_encoder("ViT", image_shape=(height, width, 3), **options)
 
 
 def deit_encoder(height=16, width=16):
-    return keras_hub.models.DeiTBackbone(image_shape=(height, width, 3), **VIT)
+    return vision_encoder("DeiT", image_shape=(height, width, 3))
 
 
 def dino_encoder():
-    return keras_hub.models.DINOV2Backbone(
-        **VIT, num_register_tokens=2, image_shape=(16, 16, 3)
-    )
+    return vision_encoder("DINOV2")
 
 
-def dino_3_encoder(num_layers=1, **kwargs):
-    sizes = {**VIT, "num_layers": num_layers}
-    return keras_hub.models.DINOV3Backbone(
-        **sizes, num_register_tokens=2, image_shape=(16, 16, 3), **kwargs
-    )
+def dino_3_encoder(num_layers=1, **options):
+    return vision_encoder("DINOV3", num_layers=num_layers, **options)
 
 
 def as_trained(model):
@@ -369,22 +379,6 @@ def model_with_log(steps):
     return kcm.ContrastiveModel(image_mlp(), text_encoder), log
 
 
-# === Maskings ===
-
-
-@keras.saving.register_keras_serializable(package="tests")
-class HideByNoise(kcm.PatchMasking):
-    """Hides the patches of small noise behind a mask, whatever the images show."""
-
-    hides_tokens = True
-
-    def num_kept(self, num_patches):
-        return num_patches
-
-    def score(self, noise, images=None, tokens=None):
-        return ops.where(noise >= self.mask_ratio, 0.0, -np.inf)
-
-
 # === Backends ===
 
 
@@ -392,14 +386,34 @@ def to_numpy(x):
     return np.array(ops.convert_to_numpy(ops.cast(x, "float32")))
 
 
+def reloaded(model, folder, **options):
+    """The model after it was saved and loaded."""
+    path = folder / "model.keras"
+    model.save(path)
+    return keras.saving.load_model(path, **options)
+
+
+def ids_of(variables):
+    return {id(variable) for variable in variables}
+
+
 def values(variables):
     return [np.array(ops.convert_to_numpy(v)) for v in variables]
 
 
+def assert_close(found, expected, atol=1e-6, rtol=1e-7):
+    """Compares variables or arrays, in order or by name."""
+    if not isinstance(expected, dict):
+        found, expected = dict(enumerate(found)), dict(enumerate(expected))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        pair = values([found[name], value])
+        np.testing.assert_allclose(*pair, rtol=rtol, atol=atol, err_msg=str(name))
+
+
 def assert_same_values(found, expected):
-    """Of variables or arrays, to the last bit."""
-    for one, other in zip(values(found), values(expected), strict=True):
-        np.testing.assert_array_equal(one, other)
+    """Compares variables or arrays to the last bit, in order or by name."""
+    assert_close(found, expected, atol=0.0, rtol=0.0)
 
 
 def compiled(fn):
@@ -553,23 +567,17 @@ def _live_bytes_torch(model, pairs):
 def _temporary_bytes_jax(model, pairs):
     import jax
 
-    loss, weights, state = _loss_jax(model)
-    compiled = jax.jit(jax.grad(loss)).lower(weights, state, pairs).compile()
-    # The chunks of a batch are cut from a copy of it.
-    batch = sum(x.nbytes for x in pairs.values())
-    return compiled.memory_analysis().temp_size_in_bytes - batch
-
-
-def _loss_jax(model):
-    """The loss as a function of weights, state and pairs; weights; and state."""
-
     def loss(weights, state, pairs):
         embeddings, _ = model.stateless_call(weights, state, pairs, training=True)
         with keras.StatelessScope(list(zip(model.trainable_variables, weights))):
             return loss_of(model, pairs, embeddings)
 
     weights = [v.value for v in model.trainable_variables]
-    return loss, weights, [v.value for v in model.non_trainable_variables]
+    state = [v.value for v in model.non_trainable_variables]
+    compiled = jax.jit(jax.grad(loss)).lower(weights, state, pairs).compile()
+    # The chunks of a batch are cut from a copy of it.
+    batch = sum(x.nbytes for x in pairs.values())
+    return compiled.memory_analysis().temp_size_in_bytes - batch
 
 
 def exported(tower, folder, **options):

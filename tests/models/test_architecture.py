@@ -5,7 +5,7 @@ import pytest
 from keras import ops
 
 from keras_cluster_mask.models import clip_backbone
-from keras_cluster_mask.models.architecture import SIZES
+from keras_cluster_mask.models.architecture import SIZES, Architecture
 
 pytestmark = pytest.mark.any_backend
 
@@ -42,13 +42,18 @@ def test_widths_and_depths_are_those_of_open_clip(size):
     open_clip = pytest.importorskip("open_clip")
     letter, patch = size.removeprefix("vit_").split("_")
     config = open_clip.get_model_config(f"ViT-{letter.upper()}-{patch}")
-    vision, text, shape = config["vision_cfg"], config["text_cfg"], SIZES[size]
-    # open_clip's heads of the image tower are 64 wide.
-    width, layers, heads = vision["width"], vision["layers"], vision["width"] // 64
-    found = shape.image_width, shape.image_layers, shape.image_heads
-    assert found == (width, layers, heads)
-    found = shape.text_width, shape.text_layers, shape.text_heads
-    assert found == (text["width"], text["layers"], text["heads"])
-    assert (shape.image_hidden, shape.text_hidden) == (4 * width, 4 * text["width"])
-    assert shape.projection == config["embed_dim"]
-    assert shape.patch == vision["patch_size"] == int(patch)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    assert vision["patch_size"] == int(patch)
+    assert SIZES[size] == Architecture(
+        image_width=vision["width"],
+        image_layers=vision["layers"],
+        # open_clip's heads of the image tower are 64 wide.
+        image_heads=vision["width"] // 64,
+        image_hidden=4 * vision["width"],
+        text_width=text["width"],
+        text_layers=text["layers"],
+        text_heads=text["heads"],
+        text_hidden=4 * text["width"],
+        patch=int(patch),
+        projection=config["embed_dim"],
+    )

@@ -16,10 +16,13 @@ from tests.helpers import (
     FAST,
     MASKINGS,
     VOCABULARY,
+    assert_close,
     assert_same_values,
+    ids_of,
     options_of,
     random_images,
     random_pairs,
+    reloaded,
     tiny_clip,
     tiny_metaclip,
     tiny_siglip,
@@ -27,36 +30,13 @@ from tests.helpers import (
     values,
 )
 
-# Maker, class of the model, layer that has the temperature, pixel mean and deviation.
-KINDS = {
-    "clip": (
-        tiny_clip,
-        kcm.models.CLIPContrastiveModel,
-        "clip_head",
-        (CLIP_MEAN, CLIP_STD),
-    ),
-    "metaclip": (
-        tiny_metaclip,
-        kcm.models.MetaCLIP2ContrastiveModel,
-        "metaclip_2_head",
-        (CLIP_MEAN, CLIP_STD),
-    ),
-    "siglip": (
-        tiny_siglip,
-        kcm.models.SigLIPContrastiveModel,
-        "siglip_head",
-        (SIGLIP_MEAN, SIGLIP_MEAN),
-    ),
-}
 # The end token of MetaCLIP 2.
 END = 2
 
 
-def pairs_of(kind, count=8):
+def metaclip_pairs(count):
+    """Texts of several lengths: words, the end token, padding by 1."""
     pairs = random_pairs(count)
-    if kind != "metaclip":
-        return pairs
-    # Texts of several lengths: words, the end token, padding by 1.
     rng = np.random.default_rng(0)
     ids = rng.integers(3, VOCABULARY, size=pairs["token_ids"].shape).astype("int32")
     ids[:, 0] = 0
@@ -64,6 +44,33 @@ def pairs_of(kind, count=8):
         ids[row, length] = END
         ids[row, length + 1 :] = 1
     return {**pairs, "token_ids": ids}
+
+
+# Maker, class of the model, layer that has the temperature, pixel mean and deviation,
+# and pairs.
+KINDS = {
+    "clip": (
+        tiny_clip,
+        kcm.models.CLIPContrastiveModel,
+        "clip_head",
+        (CLIP_MEAN, CLIP_STD),
+        random_pairs,
+    ),
+    "metaclip": (
+        tiny_metaclip,
+        kcm.models.MetaCLIP2ContrastiveModel,
+        "metaclip_2_head",
+        (CLIP_MEAN, CLIP_STD),
+        metaclip_pairs,
+    ),
+    "siglip": (
+        tiny_siglip,
+        kcm.models.SigLIPContrastiveModel,
+        "siglip_head",
+        (SIGLIP_MEAN, SIGLIP_MEAN),
+        random_pairs,
+    ),
+}
 
 
 def scalar(value):
@@ -83,14 +90,14 @@ def embeddings_of(backbone, inputs):
 @functools.cache
 def train(kind):
     """A backbone, the model that trained it, its pairs, and what both make of them."""
-    make, _, head, statistics = KINDS[kind]
+    make, _, head, statistics, make_pairs = KINDS[kind]
     keras.utils.set_random_seed(0)
     backbone = make()
     masking = kcm.ClusterMasking(4, mask_ratio=0.5, seed=1)
     model = kcm.ContrastiveModel.from_backbone(backbone, masking)
     before = values(backbone.weights)
     model.compile(optimizer=keras.optimizers.Adam(0.01), **FAST)
-    pairs = pairs_of(kind)
+    pairs = make_pairs(8)
     model.fit(pairs, batch_size=8, verbose=0)
     mean, std = (np.array(x, "float32") for x in statistics)
     inputs = {**pairs, "images": (pairs["images"].astype("float32") / 255 - mean) / std}
@@ -154,10 +161,9 @@ def test_a_fit_trains_all_of_the_backbone(trained):
 @pytest.mark.any_backend
 def test_the_model_adds_the_weights_of_the_masking_and_nothing_else(trained):
     backbone, model = trained.backbone, trained.model
-    assert len(model.weights) == len({id(v) for v in model.weights})
-    assert {id(v) for v in model.weights} == {id(v) for v in backbone.weights} | {
-        id(v) for v in model.masking.weights
-    }
+    assert len(model.weights) == len(ids_of(model.weights))
+    own = ids_of(backbone.weights) | ids_of(model.masking.weights)
+    assert ids_of(model.weights) == own
     assert model.head.logit_scale is trained.head.logit_scale
     if trained.kind == "siglip":
         assert model.head.logit_bias is trained.head.logit_bias
@@ -167,16 +173,14 @@ def test_the_model_adds_the_weights_of_the_masking_and_nothing_else(trained):
 def test_keras_hub_alone_reads_what_was_trained(trained, tmp_path):
     trained.backbone.save_to_preset(str(tmp_path))
     loaded = type(trained.backbone).from_preset(str(tmp_path))
-    for one, other in zip(embeddings_of(loaded, trained.inputs), trained.embedded):
-        np.testing.assert_array_equal(one, other)
+    assert_same_values(embeddings_of(loaded, trained.inputs), trained.embedded)
     masking = kcm.RandomMasking(0.25)
     again = kcm.ContrastiveModel.from_preset(tmp_path, masking, views=2)
     assert type(again) is type(trained.model)
     assert (again.masking, again.views) == (masking, 2)
-    for key, value in again.predict(trained.pairs, verbose=0).items():
-        np.testing.assert_allclose(value, trained.predicted[key], atol=1e-6)
-    for one, other in zip(scale_and_bias(again), scale_and_bias(trained.model)):
-        assert one == pytest.approx(other, rel=1e-6)
+    assert_close(again.predict(trained.pairs, verbose=0), trained.predicted)
+    expected = scale_and_bias(trained.model)
+    assert scale_and_bias(again) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.any_backend
@@ -200,14 +204,11 @@ def test_a_preset_has_the_tokenizer_too(tmp_path):
 @pytest.mark.any_backend
 def test_after_a_reload_a_fit_trains_the_reloaded_backbone(trained, tmp_path):
     model, pairs = trained.model, trained.pairs
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = reloaded(model, tmp_path)
     assert type(loaded) is KINDS[trained.kind][1]
     assert options_of(loaded) == options_of(model)
     assert len(loaded.weights) == len(model.weights)
-    for key, value in loaded.predict(pairs, verbose=0).items():
-        np.testing.assert_array_equal(value, trained.predicted[key])
-
+    assert_same_values(loaded.predict(pairs, verbose=0), trained.predicted)
     scalars = [loaded.head.logit_scale, loaded.head.logit_bias]
     scalars = [x for x in scalars if x is not None]
     assert scalars[0] is getattr(loaded.backbone, KINDS[trained.kind][2]).logit_scale
@@ -220,23 +221,6 @@ def test_after_a_reload_a_fit_trains_the_reloaded_backbone(trained, tmp_path):
     loaded.fit(pairs, batch_size=8, verbose=0)
     for one, other in zip(before, state()):
         assert np.abs(one - other).max() > 1e-4
-
-
-@pytest.mark.slow_to_compile
-@pytest.mark.parametrize("kind", KINDS)
-def test_micro_batches_train_a_backbone_as_the_whole_batch_does(kind):
-    found = []
-    for size in (None, 4):
-        keras.utils.set_random_seed(0)
-        masking = kcm.RandomMasking(0.5, seed=1)
-        model = kcm.ContrastiveModel.from_backbone(
-            KINDS[kind][0](), masking, micro_batch_size=size
-        )
-        model.compile(keras.optimizers.SGD(0.1), **FAST)
-        model.fit(pairs_of(kind), batch_size=8, shuffle=False, verbose=0)
-        found.append(values(model.trainable_variables))
-    for one, other in zip(*found):
-        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 # === Precision ===
@@ -333,8 +317,7 @@ def test_the_scale_of_a_trained_backbone_is_never_lowered_to_a_limit(
     getattr(backbone, KINDS[kind][2]).logit_scale.assign(log_scale)
     model = kcm.ContrastiveModel.from_backbone(backbone)
     assert scalar(model.head.scale) == pytest.approx(math.exp(log_scale), rel=1e-6)
-    model.save(tmp_path / "model.keras")
-    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+    for each in (model, reloaded(model, tmp_path)):
         each.compile(optimizer=keras.optimizers.SGD(0.0), **FAST)
         each.fit(random_pairs(4), batch_size=4, verbose=0)
         assert scalar(each.head.logit_scale) == np.float32(log_scale)
@@ -381,15 +364,14 @@ def test_siglip_says_how_many_tokens_a_text_must_have():
         model.fit,
         model.predict,
         lambda x: model.encode_text(x["token_ids"]),
+        lambda x: model.text_tower(x["token_ids"]),
     ):
-        with pytest.raises(ValueError, match=r"must have 6 tokens.*Received: 4 tokens"):
+        with pytest.raises(ValueError, match=r"must have 6 .* pad .*Received: 4 "):
             embed(pairs)
-    with pytest.raises(ValueError, match=r"must have 6 .* pad texts.*Received: 4 "):
-        model.text_tower(pairs["token_ids"])
     # Keras would repeat a single token.
     pairs["token_ids"] = pairs["token_ids"][:, :1]
-    for embed in (model, model.train_on_batch, model.test_on_batch):
-        with pytest.raises(ValueError, match=r"must have 6 tokens.*Received: 1 tokens"):
+    for embed in (model, model.train_on_batch):
+        with pytest.raises(ValueError, match=r"must have 6 .*Received: 1 "):
             embed(pairs)
 
 
@@ -422,17 +404,10 @@ def without_end(pairs, row):
 
 @pytest.mark.any_backend
 def test_texts_without_the_end_token_are_refused_by_number(metaclip):
-    model, pairs = metaclip.model, metaclip.pairs
-    wrong = without_end(pairs, row=5)
-    for run in (
-        lambda: model.fit(wrong, batch_size=8, verbose=0),
-        lambda: model.fit(pairs, batch_size=8, validation_data=wrong, verbose=0),
-        lambda: model.evaluate(wrong, batch_size=8, verbose=0),
-        lambda: model.predict(wrong, verbose=0),
-        lambda: kcm.evaluation.embed(model, wrong, verbose=0),
-    ):
+    model, wrong = metaclip.model, without_end(metaclip.pairs, row=5)
+    for run in (model.fit, model.predict):
         with pytest.raises(ValueError, match=r"`token_ids`.*Received:.*row 5"):
-            run()
+            run(wrong, batch_size=8, verbose=0)
     tf = pytest.importorskip("tensorflow")
     dataset = tf.data.Dataset.from_tensor_slices(wrong).batch(4, drop_remainder=True)
     with pytest.raises(Exception, match=r"`token_ids`.*end token, 2"):
@@ -476,7 +451,6 @@ def test_a_subclass_makes_models_of_its_own():
     [
         (None, lambda: tiny_clip().vision_encoder, {}, "`backbone`"),
         (None, lambda: "clip_vit_base_patch16", {}, "`backbone`"),
-        (None, lambda: None, {}, "`backbone`"),
         (None, tiny_clip, {"dtype": "mixed_bfloat16"}, "`dtype`"),
         (Other, tiny_clip, {}, "derive `Other`"),
         (KINDS["siglip"][1], tiny_clip, {}, "derive `SigLIPContrastiveModel`"),
@@ -492,18 +466,20 @@ def test_what_fits_no_backbone_is_refused(kind, make, options, match):
 def test_arguments_that_a_given_head_defines_must_agree_with_it(make):
     backbone = make()
     own = {"max_logit_scale": 50.0}
-    head = kcm.ContrastiveModel.from_backbone(backbone, **own).head
+    of_backbone = kcm.ContrastiveModel.from_backbone
+    head = of_backbone(backbone, **own).head
+    assert of_backbone(backbone, head=head, **own).head is head
     other = "softmax" if head.loss == "sigmoid" else "sigmoid"
-    for name, value in {"max_logit_scale": 100.0, "loss": other}.items():
+    for name, value in {
+        "max_logit_scale": 100.0,
+        "loss": other,
+        "head": of_backbone(make(), **own).head,
+    }.items():
         with pytest.raises(ValueError, match=rf"`{name}`.*Received: "):
-            kcm.ContrastiveModel.from_backbone(
-                backbone, head=head, **{**own, name: value}
-            )
-    assert kcm.ContrastiveModel.from_backbone(backbone, head=head, **own).head is head
-    for foreign in (kcm.ContrastiveModel.from_backbone(make(), **own).head, None):
-        foreign = foreign or kcm.models.ContrastiveHead(head.loss, **own)
-        with pytest.raises(ValueError, match=r"`head` must be .*Received: "):
-            kcm.ContrastiveModel.from_backbone(backbone, head=foreign, **own)
+            of_backbone(backbone, **{**own, "head": head, name: value})
+    foreign = kcm.models.ContrastiveHead(head.loss, **own)
+    with pytest.raises(ValueError, match=r"`head` must be .*Received: "):
+        of_backbone(backbone, **own, head=foreign)
 
 
 @pytest.mark.any_backend

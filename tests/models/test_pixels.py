@@ -8,7 +8,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.models.tower import normalize_pixels
-from tests.helpers import text_bag, to_numpy
+from tests.helpers import random_pairs, text_bag, to_numpy
 
 
 def bytes_of_images(channels=3):
@@ -70,7 +70,7 @@ def test_an_encoder_of_integers_gets_the_pixels_as_they_are():
     with pytest.raises(ValueError, match=r"`pixel_mean` must be None.*uint8 images$"):
         kcm.ContrastiveModel(encoder, text_bag())
     model = kcm.ContrastiveModel(encoder, text_bag(), pixel_mean=None)
-    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype("uint8")
+    images = random_pairs(2)["images"]
     expected = to_numpy(encoder(images))
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(to_numpy(model.encode_image(images)), expected, 1e-4)
@@ -103,8 +103,8 @@ def test_the_order_of_axes_is_that_of_the_encoder(masked):
         masking = kcm.ClusterMasking(4, data_format="channels_first")
         encoder = kcm.with_masking(encoder, masking, "tokens")
     model = kcm.ContrastiveModel(encoder, text_bag())
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16)).astype("uint8")
-    expected = np.moveaxis(pixels, 1, -1) / 255.0
-    expected = (expected - model.pixel_mean) / model.pixel_std
-    found = np.moveaxis(to_numpy(model.towers.image.prepare(pixels)), 1, -1)
+    pixels = random_pairs(2)["images"]
+    expected = (pixels / 255.0 - model.pixel_mean) / model.pixel_std
+    found = to_numpy(model.towers.image.prepare(np.moveaxis(pixels, -1, 1)))
+    found = np.moveaxis(found, 1, -1)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

@@ -13,15 +13,16 @@ from keras_cluster_mask.training.layers import all_layers
 from tests.helpers import (
     FAST,
     MASKINGS,
+    assert_close,
     assert_same_values,
     functional_vit,
     masked_vit,
     options_of,
     random_pairs,
+    reloaded,
     text_bag,
     tiny_clip,
     tiny_siglip,
-    to_numpy,
 )
 
 # With two rounds, each masking is drawn with encoders that it fits.
@@ -98,8 +99,8 @@ def make_model(case):
             masking = MASKINGS[masking](seed=3, **own)
         model = kcm.ContrastiveModel.from_backbone(backbone, masking, **options)
     keras.config.set_dtype_policy("float32")
-    for part in made["frozen"]:
-        freeze(model, part)
+    for part in filter(None, made["frozen"]):
+        part_of(model, part).trainable = False
     kind, towers = made["optimizer"], made["towers"]
     if towers:
         parts = {name: make_optimizer(kind, scale=0.5) for name in towers}
@@ -111,21 +112,16 @@ def make_model(case):
     return model
 
 
-def freeze(model, part):
+def part_of(model, name):
     image_encoder = getattr(model.image_encoder, "encoder", model.image_encoder)
-    if part == "image tower":
-        image_encoder.trainable = False
-    elif part == "masked encoder":
-        model.image_encoder.trainable = False
-    elif part == "text tower":
-        model.text_encoder.trainable = False
-    elif part == "block":
-        with_weights = [x for x in model.text_encoder.layers if x.weights]
-        with_weights[-1].trainable = False
-    elif part == "weight":
-        image_encoder.weights[0].trainable = False
-    elif part == "temperature":
-        model.head.logit_scale.trainable = False
+    return {
+        "image tower": image_encoder,
+        "masked encoder": model.image_encoder,
+        "text tower": model.text_encoder,
+        "block": [x for x in model.text_encoder.layers if x.weights][-1],
+        "weight": image_encoder.weights[0],
+        "temperature": model.head.logit_scale,
+    }[name]
 
 
 def paths(variables):
@@ -153,8 +149,7 @@ def test_a_reloaded_model_is_the_same_and_trains_on_the_same(case, tmp_path):
     model, pairs = make_model(case), random_pairs(8)
     fit = dict(batch_size=8, verbose=0, shuffle=False)
     model.fit(pairs, **fit)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = reloaded(model, tmp_path)
 
     assert options_of(loaded) == options_of(model), draw(case)
     assert loaded.optimizer_options == model.optimizer_options
@@ -168,16 +163,12 @@ def test_a_reloaded_model_is_the_same_and_trains_on_the_same(case, tmp_path):
     assert paths(loaded.trainable_variables) == paths(model.trainable_variables)
     assert_same_values(loaded.weights, model.weights)
     assert_same_values(loaded.optimizer.variables, model.optimizer.variables)
-    found = loaded.predict(pairs, verbose=0)
-    for key, expected in model.predict(pairs, verbose=0).items():
-        np.testing.assert_array_equal(found[key], expected)
-
+    assert_same_values(*(x.predict(pairs, verbose=0) for x in (loaded, model)))
     losses = [x.fit(pairs, **fit).history["loss"] for x in (loaded, model)]
     np.testing.assert_allclose(*losses, rtol=1e-6)
     # In half precision a sum depends on its order, of which Adam's step of 0.01 takes a
     # few hundredths.
     atol = 1e-6 if draw(case)["dtype"] == "float32" else 5e-4
-    for one, other in zip(loaded.weights, model.weights):
-        np.testing.assert_allclose(to_numpy(one), to_numpy(other), atol=atol)
+    assert_close(loaded.weights, model.weights, atol)
     steps = [int(ops.convert_to_numpy(x.optimizer.iterations)) for x in (loaded, model)]
     assert steps == [2, 2]

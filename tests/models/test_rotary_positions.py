@@ -10,11 +10,8 @@ from tests.helpers import (
     dino_3_encoder,
     random_images,
     random_noise,
-    random_pairs,
-    text_bag,
     to_numpy,
     value_and_gradients,
-    values,
 )
 
 PREFIX = 3
@@ -127,17 +124,3 @@ def test_gradients_are_those_of_the_whole_encoder():
 def test_dropout_is_refused(option):
     with pytest.raises(ValueError, match=rf"without dropout.*Received:.*{option}=0.1"):
         kcm.with_masking(dino_3_encoder(2, **{option: 0.1}), kcm.ClusterMasking(4))
-
-
-@pytest.mark.slow_to_compile
-def test_micro_batches_train_as_the_whole_batch_does():
-    found = []
-    for size in (None, 4):
-        keras.utils.set_random_seed(0)
-        masked = kcm.with_masking(pooled(dino_3_encoder(2)), kcm.RandomMasking(seed=0))
-        model = kcm.ContrastiveModel(masked, text_bag(), micro_batch_size=size)
-        model.compile(keras.optimizers.SGD(0.1))
-        model.fit(random_pairs(8), batch_size=8, verbose=0)
-        found.append(values(model.trainable_variables))
-    for one, other in zip(*found):
-        np.testing.assert_allclose(one, other, atol=1e-5)

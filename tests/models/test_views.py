@@ -9,7 +9,7 @@ import keras_cluster_mask as kcm
 from tests.helpers import (
     FAST,
     MASKINGS,
-    functional_vit,
+    masked_vit,
     random_images,
     random_noise,
     random_pairs,
@@ -26,9 +26,7 @@ BATCH, N = 6, 16
 
 def views_model(views, masking=kcm.RandomMasking, **options):
     keras.utils.set_random_seed(0)
-    encoder = kcm.with_masking(
-        functional_vit(), masking(num_prefix_tokens=0, seed=1), "positions"
-    )
+    encoder = masked_vit(masking(num_prefix_tokens=0, seed=1))
     return kcm.ContrastiveModel(encoder, text_bag(), views=views, **options)
 
 
@@ -46,7 +44,7 @@ def test_each_view_is_masked_as_by_its_noise_alone(strategy):
     masking = MASKINGS[strategy](num_prefix_tokens=1)
     images = random_images(BATCH)
     tokens = np.random.default_rng(1).normal(size=(BATCH, 1 + N, 8)).astype("float32")
-    noise = np.stack([random_noise(BATCH, N, seed) for seed in range(3)], axis=1)
+    noise = random_noise(3 * BATCH).reshape(BATCH, 3, N)
     together = masking.select(images, tokens, noise)
     kept = numpy(masking(tokens, images=images, training=True, noise=noise))
     assert kept.shape[0] == BATCH * 3
@@ -71,7 +69,7 @@ def test_hidden_tokens_are_hidden_in_each_view():
     images = random_images(BATCH)
     masking = kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.1)
     encoder = kcm.with_masking(vit_encoder(), masking)
-    noise = np.stack([random_noise(BATCH, N, seed) for seed in range(2)], axis=1)
+    noise = random_noise(2 * BATCH).reshape(BATCH, 2, N)
     both = numpy(encoder(images, training=True, noise=noise))
     for view in range(2):
         alone = numpy(encoder(images, training=True, noise=noise[:, view]))
@@ -140,17 +138,21 @@ def test_patches_and_texts_are_embedded_once():
             sizes.append((self.name, x.shape[0]))
             return x
 
-    images = keras.Input((16, 16, 3))
-    x = keras.layers.Conv2D(8, 4, strides=4)(images)
-    x = CountRows(name="patches")(keras.layers.Reshape((N, 8), name="tokens")(x))
-    x = keras.layers.Dense(16)(CountRows(name="blocks")(x))
-    encoder = keras.Model(images, keras.layers.GlobalAveragePooling1D()(x))
-    masking = kcm.RandomMasking(0.5, num_prefix_tokens=0)
-    ids = keras.Input((6,), dtype="int32")
-    texts = keras.Model(ids, text_bag()(CountRows(name="texts")(ids)))
-    model = kcm.ContrastiveModel(
-        kcm.with_masking(encoder, masking, "patches"), texts, views=2
+    encoder = keras.Sequential(
+        [
+            keras.Input((16, 16, 3)),
+            keras.layers.Conv2D(16, 4, strides=4),
+            keras.layers.Reshape((N, 16)),
+            CountRows(name="patches"),
+            CountRows(name="blocks"),
+            keras.layers.GlobalAveragePooling1D(),
+        ]
     )
+    masking = kcm.RandomMasking(0.5, num_prefix_tokens=0)
+    masked = kcm.with_masking(encoder, masking, "patches")
+    ids = keras.Input((6,), dtype="int32")
+    texts = keras.Sequential([ids, CountRows(name="texts"), text_bag()])
+    model = kcm.ContrastiveModel(masked, texts, views=2)
     sizes.clear()
     outputs = model(random_pairs(BATCH), training=True)
     assert outputs["image_embeddings"].shape == (BATCH, 2, 16)

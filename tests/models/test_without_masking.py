@@ -7,10 +7,13 @@ import pytest
 import keras_cluster_mask as kcm
 from tests.helpers import (
     FAST,
+    assert_close,
     assert_same_values,
-    functional_vit,
+    ids_of,
+    masked_vit,
     random_images,
     random_pairs,
+    reloaded,
     text_bag,
     tiny_clip,
     tiny_metaclip,
@@ -20,24 +23,21 @@ from tests.helpers import (
 )
 
 
-def generic(masking=None, **kwargs):
-    encoder = functional_vit()
-    if masking is not None:
-        encoder = kcm.with_masking(encoder, masking, "positions")
+def generic(masking, **kwargs):
     options = dict(loss="sigmoid", projection_dim=5, **kwargs)
-    return kcm.ContrastiveModel(encoder, text_bag(), **options)
+    return kcm.ContrastiveModel(masked_vit(masking), text_bag(), **options)
 
 
-def clip(masking=None, **kwargs):
+def clip(masking, **kwargs):
     options = dict(loss="sigmoid", initial_temperature=0.2, **kwargs)
     return kcm.ContrastiveModel.from_backbone(tiny_clip(), masking, **options)
 
 
-def siglip(masking=None, **kwargs):
+def siglip(masking, **kwargs):
     return kcm.ContrastiveModel.from_backbone(tiny_siglip(), masking, **kwargs)
 
 
-def metaclip(masking=None):
+def metaclip(masking):
     return kcm.ContrastiveModel.from_backbone(tiny_metaclip(), masking)
 
 
@@ -61,8 +61,8 @@ def test_training_whole_images_trains_the_masked_model(make):
     whole = model.without_masking()
     assert type(whole) is type(model)
     assert (model.views, whole.views) == (2, 1)
-    state = {id(v) for v in model.maskings[0].weights}
-    assert {id(v) for v in whole.weights} == {id(v) for v in model.weights} - state
+    state = ids_of(model.maskings[0].weights)
+    assert ids_of(whole.weights) == ids_of(model.weights) - state
 
     pairs, images = random_pairs(4), random_images(4)
     full = to_numpy(model.encode_image(images))
@@ -70,19 +70,15 @@ def test_training_whole_images_trains_the_masked_model(make):
     np.testing.assert_allclose(found, full, atol=1e-6)
     before = model.predict(pairs, verbose=0)
     # Nothing that was learned starts over.
-    scalars = values([model.head.logit_scale, model.head.logit_bias])
-    assert scalars == [1.5, -3.0]
+    assert values([model.head.logit_scale, model.head.logit_bias]) == [1.5, -3.0]
     whole.compile(optimizer=keras.optimizers.SGD(0.1), **FAST)
     history = whole.fit(pairs, batch_size=4, verbose=0).history
     assert "mask_ratio" not in history
     after = model.predict(pairs, verbose=0)
-    for key, value in whole.predict(pairs, verbose=0).items():
-        np.testing.assert_allclose(value, after[key], atol=1e-6)
-        assert np.abs(after[key] - before[key]).max() > 1e-5
-    for one, other in zip(
-        scalars, values([model.head.logit_scale, model.head.logit_bias])
-    ):
-        assert one != other
+    assert_close(whole.predict(pairs, verbose=0), after)
+    assert all(np.abs(after[key] - x).max() > 1e-5 for key, x in before.items())
+    moved = values([model.head.logit_scale, model.head.logit_bias])
+    assert not {1.5, -3.0} & {*map(float, moved)}
     # The masked model still masks.
     model.compile(optimizer="sgd", **FAST)
     history = model.fit(pairs, batch_size=4, verbose=0).history
@@ -114,8 +110,7 @@ class ScaledCLIP(WithFactor, kcm.models.CLIPContrastiveModel):
 
 
 def scaled(masking):
-    encoder = kcm.with_masking(functional_vit(), masking, "positions")
-    return Scaled(encoder, text_bag(), factor=3.0)
+    return Scaled(masked_vit(masking), text_bag(), factor=3.0)
 
 
 @pytest.mark.any_backend
@@ -126,10 +121,10 @@ def test_an_unmasked_model_has_the_options_of_a_subclass(make):
     model, pairs = make(kcm.RandomMasking(0.5)), random_pairs(2)
     whole = model.without_masking()
     assert (whole.factor, whole.maskings) == (3.0, [])
-    expected = model.predict(pairs, verbose=0)
-    for key, found in whole.predict(pairs, verbose=0).items():
-        np.testing.assert_allclose(found, expected[key], atol=1e-6)
-        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 3.0, atol=1e-5)
+    found = whole.predict(pairs, verbose=0)
+    assert_close(found, model.predict(pairs, verbose=0))
+    lengths = np.linalg.norm([*found.values()], axis=-1)
+    np.testing.assert_allclose(lengths, 3.0, atol=1e-5)
 
 
 class Forgetful(Scaled):
@@ -145,15 +140,11 @@ class Owner(Scaled):
 
 
 class Maker(kcm.ContrastiveModel):
-    def __init__(self, width=16, **kwargs):
-        encoder = kcm.with_masking(
-            functional_vit(width), kcm.RandomMasking(), "positions"
-        )
-        super().__init__(encoder, text_bag(width), **kwargs)
-        self.width = width
+    def __init__(self, **kwargs):
+        super().__init__(masked_vit(kcm.RandomMasking()), text_bag(), **kwargs)
 
     def get_config(self):
-        return {"name": self.name, "width": self.width, "frozen": None}
+        return {"name": self.name, "frozen": None}
 
 
 @pytest.mark.any_backend
@@ -162,8 +153,8 @@ class Maker(kcm.ContrastiveModel):
     [(Forgetful, "factor"), (Owner, "weights"), (Maker, "image_encoder")],
 )
 def test_a_subclass_that_cannot_be_made_without_its_masking_is_refused(cls, received):
-    encoder = kcm.with_masking(functional_vit(), kcm.RandomMasking(), "positions")
-    model = cls() if cls is Maker else cls(encoder, text_bag())
+    encoders = masked_vit(kcm.RandomMasking()), text_bag()
+    model = cls() if cls is Maker else cls(*encoders)
     with pytest.raises(ValueError, match=rf"`{cls.__name__}` .*Received: .*{received}"):
         model.without_masking()
     assert model.image_tower(random_images(2)).shape == (2, 16)
@@ -197,14 +188,11 @@ def test_towers_embed_whole_inputs_with_the_weights_that_the_model_has(make):
 @each_model
 def test_a_tower_has_its_side_of_the_weights_and_no_masking(make):
     model = make(random_masking(make))
-    image, text = (
-        {id(v) for v in tower.weights}
-        for tower in (model.image_tower, model.text_tower)
-    )
-    left_out = {id(v) for v in model.maskings[0].weights}
+    image, text = ids_of(model.image_tower.weights), ids_of(model.text_tower.weights)
+    left_out = ids_of(model.maskings[0].weights)
     left_out |= {id(model.head.logit_scale), id(model.head.logit_bias)}
     assert not image & text
-    assert image | text == {id(v) for v in model.weights} - left_out
+    assert image | text == ids_of(model.weights) - left_out
     # The model itself holds none of it twice.
     assert len(model.weights) == len(image) + len(text) + len(left_out)
 
@@ -215,8 +203,7 @@ def test_a_model_that_gave_its_towers_away_saves_as_before(make, tmp_path):
     model = make(random_masking(make))
     images = random_pairs(4)["images"]
     expected = model.image_tower.predict(images, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = reloaded(model, tmp_path)
     assert_same_values(model.variables, loaded.variables)
     found = loaded.image_tower.predict(images, verbose=0)
     np.testing.assert_array_equal(found, expected)

@@ -10,12 +10,11 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.models.pixels import pixel_range
 from keras_cluster_mask.training.input_rules import InputRules
 from tests.helpers import (
-    FAST,
     VOCABULARY,
     compiled,
+    compiled_model,
     random_images,
     random_pairs,
-    small_model,
     to_numpy,
 )
 
@@ -43,7 +42,6 @@ def with_ids(column, value, dtype="int32"):
     [
         ({"images": random_images(5)}, "equal lengths.*images of 5, token_ids of 4"),
         ({"labels": np.arange(3)}, "equal lengths.*labels of 3"),
-        (with_ids(1, 0.7, "float64"), "`token_ids` must be integers.*of type float64"),
         (with_ids(1, np.nan, "float32"), "`token_ids` must be integers.*type float32"),
         ({"token_ids": np.ones((4, 6, 1), "int32")}, r"integers.*shape \(4, 6, 1\)"),
         ({"token_ids": np.ones((4, 7), "int32")}, "of at most 6 columns.*Received:"),
@@ -56,10 +54,10 @@ def with_ids(column, value, dtype="int32"):
         (with_ids(0, 0), "`padding_mask` must be in.*Received: 1 such rows, .* row 2"),
         (with_ids(3, 0), "`padding_mask` must be in.*Received: 1 such rows, .* row 2"),
         ({"sample_weights": np.ones(4)}, "'sample_weight'.*Received:"),
-        ({"sample_weight": np.ones(5)}, "`sample_weight` must hold 4.*Received:"),
-        ({"sample_weight": np.ones((4, 1))}, "`sample_weight` must hold 4.*Received:"),
-        ({"sample_weight": -np.ones(4)}, "`sample_weight` must hold 4.*Received:"),
-        ({"sample_weight": np.full(4, np.nan)}, "`sample_weight` must.*Received:"),
+        *(
+            ({"sample_weight": x}, "`sample_weight` must hold 4.*Received:")
+            for x in (np.ones(5), np.ones((4, 1)), -np.ones(4), np.full(4, np.nan))
+        ),
         (
             {"images": random_images(1), "token_ids": with_ids(1, 2)["token_ids"][:1]},
             "at least two pairs.*Received: a batch of 1",
@@ -79,7 +77,6 @@ def test_a_batch_that_breaks_a_rule_is_refused(entries, message):
     [
         with_ids(-2, VOCABULARY - 1),
         with_ids(1, 7, "uint8"),
-        with_ids(1, 7, "int64"),
         # With a mask, zeros may be anywhere.
         {**with_ids(3, 0), "padding_mask": np.ones((4, 6), "int32")},
         {"labels": np.arange(4), "scale": np.float32(3)},
@@ -110,27 +107,13 @@ def pixels(high, dtype="float32"):
 
 UNNORMALIZED = {
     "to 1": pixels(1),
-    "to 255": pixels(255),
-    "float16": pixels(1, "float16"),
+    "to 255": pixels(255, "float64"),
     "bfloat16": pixels(1, ml_dtypes.bfloat16),
-    "float64": pixels(255, "float64"),
     "without their mean": pixels(275) - 124,
     "constant": np.full((4, 16, 16, 3), 255.0),
     "int32": pixels(255, "int32"),
-    "int64": pixels(255, "int64"),
     "bool": pixels(1) > 0.5,
 }
-
-
-def make_model(**options):
-    model = small_model(**options)
-    model.compile("sgd", **FAST)
-    return model
-
-
-@pytest.fixture
-def model():
-    return make_model()
 
 
 @pytest.mark.any_backend
@@ -155,25 +138,22 @@ def test_images_that_are_not_normalized_are_refused_everywhere(model, kind):
     "images",
     [
         random_images(4),
-        np.zeros((4, 16, 16, 3), "float32"),
         np.full((4, 16, 16, 3), 0.5, "float32"),
         # Bright, and a little beyond white from a resize after the normalization.
         2.0 + 0.4 * random_images(4).clip(0, 1),
         4.0 * random_images(4),
-        pixels(255, "uint8"),
     ],
-    ids=["normalized", "zeros", "constant", "bright", "wide", "uint8"],
+    ids=["normalized", "constant", "bright", "wide"],
 )
-def test_normalized_constant_and_uint8_images_pass(images, model):
-    embeddings = model.encode_image(images)
-    assert embeddings.shape == (4, 16)
+def test_normalized_and_constant_images_pass(images, model):
+    assert model.encode_image(images).shape == (4, 16)
     model.evaluate({**random_pairs(4), "images": images}, verbose=0)
 
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("kind", ["to 1", "to 255", "int32"])
 def test_a_model_without_statistics_takes_images_as_they_are(kind):
-    model = make_model(pixel_mean=None)
+    model = compiled_model(pixel_mean=None)
     images = UNNORMALIZED[kind]
     model.fit({**random_pairs(4), "images": images}, verbose=0)
     expected = to_numpy(model.image_encoder(images.astype("float32")))
@@ -194,7 +174,7 @@ def test_the_range_is_that_of_the_channels_that_reach_furthest():
 
 @pytest.mark.any_backend
 def test_floats_that_are_normalized_to_0_to_1_pass():
-    model = make_model(pixel_mean=(0.0, 0.0, 0.0), pixel_std=(1.0, 1.0, 1.0))
+    model = compiled_model(pixel_mean=(0.0, 0.0, 0.0), pixel_std=(1.0, 1.0, 1.0))
     images = (255 * pixels(1)).astype("uint8")
     found = model.encode_image(images / np.float32(255))
     expected = model.encode_image(images)
@@ -204,7 +184,7 @@ def test_floats_that_are_normalized_to_0_to_1_pass():
 
 
 def test_what_has_no_values_yet_is_not_checked():
-    model = make_model()
+    model = compiled_model()
     assert model.encode_image(keras.Input((16, 16, 3))).shape == (None, 16)
     assert model.encode_text(keras.Input((6,), dtype="int32")).shape == (None, 16)
     images = ops.convert_to_tensor(random_images(2))
@@ -224,7 +204,7 @@ def test_what_has_no_values_yet_is_not_checked():
 )
 def test_statistics_that_normalize_nothing_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"`{name}` must.*Received: {name}="):
-        make_model(**{name: value})
+        compiled_model(**{name: value})
 
 
 @pytest.mark.any_backend
@@ -266,13 +246,3 @@ def test_a_single_step_refuses_what_it_cannot_train_on(model, count, options, me
     with pytest.raises(ValueError, match=message):
         model.train_on_batch(random_pairs(count), **options)
     assert int(model.optimizer.iterations) == 0
-
-
-def test_weights_of_a_single_step_are_an_argument_or_an_entry(model):
-    pairs, weights = random_pairs(4), np.array([0, 2, 1, 0.5], "float32")
-    expected = model.evaluate(pairs, sample_weight=weights, verbose=0)
-    for found in (
-        model.test_on_batch(pairs, sample_weight=weights),
-        model.test_on_batch({**pairs, "sample_weight": weights}),
-    ):
-        np.testing.assert_allclose(found, expected, rtol=1e-5)

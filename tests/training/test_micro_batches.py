@@ -1,5 +1,7 @@
 """Micro-batches: the gradients of the whole batch, at the memory of a part of it."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -15,17 +17,27 @@ from keras_cluster_mask.training.micro_batches import (
 from tests.helpers import (
     FAST,
     MASKINGS,
+    assert_close,
+    dino_3_encoder,
     functional_vit,
-    image_mlp,
     largest_error,
     loss_and_gradients,
     masked_vit,
     memory_of_gradients,
     random_pairs,
+    small_model,
     text_bag,
     tiny_clip,
+    tiny_metaclip,
+    tiny_siglip,
     to_numpy,
+    values,
 )
+from tests.models.test_backbones import metaclip_pairs
+from tests.models.test_rotary_positions import pooled
+from tests.models.test_text_families import model_of as model_of_bert
+from tests.models.test_text_families import texts
+from tests.test_losses import reference
 
 BATCH = 12
 
@@ -38,10 +50,10 @@ def make_model(masking=MASKINGS["cluster"], dropout=False, **kwargs):
     keras.utils.set_random_seed(0)
     mix = keras.layers.Dropout(0.3, seed=5) if dropout else None
     encoder = masked_vit(masking(num_prefix_tokens=0, seed=1), mix=mix)
-    texts = text_bag()
+    text_encoder = text_bag()
     if dropout:
-        texts = keras.Model(texts.input, Untold()(texts.output))
-    return kcm.ContrastiveModel(encoder, texts, **kwargs)
+        text_encoder = keras.Model(text_encoder.input, Untold()(text_encoder.output))
+    return kcm.ContrastiveModel(encoder, text_encoder, **kwargs)
 
 
 class Untold(keras.layers.Layer):
@@ -132,42 +144,77 @@ def test_gradients_with_dropout_are_those_of_the_same_chunks_remembered():
     assert largest_error(found[1], expected[1]) < 1e-5
 
 
+def model_of_layers(*layers, **options):
+    """A model, the last layers of whose image encoder are given."""
+    images = keras.Input((16, 16, 3))
+    encoder = keras.Sequential([images, keras.layers.GlobalAveragePooling2D(), *layers])
+    return kcm.ContrastiveModel(encoder, text_bag(), **options)
+
+
 def test_a_batch_normalization_remembers_the_whole_batch():
     # Deviations within chunks differ, but the mean of means is the batch's.
-    pairs = random_pairs(BATCH)
     means = []
     for micro_batch_size in (None, 4):
-        keras.utils.set_random_seed(0)
-        images = keras.Input((16, 16, 3))
-        x = keras.layers.GlobalAveragePooling2D()(images)
         norm = keras.layers.BatchNormalization()
-        encoder = keras.Model(images, keras.layers.Dense(16)(norm(x)))
-        model = kcm.ContrastiveModel(
-            encoder, text_bag(), micro_batch_size=micro_batch_size
-        )
-        model(pairs, training=True)
+        layers = norm, keras.layers.Dense(16)
+        model = model_of_layers(*layers, micro_batch_size=micro_batch_size)
+        model(random_pairs(BATCH), training=True)
         means.append(to_numpy(norm.moving_mean))
     assert np.abs(means[0]).max() > 1e-4
     np.testing.assert_allclose(means[1], means[0], rtol=1e-4)
 
 
-def test_losses_that_layers_add_are_averaged():
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_losses_that_layers_add_count_and_are_averaged(micro_batch_size):
+    regularizer = keras.regularizers.L2(3.0)
+    first = keras.layers.Dense(8, activity_regularizer=regularizer)
+    last = keras.layers.Dense(16, kernel_regularizer=regularizer)
+    model = model_of_layers(first, last, micro_batch_size=micro_batch_size)
+    model.compile(keras.optimizers.SGD(0.0), **FAST)
     pairs = random_pairs(BATCH)
-    losses = []
-    for micro_batch_size in (None, 4):
+    pair = [to_numpy(value) for value in model(pairs).values()]
+    pixels = model.towers.image.prepare(pairs["images"])
+    activity = to_numpy(first(ops.mean(pixels, axis=(1, 2))))
+    penalty = np.sum(activity**2) / BATCH + np.sum(to_numpy(last.kernel) ** 2)
+    expected = reference("softmax", pair, 1 / 0.07) + 3.0 * penalty
+    fit = dict(batch_size=BATCH, shuffle=False, epochs=2, verbose=0)
+    found = model.fit(pairs, **fit).history["loss"]
+    assert found == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def of_backbone(make, *dtype, **options):
+    masking = kcm.RandomMasking(0.5, seed=1)
+    return kcm.ContrastiveModel.from_backbone(make(*dtype), masking, **options)
+
+
+def of_dino_3(**options):
+    encoder = pooled(dino_3_encoder(2))
+    masked = kcm.with_masking(encoder, kcm.RandomMasking(0.5, seed=1))
+    return kcm.ContrastiveModel(masked, text_bag(), **options)
+
+
+KINDS = {
+    "clip": (functools.partial(of_backbone, tiny_clip), random_pairs),
+    "siglip": (functools.partial(of_backbone, tiny_siglip), random_pairs),
+    "metaclip": (functools.partial(of_backbone, tiny_metaclip), metaclip_pairs),
+    "dino_3": (of_dino_3, random_pairs),
+    "bert": (model_of_bert, texts),
+}
+
+
+@pytest.mark.slow_to_compile
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_train_a_model_of_any_kind_as_the_whole_batch_does(kind):
+    make, make_pairs = KINDS[kind]
+    found = []
+    for size in (None, 4):
         keras.utils.set_random_seed(0)
-        images = keras.Input((16, 16, 3))
-        x = keras.layers.GlobalAveragePooling2D()(images)
-        x = keras.layers.Dense(8, activity_regularizer=keras.regularizers.L2(3.0))(x)
-        last = keras.layers.Dense(16, kernel_regularizer="l2")
-        model = kcm.ContrastiveModel(
-            keras.Model(images, last(x)), text_bag(), micro_batch_size=micro_batch_size
-        )
-        model.compile(keras.optimizers.SGD(0.0), **FAST)
-        fit = dict(batch_size=BATCH, shuffle=False, epochs=2, verbose=0)
-        losses.append(model.fit(pairs, **fit).history["loss"])
-    assert losses[0][0] == pytest.approx(losses[0][1], rel=1e-5)
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        model = make(micro_batch_size=size)
+        model.compile(keras.optimizers.SGD(0.1), **FAST)
+        pairs = {**make_pairs(8), "label": np.arange(8)}
+        model.fit(pairs, batch_size=8, shuffle=False, verbose=0)
+        found.append(values(model.trainable_variables))
+    assert_close(*found, 1e-5)
 
 
 @pytest.mark.any_backend
@@ -175,11 +222,8 @@ def test_bfloat16_trains_like_whole_batches():
     losses = []
     for micro_batch_size in (None, 4):
         keras.utils.set_random_seed(0)
-        model = kcm.ContrastiveModel.from_backbone(
-            tiny_clip(dtype="mixed_bfloat16"),
-            masking=kcm.ClusterMasking(4, seed=1),
-            micro_batch_size=micro_batch_size,
-        )
+        options = {"micro_batch_size": micro_batch_size}
+        model = of_backbone(tiny_clip, "mixed_bfloat16", **options)
         model.compile(keras.optimizers.SGD(0.05), **FAST)
         fit = dict(batch_size=BATCH, shuffle=False, epochs=3, verbose=0)
         losses.append(model.fit(random_pairs(BATCH), **fit).history["loss"])
@@ -283,7 +327,6 @@ def test_micro_batches_that_replicas_cannot_share_are_refused(sizes):
 
 @pytest.mark.any_backend
 def test_a_batch_of_unknown_size_is_refused():
-    model = kcm.ContrastiveModel(image_mlp(), text_bag())
     batch = {"token_ids": keras.Input((6,), dtype="int32")}
     with pytest.raises(ValueError, match=r"must be known.*Received: .*=4, .*None"):
-        embed_in_micro_batches(model, batch, 4)
+        embed_in_micro_batches(small_model(), batch, 4)

@@ -10,10 +10,12 @@ from keras_cluster_mask.training.optimizers import PRIVATE, is_vector
 from tests.helpers import (
     FAST,
     GradientSteps,
+    assert_close,
     assert_same_values,
     functional_vit,
     random_pairs,
     small_model,
+    split,
     text_bag,
     tiny_clip,
     to_numpy,
@@ -30,11 +32,7 @@ def make_model(**kwargs):
 
 
 def batches():
-    pairs = random_pairs(BATCH * STEPS)
-    return [
-        {key: x[i * BATCH : (i + 1) * BATCH] for key, x in pairs.items()}
-        for i in range(STEPS)
-    ]
+    return split(random_pairs(BATCH * STEPS), BATCH)
 
 
 def fit(model, epochs=1, steps=STEPS, callbacks=()):
@@ -43,41 +41,37 @@ def fit(model, epochs=1, steps=STEPS, callbacks=()):
     return model.fit(pairs, callbacks=[*callbacks], **fit).history
 
 
-class ByTorch:
-    """`torch.optim.AdamW` with a parameter group for each weight of a Keras model."""
+def train_by_torch(model, rates, decays, clip=None):
+    """Trains a Keras model by `torch.optim.AdamW`, with a parameter group a weight.
 
-    def __init__(self, model, rates, decays, clip=None):
-        self.model, self.clip, self.norms = model, clip, []
-        self.gradients_of = GradientSteps(model)
-        self.weights = [
-            torch.nn.Parameter(torch.tensor(to_numpy(v)))
-            for v in model.trainable_variables
-        ]
-        groups = [
-            {"params": [weight], "lr": rate, "weight_decay": decay}
-            for weight, rate, decay in zip(self.weights, rates, decays)
-        ]
-        self.optimizer = torch.optim.AdamW(groups, eps=1e-12)
-
-    def step(self, pairs):
-        for weight, gradient in zip(self.weights, self.gradients_of(pairs)[1]):
+    Returns:
+        The norms of the gradients of the steps.
+    """
+    variables, gradients_of = model.trainable_variables, GradientSteps(model)
+    weights = [torch.nn.Parameter(torch.tensor(to_numpy(v))) for v in variables]
+    groups = [
+        {"params": [weight], "lr": rate, "weight_decay": decay}
+        for weight, rate, decay in zip(weights, rates, decays)
+    ]
+    optimizer, norms = torch.optim.AdamW(groups, eps=1e-12), []
+    for pairs in batches():
+        for weight, gradient in zip(weights, gradients_of(pairs)[1]):
             weight.grad = torch.tensor(gradient)
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.clip or np.inf)
-        self.norms.append(float(norm))
-        self.optimizer.step()
-        for variable, weight in zip(self.model.trainable_variables, self.weights):
+        norm = torch.nn.utils.clip_grad_norm_(weights, clip or np.inf)
+        norms.append(float(norm))
+        optimizer.step()
+        for variable, weight in zip(variables, weights):
             variable.assign(weight.detach().numpy())
+    return norms
 
 
 def assert_same_weights(model, reference):
-    for one, other in zip(model.trainable_variables, reference.trainable_variables):
-        np.testing.assert_allclose(
-            to_numpy(one), to_numpy(other), rtol=2e-4, atol=2e-5, err_msg=one.path
-        )
+    found, expected = model.trainable_variables, reference.trainable_variables
+    assert_close(found, expected, atol=2e-5, rtol=2e-4)
 
 
-def adamw(**kwargs):
-    return keras.optimizers.AdamW(RATE, weight_decay=DECAY, epsilon=1e-12, **kwargs)
+def adamw(rate=RATE, **kwargs):
+    return keras.optimizers.AdamW(rate, weight_decay=DECAY, epsilon=1e-12, **kwargs)
 
 
 # === What decays ===
@@ -118,12 +112,10 @@ def test_weight_decay_spares_biases_and_vectors_unless_told_otherwise(decay_vect
     ("shape", "name", "expected"),
     [
         ((), "logit_scale", True),
-        ((8,), "scale", True),
         ((1, 1, 8), "class_token", True),
         ((2, 4), "bias", True),
         ((8, 1), "kernel", False),
         ((1, 16, 8), "position_embedding", False),
-        ((3, 3, 3, 8), "kernel", False),
     ],
 )
 def test_what_a_vector_is(shape, name, expected):
@@ -224,16 +216,10 @@ def test_a_frozen_tower_stays_as_it_is_while_the_other_learns(micro_batch_size):
     history = fit(model)
     assert_same_values(model.image_encoder.weights, frozen)
     spared = [is_vector(v) for v in reference.trainable_variables]
-    by_torch = ByTorch(
-        reference,
-        [RATE] * len(spared),
-        [0.0 if x else DECAY for x in spared],
-        clip=0.5,
-    )
-    for pairs in batches():
-        by_torch.step(pairs)
+    decays = [0.0 if x else DECAY for x in spared]
+    norms = train_by_torch(reference, [RATE] * len(spared), decays, clip=0.5)
     assert_same_weights(model, reference)
-    assert history["gradient_norm"] == pytest.approx([np.mean(by_torch.norms)], 1e-5)
+    assert history["gradient_norm"] == pytest.approx([np.mean(norms)], 1e-5)
 
 
 # === The norm of gradients ===
@@ -269,16 +255,6 @@ def test_the_norm_is_that_of_gradients_without_the_scale_of_the_loss(scaling):
     ]
     model.compile(optimizer, log_gradient_norm=True, **FAST)
     assert fit(model)["gradient_norm"] == pytest.approx([np.mean(expected)], rel=1e-5)
-
-
-@pytest.mark.one_case
-def test_a_model_compiled_without_loss_scaling_is_loaded_without(tmp_path):
-    backbone = tiny_clip(dtype="mixed_float16")
-    model = kcm.ContrastiveModel.from_backbone(backbone)
-    model.compile("adam", auto_scale_loss=False)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert isinstance(loaded.optimizer, keras.optimizers.Adam)
 
 
 def test_a_loss_scale_optimizer_has_all_options_and_skipped_steps_do_not_count():

@@ -22,12 +22,15 @@ from tests.helpers import (
     VOCABULARY,
     image_mlp,
     random_pairs,
+    reloaded,
     stream,
     text_bag,
     tiny_clip,
     tiny_metaclip,
 )
 from tests.models.test_pooled_encoder import bert, make_model
+
+pytestmark = pytest.mark.any_backend
 
 START, END = VOCABULARY - 2, VOCABULARY - 1
 # The end token that a MetaCLIP 2 backbone pools at.
@@ -87,10 +90,13 @@ def evaluations(model, shard, tokenizer):
     }
 
 
+def embed_cat(model, tokenizer):
+    return embed_texts(model, ["a cat"], tokenizer, verbose=0)
+
+
 SPECIAL_TOKENS = r"`tokenizer` must .*highest id.*CLIPPreprocessor.*Received: "
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("kind", list(BAD))
 def test_a_clip_tower_needs_a_start_and_an_end_of_the_highest_id(clip, kind):
     with pytest.raises(ValueError, match=SPECIAL_TOKENS):
@@ -100,7 +106,6 @@ def test_a_clip_tower_needs_a_start_and_an_end_of_the_highest_id(clip, kind):
     assert embed_texts(own, ["a cat", "no dog"], BAD[kind], verbose=0).shape == (2, 16)
 
 
-@pytest.mark.any_backend
 def test_a_tokenizer_is_checked_wherever_it_is_used(clip, shard):
     bad = BAD["bare"]
     held_out = stream(shard, bad, training=False)
@@ -113,7 +118,6 @@ def test_a_tokenizer_is_checked_wherever_it_is_used(clip, shard):
             call()
 
 
-@pytest.mark.any_backend
 def test_a_bare_tokenizer_of_keras_hub_is_refused(tmp_path):
     pytest.importorskip("tensorflow")
     keras_hub = pytest.importorskip("keras_hub")
@@ -139,22 +143,20 @@ def test_a_bare_tokenizer_of_keras_hub_is_refused(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.any_backend
 def test_rows_that_are_longer_than_the_tower_takes_are_an_error(clip):
     tokenizer = make_tokenizer(length=CONTEXT + 1)
     message = r"`token_ids` must .*at most 6 columns.*Received: .*\(3, 7\)"
     with pytest.raises(ValueError, match=message):
-        embed_texts(clip, ["a cat"], tokenizer, verbose=0)
+        embed_cat(clip, tokenizer)
 
 
-@pytest.mark.any_backend
 def test_a_tokenizer_of_known_captions_alone_cannot_be_checked(clip):
     known = make_tokenizer()(["a cat"])
 
     def table(texts):
         return [{"a cat": known[0]}[text] for text in texts]
 
-    assert embed_texts(clip, ["a cat"], table, verbose=0).shape == (1, 96)
+    assert embed_cat(clip, table).shape == (1, 96)
 
 
 # === The tokenizer that a model was trained with ===
@@ -182,21 +184,18 @@ def trained(shard):
 ANOTHER = r"`tokenizer` must be the one that the model was trained with.*Received: "
 
 
-@pytest.mark.any_backend
 def test_a_trained_model_and_its_copies_refuse_another_tokenizer(
     trained, shard, tmp_path
 ):
-    trained.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = reloaded(trained, tmp_path)
     for model in (trained, loaded, trained.without_masking()):
         assert model.tokenizer_fingerprint
         with pytest.raises(ValueError, match=ANOTHER):
-            embed_texts(model, ["a cat"], letters, verbose=0)
+            embed_cat(model, letters)
     with pytest.raises(ValueError, match=ANOTHER):
         trained.fit(stream(shard, letters), verbose=0)
 
 
-@pytest.mark.any_backend
 def test_a_trained_model_takes_its_tokenizer_however_it_fills_rows_up(trained, shard):
     for padding in (0, END):
         tokenizer = make_tokenizer(padding=padding)
@@ -205,7 +204,6 @@ def test_a_trained_model_takes_its_tokenizer_however_it_fills_rows_up(trained, s
         trained.fit(stream(shard, tokenizer), verbose=0)
 
 
-@pytest.mark.any_backend
 def test_stages_of_any_length_take_one_tokenizer_and_no_other(shard):
     captions = ["a photo of red cats", "a drawing of blue dogs"] * 2
     tokenizer = kcm.data.CLIPTokenizer.train(captions, 600, 16)
@@ -217,7 +215,6 @@ def test_stages_of_any_length_take_one_tokenizer_and_no_other(shard):
             model.fit(stream(shard, other.with_context_length(length)), verbose=0)
 
 
-@pytest.mark.any_backend
 def test_the_callbacks_of_a_fit_refuse_another_tokenizer(shard):
     model, captions = make_clip(), ["a cat", "no dog"]
     data = {"images": random_pairs(2)["images"], "captions": captions}
@@ -229,7 +226,6 @@ def test_the_callbacks_of_a_fit_refuse_another_tokenizer(shard):
         )
 
 
-@pytest.mark.any_backend
 def test_a_checkpoint_of_another_tokenizer_is_refused(shard, tmp_path):
     checkpoint = kcm.callbacks.Checkpoint(tmp_path)
     model = make_clip()
@@ -245,7 +241,6 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(shard, tmp_path):
     assert again.tokenizer_fingerprint == model.tokenizer_fingerprint
 
 
-@pytest.mark.any_backend
 def test_the_tokenizer_may_be_changed_on_purpose(shard):
     model = make_clip()
     # Of arrays, no tokenizer is known.
@@ -253,23 +248,21 @@ def test_the_tokenizer_may_be_changed_on_purpose(shard):
     assert model.tokenizer_fingerprint is None
     model.fit(stream(shard, make_tokenizer()), verbose=0)
     model.tokenizer_fingerprint = None
-    embed_texts(model, ["a cat"], letters, verbose=0)
+    embed_cat(model, letters)
     model.fit(stream(shard, letters), verbose=0)
     with pytest.raises(ValueError, match=ANOTHER):
-        embed_texts(model, ["a cat"], make_tokenizer(), verbose=0)
+        embed_cat(model, make_tokenizer())
 
 
-@pytest.mark.any_backend
 def test_towers_that_read_whole_rows_tell_how_they_are_filled_up(shard):
     model = kcm.ContrastiveModel(image_mlp(), text_bag())
     model.compile("sgd", **FAST)
     model.fit(stream(shard, make_tokenizer()), verbose=0)
-    embed_texts(model, ["a cat"], make_tokenizer(), verbose=0)
+    embed_cat(model, make_tokenizer())
     with pytest.raises(ValueError, match=ANOTHER):
-        embed_texts(model, ["a cat"], make_tokenizer(padding=END), verbose=0)
+        embed_cat(model, make_tokenizer(padding=END))
 
 
-@pytest.mark.any_backend
 def test_towers_that_hide_padding_take_rows_of_any_length():
     model = make_model(texts=lambda: bert(max_sequence_length=16))
     model.tokenizer_fingerprint = check_tokenizer(model, make_tokenizer(length=16))
@@ -281,7 +274,6 @@ def test_towers_that_hide_padding_take_rows_of_any_length():
 # === Sizes of vocabularies ===
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("kind", ["ours", "Hugging Face", "keras_hub", "open_clip"])
 def test_a_vocabulary_of_another_size_is_warned_of_once(kind, tmp_path, recwarn):
     ours = kcm.data.CLIPTokenizer.train(["a cat", "a dog"] * 5, 520, CONTEXT)
@@ -301,7 +293,7 @@ def test_a_vocabulary_of_another_size_is_warned_of_once(kind, tmp_path, recwarn)
         for vocabulary in (size, size + len(kind))
     ]
     for backbone in [*backbones, backbones[-1]]:
-        embed_texts(backbone, ["a cat"], tokenizer, verbose=0)
+        embed_cat(backbone, tokenizer)
     found = [str(x.message) for x in recwarn if "number of ids" in str(x.message)]
     assert len(found) == 1
     assert found[0].endswith(f"{size} ids, a text encoder of {size + len(kind)}")
@@ -338,7 +330,6 @@ def hugging_face(end, **options):
 FAMILIES = {"clip": (tiny_clip, END), "metaclip": (tiny_metaclip, METACLIP_END)}
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_trained_model_takes_its_tokenizer_of_a_length_below_the_towers(
     shard, family
@@ -355,7 +346,6 @@ def test_a_trained_model_takes_its_tokenizer_of_a_length_below_the_towers(
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.any_backend
 def test_a_tokenizer_without_a_length_makes_rows_of_the_towers():
     model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     text = "two red boats on the sea"
@@ -366,7 +356,6 @@ def test_a_tokenizer_without_a_length_makes_rows_of_the_towers():
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_towers_that_pool_at_the_end_take_rows_of_any_length_and_padding(family):
     end = FAMILIES[family][1]
@@ -401,7 +390,6 @@ CLEANED = {
 }
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("kind", list(CLEANED))
 def test_a_tokenizer_that_cleans_texts_otherwise_is_another(clip, kind):
     tokenizer, clean = make_tokenizer(), CLEANED[kind]
@@ -412,7 +400,6 @@ def test_a_tokenizer_that_cleans_texts_otherwise_is_another(clip, kind):
     assert check_tokenizer(clip, cleaned) != check_tokenizer(clip, tokenizer)
 
 
-@pytest.mark.any_backend
 def test_a_tokenizer_of_plain_words_alone_is_recognized_too(clip):
     def plain(texts):
         if not all(re.fullmatch("[a-z ]*", text) for text in texts):
@@ -428,7 +415,6 @@ def test_a_tokenizer_of_plain_words_alone_is_recognized_too(clip):
 # === Tokenizers that drop words ===
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("known", ["", "dog", "sea", "two red", "tall tree"])
 def test_a_clip_tower_takes_a_tokenizer_that_drops_unknown_words(clip, known):
     words = known.split()
@@ -441,9 +427,8 @@ def test_a_clip_tower_takes_a_tokenizer_that_drops_unknown_words(clip, known):
     assert found.shape == (2, 96)
 
 
-@pytest.mark.any_backend
 @pytest.mark.parametrize("length", [3, 4, CONTEXT])
 def test_the_highest_id_must_come_after_the_words(clip, length):
     tokenizer = make_tokenizer(start=(START, END), end=None, length=length)
     with pytest.raises(ValueError, match=r"`tokenizer` must .*highest id.*Received: "):
-        embed_texts(clip, ["a cat"], tokenizer, verbose=0)
+        embed_cat(clip, tokenizer)

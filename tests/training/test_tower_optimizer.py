@@ -5,21 +5,24 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from tests.helpers import FAST, random_pairs, to_numpy, values
+from tests.helpers import (
+    FAST,
+    assert_same_values,
+    ids_of,
+    random_pairs,
+    reloaded,
+    to_numpy,
+    values,
+)
 from tests.training.test_optimizers import (
     DECAY,
     RATE,
-    ByTorch,
+    adamw,
     assert_same_weights,
-    batches,
     fit,
     make_model,
+    train_by_torch,
 )
-
-
-def adamw(rate, **options):
-    options = {"weight_decay": DECAY, "epsilon": 1e-12, **options}
-    return keras.optimizers.AdamW(rate, **options)
 
 
 def rates_of(model, image, text, default):
@@ -46,14 +49,11 @@ def test_towers_learn_at_their_rates_as_in_parameter_groups_of_torch(eager, clip
     history = fit(model)
     rates = rates_of(reference, **rates)
     assert len({*rates}) == 3
-    by_torch = ByTorch(reference, rates, [DECAY] * len(rates), clip)
-    for pairs in batches():
-        by_torch.step(pairs)
+    norms = train_by_torch(reference, rates, [DECAY] * len(rates), clip)
     assert_same_weights(model, reference)
     # It had something to do, by the norm of both towers together.
-    assert min(by_torch.norms) > (clip or 0)
-    norm = np.mean(by_torch.norms)
-    assert history["gradient_norm"] == pytest.approx([norm], rel=1e-5)
+    assert min(norms) > (clip or 0)
+    assert history["gradient_norm"] == pytest.approx([np.mean(norms)], rel=1e-5)
 
 
 @pytest.mark.any_backend
@@ -71,7 +71,7 @@ def test_towers_may_have_weights_of_the_same_paths():
     pairs = random_pairs(4)
     pairs["images"] = pairs["images"][:, :8, :8]
     model.fit(pairs, verbose=0)
-    image = {id(v) for v in model.image_encoder.weights}
+    image = ids_of(model.image_encoder.weights)
     for old, weight in zip(before, model.weights):
         moved = bool((old != to_numpy(weight)).any())
         assert moved == (id(weight) in image), weight.path
@@ -94,7 +94,5 @@ def test_callbacks_change_the_rate_of_each_tower_under_loss_scaling(tmp_path):
     rates = [float(to_numpy(x.learning_rate)) for x in optimizer.optimizers]
     assert sorted(rates) == pytest.approx([0.1, 0.2])
     assert sum(name.startswith("learning_rate") for name in history) == 2
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras").optimizer
-    for old, new in zip(model.optimizer.variables, loaded.variables, strict=True):
-        np.testing.assert_array_equal(to_numpy(old), to_numpy(new), old.path)
+    loaded = reloaded(model, tmp_path).optimizer
+    assert_same_values(loaded.variables, model.optimizer.variables)
