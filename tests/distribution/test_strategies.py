@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.training.step_metrics import FiniteSteps
 from tests.helpers import (
     model_with_log,
     random_pairs,
@@ -38,26 +37,6 @@ def as_dataset(data, batch_size=8, drop_remainder=True):
 
     dataset = tf.data.Dataset.from_tensor_slices(data)
     return dataset.batch(batch_size, drop_remainder=drop_remainder)
-
-
-def test_a_loss_that_is_not_finite_on_one_replica_counts_for_all(strategy):
-    import tensorflow as tf
-
-    with strategy.scope():
-        record = FiniteSteps()
-    for bad in (0, 1):
-        record.restart()
-        for step in range(4):
-            losses = [np.nan if step == 2 and i == bad else 1.0 for i in range(2)]
-            values = strategy.experimental_distribute_values_from_function(
-                lambda context, losses=losses: tf.constant(
-                    losses[context.replica_id_in_sync_group]
-                )
-            )
-            strategy.run(record.update_state, args=(values,))
-        steps, finite, loss = record.read()
-        assert (steps, finite) == (4, 2)
-        assert np.isnan(loss)
 
 
 @pytest.mark.slow_to_compile
