@@ -75,7 +75,12 @@ def make_model(masking=None, way="whole", **options):
     model = kcm.ContrastiveModel(encoder, tiny_siglip().text_encoder, **options)
     if os.environ.get("FREEZE") == os.environ.get("RANK", "0") or "frozen" in way:
         model.image_encoder.trainable = False
-    compile_model(model)
+    optimizer = kcm.TowerOptimizer(
+        keras.optimizers.SGD(0.05, weight_decay=0.1),
+        image=keras.optimizers.SGD(0.025, weight_decay=0.1),
+        global_clipnorm=1.0,
+    )
+    model.compile(optimizer, log_gradient_norm=True)
     return model
 
 
@@ -86,27 +91,12 @@ def make_masked_model(name, **options):
     return make_model(masking, **options)
 
 
-def compile_model(model):
-    optimizer = kcm.TowerOptimizer(
-        keras.optimizers.SGD(0.05, weight_decay=0.1),
-        image=keras.optimizers.SGD(0.025, weight_decay=0.1),
-        global_clipnorm=1.0,
-    )
-    model.compile(optimizer, log_gradient_norm=True)
-
-
 def ways():
     """The ways in which a model is trained, of which a single device needs two."""
     # Of other backends, the compiled code reduces gradients, whatever has some.
-    more = ["frozen"] if backend == "torch" else []
-    if how == "single":
-        return ["whole", *more]
-    return [
-        "whole",
-        "micro",
-        *more,
-        *(["frozen micro"] if more else []),
-    ]
+    parts = ["", "frozen "] if backend == "torch" else [""]
+    sizes = ["whole"] if how == "single" else ["whole", "micro"]
+    return [part + size for part in parts for size in sizes]
 
 
 def makers():

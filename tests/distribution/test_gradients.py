@@ -8,19 +8,23 @@ import pytest
 import keras_cluster_mask as kcm
 from keras_cluster_mask.distribution import gradients
 from keras_cluster_mask.distribution.backends import keeping_weights
-from tests.helpers import FAST, random_pairs, small_model, tiny_clip
+from tests.helpers import (
+    FAST,
+    TRANSFORMER,
+    random_pairs,
+    small_model,
+    tiny_clip,
+    vision_encoder,
+)
 
 
 def unnamed_towers():
     """keras_hub's towers without names: their weights have equal paths."""
-    sizes = dict(hidden_dim=16, num_layers=1, num_heads=2, intermediate_dim=32)
-    return keras_hub.models.CLIPBackbone(
-        keras_hub.models.CLIPVisionEncoder(
-            patch_size=4, image_shape=(16, 16, 3), **sizes
-        ),
-        keras_hub.models.CLIPTextEncoder(30, 16, max_sequence_length=6, **sizes),
-        projection_dim=8,
+    text_encoder = keras_hub.models.CLIPTextEncoder(
+        30, 16, max_sequence_length=6, **TRANSFORMER
     )
+    encoders = vision_encoder("CLIP"), text_encoder
+    return keras_hub.models.CLIPBackbone(*encoders, projection_dim=8)
 
 
 @pytest.mark.parametrize("paths", ["of two towers", "of a teacher"])
