@@ -18,46 +18,22 @@ import numpy as np
 from keras import ops
 
 import keras_cluster_mask as kcm
+from tests.helpers import CONTEXT, MASKINGS, masked_vit, random_pairs
 
 PROGRAM = pathlib.Path(__file__)
-VOCABULARY, CONTEXT = 300, 9
+VOCABULARY = 300
 
 
-def make_model(
-    masking=None,
-    dropout_seed=5,
-    optimizer=None,
-    masked_encoder=None,
-    views=1,
-    **options,
-):
+def make_model(masking=None, optimizer=None, views=1, **options):
     """With all that has a state: dropout, a threshold that moves, EMA, a schedule."""
     keras.utils.set_random_seed(1)
-    images = keras.Input((16, 16, 3))
-    x = keras.layers.Conv2D(8, 4, strides=4)(images)
-    x = keras.layers.Reshape((16, 8), name="tokens")(x)
-    y = keras.layers.LayerNormalization()(x)
-    y = keras.layers.MultiHeadAttention(2, 4)(y, y)
-    x = keras.layers.Add()([x, keras.layers.Dropout(0.2, seed=dropout_seed)(y)])
-    x = keras.layers.GlobalAveragePooling1D()(x)
-    encoder = keras.Model(images, keras.layers.Dense(8)(x))
-    if masking is None:
-        schedule = keras.optimizers.schedules.PolynomialDecay(0.1, 30, 0.9)
-        masking = kcm.ClusterMasking(
-            4,
-            min_mask_ratio=0.25,
-            threshold=0.1,
-            embedding_weight=schedule,
-            hide_padding=False,
-            seed=3,
-        )
-    if masked_encoder is None:
-        masked_encoder = kcm.with_masking(encoder, masking, "tokens")
+    masking = masking or MASKINGS["threshold"](seed=3)
+    encoder = masked_vit(masking, mix=keras.layers.Dropout(0.2, seed=5))
     ids = keras.Input((CONTEXT,), dtype="int32")
-    x = keras.layers.Embedding(VOCABULARY, 8)(ids)
+    x = keras.layers.Embedding(VOCABULARY, 16)(ids)
     x = keras.layers.Dropout(0.1)(keras.layers.GlobalAveragePooling1D()(x))
-    texts = keras.layers.Dense(masked_encoder.output.shape[-1])(x)
-    model = kcm.ContrastiveModel(masked_encoder, keras.Model(ids, texts), views=views)
+    texts = keras.Model(ids, keras.layers.Dense(16)(x))
+    model = kcm.ContrastiveModel(encoder, texts, views=views)
     if optimizer is None:
         schedule = keras.optimizers.schedules.CosineDecay(0.01, 40, warmup_steps=5)
         optimizer = keras.optimizers.AdamW(schedule, use_ema=True, ema_momentum=0.9)
@@ -88,10 +64,7 @@ def weights_of(model):
 
 
 def pairs(count=12, seed=0):
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(1, VOCABULARY, size=(count, CONTEXT)).astype("int32")
-    images = rng.integers(0, 256, size=(count, 16, 16, 3)).astype("uint8")
-    return {"images": images, "token_ids": ids}
+    return random_pairs(count, seed)
 
 
 class StopAfter(keras.callbacks.Callback):
