@@ -166,6 +166,7 @@ def refusal(saved, data, model):
         ({"seed": 8}, {}, "data.seed: 7 in the checkpoint, 8 in"),
         ({"batch_size": 9}, {}, "data.batch_size: 8 in the checkpoint, 9 in"),
         ({"crop_scale": (0.9, 1.0)}, {}, "data.crop_scale: [0.4, 1.0] in"),
+        ({"resize": "squash"}, {}, "data.crop_scale: [0.4, 1.0] in"),
         ({"block_size": 4}, {}, "data.block_size: 1 in the checkpoint, 4 in"),
         (
             {},
