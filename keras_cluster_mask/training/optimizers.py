@@ -113,7 +113,14 @@ def exclude_vectors_from_decay(optimizer, model):
         optimizer: A Keras optimizer.
         model: The `ContrastiveModel`.
     """
-    decays = optimizer._use_weight_decay
+    decays, decay = optimizer._use_weight_decay, optimizer._apply_weight_decay
+
+    def decay_some(variables):
+        # Keras's own fails on torch if none of the weights decays.
+        if any(map(decays, variables)):
+            decay(variables)
+
+    optimizer._apply_weight_decay = decay_some
     if optimizer.built:
         decaying = filter(decays, optimizer._trainable_variables)
         if optimizer.weight_decay and any(map(is_vector, decaying)):
@@ -133,9 +140,6 @@ def exclude_vectors_from_decay(optimizer, model):
     spared = [v for v in model.weights if is_vector(v) or not decays(v)]
     optimizer.exclude_from_weight_decay(spared)
     optimizer.spares_vectors = True
-    if not any(map(decays, model.trainable_weights)):
-        # Keras's own fails on torch if no weight decays.
-        optimizer._apply_weight_decay = lambda variables: None
 
 
 def is_vector(variable) -> bool:

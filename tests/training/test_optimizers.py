@@ -150,6 +150,13 @@ def test_an_optimizer_of_vectors_alone_decays_nothing():
         trained.append(values(model.trainable_variables))
     assert trained[0]
     assert_same_values(*trained)
+    # The weights of another part decay, and the optimizer is compiled again when built.
+    model.image_encoder.trainable = True
+    default, image = (keras.optimizers.SGD(RATE, weight_decay=0.5) for _ in range(2))
+    optimizer = kcm.TowerOptimizer(default, image=image)
+    for _ in range(2):
+        model.compile(optimizer, **FAST)
+        fit(model, steps=1)
 
 
 @pytest.mark.any_backend
