@@ -81,10 +81,11 @@ def image_text_dataset(
     `keras.config.image_data_format()`.
 
     An image of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels counts as broken. The
-    limit is read when the dataset is created, also for worker processes; `None` is no
-    limit. In training, a large JPEG is reduced while it is decoded, so only its reduced
-    size must keep to the limit, and its full size to twice the limit. Each pixel of a
-    progressive JPEG counts as four, because its coefficients are kept in full.
+    limit is read when the dataset is created, also for worker processes, and must stay
+    the same while the dataset is read; `None` is no limit. In training, a large JPEG is
+    reduced while it is decoded, so only its reduced size must keep to the limit, and
+    its full size to twice the limit. Each pixel of a progressive JPEG counts as four,
+    because its coefficients are kept in full.
 
     Training shuffles samples of local files one by one. Files at URLs and Parquet files
     are read in blocks of up to 64 consecutive samples; see `block_size`.

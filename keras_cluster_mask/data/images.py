@@ -121,10 +121,6 @@ def _orientation(image):
 
 def _as_rgb(image):
     """Decodes an image of any mode to RGB. Transparent pixels become white."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
     if image.mode[0] in "IF":
         values = np.asarray(image)
         # Pillow would clip the values of 16 bits to 255.
@@ -134,7 +130,14 @@ def _as_rgb(image):
         if not np.array_equal(gray, levels) or (image.mode == "F" and gray.max() < 2):
             raise UnreadableImage("the gray levels are not integers from 0 to 255")
         image = Image.fromarray(gray)
-    return image.convert("RGB")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image)
+        image = white
+    # A conversion to the same mode would copy the image.
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize(image, size, box):

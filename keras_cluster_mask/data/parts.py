@@ -51,8 +51,8 @@ RECORD = np.dtype(
 )
 PACKED = struct.Struct("<QQQII")
 # The number of parts that a process keeps open. Each has a file descriptor, of which a
-# process usually may have 1,024, and a source may have 10,000 shards.
-MAX_OPEN = 256
+# process may have 256 on macOS and 1,024 on Linux, and a source may have 10,000 shards.
+MAX_OPEN = 128
 # The fault of files that have the key of a sample, but come later in the shard.
 NEIGHBORS = "the files of a sample must be neighbors"
 # The fault of rows that name a local image file which does not exist.

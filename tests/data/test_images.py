@@ -82,9 +82,10 @@ def test_other_modes_and_formats_are_decoded_as_by_pillow(mode, format, encode):
     np.testing.assert_array_equal(whole(content), np.array(expected))
 
 
-def test_sixteen_bits_of_gray_become_eight(encode):
+@pytest.mark.parametrize("options", [{}, {"transparency": 5000}])
+def test_sixteen_bits_of_gray_become_eight(encode, options):
     levels = np.arange(0, 65536, 256, dtype="uint16").reshape(16, 16)
-    actual = whole(encode(levels))
+    actual = whole(encode(levels, **options))
     assert np.abs(actual[..., 0].astype(int) - levels / 257.0).max() <= 0.5
     assert (actual[..., 0] == actual[..., 2]).all()
 
