@@ -90,6 +90,7 @@ def test_samples_are_drawn_anew_in_each_epoch_and_by_themselves():
     [
         pytest.param({k.encode(): v for k, v in COPIES.items()}, id="bytes"),
         pytest.param(COPIES | {"other": 7.0}, id="others"),
+        pytest.param({k: np.array(v) for k, v in COPIES.items()}, id="arrays"),
     ],
 )
 def test_keys_of_bytes_and_of_other_samples_change_nothing(shards, probability):
