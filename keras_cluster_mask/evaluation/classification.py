@@ -217,7 +217,8 @@ def _prompts(class_names, templates):
     for name in names:
         if isinstance(templates, Mapping):
             texts = templates.get(name) or ()
-            texts = (texts,) if isinstance(texts, str) else tuple(texts)
+            texts = [texts] if isinstance(texts, str) else texts
+            texts = tuple(texts) if isinstance(texts, Iterable) else ()
         else:
             texts = tuple(_fill(template, name) for template in templates)
         if not texts or not all(isinstance(text, str) and text for text in texts):

@@ -1,5 +1,6 @@
 """Linear probe: the accuracy of a linear classifier on frozen features."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,8 +77,8 @@ def linear_probe(
         metric: `"top_1"`, or `"mean_per_class"` for unbalanced classes. The metric on
             the validation data that chooses the strength.
         validation_split: Float in `(0, 1)`. The share of the training data that is held
-            out to choose the strength, stratified by class. Each class needs two items
-            or more.
+            out to choose the strength, stratified by class, with one item for each
+            class at least. Each class needs two items or more.
         max_iterations: Integer. The maximum number of L-BFGS iterations in each fit.
             scikit-learn warns of fits that need more.
         seed: Integer. The seed of the validation split.
@@ -92,8 +93,7 @@ def linear_probe(
         ImportError: If scikit-learn is not installed.
         ValueError: For features that are not finite, for labels that do not match them,
             for a single class, for validation or test data with a class that the
-            training data lacks, and, from scikit-learn, for a split of a class of one
-            item.
+            training data lacks, and for a validation split of a class of one item.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -104,11 +104,20 @@ def linear_probe(
     from sklearn.model_selection import PredefinedSplit, StratifiedShuffleSplit
 
     features, labels = _check_items("train", train_features, train_labels)
-    known = np.unique(labels)
+    known, counts = np.unique(labels, return_counts=True)
     if len(known) < 2:
         raise ValueError(f"`train_labels` need two classes. Received: {labels[:5]}")
+    is_split = validation is None and regularization is None
+    if is_split and counts.min() < 2:
+        raise ValueError(
+            "`train_labels` must have two items or more of each class, one of them to "
+            "choose the strength on; or pass `validation` or `regularization`. "
+            f"Received: one item of the class {known[counts.argmin()]}"
+        )
     test_features, test_labels = _check_items("test", test_features, test_labels, known)
-    split = StratifiedShuffleSplit(1, test_size=validation_split, random_state=seed)
+    # An item of each class at least.
+    size = max(math.ceil(validation_split * len(labels)), len(known))
+    split = StratifiedShuffleSplit(1, test_size=size, random_state=seed)
     if validation is not None:
         held_out, held_out_labels = _check_items("validation", *validation, known)
         split = PredefinedSplit(np.repeat([-1, 0], [len(features), len(held_out)]))

@@ -65,6 +65,11 @@ def retrieval_recall(
     ks = check_ks(ks)
     images, texts = _normalized(image_embeddings, text_embeddings)
     if image_of_text is None:
+        if len(images) != len(texts):
+            raise ValueError(
+                "`image_of_text` is needed unless there is one text for each image. "
+                f"Received: {len(images)} images, {len(texts)} texts"
+            )
         image_of_text = np.arange(len(texts))
     owners = check_labels("image_of_text", image_of_text, len(texts), len(images))
     return _recall(images, texts, np.arange(len(images))[:, None], owners, ks)

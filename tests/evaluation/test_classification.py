@@ -159,6 +159,7 @@ def test_bad_scores_and_labels_are_refused_by_name(name, scores, labels):
         ("templates", ["cat"], "a photo"),
         ("templates", ["cat"], None),
         ("templates", ["cat"], {"cat": None}),
+        ("templates", ["cat"], {"cat": 5}),
         ("templates", ["cat"], "{} {}"),
         ("templates", ["cat"], ["{}", 3]),
         ("templates", ["cat", "dog"], {"cat": ["x"]}),

@@ -157,6 +157,17 @@ def test_the_seed_decides_the_split():
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
+def test_two_items_of_each_class_are_enough_to_choose_on():
+    labels = np.tile(np.arange(10), 2)
+    found = linear_probe(*[clusters(labels, 1), labels] * 2, max_iterations=20)
+    # Each of the ten items that are held out has another class.
+    counts = 10 * np.array([*found["validation"].values()])
+    np.testing.assert_allclose(counts, np.round(counts), atol=1e-9)
+    with pytest.raises(ValueError, match=r"`train_labels` must .*Received: .* class 0"):
+        linear_probe(*[clusters(labels[1:], 1), labels[1:]] * 2)
+
+
 # === Of a model ===
 
 

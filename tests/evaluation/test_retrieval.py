@@ -63,7 +63,7 @@ def test_embeddings_that_are_equal_up_to_rounding_score_0():
 @pytest.mark.any_backend
 def test_an_image_without_a_text_finds_none_among_however_few():
     images = random_embeddings(3)
-    found = retrieval_recall(images, images[:2], ks=(10,))
+    found = retrieval_recall(images, images[:2], [0, 1], ks=(10,))
     assert found["image_to_text_recall@10"] == pytest.approx(2 / 3)
 
 
@@ -200,7 +200,7 @@ def test_recall_does_not_depend_on_the_lengths_of_the_embeddings(scale):
     assert retrieval_recall(huge, huge, ks=1)["image_to_text_recall@1"] == 1
     # A row of zeros is not similar to anything.
     with_zeros = np.concatenate([images, 0 * images[:1]])
-    found = retrieval_recall(with_zeros, texts)
+    found = retrieval_recall(with_zeros, texts, np.arange(300))
     assert found["image_to_text_recall@1"] < expected["image_to_text_recall@1"]
 
 
@@ -218,6 +218,7 @@ NAN = np.where(np.arange(4)[:, None] == 2, np.nan, X)
         ("image_embeddings", {"image_embeddings": X[..., None]}),
         ("text_embeddings", {"text_embeddings": NAN}),
         ("image_of_text", {"image_of_text": [0, 1]}),
+        ("image_of_text", {"text_embeddings": X[:3]}),
         ("image_of_text", {"image_of_text": [0, 1, 2, 4]}),
         *(("ks", {"ks": ks}) for ks in (0, (1, 2.5), (), True, [1, True], np.ones(2))),
     ],
