@@ -32,8 +32,8 @@ class Evaluate(RunCallback):
     The weights are those at the end of the epoch, as in Keras's own validation. With
     `use_ema=True` these are not the averages, which `fit` assigns when it ends; to
     evaluate the averages, put `keras.callbacks.SwapEMAWeights(swap_on_epoch=True)`
-    before this callback. An epoch whose loss is not finite is not evaluated; its
-    metrics are NaN.
+    before this callback. An epoch whose loss is not finite is not evaluated. Its
+    metrics are NaN, or missing if no epoch was evaluated before.
 
     With several processes, each calls the function, and the logs get the metrics of the
     main process. Give all of them the same callbacks and the same, complete data: on
@@ -84,7 +84,6 @@ class Evaluate(RunCallback):
         self.function = function
         self.every = check_integer("every", every)
         self.name = name
-        self._embedder = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         # Imported here: evaluation needs packages that `import keras` does not.
@@ -93,10 +92,7 @@ class Evaluate(RunCallback):
         super().on_train_begin(logs)
         self._is_first = True
         self._metrics = {}
-        # Once: on JAX, each access to `model` copies the weights back to the model.
-        model = self.model
-        if self._embedder is None or self._embedder.model is not model:
-            self._embedder = Embedder(model)
+        self._embedder = Embedder(self.model)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs

@@ -237,17 +237,18 @@ class ContrastiveTrainer(DualEncoder):
         optimizer = keras.optimizers.get(optimizer)
         if kwargs.get("auto_scale_loss", True):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
+        optimizers.configure(optimizer, self, decay_vectors)
         super().compile(optimizer, **kwargs)
-        # Their compiled predictions would not see the factors of a new LoRA.
         for name in ("image_tower", "text_tower"):
-            vars(self).pop(name, None)
+            if tower := vars(self).get(name):
+                # Compiled predictions would not see the factors of a new LoRA.
+                tower.predict_function = None
         self.optimizer_options = {
             "decay_vectors": bool(decay_vectors),
             "log_gradient_norm": bool(log_gradient_norm),
             "auto_scale_loss": kwargs.get("auto_scale_loss", True),
         }
         self.gradient_norm = GradientNorm(optimizer) if log_gradient_norm else None
-        optimizers.configure(optimizer, self, decay_vectors)
 
     def fit(
         self,

@@ -8,6 +8,7 @@ of one instance are replaced, here and by `distribution`, some of them private
 import keras
 
 from keras_cluster_mask.distribution import gradients as distribution
+from keras_cluster_mask.training.layers import all_layers
 from keras_cluster_mask.training.tower_optimizer import TowerOptimizer
 
 # Methods of `keras.optimizers.Optimizer` that are replaced on an instance or called.
@@ -52,7 +53,7 @@ def configure(optimizer, model, decay_vectors):
     for part in parts:
         if not decay_vectors:
             exclude_vectors_from_decay(part, model)
-        elif getattr(part, "spares_vectors", False):
+        elif part.weight_decay and getattr(part, "spares_vectors", False):
             raise ValueError(
                 "`decay_vectors=True` needs a new optimizer, since vectors were "
                 "excluded from the weight decay of this one when it was compiled "
@@ -113,14 +114,7 @@ def exclude_vectors_from_decay(optimizer, model):
         optimizer: A Keras optimizer.
         model: The `ContrastiveModel`.
     """
-    decays, decay = optimizer._use_weight_decay, optimizer._apply_weight_decay
-
-    def decay_some(variables):
-        # Keras's own fails on torch if none of the weights decays.
-        if any(map(decays, variables)):
-            decay(variables)
-
-    optimizer._apply_weight_decay = decay_some
+    decays = optimizer._use_weight_decay
     if optimizer.built:
         decaying = filter(decays, optimizer._trainable_variables)
         if optimizer.weight_decay and any(map(is_vector, decaying)):
@@ -130,11 +124,11 @@ def exclude_vectors_from_decay(optimizer, model):
                 f"Received: optimizer={optimizer.name}, built to decay vectors"
             )
         return
-    if optimizer.weight_decay and not model.built:
+    if optimizer.weight_decay and not all(x.built for x in all_layers(model)):
         raise ValueError(
             "A model must be built before it is compiled with weight decay, which "
             "excludes its vectors: call it on a batch first, `model(batch)`, or pass "
-            "`decay_vectors=True`. Received: an encoder whose weights do not exist yet"
+            "`decay_vectors=True`. Received: a layer whose weights do not exist yet"
         )
     # With the weights of the user, whose list Keras replaces.
     spared = [v for v in model.weights if is_vector(v) or not decays(v)]

@@ -164,9 +164,12 @@ def test_models_that_share_weights_predict_with_lora():
     for model in (masked, whole):
         model.predict(inputs, verbose=0)
     masked.image_tower.predict(inputs["images"], verbose=0)
+    masked.text_tower.predict(inputs["token_ids"], verbose=0)
     backbone.enable_lora(2)
     as_trained(masked)
     masked.compile("adam", **FAST)
+    texts = masked.text_tower.predict(inputs["token_ids"], verbose=0)
+    assert_close(texts, masked.encode_text(inputs["token_ids"]), 1e-5)
     expected = to_numpy(masked.encode_image(inputs["images"]))
     for found in (
         masked.predict(inputs, verbose=0)["image_embeddings"],

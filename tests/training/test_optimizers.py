@@ -168,12 +168,15 @@ def test_an_optimizer_built_to_decay_vectors_is_refused():
         model.compile(optimizer)
     model.compile(optimizer, decay_vectors=True)
     # One that decays nothing, and one that spares vectors already.
-    for optimizer in (keras.optimizers.Adam(), adamw()):
-        model.compile(optimizer)
-        optimizer.build(model.trainable_variables)
-        model.compile(optimizer)
-        with pytest.raises(ValueError, match=r"needs a new optimizer.*Received: opti"):
-            model.compile(optimizer, decay_vectors=True)
+    adam, optimizer = keras.optimizers.Adam(), adamw()
+    for each in (adam, optimizer):
+        model.compile(each)
+        each.build(model.trainable_variables)
+        model.compile(each)
+    model.compile(adam, decay_vectors=True)
+    with pytest.raises(ValueError, match=r"needs a new optimizer.*Received: opti"):
+        model.compile(optimizer, decay_vectors=True)
+    assert model.optimizer is adam
 
 
 @pytest.mark.any_backend
@@ -189,6 +192,11 @@ def test_a_model_without_weights_is_refused_until_it_is_built_if_weights_decay()
     fit(model, steps=1)
     decaying = filter(model.optimizer._use_weight_decay, model.trainable_weights)
     assert {v.name for v in decaying} == {"embeddings", "kernel"}
+    # A layer of a subclass, too.
+    model = make_model()
+    model.more = keras.layers.Dense(2)
+    with pytest.raises(ValueError, match=r"call it on a batch first.*Received: "):
+        model.compile(adamw())
 
 
 @pytest.mark.any_backend

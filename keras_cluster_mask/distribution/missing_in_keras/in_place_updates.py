@@ -26,14 +26,20 @@ def update_in_place(optimizer):
     not float32, for AMSGrad, and for optimizers other than Adam and AdamW. Its update
     of SGD is already in-place.
 
-    Keras has no public hook for clipping and the update within `apply`, so two private
-    methods of one optimizer are replaced. A test fails if a version of Keras lacks
-    them.
+    Keras has no public hook for decay, clipping and the update within `apply`, so three
+    private methods of one optimizer are replaced. A test fails if a version of Keras
+    lacks them.
 
     Args:
         optimizer: A Keras optimizer.
     """
     clip, update = optimizer._clip_gradients, optimizer._backend_update_step
+    decay = optimizer._apply_weight_decay
+
+    def apply_weight_decay(variables):
+        # Keras's own fails if none of the weights decays.
+        if any(map(optimizer._use_weight_decay, variables)):
+            decay(variables)
 
     def clip_gradients(gradients):
         max_norm = optimizer.global_clipnorm or 0.0
@@ -53,6 +59,7 @@ def update_in_place(optimizer):
         else:
             update(gradients, variables, learning_rate)
 
+    optimizer._apply_weight_decay = apply_weight_decay
     base = keras.optimizers.Optimizer
     is_own = type(optimizer)._clip_gradients is base._clip_gradients
     if optimizer.global_clipnorm and is_own:
