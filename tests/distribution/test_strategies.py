@@ -20,12 +20,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def strategy():
     """Two devices, of which `tests/conftest.py` sets up the second.
 
-    One for all tests: a second strategy's collective operations have the first one's
-    numbers.
+    One for a process, which may run tests of other modules in between: a second
+    strategy's collective operations have the first one's numbers.
     """
     import tensorflow as tf
 
