@@ -41,9 +41,9 @@ class Checkpoint(RunCallback):
     A NaN or infinite loss stops the run with an error that names the last checkpoint,
     and the steps among which the loss occurred. The mean loss of the epoch is read
     every 100 steps and at the end of the epoch, because reading it makes training wait.
-    A model whose own `metrics` leave out the loss is checked at saves alone.
-    A NaN or infinite weight or optimizer moment at a save stops the run too. Such an
-    epoch is not saved.
+    A model whose own `metrics` leave out the loss is checked at saves alone. A NaN or
+    infinite weight or optimizer moment at a save stops the run too. Such an epoch is
+    not saved.
 
     Example:
 

@@ -1,5 +1,7 @@
 """Runs functions on a batch in chunks, and recomputes them in the backward pass."""
 
+import functools
+
 import keras
 from keras import ops, tree
 
@@ -32,7 +34,10 @@ def map_chunks(function, num_chunks, weights, state, rows):
     state = tree.map_structure(ops.stop_gradient, state)
 
     tensorflow = keras.backend.backend() == "tensorflow"
-    recomputed = (_recomputed_on_tensorflow if tensorflow else keras.remat)(function)
+    if tensorflow:
+        recomputed = functools.partial(_recompute_on_tensorflow, function)
+    else:
+        recomputed = keras.remat(function)
 
     def one(state, index):
         chunk = tree.map_structure(lambda x: take_chunk(x, index, num_chunks), rows)
@@ -89,16 +94,12 @@ def _scan_on_tensorflow(function, carry, length):
     )
 
 
-def _recomputed_on_tensorflow(function):
-    """Works like `keras.remat`, for a function that runs in a loop.
+def _recompute_on_tensorflow(function, *arguments):
+    """Works like a function of `keras.remat`, for one that runs in a loop.
 
     `tf.recompute_grad` copies its arguments, here all weights in each step, so that the
     graph does not share the two computations. Those of two loops are never shared.
     """
-    return lambda *arguments: _recompute_on_tensorflow(function, *arguments)
-
-
-def _recompute_on_tensorflow(function, *arguments):
     import tensorflow as tf
 
     structure = []
