@@ -60,7 +60,14 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
         trainable_variables: Sequence[keras.Variable] | None = None,
     ) -> None:
         # Each optimizer would clip the gradients of its own weights alone.
-        clipped = iter(self._clip_gradients([x for x in grads if x is not None]))
+        given, scale = [x for x in grads if x is not None], self.loss_scale_factor
+        if scale is not None:
+            given = [x / scale for x in given]
+        given = self._clip_gradients(given)
+        if scale is not None:
+            # Each optimizer divides by it.
+            given = [x * scale for x in given]
+        clipped = iter(given)
         grads = [x if x is None else next(clipped) for x in grads]
         super().apply(grads, trainable_variables)
 

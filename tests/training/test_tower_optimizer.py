@@ -56,6 +56,21 @@ def test_towers_learn_at_their_rates_as_in_parameter_groups_of_torch(eager, clip
     assert history["gradient_norm"] == pytest.approx([np.mean(norms)], rel=1e-5)
 
 
+@pytest.mark.one_case
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_the_norm_that_clips_is_that_of_gradients_without_the_scale_of_the_loss(scale):
+    model = make_model()
+    before = values(model.trainable_weights)
+    optimizer = kcm.TowerOptimizer(
+        keras.optimizers.SGD(1.0), global_clipnorm=0.5, loss_scale_factor=scale
+    )
+    model.compile(optimizer, **FAST)
+    fit(model, steps=1)
+    after = values(model.trainable_weights)
+    length = np.sqrt(sum(((x - y) ** 2).sum() for x, y in zip(after, before)))
+    assert length == pytest.approx(0.5, rel=1e-5)
+
+
 @pytest.mark.any_backend
 def test_towers_may_have_weights_of_the_same_paths():
     def encoder(shape):
