@@ -3,6 +3,7 @@
 import contextlib
 import os
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -376,7 +377,17 @@ class ContrastiveTrainer(DualEncoder):
 
     def get_compile_config(self) -> dict[str, Any] | None:
         config = super().get_compile_config()
-        return {**config, **self.optimizer_options} if config else config
+        if not config:
+            return config
+        if not optimizers.fits_when_reloaded(self.optimizer, self):
+            warnings.warn(
+                "The optimizer was built for other weights than those that the loaded "
+                "model will train, so the model is saved without it: compile the "
+                f"loaded model before `fit`. Received: model={self.name}",
+                stacklevel=2,
+            )
+            return None
+        return {**config, **self.optimizer_options}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras's own method does not support models that override `compile`.

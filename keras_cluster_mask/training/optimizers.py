@@ -8,7 +8,7 @@ of one instance are replaced, here and by `distribution`, some of them private
 import keras
 
 from keras_cluster_mask.distribution import gradients as distribution
-from keras_cluster_mask.training.layers import all_layers
+from keras_cluster_mask.training.layers import all_layers, saved_weights
 from keras_cluster_mask.training.tower_optimizer import TowerOptimizer
 
 # Methods of `keras.optimizers.Optimizer` that are replaced on an instance or called.
@@ -68,8 +68,7 @@ def check_built(optimizer, variables):
     the lengths of lists.
     """
     own, parts = inner_optimizer(optimizer), optimizer_parts(optimizer)
-    known = {id(v) for part in parts for v in part._trainable_variables}
-    given = {id(v) for v in variables}
+    known, given = _known_weights(optimizer), {id(v) for v in variables}
     is_strict = keras.backend.backend() == "jax" or any(x.use_ema for x in parts)
     if own.built and (given - known or (is_strict and known - given)):
         raise ValueError(
@@ -78,6 +77,23 @@ def check_built(optimizer, variables):
             f"Received: optimizer={own.name}, built for {len(known)} weights, of which "
             f"the model trains {len(known & given)}, and {len(given - known)} others"
         )
+
+
+def fits_when_reloaded(optimizer, model) -> bool:
+    """Returns whether a file of a model can hold its optimizer.
+
+    Keras creates the optimizer of a loaded model for the weights that it trains, and
+    drops the saved state, with only a warning, if that of other weights was saved. The
+    rate and the decay of the optimizer were chosen for those others, too.
+    """
+    trained = {id(v) for v in saved_weights(model) if v.trainable}
+    built = inner_optimizer(optimizer).built
+    return not built or trained == _known_weights(optimizer)
+
+
+def _known_weights(optimizer):
+    parts = optimizer_parts(optimizer)
+    return {id(v) for part in parts for v in part._trainable_variables}
 
 
 def with_loss_scaling(optimizer, layers):

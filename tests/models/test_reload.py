@@ -15,6 +15,7 @@ from tests.helpers import (
     MASKINGS,
     assert_close,
     assert_same_values,
+    clip_with_lora,
     functional_vit,
     masked_vit,
     options_of,
@@ -172,3 +173,30 @@ def test_a_reloaded_model_is_the_same_and_trains_on_the_same(case, tmp_path):
     assert_close(loaded.weights, model.weights, atol)
     steps = [int(ops.convert_to_numpy(x.optimizer.iterations)) for x in (loaded, model)]
     assert steps == [2, 2]
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("change", ["unfrozen", "frozen", "merged"])
+def test_an_optimizer_of_other_weights_is_not_saved(change, tmp_path):
+    backbone = clip_with_lora() if change == "merged" else tiny_clip()
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    fit = dict(batch_size=4, verbose=0)
+    if change == "unfrozen":
+        model.image_encoder.trainable = False
+    model.compile("adam", **FAST)
+    model.fit(random_pairs(4), **fit)
+    if change != "merged":
+        model.image_encoder.trainable = change == "unfrozen"
+    with pytest.warns(UserWarning, match=r"other weights.*compile the loaded.*Recei"):
+        loaded = reloaded(model, tmp_path)
+    assert_same_values(
+        *(x.predict(random_pairs(4), verbose=0) for x in (loaded, model))
+    )
+    with pytest.raises(ValueError, match=r"call `compile\(\)`"):
+        loaded.fit(random_pairs(4), **fit)
+    if change != "merged":
+        # Compiled for the weights that it trains, it is saved with its optimizer.
+        model.compile("adam", **FAST)
+        model.fit(random_pairs(4), **fit)
+        found = reloaded(model, tmp_path).optimizer.variables
+        assert_same_values(found, model.optimizer.variables)
