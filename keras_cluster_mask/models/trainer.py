@@ -274,7 +274,8 @@ class ContrastiveTrainer(DualEncoder):
         The returned history holds all epochs, including those before the interruption.
 
         Training on arrays uses only full batches. The remaining pairs, after shuffling,
-        are dropped from the epoch with a warning.
+        are dropped from the epoch with a warning. Each process passes all arrays, and
+        trains on its rows of every batch.
 
         An epoch of an `image_text_dataset` has `dataset.steps_per_epoch` steps, the
         number of full batches. The remaining samples are carried over to the next

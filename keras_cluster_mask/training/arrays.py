@@ -1,12 +1,16 @@
 """Training on arrays: full batches, in an order that a resumed run repeats."""
 
 import warnings
+import zlib
 
 import keras
 import numpy as np
 
 from keras_cluster_mask.batches import as_array
-from keras_cluster_mask.distribution.processes import all_gather_object
+from keras_cluster_mask.distribution.processes import (
+    all_gather_object,
+    process_index_and_count,
+)
 
 
 class ArrayBatches:
@@ -15,11 +19,13 @@ class ArrayBatches:
     Keras also trains on the last partial batch, although the loss depends on the batch
     size, and draws an order that a resumed run cannot repeat. Here the order of an
     epoch depends only on a seed. The last partial batch is dropped after the shuffle,
-    so each epoch leaves out different pairs.
+    so each epoch leaves out different pairs. Each process has all pairs, and takes its
+    own rows of every batch.
 
     Args:
         arrays: Dictionary of arrays with one row per pair.
-        batch_size: Integer. If there are fewer pairs, they form one batch.
+        batch_size: Integer, the number of pairs in a batch of all processes together.
+            If there are fewer pairs, they form one batch.
         shuffle: Boolean.
 
     Attributes:
@@ -44,12 +50,22 @@ class ArrayBatches:
                 "out of each epoch.",
                 stacklevel=2,
             )
+        self._process, self._processes = process_index_and_count(training=True)
+        if self._batch_size % self._processes:
+            raise ValueError(
+                "`batch_size` must be a multiple of the number of processes, which "
+                f"share each batch. Received: batch_size={self._batch_size}, "
+                f"{self._processes} processes"
+            )
+        rows = self._batch_size // self._processes
         self.element_spec = {
-            name: keras.InputSpec(str(x.dtype), (self._batch_size, *x.shape[1:]))
+            name: keras.InputSpec(str(x.dtype), (rows, *x.shape[1:]))
             for name, x in self._arrays.items()
         }
+        token_ids = np.ascontiguousarray(self._arrays["token_ids"])
         self.description = {
             "data.pairs": pairs,
+            "data.token_ids": zlib.crc32(token_ids),
             "data.batch_size": self._batch_size,
             "data.shuffle": shuffle,
         }
@@ -75,6 +91,8 @@ class ArrayBatches:
                 order = rng.permutation(self._pairs)
             for first in range(step, self.steps_per_epoch):
                 rows = order[first * self._batch_size : (first + 1) * self._batch_size]
+                # In the order of processes, as without any, so masks are the same.
+                rows = np.split(rows, self._processes)[self._process]
                 yield self.batch(rows, epoch)
             epoch, step = epoch + 1, 0
 

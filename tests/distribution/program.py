@@ -129,8 +129,8 @@ class Die(keras.callbacks.Callback):
             os._exit(7)
 
 
-def distribute(data):
-    """Sets up two devices; returns a context for the model, and the data to fit."""
+def distribute():
+    """Sets up two devices; returns a context for the model."""
     if how == "process":
         kcm.distribution.initialize()
     if how == "model":
@@ -147,16 +147,8 @@ def distribute(data):
         cpu = tf.config.list_physical_devices("CPU")[0]
         virtual = tf.config.LogicalDeviceConfiguration()
         tf.config.set_logical_device_configuration(cpu, [virtual, virtual])
-        return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope(), data
-    if how == "process":
-        # Each process has its own half of every batch.
-        index = int(os.environ["RANK"])
-        data = {
-            key: value.reshape(STEPS, 2, BATCH // 2, *value.shape[1:])[:, index]
-            for key, value in data.items()
-        }
-        data = {k: v.reshape(-1, *v.shape[2:]) for k, v in data.items()}
-    return contextlib.nullcontext(), data
+        return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
+    return contextlib.nullcontext()
 
 
 def check_shares(model):
@@ -208,25 +200,21 @@ def results(name, model, history):
 
 
 if __name__ == "__main__":
-    scope, data = distribute(pairs())
-    fit = {"batch_size": BATCH // (2 if how == "process" else 1), "shuffle": False}
-    # In evaluation every process of torch has all pairs.
-    fit["validation_data"] = pairs() if backend == "torch" else data
-    fit["validation_batch_size"] = BATCH
-    if backend == "tensorflow" or (backend == "jax" and how == "process"):
+    scope, data = distribute(), pairs()
+    fit = {"batch_size": BATCH, "shuffle": True, "validation_data": data}
+    if backend == "tensorflow":
         import tensorflow as tf
 
         # Of evaluation, Keras tells TensorFlow the size of a dataset's batches, not of
-        # arrays'; and it hands out arrays on JAX as if every process had all of them.
+        # arrays'.
         evaluated = tf.data.Dataset.from_tensor_slices(data)
-        fit["validation_data"] = evaluated.batch(fit["batch_size"], drop_remainder=True)
-        fit["validation_batch_size"] = None
+        fit["validation_data"] = evaluated.batch(BATCH, drop_remainder=True)
     callbacks = [Die()] if "DIE_AT" in os.environ else []
     if "BAD_STEP" in os.environ:
         callbacks.append(kcm.callbacks.Checkpoint(os.environ["CHECKPOINT"]))
     if {"BAD_STEP", "MASKING"} & {*os.environ}:
         # Masks are for training alone, and most of the time goes into compiling.
-        fit = {"batch_size": fit["batch_size"], "shuffle": False}
+        fit = {"batch_size": BATCH, "shuffle": "BAD_STEP" not in os.environ}
     elif not {"CLIP", "SHARDS"} & {*os.environ}:
         callbacks.append(kcm.callbacks.Retrieval(pairs()))
     arrays = {}

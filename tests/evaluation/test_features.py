@@ -8,6 +8,7 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import compute_features
+from keras_cluster_mask.training import arrays
 from keras_cluster_mask.training.features import FeatureBatches
 from tests.helpers import (
     FAST,
@@ -200,6 +201,20 @@ def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
         assert set(number) <= {0, 1, 2}
         seen.append([x for _, x in sorted(zip(rows, number))])
     assert len({*map(tuple, seen)}) == 6
+
+
+@pytest.mark.any_backend
+def test_processes_share_each_batch_of_features(tmp_path, monkeypatch):
+    features, _ = computed(frozen_model(), tmp_path, captions=3)
+
+    def ids_of(place):
+        monkeypatch.setattr(arrays, "process_index_and_count", lambda training: place)
+        keras.utils.set_random_seed(1)
+        stream = iter(FeatureBatches(features, 10))
+        return [next(stream)["token_ids"] for _ in range(4)]
+
+    parts = zip(*(ids_of((rank, 2)) for rank in range(2)))
+    assert_same_values([*map(np.concatenate, parts)], ids_of((0, 1)))
 
 
 @pytest.mark.any_backend

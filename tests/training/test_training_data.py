@@ -11,7 +11,7 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.batches import as_array
-from keras_cluster_mask.training import training_data
+from keras_cluster_mask.training import arrays, training_data
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.input_rules import InputRules, as_dictionary
 from keras_cluster_mask.training.training_data import TrainingData
@@ -359,6 +359,26 @@ def test_the_order_follows_the_seed_of_keras():
         found.append(rows_of(batches_of(20, 4), 5))
     np.testing.assert_array_equal(found[0], found[1])
     assert np.any(found[0] != found[2])
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_batches_of_one(count, monkeypatch):
+    keras.utils.set_random_seed(1)
+    expected, found = rows_of(batches_of(19, 8), 5), []
+    ranks = itertools.count()
+    monkeypatch.setattr(
+        arrays, "process_index_and_count", lambda training: (next(ranks), count)
+    )
+    for _ in range(count):
+        keras.utils.set_random_seed(1)
+        found.append(batches_of(19, 8))
+        assert len(found[-1]) == 2
+        assert found[-1].element_spec["token_ids"].shape[0] == 8 // count
+    found = [rows_of(batches, 5) for batches in found]
+    np.testing.assert_array_equal(np.concatenate(found, axis=1), expected)
+    with pytest.raises(ValueError, match=rf"`batch_size` must be a m.*=9, {count} pro"):
+        batches_of(19, 9)
 
 
 @pytest.mark.any_backend
