@@ -118,8 +118,13 @@ class PatchMasking(keras.layers.Layer):
         self.num_prefix_tokens = check_integer(
             "num_prefix_tokens", num_prefix_tokens, 0, or_none=True
         )
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed = check_integer("seed", seed, 0, or_none=True)
+        # On torch, Keras adds the number of a draw to the seed, so the masks of one seed
+        # would be those of the next seed, one step later.
+        hashed = np.random.SeedSequence(seed).generate_state(1)[0] >> 1
+        self.seed_generator = keras.random.SeedGenerator(
+            None if seed is None else int(hashed)
+        )
         # True if a call counts as a training step. An enclosing model counts itself.
         self.counts_calls = True
         # A weight, because compiled steps can return values only through weights.

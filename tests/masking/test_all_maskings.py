@@ -112,6 +112,14 @@ def test_inference_returns_the_very_tokens_and_changes_nothing(strategy, policy)
         np.testing.assert_array_equal(numpy(variable), value)
 
 
+@pytest.mark.parametrize("other", [8, 9, 2**40])
+def test_another_seed_has_the_noise_of_no_step(other):
+    seven, found = (kcm.RandomMasking(seed=seed) for seed in (7, other))
+    steps = {numpy(seven.draw(1, 8)).tobytes() for _ in range(20)}
+    assert len(steps) == 20
+    assert not any(numpy(found.draw(1, 8)).tobytes() in steps for _ in range(20))
+
+
 @every_strategy
 def test_a_seed_repeats_the_masks_of_all_steps(strategy):
     tokens = tokens_of(ROWS, 1 + N)
