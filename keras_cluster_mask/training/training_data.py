@@ -186,6 +186,14 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
             f"Received: an endless {type(data).__name__}"
         )
     check_tokenizer_of(model, data)
+    _, processes = process_index_and_count(training=False)
+    if isinstance(data, dict | TowerFeatures) and processes > 1:
+        raise ValueError(
+            "Arrays cannot be evaluated or predicted by several processes of JAX, "
+            "which would each read all rows as their part of a batch: pass an "
+            "`image_text_dataset`, or a `tf.data.Dataset` of the rows of this process. "
+            f"Received: {type(data).__name__}, {processes} processes"
+        )
     if isinstance(data, TowerFeatures):
         data.check_model(model)
         return data.pairs(slice(None))

@@ -202,13 +202,19 @@ def results(name, model, history):
 if __name__ == "__main__":
     scope, data = distribute(), pairs()
     fit = {"batch_size": BATCH, "shuffle": True, "validation_data": data}
-    if backend == "tensorflow":
+    parts = int(os.environ["WORLD_SIZE"]) if (backend, how) == ("jax", "process") else 1
+    if backend == "tensorflow" or parts > 1:
         import tensorflow as tf
 
         # Of evaluation, Keras tells TensorFlow the size of a dataset's batches, not of
-        # arrays'.
-        evaluated = tf.data.Dataset.from_tensor_slices(data)
-        fit["validation_data"] = evaluated.batch(BATCH, drop_remainder=True)
+        # arrays'; and of arrays, each process of JAX would evaluate all.
+        evaluated = tf.data.Dataset.from_tensor_slices(data).batch(BATCH, True)
+        fit["validation_data"] = evaluated.map(
+            lambda batch: {
+                name: tf.split(rows, parts)[int(os.environ.get("RANK", 0))]
+                for name, rows in batch.items()
+            }
+        )
     callbacks = [Die()] if "DIE_AT" in os.environ else []
     if "BAD_STEP" in os.environ:
         callbacks.append(kcm.callbacks.Checkpoint(os.environ["CHECKPOINT"]))

@@ -297,6 +297,24 @@ def test_a_stream_that_differs_between_processes_is_refused(monkeypatch):
         data.check_same_everywhere()
 
 
+@pytest.mark.any_backend
+def test_arrays_are_not_evaluated_by_several_processes_that_share_batches(
+    model, monkeypatch
+):
+    def place(training):
+        return 0, 1 if training else 2
+
+    monkeypatch.setattr(training_data, "process_index_and_count", place)
+    pairs = random_pairs(4)
+    for use in (
+        lambda: model.evaluate(pairs, verbose=0),
+        lambda: model.predict(pairs, verbose=0),
+        lambda: model.fit(pairs, validation_data=pairs, verbose=0),
+    ):
+        with pytest.raises(ValueError, match=r"by several processes.*, 2 processes"):
+            use()
+
+
 # === Full batches of arrays ===
 
 
