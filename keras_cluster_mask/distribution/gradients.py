@@ -1,5 +1,6 @@
 """Gradients of the global batch, and the checks of devices before `fit`."""
 
+import contextlib
 import functools
 
 import keras
@@ -20,8 +21,12 @@ if keras.backend.backend() == "torch":
     )
 
 
-def prepare_replicas(model) -> None:
+def prepare_replicas(model, optimizers) -> None:
     """Gives all replicas the same weights before the first step of a `fit`.
+
+    Args:
+        model: A compiled `keras.Model`.
+        optimizers: List of the optimizers that its optimizer consists of.
 
     Raises:
         ValueError: If Keras's `fit` does not support an option of `compile` on several
@@ -29,13 +34,13 @@ def prepare_replicas(model) -> None:
             or if the torch processes train different weights.
     """
     if strategy_replicas(model) > 1:
-        _check_strategy(model.distribute_strategy, model)
+        _check_strategy(model.distribute_strategy, model, optimizers)
     elif keras.backend.backend() == "torch" and num_replicas() > 1:
         data_parallel.check_and_broadcast(model)
 
 
-def _check_strategy(strategy, model):
-    accumulated = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
+def _check_strategy(strategy, model, optimizers):
+    accumulated = max(each.gradient_accumulation_steps or 1 for each in optimizers)
     for name, value in (
         ("steps_per_execution", model.steps_per_execution),
         ("gradient_accumulation_steps", accumulated),
@@ -57,6 +62,13 @@ def _check_strategy(strategy, model):
             f"the strategy. Received: {outside[:3]}, {len(outside)} variables made "
             f"outside of the scope of {type(strategy).__name__}"
         )
+
+
+def strategy_scope(model):
+    """Returns a context in which a model's TensorFlow strategy owns new variables."""
+    if keras.backend.backend() != "tensorflow":
+        return contextlib.nullcontext()
+    return model.distribute_strategy.scope()
 
 
 def strategy_replicas(model) -> int:

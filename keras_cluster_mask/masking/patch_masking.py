@@ -119,7 +119,7 @@ class PatchMasking(keras.layers.Layer):
             "num_prefix_tokens", num_prefix_tokens, 0, or_none=True
         )
         self.seed = check_integer("seed", seed, 0, or_none=True)
-        # On torch, Keras adds the number of a draw to the seed, so the masks of one seed
+        # On torch, Keras adds the number of a draw to the seed, so the masks of a seed
         # would be those of the next seed, one step later.
         hashed = np.random.SeedSequence(seed).generate_state(1)[0] >> 1
         self.seed_generator = keras.random.SeedGenerator(

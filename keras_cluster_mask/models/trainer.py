@@ -106,15 +106,13 @@ class ContrastiveTrainer(DualEncoder):
 
     def make_train_function(self, force: bool = False) -> Any:
         # Values can be read here for the last time before the step is compiled.
-        gradients.prepare_replicas(self)
         norm, parts = self.gradient_norm, optimizers.optimizer_parts(self.optimizer)
         parts = [optimizers.inner_optimizer(self.optimizer), *parts]
+        gradients.prepare_replicas(self, parts)
         record = None if norm is None else norm.record
         gradients.apply_global_gradients(self, parts, record)
-        if self.built and not self.optimizer.built:
-            # TensorFlow cannot create the optimizer's variables in a step that XLA
-            # compiles.
-            self.optimizer.build(self.trainable_variables)
+        # TensorFlow cannot create its variables in a step that XLA compiles.
+        optimizers.build(self)
         optimizers.check_built(self.optimizer, self.trainable_variables)
         for masking in self.maskings:
             masking.check_ready()
@@ -393,5 +391,4 @@ class ContrastiveTrainer(DualEncoder):
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras's own method does not support models that override `compile`.
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built:
-            self.optimizer.build(self.trainable_variables)
+        optimizers.build(self)

@@ -79,6 +79,14 @@ def check_built(optimizer, variables):
         )
 
 
+def build(model):
+    """Creates the variables of the optimizer of a model whose weights exist."""
+    if model.built and not model.optimizer.built:
+        # The model may be trained outside of the scope in which it was made.
+        with distribution.strategy_scope(model):
+            model.optimizer.build(model.trainable_variables)
+
+
 def fits_when_reloaded(optimizer, model) -> bool:
     """Returns whether a file of a model can hold its optimizer.
 

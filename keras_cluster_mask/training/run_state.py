@@ -7,7 +7,11 @@ import numpy as np
 
 from keras_cluster_mask.distribution.processes import to_numpy
 from keras_cluster_mask.training.layers import settings_of
-from keras_cluster_mask.training.optimizers import inner_optimizer, optimizer_parts
+from keras_cluster_mask.training.optimizers import (
+    build,
+    inner_optimizer,
+    optimizer_parts,
+)
 
 # Entries of a layer's configuration that do not affect what it computes.
 INCIDENTAL = ("name", "trainable", "dtype", "seed", "build_config")
@@ -120,9 +124,8 @@ def _variables(model):
 
 def _learning_rates(model):
     """Returns the learning rates that are variables, by their keys in `read_state`."""
-    if model.built and not model.optimizer.built:
-        # A `MultiOptimizer` made from a function has no optimizers until it is built.
-        model.optimizer.build(model.trainable_variables)
+    # A `MultiOptimizer` made from a function has no optimizers until it is built.
+    build(model)
     rates = [part.learning_rate for part in optimizer_parts(model.optimizer)]
     return {
         f"learning_rate/{index}": rate

@@ -1,5 +1,6 @@
 """Strategies of TensorFlow: two devices of one process."""
 
+import contextlib
 import itertools
 
 import keras
@@ -8,6 +9,7 @@ import pytest
 
 import keras_cluster_mask as kcm
 from tests.helpers import (
+    assert_close,
     model_with_log,
     random_pairs,
     small_model,
@@ -73,6 +75,20 @@ def test_replicas_without_rows_count_for_nothing_in_evaluation(duplicates, strat
             np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(count))
 
 
+@pytest.mark.slow_to_compile
+def test_a_model_is_trained_outside_of_the_scope_of_its_strategy(strategy):
+    data, models = as_dataset(random_pairs(16)), []
+    for scope in (contextlib.nullcontext(), strategy.scope()):
+        keras.utils.set_random_seed(0)
+        with scope:
+            model = small_model()
+            # Of a size at which rounding makes no step of Adam.
+            model.compile(keras.optimizers.Adam(1e-2, epsilon=1e-2))
+        model.fit(data, verbose=0)
+        models.append(model)
+    assert_close(*(x.trainable_variables for x in models), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "data", "message"),
     [
@@ -88,7 +104,7 @@ def test_replicas_without_rows_count_for_nothing_in_evaluation(duplicates, strat
         (
             {"steps_per_execution": 2},
             lambda: as_dataset(random_pairs(16)),
-            "must be 1 on several devices of TensorFlow",
+            "`steps_per_execution` must be 1 on several devices of TensorFlow",
         ),
     ],
 )
@@ -99,6 +115,21 @@ def test_what_replicas_cannot_do_is_refused(options, data, message, strategy):
         model.compile("sgd", **options)
     with pytest.raises(ValueError, match=message):
         model.fit(data(), verbose=0)
+
+
+@pytest.mark.parametrize("kind", ["alone", "scaled", "tower"])
+def test_an_optimizer_that_accumulates_gradients_is_refused(kind, strategy):
+    with strategy.scope():
+        optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)
+        if kind == "scaled":
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        if kind == "tower":
+            optimizer = kcm.TowerOptimizer("sgd", text=optimizer)
+        model = small_model()
+        model.compile(optimizer)
+    message = "`gradient_accumulation_steps` must be 1 on several.*Received: .*=2"
+    with pytest.raises(ValueError, match=message):
+        model.fit(as_dataset(random_pairs(16)), verbose=0)
 
 
 def test_a_masking_made_outside_of_the_scope_is_refused(strategy):
