@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import operator
 import os
 import types
 import warnings
@@ -150,9 +151,11 @@ def _resume(run, model, resume_from, verbose):
 
 def _train(model, keras_fit, run, options):
     """Calls Keras's `fit` from where a run is to the end, and returns its history."""
-    if model.compiled:
-        _warn_of_rate_zero(model.optimizer)
     x = run.data.from_step(run.data.steps_before(run.epoch))
+    if model.compiled:
+        steps = run.data.steps_per_epoch or operator.length_hint(x)
+        epochs = options["epochs"] - run.epoch
+        _warn_of_rate_zero(model.optimizer, epochs * steps)
     options["callbacks"] = [run, *run.callbacks]
     bars = [isinstance(each, keras.callbacks.ProgbarLogger) for each in run.callbacks]
     if options["verbose"] and not any(bars):
@@ -189,19 +192,25 @@ def _check_executions(steps_per_execution, steps_per_epoch):
         )
 
 
-def _warn_of_rate_zero(optimizer):
-    """Warns if nothing will be learned, as the schedule of a previous `fit` is over."""
-    steps = int(ops.convert_to_numpy(optimizer.iterations))
-    rates = [ops.convert_to_numpy(x.learning_rate) for x in optimizer_parts(optimizer)]
-    # The first step of a warm-up has a rate of 0, too.
-    if steps and rates and not any(rates):
-        warnings.warn(
-            "The learning rate is 0 at the start of this `fit`, and no weight changes "
-            "unless its schedule or a callback raises it: after a schedule has ended, "
-            "compile the model with a new "
-            f"optimizer. Received: an optimizer that has made {steps} steps",
-            stacklevel=5,
-        )
+def _warn_of_rate_zero(optimizer, steps):
+    """Warns if a schedule ends before a `fit` of so many steps, or ended before it."""
+    # Near the end of a schedule, a rate above 0 rounds to 0.
+    ahead = int(0.99 * steps)
+    for part in optimizer_parts(optimizer):
+        made = part.variables[0]  # The number of steps.
+        step = made.value + ahead
+        with keras.StatelessScope([(made, step)]):
+            rate = part.learning_rate
+        # The first step of a warm-up has a rate of 0, too.
+        if not isinstance(rate, keras.Variable) and step > 0 and not rate:
+            warnings.warn(
+                "The schedule of the learning rate reaches 0 before the end of this "
+                "`fit`, and weights no longer change: compile the model with a new "
+                "optimizer, whose schedule has as many steps. Received: a rate of 0 "
+                f"in step {int(step) + 1} of the optimizer, {steps} steps in this `fit`",
+                stacklevel=5,
+            )
+            return
 
 
 def _split(x, validation_split):

@@ -268,7 +268,6 @@ def test_executions_that_do_not_divide_an_epoch_are_refused():
     assert int(model.optimizer.iterations) == 8
 
 
-@pytest.mark.any_backend
 def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing(recwarn):
     def compile_for_four_steps(model):
         schedule = keras.optimizers.schedules.CosineDecay(
@@ -280,11 +279,32 @@ def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing(recwar
     compile_for_four_steps(model)
     model.fit(random_pairs(16), **FIT)
     # The warm-up starts at 0, too.
-    assert not [x for x in recwarn if "rate is 0" in str(x.message)]
+    assert not [x for x in recwarn if "reaches 0" in str(x.message)]
     before = values(model.trainable_weights)
-    with pytest.warns(UserWarning, match=r"rate is 0.*Received.* made 4 steps"):
+    with pytest.warns(UserWarning, match=r"reaches 0 before.*Received.* 2 steps in"):
         model.fit(random_pairs(8), **FIT)
     assert_same_values(model.trainable_weights, before)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(("steps", "warns"), [(9, True), (12, False), (20_000, False)])
+def test_a_schedule_of_fewer_steps_than_the_fit_warns_before_it(steps, warns, recwarn):
+    class Begun(Exception):
+        pass
+
+    def stop(logs):
+        raise Begun
+
+    model = small_model()
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, steps)
+    model.compile(kcm.TowerOptimizer("sgd", image=keras.optimizers.SGD(schedule)))
+    callbacks = [keras.callbacks.LambdaCallback(on_train_begin=stop)]
+    with pytest.raises(Begun):
+        model.fit(
+            random_pairs(16), **FIT, epochs=max(3, steps // 4), callbacks=callbacks
+        )
+    found = [x for x in recwarn if "reaches 0 before the end" in str(x.message)]
+    assert len(found) == warns
 
 
 @pytest.mark.one_case
