@@ -9,7 +9,6 @@ import types
 import warnings
 
 import keras
-from keras import ops
 
 from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.backends import copy_values
@@ -206,8 +205,8 @@ def _warn_of_rate_zero(optimizer, steps):
             warnings.warn(
                 "The schedule of the learning rate reaches 0 before the end of this "
                 "`fit`, and weights no longer change: compile the model with a new "
-                "optimizer, whose schedule has as many steps. Received: a rate of 0 "
-                f"in step {int(step) + 1} of the optimizer, {steps} steps in this `fit`",
+                "optimizer, whose schedule has as many steps. Received: a rate of 0 in "
+                f"step {int(step) + 1} of the optimizer, and a `fit` of {steps} steps",
                 stacklevel=5,
             )
             return
