@@ -3,13 +3,16 @@
 import bisect
 import collections
 import contextlib
+import contextvars
 import errno
 import functools
 import io
+import math
 import os
 import re
 import secrets
 import time
+import warnings
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
@@ -33,7 +36,34 @@ MAX_GAP = 2**16
 NO_RANGES = "the server does not send parts of files: download them"
 # A request is an error after this time, in seconds, and the time for its bytes at this
 # rate, in bytes per second.
-MAX_WAIT, MIN_RATE = 60.0, 2**18
+MAX_WAIT, MIN_RATE = 50.0, 2**18
+# Requests of a step are repeated for this time after the first that is not answered, in
+# seconds. Later ones, such as for substitutes, share the second time, which is enough
+# for storage that works.
+PATIENCE, LATE, MIN_WAIT = 180.0, 32.0, 0.5
+
+
+class Patience:
+    """The time at which requests of a step are no longer repeated. Threads share it.
+
+    Attributes:
+        until: Float. Infinite while the storage answers.
+    """
+
+    until = math.inf
+
+
+_patience = contextvars.ContextVar("patience")
+
+
+@contextlib.contextmanager
+def one_step(patience=None):
+    """Lets the reads within it share a `Patience`, by default that of a step around."""
+    token = _patience.set(patience or _patience.get(None) or Patience())
+    try:
+        yield
+    finally:
+        _patience.reset(token)
 
 
 def is_address(path):
@@ -84,12 +114,15 @@ class _RemoteFile(AbstractBufferedFile):
 
     def __init__(self, path):
         self._address = path
+        # pyarrow reads in threads of its own.
+        self._patience = _patience.get(None)
         system, name = file_system(path)
         size = retried(lambda: limited(system, system.size, name))
         super().__init__(system, name, cache_type="none", size=size)
 
     def _fetch_range(self, start, end):
-        (content,) = read_ranges([(self._address, start, min(end, self.size))])
+        with one_step(self._patience):
+            (content,) = read_ranges([(self._address, start, min(end, self.size))])
         if isinstance(content, Exception):
             # Clients of object stores raise other errors.
             raise OSError(errno.EIO, f"{self._address}: {content}") from content
@@ -145,6 +178,7 @@ def beside(path, name):
     return f"{folder}{slash}{name}"
 
 
+@one_step()
 def read_ranges(ranges):
     """Reads byte ranges of files, with nearby ranges in one request.
 
@@ -178,6 +212,7 @@ def read_ranges(ranges):
     return results
 
 
+@one_step()
 def retried(read, path=""):
     """Calls a function, and retries it a few times if it raises an `OSError`.
 
@@ -232,29 +267,42 @@ def fetch(requests):
     return replies
 
 
-def limited(system, function, *arguments, size=0):
+@one_step()
+def limited(system, function, names, *arguments, size=0):
     """Calls a method of a file system that reads, and limits the time that it takes.
 
     Args:
         system: The file system. Only the operating system limits reads of local files.
         function: Function.
-        *arguments: Its arguments.
+        names: String, or list of strings. Its first argument.
+        *arguments: Its other arguments.
         size: Integer. The number of bytes that are read.
 
     Raises:
         TimeoutError: If the storage does not answer in time.
     """
     if type(system) is LocalFileSystem:
-        return function(*arguments)
-    limit = MAX_WAIT + size / MIN_RATE
+        return function(names, *arguments)
+    patience, began = _patience.get(), time.monotonic()
+    left = patience.until - began
+    left = min(max(left, (left + LATE) / 8, MIN_WAIT), PATIENCE)
+    limit = min(MAX_WAIT + size / MIN_RATE, left)
     try:
         if issubclass(type(system), AsyncFileSystem):
             # Also cancels the request.
-            return function(*arguments, timeout=limit)
+            return function(names, *arguments, timeout=limit)
         with contextlib.closing(Threads(1)) as threads:
-            return threads.submit(function, *arguments).result(limit)
+            return threads.submit(function, names, *arguments).result(limit)
     except TimeoutError as error:
-        reason = f"the storage has not answered within {limit:.0f} seconds"
+        reason = f"the storage has not answered within {limit:.3g} seconds"
+        if patience.until == math.inf:
+            patience.until = began + PATIENCE
+            name = names if isinstance(names, str) else names[0]
+            warnings.warn(
+                f"Waiting for {system.unstrip_protocol(name)}: {reason}. It is "
+                f"asked again for up to {PATIENCE - limit:.0f} seconds.",
+                stacklevel=1,
+            )
         raise TimeoutError(errno.ETIMEDOUT, reason) from error
 
 
@@ -264,4 +312,6 @@ def _may_pass(result):
     # The status 416 of a web server means a range beyond the end.
     is_final = isinstance(result, FINAL) or getattr(result, "status", None) == 416
     is_final = is_final or getattr(result, "errno", None) in numbers
+    is_over = time.monotonic() > _patience.get().until
+    is_final = is_final or (isinstance(result, TimeoutError) and is_over)
     return isinstance(result, Exception) and not is_final

@@ -5,6 +5,7 @@ import typing
 
 import numpy as np
 
+from keras_cluster_mask.data import files
 from keras_cluster_mask.data.captions import Captions, strings
 from keras_cluster_mask.data.images import Images, UnreadableImage
 from keras_cluster_mask.data.pairs import Fault, SampleError
@@ -65,6 +66,7 @@ class Samples:
         parts = self.reading, self.images, self.captions
         return {k: v for part in parts for k, v in part.description.items()}
 
+    @files.one_step()
     def read(self, threads, batch):
         """Reads a batch.
 
@@ -137,5 +139,6 @@ class Samples:
                 sample = self._decoded(sample, generator)
                 if not isinstance(sample, Fault):
                     return sample
-        reason = f"{fault.reason}; {tried} others of its batch are broken, too"
+        reason = fault.reason + (f" ({fault.details})" if fault.details else "")
+        reason += f"; {tried} others of its batch are broken, too"
         raise SampleError(fault.shard, fault.key, reason)

@@ -1,5 +1,6 @@
 """Threads that do not keep a program from ending."""
 
+import contextvars
 import queue
 import threading
 from concurrent import futures
@@ -22,9 +23,9 @@ class Threads:
             each.start()
 
     def submit(self, function, *arguments):
-        """Returns the `Future` of a call."""
-        future = futures.Future()
-        self._tasks.put((future, function, arguments))
+        """Returns the `Future` of a call, in the context of the thread that submits."""
+        future, run = futures.Future(), contextvars.copy_context().run
+        self._tasks.put((future, run, (function, *arguments)))
         # There may be no thread left for it.
         if self._closed:
             raise futures.CancelledError

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import files
+from keras_cluster_mask.data.formats import parquet
+from keras_cluster_mask.data.pairs import SampleError
+from keras_cluster_mask.data.threads import Threads
 from tests.data.reading import batches, keys, make_dataset, take
 
 pytestmark = [
@@ -79,6 +82,52 @@ def test_a_shard_that_is_replaced_is_refused(shards, write_pairs, training):
     assert sorted(keys(make(shards, training), 6)) == numbers(
         range(10), range(20, 30), range(50, 60)
     )
+
+
+class Silence:
+    """Storage that never answers, and the clock of those who wait for it."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def submit(self, *_):
+        return self
+
+    def result(self, seconds):
+        self.now += seconds
+        raise TimeoutError
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
+def test_storage_that_dies_in_training_ends_the_run_within_four_minutes(
+    name, write_pairs, write_rows, noise, storage, monkeypatch
+):
+    if name == "a.tar":
+        path = write_pairs(name, 0, 64)
+    else:
+        path = write_rows(name, [{"image": noise(n), "text": "t"} for n in range(64)])
+    dataset, silence = make(f"storage://{path}", True, batch_size=64), Silence()
+    parquet._read_group.cache_clear()
+    monkeypatch.setattr(files, "RETRY_AFTER", (0.1, 1.0, 5.0))
+    monkeypatch.setattr(files, "time", silence)
+    monkeypatch.setattr(files, "Threads", lambda _: silence)
+    reason = "the storage has not answered within"
+    with (
+        pytest.warns(UserWarning, match=f"storage://{path}: {reason} 50") as told,
+        pytest.raises(SampleError, match=rf"{reason} .*; 63 others"),
+    ):
+        dataset._samples.read(Threads(1), 0)
+    assert len(told) == 1
+    assert 180 < silence.now <= 240
 
 
 # === Images that tables name ===

@@ -4,7 +4,10 @@ import pytest
 
 from keras_cluster_mask.data import files, shards
 
-pytestmark = pytest.mark.any_backend
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.filterwarnings("ignore:Waiting for"),
+]
 
 
 @pytest.fixture(autouse=True)
