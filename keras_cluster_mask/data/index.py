@@ -191,7 +191,9 @@ class Index:
             same, reason = False, repr(error)
         if not same:
             raise ValueError(
-                "`source` must not change while it is read: make the dataset again. "
+                "`source` must not change while it is read: make the dataset again. If "
+                "that does not help, since the file has the size and the date of an "
+                f"older one, delete its index first, {shard.part.path}. "
                 f"Received: {path}, sample {number} of its index: {reason}"
             )
         return self._reader.pair(path, key, fields, format.names_files)

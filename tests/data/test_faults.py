@@ -84,6 +84,23 @@ def test_a_shard_that_is_replaced_is_refused(shards, write_pairs, training):
     )
 
 
+def test_a_shard_with_the_size_and_date_of_the_one_before_names_its_index(
+    write_tar, noise, tmp_path
+):
+    def write(key):
+        path = write_tar("a.tar", [(f"{key}.png", noise(0)), (f"{key}.txt", b"t")])
+        os.utime(path, (1, 1))
+        return make(path, index_dir=tmp_path / "index")
+
+    write("old")
+    with pytest.raises(ValueError, match="delete its index first") as raised:
+        write("new")
+    (index,) = (tmp_path / "index").iterdir()
+    assert f" {index}. Received: " in str(raised.value)
+    index.unlink()
+    assert keys(write("new")) == ["new"]
+
+
 class Silence:
     """Storage that never answers, and the clock of those who wait for it."""
 
