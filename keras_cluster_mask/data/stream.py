@@ -152,27 +152,28 @@ class _Iterator(grain.DatasetIterator):
                 "`DataLoader`: pass `num_workers` to `image_text_dataset`. Received: "
                 f"process {os.getpid()}, started in {self._pid}"
             )
-        while self._close.alive:
-            began = time.perf_counter()
-            try:
+        try:
+            while self._close.alive:
+                began = time.perf_counter()
                 batch = next(self._batches)
-            except BaseException:
-                self._close()
-                raise
-            self._batch += 1
-            self._dataset.waited += time.perf_counter() - began
-            rows = len(batch["images"])
-            faults = batch.pop(FAULTS)
-            # In training, broken samples have been replaced.
-            left_out = 0 if self._dataset.training else len(faults)
-            self._skipped.report(faults, rows + left_out, self._total)
-            if not rows:
-                continue
-            # A Keras layer cannot run in worker processes.
-            if TEXTS in batch:
-                tokenize = self._dataset._samples.captions.tokenize
-                batch["token_ids"] = tokenize(*batch[TEXTS])
-            return {name: batch[name] for name in self._dataset.element_spec}
+                self._batch += 1
+                self._dataset.waited += time.perf_counter() - began
+                rows = len(batch["images"])
+                faults = batch.pop(FAULTS)
+                # In training, broken samples have been replaced.
+                left_out = 0 if self._dataset.training else len(faults)
+                self._skipped.report(faults, rows + left_out, self._total)
+                if not rows:
+                    continue
+                # A Keras layer cannot run in worker processes.
+                if TEXTS in batch:
+                    tokenize = self._dataset._samples.captions.tokenize
+                    batch["token_ids"] = tokenize(*batch[TEXTS])
+                return {name: batch[name] for name in self._dataset.element_spec}
+        except BaseException:
+            # A notebook keeps the last error, and with it this object.
+            self._close()
+            raise
         raise StopIteration
 
     def close(self):

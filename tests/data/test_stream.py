@@ -239,6 +239,17 @@ def test_closing_an_iterator_ends_its_threads(shards):
     assert threading.active_count() <= before
 
 
+def test_threads_end_with_an_error_that_is_kept(write_tar, noise):
+    shard = write_tar("a.tar", pairs_of([b"broken", *[noise(0)] * 30]))
+    dataset = make(shard, False, max_skipped=0.01)
+    settle(threading.active_count)
+    before, iterator = threading.active_count(), iter(dataset)
+    with pytest.raises(ValueError, match="max_skipped"):
+        next(iterator)
+    settle(threading.active_count)
+    assert threading.active_count() <= before
+
+
 def test_a_pass_cannot_be_read_in_a_fork(shards):
     iterator = iter(make(shards, True))
     next(iterator)
