@@ -1,6 +1,7 @@
 """Indexes shards, counts samples and faults, and optionally decodes all images."""
 
 import os
+import warnings
 from collections.abc import Sequence
 
 import grain
@@ -60,7 +61,9 @@ def check(
         Dictionary: `"samples"`, the number of intact samples; `"broken"`, the number of
         broken samples; `"by_reason"`, a dictionary from each reason to a count; and
         `"examples"`, a dictionary from each reason to a list of the first 20 broken
-        samples, dictionaries of `"shard"`, `"key"`, `"reason"` and `"details"`.
+        samples, dictionaries of `"shard"`, `"key"`, `"reason"` and `"details"`. With
+        Parquet files also `"row_groups"`, the mean number of row groups that a sample
+        is read from. It is near 1 if files are sorted by image.
 
     Raises:
         FileNotFoundError: If a shard is missing.
@@ -74,7 +77,7 @@ def check(
         for fault in filter(None, _faults(index, decode)):
             broken.add(fault)
             count -= 1
-    return {
+    result = {
         "samples": count,
         "broken": broken.count,
         "by_reason": broken.by_reason,
@@ -83,6 +86,17 @@ def check(
             for reason, faults in broken.examples.items()
         },
     }
+    if groups := index.row_groups():
+        result["row_groups"] = round(groups, 3)
+        # Sorted rows of an image may lie on both sides of a border, too.
+        if groups > 1.5:
+            warnings.warn(
+                f"A sample is read from {groups:.3g} whole row groups, since rows of "
+                "one image lie apart: sort each Parquet file by a column that names "
+                'the image, such as `table.sort_by("image_id")` with pyarrow.',
+                stacklevel=2,
+            )
+    return result
 
 
 def _faults(index, decode):

@@ -120,6 +120,22 @@ class Index:
             hashes.append(shard.part.records()["key"][numbers[starts[:-1]]])
         return np.concatenate(hashes)
 
+    def row_groups(self):
+        """Returns the mean number of row groups of Parquet that a sample is read from.
+
+        `None` without such samples.
+        """
+        read, samples = 0, 0
+        for shard in self._shards:
+            if shard.format.has_row_groups:
+                numbers, starts = self._intact(shard)
+                groups = shard.part.records()["offset"][numbers]
+                is_next = np.diff(groups, prepend=groups[:1]) != 0
+                is_next[starts[:-1]] = True
+                read += np.count_nonzero(is_next)
+                samples += len(starts) - 1
+        return read / samples if samples else None
+
     def examples(self, count):
         """Yields a `Fault` for the first `count` broken samples of each reason.
 

@@ -78,6 +78,18 @@ def test_objects_are_checked_by_reading_them(noise):
     }
 
 
+def test_row_groups_of_samples_whose_rows_lie_apart_are_counted(write_rows):
+    def check_images(name, images):
+        # Two rows are a group.
+        rows = [{"image": b"%d" % x, "text": "t"} for x in images]
+        return check(write_rows(name, rows))
+
+    assert check_images("sorted.parquet", [0, 0, 1, 1, 2, 2])["row_groups"] == 1
+    with pytest.warns(UserWarning, match="from 2 whole row groups.*sort_by"):
+        found = check_images("apart.parquet", [0, 1, 2, 0, 1, 2])
+    assert found["row_groups"] == 2
+
+
 # === The index ===
 
 

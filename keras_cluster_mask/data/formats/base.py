@@ -91,11 +91,14 @@ class Format:
         in_index: Boolean. Whether the content of the samples is stored in the index.
         names_files: Boolean. Whether samples may hold the names of image files, which
             are relative to the folder of the shard.
+        has_row_groups: Boolean. Whether rows are read in groups, whose number is the
+            offset of an entry.
     """
 
     has_rows = False
     in_index = False
     names_files = False
+    has_row_groups = False
 
     def scan(self, path):
         """Finds the samples of a shard in order.
