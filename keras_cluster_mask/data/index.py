@@ -175,7 +175,7 @@ class Index:
         places, results = itertools.chain(*samples), []
         for format, group in itertools.groupby(places, lambda each: each[0].format):
             group = [*group]
-            contents = format.read([shard.span(entry) for shard, _, entry in group])
+            contents = _contents(format, [(shard, entry) for shard, _, entry in group])
             results.extend(
                 self._pair(*place, content) for place, content in zip(group, contents)
             )
@@ -267,24 +267,26 @@ class _Shard:
         starts = np.flatnonzero(np.diff(firsts[order], prepend=-1, append=-2))
         return numbers[order], starts
 
-    def span(self, entry):
-        """Returns the file, the offset and the size of the content of a sample."""
-        if self.format.in_index:
-            return self.part.path, self.part.content_start + entry.offset, entry.size
-        return self.path, entry.offset, entry.size
-
     def _fault(self, number, reason):
         """Returns the `Fault` of a record, with its key if the shard can be read."""
-        path, offset, size = self.span(self.part.entry(number))
-        names_files, key, details = self.format.names_files, None, None
+        entry, names_files = self.part.entry(number), self.format.names_files
+        key, details = None, None
         # In a tar, the first header contains the key, and its file may be large.
-        size = size if names_files else min(size, GLANCE)
+        size = entry.size if names_files else min(entry.size, GLANCE)
         with contextlib.suppress(Exception):
-            (content,) = self.format.read([(path, offset, size)])
+            places = [(self, entry._replace(size=size))]
+            (content,) = _contents(self.format, places)
             key, fields = self.format.parse(content, number, self.part.context)
             # The image file that a row names may be missing.
             details = self.reader.pair(self.path, key, fields, names_files).path
         return Fault(self.path, key, reason, details or None)
+
+
+def _contents(format, places):
+    """Reads the content of each pair of a shard and an entry, or an error."""
+    if format.in_index:
+        return [shard.part.content(entry) for shard, entry in places]
+    return format.read([(shard.path, x.offset, x.size) for shard, x in places])
 
 
 def _joined(rows):

@@ -107,15 +107,19 @@ class Part:
 
     def first_rows(self):
         """Returns the number of the first row with the same image, for each row."""
-        count, start = self.num_records, self.content_start
-        return np.frombuffer(self._content(), "<i8", count, start)
+        content, count = self._content(), self.num_records
+        return np.frombuffer(content, "<i8", count, self._records_end)
+
+    def content(self, entry):
+        """Returns the content of a sample that is stored in the part."""
+        start = self._records_end + entry.offset
+        return self._content()[start : start + entry.size]
 
     def _content(self):
         return _mapped(self.path, self.digest)
 
     @property
-    def content_start(self):
-        """Integer. The offset of the contents that are stored in the part."""
+    def _records_end(self):
         return self.start + self.num_records * RECORD.itemsize
 
 
@@ -125,13 +129,13 @@ def _mapped(path, digest):
 
     Threads share the maps of a process.
     """
-    head = json.dumps({"version": VERSION, "digest": digest})[:-1].encode()
-    with open(path, "rb", buffering=0) as file:
+    head, content = json.dumps({"version": VERSION, "digest": digest})[:-1], b""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", 0) as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if content[: len(head)] != head:
+    if content[: len(head)] != head.encode():
         raise ValueError(
-            "`source` must not change while it is read: make the dataset again. "
-            f"Received: {path}, an index that was replaced"
+            "`source` and its index must not change while they are read: make the "
+            f"dataset again. Received: {path}, an index that was replaced or deleted"
         )
     return content
 
@@ -323,6 +327,10 @@ def _write(places, contents):
             with files.replacing(place) as file:
                 file.writelines(contents)
             return place
-        except OSError:
+        except OSError as error:
             if place == places[-1]:
-                raise
+                reason = (
+                    "`index_dir` must be a folder with space for the index: free some, "
+                    f"or pass another. Received: {place}: {error.strerror}"
+                )
+                raise OSError(error.errno, reason) from error

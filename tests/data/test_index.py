@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -175,6 +176,21 @@ def test_other_captions_of_the_same_keys_are_refused(write_tar):
     write(b"another")
     with pytest.raises(ValueError, match=r"must not change.*Received: .*a\.tar"):
         [*index.read([0])]
+
+
+def test_an_index_that_was_deleted_is_read_while_it_is_open(tmp_path):
+    folder, cache = tmp_path / "images", tmp_path / "index"
+    folder.mkdir()
+    (folder / "a.png").touch()
+    (folder / "a.txt").write_text("t")
+    index = open_index(folder, PairReader(), cache)
+    first = next(index.read([0]))
+    shutil.rmtree(cache)
+    assert next(index.read([0])) == first
+    parts._mapped.cache_clear()
+    message = rf"make the dataset again. Received: {cache}/.*deleted"
+    with pytest.raises(ValueError, match=message):
+        next(index.read([0]))
 
 
 # === Formats ===

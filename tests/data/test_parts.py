@@ -1,6 +1,7 @@
 """The files that hold the index: where they are, and when they are built again."""
 
 import concurrent.futures
+import errno
 import functools
 import http.server
 import json
@@ -174,6 +175,18 @@ def test_a_folder_that_cannot_be_written_to_is_indexed_in_the_cache(
     assert all(part.path.startswith(str(cache)) for part in built)
     assert build(source, index_dir="beside") == built
     assert len(scanned) == 4
+
+
+def test_a_full_disk_names_the_index_and_the_argument(source, tmp_path, monkeypatch):
+    def fsync(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    message = rf"`index_dir`.*free some.*Received: {tmp_path}/x/0.tar.*: No space left"
+    with pytest.raises(OSError, match=message) as raised:
+        build(source, index_dir=tmp_path / "x")
+    assert raised.value.errno == errno.ENOSPC
+    assert not [*(tmp_path / "x").iterdir()]
 
 
 def test_shards_at_addresses_are_indexed_in_the_cache(source, cache, scanned, memory):
