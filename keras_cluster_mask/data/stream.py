@@ -8,9 +8,11 @@ import math
 import multiprocessing
 import os
 import pickle
+import signal
 import time
 import traceback
 import weakref
+from multiprocessing import resource_tracker
 from typing import Any, Self
 
 import cloudpickle
@@ -227,7 +229,8 @@ def _in_workers(read, count, size, batches, stack):
         connection, other = context.Pipe()
         arguments = other, memory, batches[number::count]
         process = context.Process(target=_work, args=arguments, daemon=True)
-        process.start()
+        with _without_interrupts():
+            process.start()
         other.close()
         stack.callback(process.join)
         stack.callback(process.kill)
@@ -257,25 +260,42 @@ def _in_workers(read, count, size, batches, stack):
         yield batch
 
 
-def _work(connection, memory, batches):
-    """Reads batches in a worker process, and sends them."""
-    images = np.frombuffer(memory, "uint8")
+@contextlib.contextmanager
+def _without_interrupts():
+    """Lets processes start that ignore Ctrl-C, after which this one ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # It unblocks the signal when it starts.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        read = connection.recv()
-        for batch in read(batches, contextlib.ExitStack()):
-            found = batch.pop("images")
-            images[: found.size] = found.ravel()
-            connection.send((batch, found.shape))
-            connection.recv()
-    except Exception as error:
-        # A pickle has no traceback.
-        error.add_note(traceback.format_exc())
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(connection, memory, batches):
+    """Reads batches in a worker process, and sends them until the program ends."""
+    images = np.frombuffer(memory, "uint8")
+    # A program that is killed closes the connection.
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         try:
-            pickle.loads(pickle.dumps(error))
-        # Such as the error of a class that the program defines.
-        except Exception:
-            error = RuntimeError("".join(traceback.format_exception(error)))
-        connection.send((error, ()))
+            read = connection.recv()
+            for batch in read(batches, stack):
+                found = batch.pop("images")
+                images[: found.size] = found.ravel()
+                connection.send((batch, found.shape))
+                connection.recv()
+        except Exception as error:
+            # A pickle has no traceback.
+            error.add_note(traceback.format_exc())
+            try:
+                pickle.loads(pickle.dumps(error))
+            # Such as the error of a class that the program defines.
+            except Exception:
+                error = RuntimeError("".join(traceback.format_exception(error)))
+            connection.send((error, ()))
 
 
 def num_processors():

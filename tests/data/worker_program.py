@@ -1,10 +1,11 @@
 """Reads batches in a process of its own, until it is stopped.
 
-    python worker_program.py SOURCE NUM_WORKERS [end|stop]
+    python worker_program.py SOURCE NUM_WORKERS [end|stop|interrupt]
 
 It prints which backends are imported where samples are read, and writes a file `ready`
 when it has the first batch. With `end` it ends then. With `stop`, each worker stops
-while it starts. Reads of a source at `stalling://` stall while there is a file `stall`.
+while it starts, and with `interrupt` it gets Ctrl-C then. Reads of a source at
+`stalling://` stall while there is a file `stall`.
 """
 
 import os
@@ -45,9 +46,12 @@ def imported(texts):
     return [[int(name in sys.modules) for name in names]] * len(texts)
 
 
-if __name__ == "__mp_main__" and sys.argv[3:] == ["stop"]:
-    pathlib.Path("ready").touch()
-    os.kill(os.getpid(), signal.SIGSTOP)
+if __name__ == "__mp_main__":
+    if sys.argv[3:] == ["stop"]:
+        pathlib.Path("ready").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif sys.argv[3:] == ["interrupt"]:
+        signal.raise_signal(signal.SIGINT)
 
 if __name__ == "__main__":
     source, num_workers, *end = sys.argv[1:]
@@ -55,5 +59,5 @@ if __name__ == "__main__":
     iterator = iter(image_text_dataset(source, imported, 16, 8, **options))
     print("imported:", next(iterator)["token_ids"][0].tolist())
     pathlib.Path("ready").touch()
-    for _ in () if end else iterator:
+    for _ in () if end == ["end"] else iterator:
         time.sleep(0.1)
