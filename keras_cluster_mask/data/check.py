@@ -26,6 +26,7 @@ def check(
     *,
     image_keys: str | Sequence[str] | None = None,
     caption_key: str | Sequence[str] | None = None,
+    label_key: str | Sequence[str] | None = None,
     decode: bool = False,
     index_dir: str | os.PathLike | None = None,
     num_workers: int = 0,
@@ -51,6 +52,10 @@ def check(
         source: String or path, or a list of them; see `list_shards`.
         image_keys: String or sequence of strings; see `image_text_dataset`.
         caption_key: String or sequence of strings; see `image_text_dataset`.
+        label_key: String or sequence of strings; see `image_text_dataset`. Such as
+            `"folder"` for a folder with a subfolder for each class. Samples then need
+            no caption, unless `caption_key` is given. Defaults to `None`: samples need
+            no label.
         decode: Boolean. Whether to also read and decode every image. Defaults to
             `False`.
         index_dir: String or path; see `image_text_dataset`.
@@ -68,7 +73,8 @@ def check(
     Raises:
         FileNotFoundError: If a shard is missing.
     """
-    reader = PairReader(image_keys, caption_key)
+    wants_caption = label_key is None or caption_key is not None
+    reader = PairReader(image_keys, caption_key, wants_caption, label_key)
     index = open_index(source, reader, index_dir, num_workers)
     broken = SkippedSamples([index])
     count = len(index)
@@ -77,6 +83,12 @@ def check(
         for fault in filter(None, _faults(index, decode)):
             broken.add(fault)
             count -= 1
+    if not count and label_key is None and "folder" in index.fields:
+        warnings.warn(
+            "No image has a caption. If the folders in `source` are classes, pass "
+            f'`label_key="folder"`. Received: label_key=None, {broken.reasons()}',
+            stacklevel=2,
+        )
     result = {
         "samples": count,
         "broken": broken.count,
@@ -112,6 +124,8 @@ def _faults(index, decode):
         try:
             if decode:
                 image = EncodedImage(sample.image, Image.MAX_IMAGE_PIXELS)
+                # Evaluation decodes a JPEG at its full size.
+                image.check_pixels()
                 image.part((0, 0, *image.size), TINY)
         except UnreadableImage as error:
             return Fault(sample.shard, sample.key, str(error))

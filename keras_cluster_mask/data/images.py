@@ -60,6 +60,11 @@ class EncodedImage:
         width, height = self._image.size
         return (width, height) if self._orientation >= 5 else (height, width)
 
+    def check_pixels(self):
+        """Raises `UnreadableImage` if the image has too many pixels."""
+        if max(math.prod(self._image.size), self._coefficients) > self._max_pixels:
+            raise UnreadableImage(TOO_LARGE)
+
     def part(self, box, size):
         """Returns a part of the image, resized.
 
@@ -87,8 +92,7 @@ class EncodedImage:
 
     def decoded(self):
         """Returns a `PIL.Image.Image` in RGB, with the orientation applied."""
-        if max(math.prod(self._image.size), self._coefficients) > self._max_pixels:
-            raise UnreadableImage(TOO_LARGE)
+        self.check_pixels()
         with _decoding():
             image = self._image
             if self._orientation > 1:

@@ -1,8 +1,10 @@
 import json
 
 import pytest
+from PIL import Image
 
 from keras_cluster_mask.data import check
+from tests.data.reading import pairs_of
 
 pytestmark = pytest.mark.any_backend
 
@@ -75,6 +77,30 @@ def test_objects_are_checked_by_reading_them(noise):
         "no caption": ["4"],
         "no image": ["3"],
         "the image does not decode": ["cut"],
+    }
+
+
+def test_a_folder_of_classes_needs_no_captions(tmp_path, noise):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(noise(0))
+    (tmp_path / "none.png").write_bytes(noise(0))
+    found = check(tmp_path, label_key="folder", decode=True)
+    assert (found["samples"], found["by_reason"]) == (2, {"unknown label": 1})
+    with pytest.warns(UserWarning, match="`label_key=.folder.`.*no caption: 3"):
+        assert check(tmp_path)["broken"] == 3
+    found = check(tmp_path, caption_key="txt", label_key="folder")
+    assert found["by_reason"] == {"no caption": 3}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_jpeg_that_only_evaluation_leaves_out_is_broken(
+    write_tar, noise, monkeypatch
+):
+    shard = write_tar("a.tar", pairs_of([noise(0, (50, 50), "JPEG"), noise(0)]))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    assert check(shard, decode=True)["by_reason"] == {
+        "the image has too many pixels": 1
     }
 
 

@@ -46,6 +46,7 @@ def test_fields_are_named(write_tar, noise):
     names = ["--image-key", "seg.png", "--caption-key", "x", "--caption-key", "alt"]
     assert main(["check", str(shard)]) == 1
     assert main(["check", str(shard), *names]) == 0
+    assert main(["check", str(shard), "--label-key", "missing", *names]) == 1
 
 
 def test_errors_have_status_two(capsys):
