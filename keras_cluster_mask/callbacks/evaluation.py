@@ -286,8 +286,8 @@ class ZeroShot(EvaluateData):
 
     Raises:
         ValueError: For an iterator, and for an `image_text_dataset` with
-            `training=True`, of one of several processes, or with `class_names` in
-            another order. From `fit`, before it trains: for arguments that
+            `training=True`, of one of several processes, or with other
+            `class_names`. From `fit`, before it trains: for arguments that
             `kcm.evaluation.evaluate_zero_shot` does not accept, callbacks that write
             the same metrics, or a model that is not a `ContrastiveModel`.
     """
@@ -303,7 +303,7 @@ class ZeroShot(EvaluateData):
         name: str | None = "zero_shot",
     ):
         from keras_cluster_mask.evaluation import evaluate_zero_shot
-        from keras_cluster_mask.evaluation.checks import check_class_order
+        from keras_cluster_mask.evaluation.checks import check_class_names
 
         super().__init__(
             evaluate_zero_shot,
@@ -315,4 +315,4 @@ class ZeroShot(EvaluateData):
             templates=templates,
             ks=ks,
         )
-        check_class_order("data", data, class_names)
+        check_class_names("data", data, class_names, may_rename=True)

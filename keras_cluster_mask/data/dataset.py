@@ -152,8 +152,8 @@ def image_text_dataset(
             labels.
         class_names: Sequence of strings, for labels that are names: a label is the
             index of its name. Defaults to `None`: labels are numbers, or, if
-            `label_key` is `"folder"` and not all folders have numbers, indices of their
-            sorted names.
+            `label_key` is `"folder"` and not all folders have numbers, indices of the
+            sorted names of the folders with images.
         resize: String. `"crop"`: random crops in training, and CLIP's center crop in
             evaluation. `"squash"`: the whole image with a changed aspect ratio, as for
             SigLIP. Defaults to `"crop"`.

@@ -1,5 +1,7 @@
 """Checks of data, embeddings, labels and numbers."""
 
+import itertools
+
 import numpy as np
 
 from keras_cluster_mask.batches import read_batches, stream_of
@@ -34,16 +36,32 @@ def check_whole(name, data):
         )
 
 
-def check_class_order(name, data, class_names):
-    """Raises an error if names of classes have other numbers in a dataset."""
-    class_names = list(class_names)
-    for number, each in enumerate(class_names_of(data)):
-        if each in class_names and class_names.index(each) != number:
-            raise ValueError(
-                "`class_names` must have one order everywhere, because labels are "
-                f"indices into them. Received: {each!r} as class "
-                f"{class_names.index(each)}, and as class {number} in `{name}`"
-            )
+def check_class_names(name, data, class_names, may_rename=False):
+    """Raises an error unless the classes of a dataset are those of other data.
+
+    Labels are indices of names. With another list of names, they are other classes.
+
+    Args:
+        name: String, the name of the argument in errors.
+        data: See `embed`.
+        class_names: List of str. Empty, as of other data than an `image_text_dataset`,
+            if the names are unknown.
+        may_rename: Boolean. Whether `class_names` may be as many other names.
+    """
+    found, expected = class_names_of(data), list(class_names)
+    is_renamed = len(found) == len(expected) and {*found}.isdisjoint(expected)
+    if found in ([], expected) or not expected or (may_rename and is_renamed):
+        return
+    names = enumerate(itertools.zip_longest(found, expected))
+    number, (one, other) = next(x for x in names if len({*x[1]}) > 1)
+    words = "; for other words in texts, pass a dictionary as `templates`" * may_rename
+    raise ValueError(
+        "`class_names` must be the same everywhere, because labels are indices into "
+        "them: pass them to each `image_text_dataset`, which takes only folders with "
+        f"images as classes otherwise{words}. Received: {len(found)} classes of "
+        f"`{name}` for {len(expected)}, of which class {number} is {one!r} for "
+        f"{other!r}"
+    )
 
 
 def class_names_of(data):
@@ -86,7 +104,7 @@ def read_entries(name, data, keys):
     return map(select, read_batches(data))
 
 
-def read_labeled(name, data, class_names=()):
+def read_labeled(name, data, class_names=(), may_rename=False):
     """Reads only the images and labels of batches, after a check of the labels.
 
     A misspelled class is an error at the end of the data: no image has its label, and
@@ -96,11 +114,12 @@ def read_labeled(name, data, class_names=()):
         name: String, the name of the argument in errors.
         data: See `read_entries`.
         class_names: List of str, of which the labels are indices, if they are known.
+        may_rename: See `check_class_names`.
 
     Returns:
         An iterator of dictionaries of arrays.
     """
-    check_class_order(name, data, class_names)
+    check_class_names(name, data, class_names, may_rename)
     batches = read_entries(name, data, ["labels"])
     unseen = dict(enumerate(class_names_of(data)))
 

@@ -158,8 +158,10 @@ def evaluate_zero_shot(
             `SigLIPBackbone`, or the path of one that was saved.
         data: See `embed`. Batches hold `"images"` and `"labels"`, indices into
             `class_names`.
-        class_names: List of str. Names that `class_names` of an `image_text_dataset`
-            holds, too, must have the same places in both.
+        class_names: List of str, the name of each class. Either the `class_names` of an
+            `image_text_dataset`, or another name for each of these, as for the folders
+            of ImageNet. For other words for some of them, pass a dictionary as
+            `templates`.
         tokenizer: See `embed`.
         templates: See `zero_shot_classifier`.
         ks: See `classification_accuracy`.
@@ -171,11 +173,12 @@ def evaluate_zero_shot(
     Raises:
         ValueError: As `zero_shot_classifier` does, for data without labels, for labels
             out of range, and for an `image_text_dataset` with `training=True`, with
-            other `class_names` than its labels, or of one of several processes.
+            other `class_names` than its labels or than here, or of one of several
+            processes.
     """
     ks = check_ks(ks)
     prompts = _prompts(class_names, templates)
-    batches = read_labeled("data", data, class_names)
+    batches = read_labeled("data", data, class_names, may_rename=True)
     embedder = Embedder.of(model)
     weights, columns = _weights(embedder, prompts, tokenizer, verbose)
     found = embed_batches(embedder, data, batches, None, verbose)

@@ -203,8 +203,8 @@ def evaluate_linear_probe(
     Raises:
         ImportError: If scikit-learn is not installed.
         ValueError: For data without labels, for an `image_text_dataset` with
-            `training=True`, with other `class_names` than its labels, or of one of
-            several processes, and as `linear_probe` does.
+            `training=True`, with other `class_names` than its labels or than `train`,
+            or of one of several processes, and as `linear_probe` does.
     """
     # Checked before embedding, which may take hours.
     _check_options(**options)

@@ -1,3 +1,5 @@
+import os
+import shutil
 import types
 
 import numpy as np
@@ -216,16 +218,48 @@ def test_a_misspelled_class_is_not_left_out(model, tokenizer, folder, format):
         evaluate_zero_shot(model, colored(folder, names), names, tokenizer, verbose=0)
 
 
-def test_names_of_classes_have_one_order(model, tokenizer, folder):
-    data, other = colored(folder, COLORS), ["green", "blue", "red"]
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        (["green", "blue", "red"], "3 classes of .* class 0 is 'red' for 'green'"),
+        (["red", "green", "black"], "3 classes of .* class 2 is 'blue' for 'black'"),
+        (["red", "green"], "3 classes of .* for 2, .* class 2 is 'blue' for None"),
+    ],
+)
+def test_classes_are_the_same_everywhere(model, tokenizer, folder, other, differs):
+    data = colored(folder, COLORS)
     for evaluate in (
         lambda: evaluate_zero_shot(model, data, other, tokenizer),
         lambda: ZeroShot(data, other, tokenizer),
         lambda: evaluate_linear_probe(model, colored(folder, other), data),
     ):
-        with pytest.raises(ValueError, match=r"`class_names` must.*Received: 'red' as"):
+        with pytest.raises(ValueError, match=rf"`class_names` must.*{differs}"):
             evaluate()
-    # Other names of the same classes.
+
+
+def test_classes_may_have_as_many_other_names(model, tokenizer, folder):
+    data = colored(folder, COLORS)
     names = ["rot", "blau", "blau"]
     with pytest.warns(UserWarning, match="more than once"):
         evaluate_zero_shot(model, data, names, tokenizer, verbose=0)
+    # A probe classifies the test data as the training data.
+    for name in COLORS:
+        (folder / name).rename(folder / f"{name}dish")
+    with pytest.raises(ValueError, match="class 0 is 'red' for 'bluedish'"):
+        evaluate_linear_probe(model, colored(folder, None), data)
+
+
+@pytest.mark.parametrize("remove", [os.remove, lambda x: shutil.rmtree(x.parent)])
+def test_a_class_without_images_does_not_shift_the_others(
+    model, tokenizer, folder, remove
+):
+    names = ["azul", "verde", "rojo"]
+    remove(folder / "green" / "0.png")
+    for evaluate in (
+        lambda data: evaluate_zero_shot(model, data, names, tokenizer, verbose=0),
+        lambda data: ZeroShot(data, names, tokenizer),
+    ):
+        with pytest.raises(ValueError, match="Received: 2 classes of `data` for 3"):
+            evaluate(colored(folder, None))
+        # The remedy.
+        evaluate(colored(folder, sorted(COLORS)))
