@@ -16,6 +16,8 @@ from keras_cluster_mask.data.tokenizing import length_of
 TOGETHER = 8, 32
 # The name of the entry of a batch that lists its broken samples.
 FAULTS = "faults"
+# The name of the entry that counts the captions that are not in a batch.
+UNUSED = "unused captions"
 
 
 class Spec(typing.NamedTuple):
@@ -75,8 +77,9 @@ class Samples:
             batch: Integer. The number of the batch.
 
         Returns:
-            Dictionary of arrays, and a list of `Fault` under `FAULTS`. Broken samples
-            are replaced in training, and left out in evaluation.
+            Dictionary of arrays, a list of `Fault` under `FAULTS`, and an integer under
+            `UNUSED`. Broken samples are replaced in training, and left out in
+            evaluation.
         """
         positions = self.reading.positions(batch)
         size = int(np.clip(-(-len(positions) // threads.count), *TOGETHER))
@@ -96,7 +99,11 @@ class Samples:
             arrays["keys"] = strings(keys)
         if self.reading.fields.labels:
             arrays["labels"] = np.array([pair.label for pair in pairs], "int32")
-        return {**arrays, FAULTS: [fault for _, found in results for fault in found]}
+        faults = [fault for _, found in results for fault in found]
+        unused = 0
+        if self.captions.include_captions != "all":
+            unused = sum(len(pair.captions[1:]) for pair in pairs)
+        return {**arrays, FAULTS: faults, UNUSED: unused}
 
     def _read(self, positions):
         """Reads a group of rows.

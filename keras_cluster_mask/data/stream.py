@@ -20,7 +20,7 @@ import grain
 import numpy as np
 
 from keras_cluster_mask.data.captions import TEXTS
-from keras_cluster_mask.data.samples import FAULTS, Samples
+from keras_cluster_mask.data.samples import FAULTS, UNUSED, Samples
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.threads import Threads
 
@@ -42,6 +42,8 @@ class ImageTextDataset(grain.IterDataset):
         start: Integer. The batch at which an iteration starts. `ContrastiveModel.fit`
             sets it to the batch after the last one that it trained on.
         skipped: `SkippedSamples`. The broken samples of the last pass.
+        unused_captions: Integer. The captions left out in the last pass, of images
+            with several.
         batch_size: Integer. The global batch size.
         num_samples: Integer. The number of intact samples, from which `Sampling` may
             choose those of an epoch.
@@ -60,6 +62,7 @@ class ImageTextDataset(grain.IterDataset):
         reading = samples.reading
         self.start = 0
         self.skipped = reading.skipped
+        self.unused_captions = 0
         self.batch_size = reading.batch_size
         self.num_samples = reading.num_samples
         self.training = reading.training
@@ -128,6 +131,7 @@ class _Iterator(grain.DatasetIterator):
         reading = dataset._reading
         self._skipped = SkippedSamples(reading.indexes, reading.max_skipped)
         dataset.skipped = self._skipped
+        dataset.unused_captions = 0
         self._total = dataset.num_samples // reading.process[1]
         self._start(dataset.start)
 
@@ -162,6 +166,7 @@ class _Iterator(grain.DatasetIterator):
                 self._dataset.waited += time.perf_counter() - began
                 rows = len(batch["images"])
                 faults = batch.pop(FAULTS)
+                self._dataset.unused_captions += batch.pop(UNUSED)
                 # In training, broken samples have been replaced.
                 left_out = 0 if self._dataset.training else len(faults)
                 self._skipped.report(faults, rows + left_out, self._total)

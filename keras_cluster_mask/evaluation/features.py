@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import warnings
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -39,7 +40,9 @@ def compute_features(
 
     Args:
         model: A `ContrastiveModel`.
-        data: As for `embed`, with `"captions"`: one or several for each image.
+        data: As for `embed`, with `"captions"`: one or several for each image. An
+            `image_text_dataset` needs `include_captions="all"` to have several, and
+            causes a warning without it.
         tokenizer: As for `embed`.
         folder: str or path. The folder to write to.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
@@ -94,6 +97,10 @@ def compute_features(
             }
             _append(folder, found, arrays)
             progress.update(found["rows"]["images"], finalize=False)
+            # A run may take hours.
+            if found["batches"] == 1:
+                _warn_of_unused_captions(data)
+        _warn_of_unused_captions(data)
         check_not_empty(found["rows"]["images"], data)
         _write_progress(folder, {**found, "done": True})
         progress.update(found["rows"]["images"], finalize=True)
@@ -111,6 +118,17 @@ def _describe_data(data):
     first = data if isinstance(data, dict) else next(read_batches(data), {})
     images = np.ascontiguousarray(first.get("images", 0))
     return [zlib.crc32(images), zlib.crc32(repr([*first.get("captions", ())]).encode())]
+
+
+def _warn_of_unused_captions(data):
+    count = getattr(getattr(data, "stream", None), "unused_captions", 0)
+    if count:
+        warnings.warn(
+            f"{count} captions of the images so far are left out, because `data` has "
+            'one for each image: pass `include_captions="all"` to '
+            "`image_text_dataset`.",
+            stacklevel=3,
+        )
 
 
 def _append(folder, found, arrays):

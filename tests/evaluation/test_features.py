@@ -1,6 +1,7 @@
 """Features of frozen towers: computed once, resumed, and trained on."""
 
 import json
+import warnings
 
 import keras
 import numpy as np
@@ -277,6 +278,21 @@ def test_other_batches_and_other_captions_are_refused(tmp_path, write_pairs):
         for each in others:
             with pytest.raises(ValueError, match=r"`features` .*data.*Received: "):
                 compute_features(model, each, tokenizer, folder, verbose=0)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(("included", "expected"), [(True, ["28", "29"]), ("all", [])])
+def test_captions_that_are_left_out_are_counted(tmp_path, included, expected):
+    source = [
+        {"image": image, "caption": ["a"] * count}
+        for image, count in zip(dataset(9)["images"], [5] * 7 + [1, 2])
+    ]
+    options = {"training": False, "include_captions": included, "format": "grain"}
+    data = kcm.data.image_text_dataset(source, None, 16, 8, **options)
+    with warnings.catch_warnings(record=True) as found:
+        compute_features(frozen_model(), data, tokenizer, tmp_path, verbose=0)
+    # Of the first batch, to tell early, and of all.
+    assert [str(each.message).split()[0] for each in found] == expected
 
 
 @pytest.mark.any_backend
