@@ -125,6 +125,7 @@ class Data:
                 duplicates=self.duplicates,
                 verbose=0,
             )
+            del recall["chance"]
             found = {name: 100 * value for name, value in recall.items()}
             at_10 = [value for name, value in found.items() if name.endswith("@10")]
             return {"score": float(np.mean(at_10)), **found, "loss": loss}

@@ -149,8 +149,8 @@ for name, run in runs.items():
     print(f"{name:10}{run['seconds']:8.0f}{both[0]:16.1%}{both[1]:16.1%}")
 
 COLORS = {"none": "gray", "random": "C0", "cluster": "C1", "chance": "black"}
-count = len(kcm.data.read_captions(IMAGES / "validation-*.tar"))
-chance = kcm.evaluation.chance_recall(count)["text_to_image_recall@10"]
+captions = kcm.data.read_captions(IMAGES / "validation-*.tar")
+chance = kcm.evaluation.chance_recall(captions)["text_to_image_recall@10"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 for name, run in runs.items():
     style = dict(marker=".", label=name, color=COLORS.get(name))

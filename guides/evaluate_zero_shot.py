@@ -77,7 +77,7 @@ def dataset(split, training=False):
 # %%
 recall = kcm.evaluation.evaluate_retrieval(model, dataset("test"), verbose=0)
 count = len(kcm.data.read_captions(IMAGES / "test-*.tar"))
-chance = kcm.evaluation.chance_recall(count)
+chance = recall.pop("chance")
 print(f"{'':26}recall   95 % interval   chance")
 for name, value in recall.items():
     hits = scipy.stats.binomtest(round(value * count), count)

@@ -117,7 +117,7 @@ pretrained = load()
 IMAGE_SIZE = kcm.models.image_size_of(pretrained)
 test = dataset(TEST, training=False)
 results = {
-    "chance": kcm.evaluation.chance_recall(len(kcm.data.read_captions(TEST))),
+    "chance": kcm.evaluation.chance_recall(kcm.data.read_captions(TEST)),
     "before": kcm.evaluation.evaluate_retrieval(pretrained, test, verbose=0),
 }
 

@@ -143,8 +143,7 @@ recall = kcm.callbacks.Retrieval(validation, ks=10)
 history = model.fit(
     train, epochs=EPOCHS, validation_data=validation, callbacks=[recall]
 )
-count = len(kcm.data.read_captions(VALIDATION))
-chance = {"loss": np.log(BATCH_SIZE)} | kcm.evaluation.chance_recall(count)
+chance = {"loss": np.log(BATCH_SIZE)} | recall.chance
 show(kcm.visualization.plot_history(history, chance=chance), "training")
 
 # %% [markdown]
@@ -159,7 +158,7 @@ show(kcm.visualization.plot_history(history, chance=chance), "training")
 
 # %%
 recall = kcm.evaluation.evaluate_retrieval(model, test, verbose=0)
-chance = kcm.evaluation.chance_recall(len(kcm.data.read_captions(TEST)))
+chance = recall.pop("chance")
 for name, value in recall.items():
     print(f"{name:25} {value:6.1%}   chance {chance[name]:5.1%}")
 

@@ -121,7 +121,7 @@ for name, stages in {"in stages": STAGES, "at full size": FULL_SIZE}.items():
 
 # %%
 RESULTS.mkdir(parents=True, exist_ok=True)
-chance = kcm.evaluation.chance_recall(len(kcm.data.read_captions(TEST)))
+chance = kcm.evaluation.chance_recall(kcm.data.read_captions(TEST))
 COLORS = {"in stages": "C2", "at full size": "gray", "chance": "black"}
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
 for axis, direction in zip(axes, ("image_to_text", "text_to_image")):

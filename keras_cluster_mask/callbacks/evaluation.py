@@ -35,6 +35,9 @@ class Evaluate(RunCallback):
     before this callback. An epoch whose loss is not finite is not evaluated. Its
     metrics are NaN, or missing if no epoch was evaluated before.
 
+    If the dictionary has `"chance"`, as that of `kcm.evaluation.evaluate_retrieval`, it
+    is not added to the logs. `fit` prints it once, and the attribute `chance` holds it.
+
     With several processes, each calls the function, and the logs get the metrics of the
     main process. Give all of them the same callbacks and the same, complete data: on
     JAX an `image_text_dataset(..., process=(0, 1))`.
@@ -84,6 +87,7 @@ class Evaluate(RunCallback):
         self.function = function
         self.every = check_integer("every", every)
         self.name = name
+        self.chance: dict[str, float] = {}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         # Imported here: evaluation needs packages that `import keras` does not.
@@ -111,10 +115,16 @@ class Evaluate(RunCallback):
         # Use the metrics of the main process: devices round differently, and all
         # processes must stop at the same epoch.
         values = all_gather_object(np.array([*metrics.values()]))[0]
+        if self._is_first and self.chance and self.params["verbose"]:
+            chance = (f"{name} {value:.3g}" for name, value in self.chance.items())
+            print("\nChance:", ", ".join(chance))
         return dict(zip(metrics, map(float, values)))
 
     def _evaluate(self, **options):
         metrics = self.function(self._embedder, **options)
+        if isinstance(metrics, dict):
+            metrics = {**metrics}
+            self.chance = metrics.pop("chance", {})
         if not isinstance(metrics, dict) or not all(map(is_number, metrics.values())):
             raise ValueError(
                 "`function` must return a dictionary from names to floats. "
@@ -182,7 +192,8 @@ class EvaluateData(Evaluate):
 class Retrieval(EvaluateData):
     """Computes retrieval metrics during `fit`, by `kcm.evaluation.evaluate_retrieval`.
 
-    Adds `val_image_to_text_recall@1` and the other metrics to the logs. See
+    Adds `val_image_to_text_recall@1` and the other metrics to the logs. `fit` prints
+    the recall at chance once, and the attribute `chance` holds it. See
     `kcm.callbacks.Evaluate` for the order of callbacks, epochs without evaluation,
     weights and processes.
 

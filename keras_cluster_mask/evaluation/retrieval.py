@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.checks import check_choice
+from keras_cluster_mask.checks import check_choice, is_integer
 from keras_cluster_mask.evaluation.checks import (
     check_ks,
     check_labels,
     check_matrix,
     read_entries,
 )
-from keras_cluster_mask.evaluation.embedding import Embedder, embed_batches
+from keras_cluster_mask.evaluation.embedding import Embedder, embed_batches, texts_of
 from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 # The shape of the part of the similarity matrix that is in memory at a time.
@@ -91,7 +91,7 @@ def evaluate_retrieval(
     ks: int | Sequence[int] = (1, 5, 10),
     duplicates: str = "positive",
     verbose: str | int = "auto",
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Computes the retrieval recall of a model on a dataset.
 
     Example:
@@ -129,7 +129,8 @@ def evaluate_retrieval(
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
-        A dictionary, as `retrieval_recall` returns it.
+        A dictionary, as `retrieval_recall` returns it, and `"chance"`, one of the same
+        keys with the recall of random embeddings; see `chance_recall`.
 
     Raises:
         ValueError: For data without texts, and for an `image_text_dataset` with
@@ -146,38 +147,90 @@ def evaluate_retrieval(
     found = embed_batches(embedder, data, batches, tokenizer, verbose)
     images, texts = _normalized(found["image_embeddings"], found["text_embeddings"])
     owners, numbers = found["image_of_text"], found["text_numbers"]
+    chance = _chance(owners, numbers, len(images), ks, duplicates)
     if duplicates == "negative":
-        return _recall(images, texts, np.arange(len(images))[:, None], owners, ks)
-    # An image has the numbers of all of its texts as labels, and -1 beside them.
-    places = np.arange(len(owners)) - np.searchsorted(owners, owners)
-    labels = np.full((len(images), places.max() + 1), -1)
-    labels[owners, places] = numbers
-    return _recall(images, texts, labels, numbers, ks)
+        labels, numbers = np.arange(len(images))[:, None], owners
+    else:
+        # An image has the numbers of all of its texts as labels, and -1 beside them.
+        places = np.arange(len(owners)) - np.searchsorted(owners, owners)
+        labels = np.full((len(images), places.max() + 1), -1)
+        labels[owners, places] = numbers
+    return {**_recall(images, texts, labels, numbers, ks), "chance": chance}
 
 
 def chance_recall(
-    num_images: int, captions_per_image: int = 1, ks: int | Sequence[int] = (1, 5, 10)
+    captions: int | Sequence[str | Sequence[str]],
+    captions_per_image: int = 1,
+    ks: int | Sequence[int] = (1, 5, 10),
+    duplicates: str = "positive",
 ) -> dict[str, float]:
-    """Computes the expected recall of a random ranking.
+    """Computes the expected recall of random embeddings.
+
+    Equal captions have the same embedding. The more of them there are, the higher is
+    the chance from text to image, where more images match. From image to text it is the
+    mean of many random orders, which are the same in each call.
+
+    Example:
+
+    ```python
+    kcm.evaluation.chance_recall(["a cat", "a dog", "a dog", "a fox"], ks=1)
+    # {"image_to_text_recall@1": 0.33, "text_to_image_recall@1": 0.38}
+    ```
 
     Args:
-        num_images: Integer.
-        captions_per_image: Integer.
+        captions: List of the captions of each image, a str or a list of str. Or an
+            integer, the number of images, if all captions differ.
+        captions_per_image: Integer, for a number of images.
         ks: As in `retrieval_recall`.
+        duplicates: As in `evaluate_retrieval`, which compares token ids.
 
     Returns:
         A dictionary with the keys of `retrieval_recall`.
     """
-    ks = check_ks(ks)
-    num_texts = num_images * captions_per_image
-    chances = {}
+    if is_integer(captions):
+        captions = np.arange(captions * captions_per_image).reshape(captions, -1)
+    check_choice("duplicates", duplicates, ("positive", "negative"))
+    texts, owners = texts_of({"captions": captions})
+    return _chance(owners, texts, len(captions), check_ks(ks), duplicates)
+
+
+def _chance(owners, texts, num_images, ks, duplicates):
+    """Returns the recall if images, and groups of equal texts, are in random order.
+
+    Args:
+        owners: `(texts,)` ints, the row of the image of each text, ascending.
+        texts: `(texts,)` values, equal for equal texts.
+        num_images: Integer.
+        ks: Tuple of integers.
+        duplicates: See `evaluate_retrieval`.
+    """
+    _, texts, sizes = np.unique(texts, return_inverse=True, return_counts=True)
+    (images, groups), counts = np.unique([owners, texts], axis=1, return_counts=True)
+    starts = np.flatnonzero(np.diff(images, prepend=-1))
+    wrong, right = 0, np.bincount(groups)[texts]
+    if duplicates == "negative":
+        # Wrong texts that are equal to a right one rank ahead of it.
+        wrong, right = sizes[groups] - counts, np.ones(len(texts))
+    rng = np.random.default_rng(0)
+    rounds = np.clip(2**20 // len(texts), 20, 2000)
+    first = []
+    for _ in range(rounds):
+        order = rng.permutation(len(sizes))
+        ahead = np.empty(len(sizes), "int64")
+        ahead[order] = np.cumsum(sizes[order]) - sizes[order]
+        first.append(np.minimum.reduceat(ahead[groups] + wrong, starts))
+    chances = {
+        f"image_to_text_recall@{k}": np.mean(np.less(first, k))
+        * len(starts)
+        / num_images
+        for k in ks
+    }
     for k in ks:
-        few = min(k, num_texts)
-        missed = math.comb(num_texts - captions_per_image, few)
-        missed /= math.comb(num_texts, few)
-        chances[f"image_to_text_recall@{k}"] = 1.0 - missed
-        chances[f"text_to_image_recall@{k}"] = min(k / num_images, 1.0)
-    return chances
+        # The hypergeometric distribution.
+        left = (num_images - n for n in range(min(k, num_images)))
+        missed = math.prod(np.maximum(1 - right / n, 0) for n in left)
+        chances[f"text_to_image_recall@{k}"] = np.mean(1 - missed)
+    return {name: float(chance) for name, chance in chances.items()}
 
 
 def _normalized(image_embeddings, text_embeddings):

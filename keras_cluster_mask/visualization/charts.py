@@ -33,8 +33,9 @@ def plot_history(
         validation_freq: Integer, or a list of epochs counted from 1, as passed to
             `fit`.
         chance: Dictionary from metrics, without `"val_"`, to their values at random,
-            which are drawn as dotted lines. For a softmax loss, for example,
-            `{"loss": math.log(batch_size)} | kcm.evaluation.chance_recall(num_images)`.
+            which are drawn as dotted lines: for example
+            `{"loss": math.log(batch_size)} | retrieval.chance` for a softmax loss and a
+            `kcm.callbacks.Retrieval`.
 
     Returns:
         A `matplotlib.figure.Figure`.

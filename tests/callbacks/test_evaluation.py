@@ -73,9 +73,11 @@ def test_metrics_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
     ]
     _, history = fit(callbacks, model, validation_data=pairs(6, 3))
     after = evaluate_retrieval(model, pairs(8, 1), ks=(1, 3), verbose=0)
+    assert callbacks[0].chance == after.pop("chance")
     coco = evaluate_retrieval(
         model, captioned, tokenizer, ks=2, duplicates="negative", verbose=0
     )
+    del coco["chance"]
     zero_shot = evaluate_zero_shot(
         model, labeled, NAMES, tokenizer, ["{}", "a {}"], ks=(1, 2), verbose=0
     )
@@ -87,6 +89,19 @@ def test_metrics_are_those_of_the_weights_at_the_end_of_the_epoch(dtype):
     assert {key: history[key] for key in expected} == expected
     assert before != after
     assert "val_loss" in history
+
+
+@pytest.mark.any_backend
+def test_chance_is_printed_once_and_not_logged(small, capsys):
+    def evaluate(model):
+        return evaluate_retrieval(model, random_pairs(8), ks=2, verbose=0)
+
+    history = log(small, Evaluate(evaluate, name="own"), epochs=2, verbose=2)
+    printed = capsys.readouterr().out
+    assert printed.count("Chance: image_to_text_recall@2 0.25, ") == 1
+    assert sum("recall" in name for name in history) == 2
+    log(small, Evaluate(evaluate))
+    assert "Chance" not in capsys.readouterr().out
 
 
 @pytest.mark.any_backend

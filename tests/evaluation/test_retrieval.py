@@ -67,22 +67,42 @@ def test_an_image_without_a_text_finds_none_among_however_few():
     assert found["image_to_text_recall@10"] == pytest.approx(2 / 3)
 
 
+def recall_of(similarity, matches, k):
+    """Recall@k of queries, where wrong items that tie with a match are ahead of it."""
+    best = np.where(matches, similarity, -2).max(axis=1, keepdims=True)
+    return np.mean((~matches & (similarity >= best)).sum(axis=1) < k)
+
+
 @pytest.mark.any_backend
-def test_chance_is_what_random_embeddings_reach():
-    chance = chance_recall(100, 2)
-    found = [
-        retrieval_recall(
-            random_embeddings(100, 64, seed),
-            random_embeddings(200, 64, seed + 1),
-            np.arange(200) // 2,
-        )
-        for seed in range(0, 80, 2)
+@pytest.mark.parametrize("duplicates", ["positive", "negative"])
+@pytest.mark.parametrize("num_texts", [3, 12, 10**6])
+def test_chance_is_what_random_embeddings_reach(duplicates, num_texts):
+    rng = np.random.default_rng(0)
+    # Few texts in unequal numbers, some twice for one image.
+    captions = [
+        [str(int(num_texts * x**2)) for x in rng.random(1 + n % 3)] for n in range(30)
     ]
-    for name, expected in chance.items():
-        mean = np.mean([recall[name] for recall in found])
-        # 40 runs of at least 100 queries: five standard errors.
-        error = np.sqrt(expected * (1 - expected) / (40 * 100))
-        assert abs(mean - expected) < 5 * error
+    owners = np.repeat(np.arange(30), [len(each) for each in captions])
+    distinct, numbers = np.unique(np.concatenate(captions), return_inverse=True)
+    matches = owners == np.arange(30)[:, None]
+    if duplicates == "positive":
+        matches = np.array([np.isin(distinct[numbers], each) for each in captions])
+    ks, found = (1, 4, 10), []
+    for seed in range(0, 3000, 2):
+        images = random_embeddings(30, 64, seed)
+        # Rounded, since products of equal rows need not be equal.
+        scores = images @ random_embeddings(len(distinct), 64, seed + 1)[numbers].T
+        for k in ks:
+            found.append(recall_of(scores.round(6), matches, k))
+            found.append(recall_of(scores.round(6).T, matches.T, k))
+    mean = np.mean(np.reshape(found, (-1, 2 * len(ks))), axis=0)
+    chance = chance_recall(captions, ks=ks, duplicates=duplicates)
+    expected = [
+        chance[f"{name}_recall@{k}"]
+        for k in ks
+        for name in ("image_to_text", "text_to_image")
+    ]
+    np.testing.assert_allclose(mean, expected, atol=0.015)
 
 
 @pytest.mark.any_backend
@@ -99,7 +119,7 @@ def test_a_data_set_is_embedded_and_compared(model):
     expected = retrieval_recall(
         embeddings["image_embeddings"], embeddings["text_embeddings"], ks=(1, 3)
     )
-    assert found == expected
+    assert found == {**expected, "chance": chance_recall(20, ks=(1, 3))}
 
 
 @pytest.mark.any_backend
@@ -107,7 +127,8 @@ def test_texts_are_equal_if_their_token_ids_are_as_in_training(model, tokenizer)
     captions = ["abcde", "abcdf", b"abcdg"] * 2
     data = {"images": random_pairs(6)["images"], "captions": captions}
     found = evaluate_retrieval(model, data, tokenizer, ks=1, verbose=0)
-    assert set(found.values()) == {1.0}
+    chance = chance_recall(["", "", ""] * 2, ks=1)
+    assert found == {**dict.fromkeys(chance, 1.0), "chance": chance}
 
 
 @pytest.mark.any_backend
@@ -142,10 +163,11 @@ def test_equal_texts_among_several_of_an_image_are_alike(
         ("image_to_text", similarity, matches),
         ("text_to_image", similarity.T, matches.T),
     ):
-        best = np.where(is_match, scores, -2).max(axis=1, keepdims=True)
-        ranks = (~is_match & (scores >= best)).sum(axis=1)
         for k in (1, 2, 4):
-            assert recall[f"{name}_recall@{k}"] == pytest.approx(np.mean(ranks < k))
+            expected = recall_of(scores, is_match, k)
+            assert recall[f"{name}_recall@{k}"] == pytest.approx(expected)
+    expected = chance_recall(captions, ks=(1, 2, 4), duplicates=duplicates)
+    assert recall["chance"] == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.any_backend
