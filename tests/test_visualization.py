@@ -210,6 +210,23 @@ HISTORY = {
 }
 
 
+@pytest.mark.parametrize(
+    ("logs", "titles"),
+    [
+        (["loss"], ["contrastive loss"]),
+        (["loss", "val_text_to_image_recall@1"], ["contrastive loss", "recall"]),
+        ([*HISTORY][:2], ["contrastive loss", "accuracy within the batch"]),
+    ],
+)
+def test_metrics_that_a_run_does_not_have_are_not_drawn(logs, titles):
+    history = {name: [0.5, 2.5] for name in logs}
+    figure = visualization.plot_history(history)
+    assert [axis.get_title() for axis in figure.axes] == titles
+    assert len(curves_of(figure)) == len(logs)
+    for axis in figure.axes:
+        assert (axis.get_ylim() == (0, 1)) == ("accuracy" in axis.get_title())
+
+
 def test_history_shows_recall_and_chance():
     name = "image_to_text_recall@10"
     chance = {"loss": np.log(64), name: 0.1}

@@ -25,7 +25,8 @@ def plot_history(
 ) -> Figure:
     """Plots the curves of a training run: loss, accuracy within the batch, and recall.
 
-    The recall is plotted if the logs have it, from `kcm.callbacks.Retrieval`.
+    Those that the logs have are plotted: the recall is from `kcm.callbacks.Retrieval`,
+    and a loss of your own may have no accuracies.
 
     Args:
         history: The `keras.callbacks.History` that the `fit` of a `ContrastiveModel`
@@ -57,11 +58,15 @@ def plot_history(
     recall = {
         x: x.removeprefix("val_").replace("_", " ") for x in logs if "recall@" in x
     }
-    panels = PANELS | ({"recall": recall} if recall else {})
+    # A loss of one's own may have no accuracies.
+    panels = {**PANELS, "recall": recall}
+    panels = {title: x for title, x in panels.items() if not x.keys().isdisjoint(logs)}
     figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(panels))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, labels) in zip(axes, panels.items()):
         for name, label in labels.items():
+            if name not in logs:
+                continue
             # Use a marker, because the curve of a single epoch is a point.
             style = {"marker": ".", "label": label}
             # A resumed run may have got the recall in its last epochs alone.
@@ -80,7 +85,8 @@ def plot_history(
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    axes[1].set_ylim(0, 1)
+        if "accuracy" in title:
+            axis.set_ylim(0, 1)
     return figure
 
 
