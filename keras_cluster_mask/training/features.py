@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.training.arrays import ArrayBatches
-from keras_cluster_mask.training.layers import settings_of
+from keras_cluster_mask.training.layers import all_layers, settings_of
 
 PROGRESS = "features.json"
 # Rows that are read at a time.
@@ -52,8 +52,9 @@ class TowerFeatures:
         folder: str or path. A folder that `compute_features` has filled.
 
     Attributes:
-        description: Dictionary. What the features depend on: the encoders, the pixel
-            mean and deviation of the model, the tokenizer, and the data.
+        description: Dictionary. What the features depend on: the encoders and the types
+            in which they compute, the pixel mean and deviation of the model, the
+            tokenizer, and the data.
         tokenizer_fingerprint: String, or `None`. Identifies the tokenizer.
         num_images: Integer. The number of images.
         num_texts: Integer. The number of captions of all images.
@@ -175,15 +176,21 @@ def describe_towers(model: keras.Model) -> dict[str, Any]:
         model: A `ContrastiveModel`.
     """
 
-    def checksum(encoder):
+    def whole(encoder):
         # A masking has weights, but does not change features.
-        encoder = getattr(encoder, "unmasked", encoder)
+        return getattr(encoder, "unmasked", encoder)
+
+    def checksum(encoder):
+        encoder = whole(encoder)
         value = zlib.crc32(json.dumps(settings_of(encoder)).encode())
         for weight in map(ops.convert_to_numpy, encoder.weights):
             value = zlib.crc32(np.ascontiguousarray(weight), value)
         return value
 
+    encoders = map(whole, (model.image_encoder, model.text_encoder))
+    dtypes = {layer.compute_dtype for x in encoders for layer in all_layers(x)}
     return {
+        "dtype": sorted(dtypes),
         "image_encoder": checksum(model.image_encoder),
         "text_encoder": checksum(model.text_encoder),
         "pixel_mean": model.pixel_mean,

@@ -20,6 +20,7 @@ from tests.helpers import (
     values,
     vit_encoder,
 )
+from tests.models.conftest import seeded  # noqa: F401
 from tests.models.test_pooled_encoder import bert, make_model
 
 
@@ -231,6 +232,19 @@ def test_features_of_other_weights_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=r"`features` .*towers.*Received: "):
             use()
+
+
+@pytest.mark.any_backend
+def test_features_of_another_precision_are_refused(tmp_path):
+    features, _ = computed(frozen_model(), tmp_path)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    message = r"`features` .*dtype=\['float32'\] for \['bfloat16', 'float32'\]$"
+    with pytest.raises(ValueError, match=message):
+        frozen_model().fit(features, batch_size=5)
+    # A masking does not change features, whatever its precision.
+    keras.config.set_dtype_policy("bfloat16")
+    features, _ = computed(frozen_model(), tmp_path / "16")
+    features.check_model(frozen_model(masking=kcm.RandomMasking(0.5)))
 
 
 @pytest.mark.any_backend
