@@ -118,11 +118,20 @@ def test_bad_paths_are_refused_by_name():
         write_weights("a.pt", ARRAYS)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     write_weights(path, ARRAYS)
     before = path.read_bytes()
     with pytest.raises((TypeError, AttributeError)):
         write_weights(path, {**ARRAYS, "other": object()})
+    write_bytes = pathlib.Path.write_bytes
+
+    def write_half(path, content):
+        write_bytes(path, content[: len(content) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", write_half)
+    with pytest.raises(OSError, match="No space"):
+        write_weights(path, {"matrix": np.zeros(9, "float32")})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
