@@ -158,13 +158,14 @@ class CLIPTokenizer:
         return cls.from_file(folder / "bpe_simple_vocab_16e6.txt.gz", context_length)
 
     @classmethod
-    def from_preset(cls, preset: str, context_length: int = 77) -> Self:
+    def from_preset(cls, preset: str, context_length: int | None = None) -> Self:
         """Loads the vocabulary of a KerasHub CLIP preset.
 
         Args:
             preset: String. A preset of `keras_hub.models.CLIPTokenizer`, such as
                 `"clip_vit_base_patch32"`, or the folder of a preset.
-            context_length: Integer. Defaults to `77`.
+            context_length: Integer. Defaults to `None`: that of the text encoder in the
+                folder, or 77.
 
         Returns:
             A `CLIPTokenizer`.
@@ -177,7 +178,12 @@ class CLIPTokenizer:
         names = {name: token for token, name in KERAS_HUB.items()}
         tokens = sorted(source.vocabulary, key=source.vocabulary.get)
         tokens = [names.get(token, token) for token in tokens]
-        return cls(tokens, merges, context_length)
+        config = pathlib.Path(preset, "config.json")
+        if context_length is None and config.exists():
+            backbone = json.loads(config.read_text())["config"]
+            encoder = backbone.get("text_encoder", {"config": backbone})["config"]
+            context_length = encoder.get("max_sequence_length")
+        return cls(tokens, merges, context_length or 77)
 
     @classmethod
     def train(
@@ -222,8 +228,8 @@ class CLIPTokenizer:
     def save_to_preset(self, preset_dir: str | os.PathLike) -> None:
         """Writes the tokenizer into the folder of a KerasHub CLIP preset.
 
-        `keras_hub.models.CLIPTokenizer.from_preset` and `from_preset` read it. A preset
-        does not state the context length.
+        `keras_hub.models.CLIPTokenizer.from_preset` and `from_preset` read it. Only the
+        text encoder of a preset states the context length.
 
         Args:
             preset_dir: String or path, such as the one that a backbone was saved to.

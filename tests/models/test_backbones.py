@@ -191,7 +191,8 @@ def test_a_preset_has_the_tokenizer_too(tmp_path):
     model, folder = kcm.ContrastiveModel.from_backbone(backbone), str(tmp_path / "clip")
     model.save_to_preset(folder, tokenizer)
     texts = ["a red cat", "a CAT &amp; é"]
-    preset = kcm.data.CLIPTokenizer.from_preset(folder, 9)
+    preset = kcm.data.CLIPTokenizer.from_preset(folder)
+    assert kcm.data.CLIPTokenizer.from_preset(folder, 5).context_length == 5
     np.testing.assert_array_equal(preset(texts), tokenizer(texts))
     hub = import_keras_hub().models
     theirs = hub.CLIPPreprocessor(hub.CLIPTokenizer.from_preset(folder), None, 9)
