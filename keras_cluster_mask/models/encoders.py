@@ -67,6 +67,9 @@ BLOCKS = (
 # it.
 CLASSES: dict[str, type] = {}
 
+# The sides of the images with which the tokens of an encoder for any size are counted.
+UNKNOWN_SIDE = 112
+
 # === Any encoder ===
 
 
@@ -219,10 +222,11 @@ def _embed(stem, images):
 def count_prefix_tokens(encoder, stem) -> int | None:
     """Returns the number of tokens that are not patches, or `None` if unknown."""
     patch_size, shape = getattr(encoder, "patch_size", None), image_shape_of(encoder)
+    if patch_size is None:
+        sides = (x or UNKNOWN_SIDE for x in shape)
+        return _count_constant_tokens(stem, tuple(sides))
     if None in shape:
         return None
-    if patch_size is None:
-        return _count_constant_tokens(stem, shape)
     patch_size = sides_of("patch_size", patch_size)
     grid = grid_shape((1, *shape), patch_size, data_format_of(encoder))
     return count_tokens(stem, shape) - math.prod(grid)

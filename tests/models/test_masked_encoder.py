@@ -380,6 +380,22 @@ def test_tokens_that_do_not_depend_on_the_image_are_counted_as_the_prefix(
 
 
 @pytest.mark.any_backend
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_the_prefix_of_an_encoder_for_images_of_any_size_is_counted(prefix):
+    images = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(16, 4, strides=4)(images)
+    x = keras.layers.Reshape((-1, 16))(x)
+    x = keras.layers.ZeroPadding1D((prefix, 0), name="tokens")(x)
+    encoder = keras.Model(images, keras.layers.GlobalMaxPool1D()(x), name="any_size")
+    masked = kcm.with_masking(encoder, kcm.RandomMasking(), "tokens")
+    assert masked.num_prefix_tokens == prefix
+    assert masked(random_images(2), training=True).shape == (2, 16)
+    other = kcm.RandomMasking(num_prefix_tokens=1 - prefix)
+    with pytest.raises(ValueError, match=f"`num_prefix_tokens` must be {prefix}, .*"):
+        kcm.with_masking(encoder, other, "tokens")
+
+
+@pytest.mark.any_backend
 def test_a_sequential_encoder_is_masked():
     encoder = keras.Sequential(
         [
