@@ -38,7 +38,6 @@ class BackboneModel(ContrastiveModel):
 
     Attributes:
         backbone: The backbone that is trained.
-        masking: The masking, or `None`.
     """
 
     parts = ("backbone", "masking")
@@ -74,7 +73,6 @@ class BackboneModel(ContrastiveModel):
             )
         super().__init__(images, texts, head=head, **kwargs)
         self.backbone = backbone
-        self.masking = masking
 
     @classmethod
     def pooled_encoders(cls, backbone: keras.Model) -> tuple[keras.Model, keras.Model]:

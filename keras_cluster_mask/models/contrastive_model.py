@@ -198,7 +198,7 @@ class ContrastiveModel(ContrastiveTrainer):
                 CLIP with the sigmoid loss, start at 0.1, with a bias of -10.
 
         Returns:
-            A `ContrastiveModel` with the attributes `backbone` and `masking`: a
+            A `ContrastiveModel` with the attribute `backbone`: a
             `kcm.models.CLIPContrastiveModel`, `MetaCLIP2ContrastiveModel` or
             `SigLIPContrastiveModel`. Called on a subclass of one of these, it returns a
             model of that subclass.

@@ -39,6 +39,7 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         towers: Namespace of `image`, an `ImageTower` with the masking, and `text`, a
             `TextTower`. Training, evaluation and export embed with these.
         maskings: List of the `PatchMasking` layers in the image encoder.
+        masking: The first of them, or `None`.
         text_input_names: Tuple of str, the entries of a batch that the text encoder
             takes.
         text_family: The `TextFamily` of the text encoder.
@@ -88,6 +89,7 @@ class DualEncoder(MadeOfParts, Exported, keras.Model):
         self.maskings = [
             x for x in all_layers(self.image_encoder) if isinstance(x, PatchMasking)
         ]
+        self.masking = next(iter(self.maskings), None)
         self.views = check_integer("views", views)
         _check_views(views, self.maskings)
         for masking in self.maskings:

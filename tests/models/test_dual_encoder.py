@@ -12,18 +12,22 @@ from tests.helpers import (
     CONTEXT,
     assert_same_values,
     attentive,
+    class_token_vit,
     clip_vision_encoder,
     functional_vit,
     image_mlp,
     masked_vit,
     random_pairs,
+    reloaded,
     small_model,
     text_bag,
     tiny_clip,
     tiny_metaclip,
     to_numpy,
     value_and_gradients,
+    vit_encoder,
 )
+from tests.models.test_pooled_encoder import bert
 
 
 @pytest.mark.one_case
@@ -42,6 +46,28 @@ def test_embeddings_are_float32_unit_vectors_of_the_common_width(projection_dim)
         "text_embeddings": model.encode_text(pairs["token_ids"]),
     }
     assert_same_values(embeddings, alone)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda masking: kcm.ContrastiveModel.from_backbone(tiny_clip(), masking),
+        lambda masking: kcm.ContrastiveModel.from_encoders(
+            vit_encoder(), bert(), projection_dim=8, masking=masking
+        ),
+        lambda masking: kcm.ContrastiveModel(
+            class_token_vit() if masking is None else masked_vit(attentive()),
+            text_bag(),
+        ),
+    ],
+)
+def test_each_model_has_its_masking(make, tmp_path):
+    model = make(kcm.RandomMasking(0.5))
+    assert model.masking is model.image_encoder.masking
+    again = reloaded(model, tmp_path)
+    assert again.masking is again.image_encoder.masking
+    assert make(None).masking is model.without_masking().masking is None
 
 
 @pytest.mark.any_backend
