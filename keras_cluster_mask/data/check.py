@@ -63,12 +63,13 @@ def check(
             that uses them needs `if __name__ == "__main__":`. Defaults to `0`: none.
 
     Returns:
-        Dictionary: `"samples"`, the number of intact samples; `"broken"`, the number of
-        broken samples; `"by_reason"`, a dictionary from each reason to a count; and
+        Dictionary: `"samples"`, the number of intact samples; `"captions"`, the number
+        of their captions, or `None` unless all samples are read; `"row_groups"`, the
+        mean number of row groups that a sample of Parquet files is read from, near 1 if
+        they are sorted by image, or `None` without such files; `"broken"`, the number
+        of broken samples; `"by_reason"`, a dictionary from each reason to a count; and
         `"examples"`, a dictionary from each reason to a list of the first 20 broken
-        samples, dictionaries of `"shard"`, `"key"`, `"reason"` and `"details"`. With
-        Parquet files also `"row_groups"`, the mean number of row groups that a sample
-        is read from. It is near 1 if files are sorted by image.
+        samples, dictionaries of `"shard"`, `"key"`, `"reason"` and `"details"`.
 
     Raises:
         FileNotFoundError: If a shard is missing.
@@ -77,20 +78,35 @@ def check(
     reader = PairReader(image_keys, caption_key, wants_caption, label_key)
     index = open_index(source, reader, index_dir, num_workers)
     broken = SkippedSamples([index])
-    count = len(index)
+    count, captions = len(index), None
     # The samples of an object have no index, and must be read to find broken ones.
     if decode or isinstance(index, ObjectIndex):
-        for fault in filter(None, _faults(index, decode)):
-            broken.add(fault)
-            count -= 1
+        captions = 0
+        for sample in _checked(index, decode):
+            if isinstance(sample, Fault):
+                broken.add(sample)
+                count -= 1
+            else:
+                captions += sample
     if not count and label_key is None and "folder" in index.fields:
         warnings.warn(
             "No image has a caption. If the folders in `source` are classes, pass "
             f'`label_key="folder"`. Received: label_key=None, {broken.reasons()}',
             stacklevel=2,
         )
-    result = {
+    groups = index.row_groups()
+    # Sorted rows of an image may lie on both sides of a border, too.
+    if groups and groups > 1.5:
+        warnings.warn(
+            f"A sample is read from {groups:.3g} whole row groups, since rows of one "
+            "image lie apart: sort each Parquet file by a column that names the image, "
+            'such as `table.sort_by("image_id")` with pyarrow.',
+            stacklevel=2,
+        )
+    return {
         "samples": count,
+        "captions": captions,
+        "row_groups": groups,
         "broken": broken.count,
         "by_reason": broken.by_reason,
         "examples": {
@@ -98,27 +114,19 @@ def check(
             for reason, faults in broken.examples.items()
         },
     }
-    if groups := index.row_groups():
-        result["row_groups"] = round(groups, 3)
-        # Sorted rows of an image may lie on both sides of a border, too.
-        if groups > 1.5:
-            warnings.warn(
-                f"A sample is read from {groups:.3g} whole row groups, since rows of "
-                "one image lie apart: sort each Parquet file by a column that names "
-                'the image, such as `table.sort_by("image_id")` with pyarrow.',
-                stacklevel=2,
-            )
-    return result
 
 
-def _faults(index, decode):
-    """Reads all samples in threads; yields a `Fault` or `None` for each, in order."""
+def _checked(index, decode):
+    """Reads all samples in threads; yields a `Fault` or the number of captions of each.
+
+    The samples are in order.
+    """
 
     def read(first):
         numbers = range(first, min(first + TOGETHER, len(index)))
-        return [fault_of(sample) for sample in index.read(numbers)]
+        return [checked(sample) for sample in index.read(numbers)]
 
-    def fault_of(sample):
+    def checked(sample):
         if isinstance(sample, Fault):
             return sample
         try:
@@ -129,6 +137,7 @@ def _faults(index, decode):
                 image.part((0, 0, *image.size), TINY)
         except UnreadableImage as error:
             return Fault(sample.shard, sample.key, str(error))
+        return len(sample.captions)
 
     groups = grain.MapDataset.range(0, len(index), TOGETHER).map(read)
     with tqdm(total=len(index), desc="check", unit=" samples", delay=SHORT) as bar:

@@ -86,7 +86,8 @@ class PairReader:
         caption_key: String or sequence of strings. The field that holds the caption or
             a list of captions. If several are given, the first that is not empty is
             used. `"json.caption"` is the entry `caption` of the field `json`. `None`:
-            common names.
+            common names, and each line of `txt` is a caption, unless `json` has the
+            entry `caption`.
         wants_caption: Boolean. Whether samples without a caption are broken.
         label_key: See `Labels`. `None`: no labels.
         class_names: See `Labels`.
@@ -111,6 +112,7 @@ class PairReader:
             )
         self.image_keys = _several(image_keys, IMAGE_KEYS)
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
+        self._line_keys = ("txt",) if caption_key is None else ()
         self.labels = None if label_key is None else Labels(label_key, class_names)
         self.wanted = {"image": self.image_keys} if self.image_keys else {}
         if wants_caption:
@@ -172,6 +174,10 @@ class PairReader:
             value = _field(fields, key)
             if value is None:
                 continue
+            lines = _text(value).splitlines() if key in self._line_keys else ()
+            # img2dataset writes a caption with its line breaks, to `json`, too.
+            if len(lines) > 1 and _field(fields, "json.caption") is None:
+                value = lines
             values = value if isinstance(value, list | tuple) else [value]
             captions = tuple(filter(None, map(_text, values)))
             if captions:

@@ -49,6 +49,15 @@ def test_entries_of_json_are_found_at_any_depth():
     assert captions_of({"meta": content}, "meta.a.b.c") == (("deep",), None)
 
 
+def test_each_line_of_txt_is_a_caption_unless_json_or_the_key_says_otherwise():
+    sample = {"txt": b" one\r\n\ntwo \n", "json": b'{"caption": null}'}
+    assert captions_of(sample) == (("one", "two"), None)
+    for whole in ((sample, "txt"), ({**sample, "json": b'{"caption": "one"}'},)):
+        assert captions_of(*whole) == (("one\r\n\ntwo",), None)
+    # Only files of this name.
+    assert captions_of({"caption": "one\ntwo"}) == (("one\ntwo",), None)
+
+
 @pytest.mark.parametrize(
     "content", [b"{", b"", b"\xff", b"[" * 100_000, b'"text"', b"null", b"[1]"]
 )

@@ -9,11 +9,13 @@ from tests.data.reading import pairs_of
 pytestmark = pytest.mark.any_backend
 
 
-def test_intact_samples_are_counted(write_pairs):
-    source = [write_pairs("a.tar", 0, 5), write_pairs("b.tar", 5, 3)]
-    nothing = {"broken": 0, "by_reason": {}, "examples": {}}
-    assert check(source) == {"samples": 8, **nothing}
-    assert check(source, decode=True) == {"samples": 8, **nothing}
+def test_intact_samples_are_counted_and_with_decode_their_captions(write_pairs, noise):
+    two = [("9.png", noise(0)), ("9.txt", b"one\ntwo")]
+    source = [write_pairs("a.tar", 0, 5), write_pairs("b.tar", 5, 2, two)]
+    found = {"samples": 8, "captions": None, "broken": 0, "by_reason": {}}
+    found["examples"] = {}
+    assert check(source) == found
+    assert check(source, decode=True) == {**found, "captions": 9}
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import keras
 import numpy as np
 import pytest
 import torch
+from clip_benchmark.datasets.builder import build_dataset
 from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from clip_benchmark.webdataset_builder import PIL_to_bytes, convert_retrieval_dataset
 from PIL import Image
 
 import keras_cluster_mask as kcm
@@ -154,6 +156,36 @@ def test_retrieval_metrics_are_ours_with_and_without_amp(model, tokenizer):
             assert image == pytest.approx(ours[f"text_to_image_recall@{k}"])
             assert text == pytest.approx(ours[f"image_to_text_recall@{k}"])
             assert 0 < image < 1
+
+
+def test_retrieval_metrics_on_its_own_shards_are_ours(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    def in_this_process(dataset, num_workers, **options):
+        return loader(dataset, **options)
+
+    loader = torch.utils.data.DataLoader
+    monkeypatch.setattr(torch.utils.data, "DataLoader", in_this_process)
+    pairs = [*zip(photos(len(CAPTIONS)), CAPTIONS)]
+    convert_retrieval_dataset(pairs, "test", tmp_path, transform=PIL_to_bytes("webp"))
+    adapter, transform, tokenize = adapt(model, tokenizer)
+    options = {"transform": transform, "task": "zeroshot_retrieval"}
+    images, captions = zip(*build_dataset("wds/own", root=str(tmp_path), **options))
+    data = [(torch.stack(images), captions)]
+    found = zeroshot_retrieval.evaluate(adapter, data, tokenize, "cpu", False, [2])
+    ours = kcm.evaluation.evaluate_retrieval(
+        model,
+        kcm.data.image_text_dataset(
+            tmp_path / "test" / "0.tar", None, 16, 5, False, include_captions="all"
+        ),
+        tokenizer,
+        2,
+        verbose=0,
+    )
+    for theirs, name in {"text": "image_to_text", "image": "text_to_image"}.items():
+        recall = found[f"{theirs}_retrieval_recall@2"]
+        assert recall == pytest.approx(ours[f"{name}_recall@2"])
+        assert 0 < recall < 1
 
 
 # === What is handed to clip_benchmark ===
