@@ -20,7 +20,15 @@ CLIP_MERGES = 49408 - 2 * 256 - 2
 # A word is the ending of a contraction, a run of letters, one digit, or a run of other
 # characters that are not white space. The reference implementation ignores case, which
 # also drops U+0345, an accent whose upper case is a letter.
-WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
+OTHERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
+WORD_PATTERN = r"\p{L}+|" + OTHERS
+# Scripts without spaces between words, and the mark of a long vowel in Japanese. A text
+# masking gets each character, with its accents, as a word.
+UNSPACED = (
+    r"\p{Han}\p{Hiragana}\p{Katakana}\x{30FC}\x{FF70}"
+    r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+)
+PIECE_PATTERN = rf"[{UNSPACED}]\p{{M}}*|[\p{{L}}&&[^{UNSPACED}]]+|{OTHERS}"
 # ASCII without "&" and without control characters other than white space.
 PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 
@@ -54,24 +62,22 @@ def clean_all(captions):
     return map(clean, captions)
 
 
-@functools.cache
 def word_splitter():
     """Returns a pre-tokenizer from a clean caption to words in byte characters."""
-    pattern = tokenizers.Regex(f"(?i:{START}|{END})|{WORD_PATTERN}")
-    split = pre_tokenizers.Split(pattern, "removed", invert=True)
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([split, to_bytes])
+    return pre_tokenizers.Sequence([splitter(WORD_PATTERN), to_bytes])
 
 
-def spans_of(text):
-    """Returns the start and the end of each word of a text."""
-    pieces = word_splitter().pre_tokenize_str(text)
-    return [span for _, span in pieces]
+@functools.cache
+def splitter(pattern):
+    """Returns a pre-tokenizer from a text to words: special tokens, and a pattern's."""
+    pattern = tokenizers.Regex(f"(?i:{START}|{END})|{pattern}")
+    return pre_tokenizers.Split(pattern, "removed", invert=True)
 
 
-def words_of(text):
+def words_of(text, pattern=WORD_PATTERN):
     """Splits a clean caption into words, a list of strings."""
-    return [text[start:end] for start, end in spans_of(text)]
+    return [word for word, _ in splitter(pattern).pre_tokenize_str(text)]
 
 
 def clip_vocabulary(merges):

@@ -7,6 +7,7 @@ from typing import Self
 
 from keras_cluster_mask.checks import check_choice, check_range, is_positive
 from keras_cluster_mask.data import byte_pairs
+from keras_cluster_mask.data.byte_pairs import PIECE_PATTERN
 from keras_cluster_mask.data.parts import digest_of
 from keras_cluster_mask.data.text_masking import LongCaption, TextMasking
 
@@ -20,7 +21,8 @@ class FrequencyTextMasking(TextMasking):
     The score of a word `w` is `u - p(w)`: `u` is uniform in [0, 1), and
     `p(w) = max(0, 1 - sqrt(threshold / f(w)))` grows with the relative frequency
     `f(w)` of the word, as in word2vec. Words such as "a" and "the" are mostly dropped,
-    and rare words are kept.
+    and rare words are kept. In scripts without spaces between words, such as Chinese,
+    each character is a word.
 
     Example:
 
@@ -35,8 +37,8 @@ class FrequencyTextMasking(TextMasking):
 
     Args:
         frequencies: Dictionary from words to positive numbers: counts or frequencies,
-            which are divided by their sum. Words are in lower case, as CLIP's tokenizer
-            splits them. Defaults to `None`: `fit` counts them.
+            which are divided by their sum. Words are in lower case, as
+            `TextMasking.split` returns them. Defaults to `None`: `fit` counts them.
         threshold: Float. A relative frequency. Less frequent words have p = 0. Defaults
             to `1e-6`, as in the paper for CC12M.
         unknown: `"keep"` or `"drop"`. How words outside `frequencies` are treated.
@@ -69,10 +71,11 @@ class FrequencyTextMasking(TextMasking):
         self.unknown = unknown
         for word, count in (frequencies or {}).items():
             # Other words would never be found.
-            if byte_pairs.words_of(word) != [word.lower()] or not is_positive(count):
+            pieces = byte_pairs.words_of(word, PIECE_PATTERN)
+            if pieces != [word.lower()] or not is_positive(count):
                 raise ValueError(
                     "`frequencies` must be a dict from single words in lower case, as "
-                    "CLIP's tokenizer splits captions, to positive numbers, how often "
+                    "`TextMasking.split` returns them, to positive numbers, how often "
                     f"each occurs: count them with `fit`. Received: {word!r}: {count!r}"
                 )
         self.frequencies = None if frequencies is None else _shares(frequencies)
@@ -88,7 +91,7 @@ class FrequencyTextMasking(TextMasking):
         """
         counts = collections.Counter()
         for caption in byte_pairs.clean_all(captions):
-            counts.update(byte_pairs.words_of(caption))
+            counts.update(byte_pairs.words_of(caption, PIECE_PATTERN))
         least = MIN_COUNT if self.unknown == "drop" else 1
         counts = {word: count for word, count in counts.items() if count >= least}
         self.frequencies = _shares(counts)

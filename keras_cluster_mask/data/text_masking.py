@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_cluster_mask.data import byte_pairs
+from keras_cluster_mask.data.byte_pairs import PIECE_PATTERN
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.data.tokenizing import PROBES, tokenize
 
@@ -47,8 +48,10 @@ class TextMasking:
 
     Words are those of CLIP's tokenizer, in lower case and before byte-pair encoding:
     runs of letters, single digits, endings of contractions, and runs of other
-    characters. Another tokenizer gets the kept words as they are in the caption, with
-    their case. Its tokens of a word are those of the word alone.
+    characters. In scripts without spaces between words (Chinese, Japanese, Thai, Lao,
+    Khmer and Burmese), each character is a word. Another tokenizer gets the kept words
+    as they are in the caption, with their case. Its tokens of a word are those of the
+    word alone.
 
     Draw all random numbers from `generator`, so that all processes, workers and resumed
     runs mask in the same way. With `num_workers`, a masking must be picklable. A run
@@ -81,7 +84,7 @@ class TextMasking:
         Returns:
             List of strings, in lower case.
         """
-        return byte_pairs.words_of(byte_pairs.clean(caption))
+        return byte_pairs.words_of(byte_pairs.clean(caption), PIECE_PATTERN)
 
     def score(self, caption: LongCaption) -> Sequence[float]:
         """Computes the scores of the words of a caption that is too long.
@@ -170,6 +173,8 @@ class RandomTextMasking(TextMasking):
     context length keeps about half of the words of long captions, and halves the cost
     of the text tower.
 
+    In scripts without spaces between words, such as Chinese, each character is a word.
+
     Example:
 
     ```python
@@ -196,6 +201,8 @@ class BlockTextMasking(TextMasking):
     The first word of the run is drawn from those that leave enough tokens after them
     to fill the context. If the next word does not fit, the nearest later words that fit
     fill the row, then the nearest earlier ones.
+
+    In scripts without spaces between words, such as Chinese, each character is a word.
 
     Example:
 
@@ -256,22 +263,25 @@ class WordTokenizer:
         """
         captions = [*captions]
         texts = [self._clean(caption) for caption in captions]
-        spans = [byte_pairs.spans_of(text) for text in texts]
-        words = [[t[start:end] for start, end in s] for t, s in zip(texts, spans)]
+        split = byte_pairs.splitter(PIECE_PATTERN).pre_tokenize_str
+        pieces = [split(text) for text in texts]
+        words = [[word for word, _ in each] for each in pieces]
+        runs = [byte_pairs.words_of(text) for text in texts]
         sizes = self._sizes = self._sizes if len(self._sizes) < MAX_WORDS else {}
-        new = [*{word for each in words for word in each} - sizes.keys()]
+        new = [*{word for each in words + runs for word in each} - sizes.keys()]
         counts = _num_tokens(self._counter, new)
         # A word that fills a row may have been truncated.
         sizes.update(zip(new, (counts + (counts == self._most)).tolist()))
         for index, each in enumerate(words):
-            num_tokens = [sizes[word] for word in each]
-            if sum(num_tokens) > self._num_tokens_left:
+            # A run of characters may have fewer tokens than its characters alone.
+            if sum(sizes[run] for run in runs[index]) > self._num_tokens_left:
+                num_tokens = [sizes[word] for word in each]
                 text, lower = texts[index], [word.lower() for word in each]
                 settings = num_tokens, self._num_tokens_left, generators[index]
                 kept = maskings[index].keep_words(LongCaption(lower, *settings))
                 # From the end, so that earlier places stay the same.
                 for place in sorted({*range(len(each))} - {*kept}, reverse=True):
-                    start, end = spans[index][place]
+                    start, end = pieces[index][place][1]
                     text = f"{text[:start]} {text[end:]}"
                 captions[index] = " ".join(text.split())
         return tokenize(self.tokenizer, captions)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.any_backend
 CAPTION = "a the dog cat red blue runs sits on under tree snow child it 's , ! 7"
 COMMON = CAPTION.split()
 # Of several tokens each: no merge is learned from them.
-LONG = ["zyx", "qvw", "kjhg", "wxyzq", "über", "rhododendron", "写真"]
+LONG = ["zyx", "qvw", "kjhg", "wxyzq", "über", "rhododendron", "写"]
 WORDS = COMMON + LONG
 COUNTS = {word: 10 ** (index % 5) for index, word in enumerate(COMMON)}
 
@@ -180,7 +180,7 @@ def test_special_tokens_in_a_caption_are_words():
 
 
 @pytest.mark.parametrize(
-    "caption", ["A  Dog's ball, &amp; 42 caf\u00c3\u00a9s", b"no_1"]
+    "caption", ["A  Dog's ball, &amp; 42 caf\u00c3\u00a9s", b"no_1", "写真abc"]
 )
 def test_split_returns_the_words_that_a_masking_gets(caption):
     seen = []
@@ -193,6 +193,49 @@ def test_split_returns_the_words_that_a_masking_gets(caption):
     Seen().tokenize(TOKENIZERS[3], [caption], [generator(0)])
     assert seen == TextMasking.split(caption)
     assert len(seen) > 2
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("一只狗在雪地", ["一", "只", "狗", "在", "雪", "地"]),
+        ("ab写真、スキーcd", ["ab", "写", "真", "、", "ス", "キ", "ー", "cd"]),
+        ("สุนัขวิ่ง", ["สุ", "นั", "ข", "วิ่", "ง"]),
+        ("ລາວ ខ្មែរ မြန်မာ", ["ລ", "າ", "ວ", "ខ្", "មែ", "រ", "မြ", "န်", "မာ"]),
+        ("개가 눈밭을 달린다", ["개가", "눈밭을", "달린다"]),
+    ],
+)
+def test_in_scripts_without_spaces_each_character_is_a_word(caption, words):
+    assert TextMasking.split(caption) == words
+    assert [*FrequencyTextMasking().fit([caption]).frequencies] == words
+    FrequencyTextMasking(dict.fromkeys(words, 1))
+
+
+def each_character(texts):
+    """A tokenizer of a token a character, and an end, in rows of 7."""
+    rows = [[*(ord(x) for x in text if x != " ")][:6] + [1] for text in texts]
+    return [row + [0] * (7 - len(row)) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["random", "block", "keep"])
+def test_characters_of_chinese_are_kept_as_words_are(name):
+    caption = "一只狗在雪地里奔跑"
+    found = set()
+    for seed in range(40):
+        rows = MASKINGS[name].tokenize(each_character, [caption], [generator(seed)])
+        kept = "".join(map(chr, rows[0, :6]))
+        rest = iter(caption)
+        assert all(character in rest for character in kept)
+        assert name != "block" or kept in caption
+        found.add(kept)
+    assert len(found) == 4 if name == "block" else len(found) > 20
+
+
+def test_chinese_that_fits_as_a_whole_is_not_masked():
+    """A word of six letters, whose tokens are fewer than those of its letters."""
+    tokenizer = CLIPTokenizer.train(["一只狗在雪地"] * 5, 600, 4)
+    rows = RandomTextMasking().tokenize(tokenizer, ["一只狗在雪地"], [generator(0)])
+    np.testing.assert_array_equal(rows, tokenizer(["一只狗在雪地"]))
 
 
 # === Word frequencies ===
@@ -211,10 +254,10 @@ def test_the_probability_to_leave_out_a_word_is_the_law_of_word2vec():
 
 
 def test_fit_counts_the_words_of_clean_captions():
-    captions = ["A dog, a DOG &amp; it's wet", b"a r\xc3\xb6hre!"] * 3 + ["", "写真"]
+    captions = ["A dog, a DOG &amp; it's wet", b"a r\xc3\xb6hre!"] * 3 + ["", "写"]
     masking = FrequencyTextMasking().fit(iter(captions))
     counts = {"a": 9, "dog": 6, ",": 3, "&": 3, "it": 3, "'s": 3, "wet": 3}
-    counts |= {"röhre": 3, "!": 3, "写真": 1}
+    counts |= {"röhre": 3, "!": 3, "写": 1}
     assert masking.frequencies == {word: n / 37 for word, n in counts.items()}
     assert masking.probability("a") == pytest.approx(1 - np.sqrt(1e-6 / (9 / 37)))
     # The release leaves out words that are seen fewer than five times.
@@ -369,6 +412,7 @@ def test_the_description_names_the_masking_and_its_options(shard):
                 {"dog": "3"},
                 {"Dog": 3},
                 {"cat": 1, "it's": 3},
+                {"写真": 1},
             )
         ),
         ("threshold", {"threshold": 0}),
