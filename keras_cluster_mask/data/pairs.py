@@ -11,10 +11,11 @@ from PIL import Image
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.base import entries_of, is_empty
 
-# `path` is also the field of an image in a folder.
+# `path` is also the field of an image in a folder. `filename` may lack the folder that
+# another column names.
 IMAGE_KEYS = (
     "jpg", "jpeg", "png", "webp", "gif", "bmp",
-    "image", "file_name", "filepath", "image_path", "path",
+    "image", "file_name", "filepath", "image_path", "path", "filename",
 )  # fmt: skip
 # `json.captions` may hold all captions, and `txt` only the first one.
 CAPTION_KEYS = ("json.captions", "txt", "caption", "captions", "text", "title")

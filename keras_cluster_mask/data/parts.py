@@ -40,7 +40,7 @@ from keras_cluster_mask.data.formats.base import is_empty
 from keras_cluster_mask.data.pairs import IMAGE_KEYS
 
 # Increase this number when the format of parts changes.
-VERSION = 4
+VERSION = 5
 # The place of a sample in its shard, the hash of its key, the number of its entry in
 # `Part.layouts`, and the checksum of its fields.
 RECORD = np.dtype(
