@@ -16,7 +16,7 @@ import warnings
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from fsspec.spec import AbstractBufferedFile
 from fsspec.utils import merge_offset_ranges
 
@@ -67,8 +67,13 @@ def one_step(patience=None):
 
 
 def is_address(path):
-    """Returns whether a path is a URL such as `"s3://bucket/a.tar"`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(path)) is not None
+    """Returns whether a path is a URL such as `"s3://bucket/a.tar"`.
+
+    A chain of fsspec is one, too, such as `"simplecache::s3://bucket/a.tar"`. `"::"` in
+    the name of a local file has no meaning.
+    """
+    scheme = r"([A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://|data:"
+    return re.match(scheme, os.fspath(path)) is not None
 
 
 def file_system(path, argument="source"):
@@ -83,6 +88,8 @@ def file_system(path, argument="source"):
         ValueError: If the protocol is unknown.
     """
     path = os.path.expanduser(os.fspath(path))
+    if not is_address(path):
+        return fsspec.filesystem("file"), make_path_posix(path)
     try:
         return fsspec.core.url_to_fs(path)
     # The message of an `ImportError` names the package.

@@ -34,7 +34,8 @@ def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
             `metadata.csv`, `.tsv` or `.jsonl`; a folder of images, which may have
             subfolders; a pattern with `*`, `?` or `[...]` for all existing files that
             match it; or a pattern with `{a,b}` or `{000..123}`, each of whose files
-            must exist. Each may be a URL, such as `"s3://bucket/train-*.tar"`.
+            must exist. Each may be a URL, such as `"s3://bucket/train-*.tar"`, or a
+            chain of fsspec, such as `"simplecache::s3://bucket/train-*.tar"`.
 
     Returns:
         A sorted list of strings without duplicates. A folder of images ends with `/`.
@@ -124,7 +125,12 @@ def expand(pattern):
             found.update(matches)
     if not files.is_address(pattern):
         return found
-    return {system.unstrip_protocol(path): info for path, info in found.items()}
+    # The first address of a chain, such as "zip://*.tar::b.zip", names the files.
+    first = next(link for link in pattern.split("::") if files.is_address(link))
+    return {
+        pattern.replace(first, system.unstrip_protocol(path)): info
+        for path, info in found.items()
+    }
 
 
 def _matching(system, path):

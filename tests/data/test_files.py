@@ -1,8 +1,11 @@
 import threading
+import zipfile
 
 import pytest
 
 from keras_cluster_mask.data import files, shards
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.pairs import PairReader
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -70,6 +73,53 @@ def test_patterns_do_not_match_hidden_files(tmp_path, memory):
             (found,) = shards.expand(f"{folder}/{pattern}")
             assert found.rpartition("/")[2] == "a.tar"
         assert len(shards.expand(f"{folder}/.*")) == 2
+
+
+# === Names ===
+
+
+def read_all(source):
+    """The keys and the first captions of the samples, whose images are all read."""
+    index = open_index(source, PairReader())
+    pairs = [*index.read(range(len(index)))]
+    assert all(pair.image == b"png" for pair in pairs)
+    return [(pair.key, pair.captions[0]) for pair in pairs]
+
+
+def test_local_names_may_have_colons(write_tar, write_rows, tmp_path, monkeypatch):
+    content = [("a::b.png", b"png"), ("a::b.txt", b"one")]
+    shard = write_tar("x::1.tar", content)
+    (tmp_path / "f::g").mkdir()
+    for name, each in content:
+        (tmp_path / "f::g" / name).write_bytes(each)
+    table = write_rows("x::y.csv", [{"path": "f::g/a::b.png", "text": "one"}])
+    monkeypatch.chdir(tmp_path)
+    for source in (shard, tmp_path / "*.tar", shard.name):
+        assert read_all(source) == [("a::b", "one")]
+    for source in (tmp_path / "f::g", "f::g"):
+        assert read_all(source) == [("a::b.png", "one")]
+    assert read_all(table) == [("f::g/a::b.png", "one")]
+    assert read_all([{"path": str(tmp_path / "f::g/a::b.png"), "text": "one"}])
+
+
+def test_chains_of_fsspec_are_read(write_tar, write_rows, tmp_path, memory):
+    shard = write_tar("x.tar", [("a.png", b"png"), ("a.txt", b"one")])
+    archive = tmp_path / "x.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(shard, "x.tar")
+        file.writestr("a.png", b"png")
+    memory.pipe("/set/x.zip", archive.read_bytes())
+    memory.pipe("/set/x.tar", shard.read_bytes())
+    chain = "zip://x.tar::memory://set/x.zip"
+    assert shards.list_shards(chain) == [chain]
+    cached = "simplecache::memory://set/*.tar"
+    for source in (chain, f"zip://*.tar::{archive}", f"simplecache::{chain}", cached):
+        assert read_all(source) == [("a", "one")]
+    assert shards.list_shards(cached) == ["simplecache::memory:///set/x.tar"]
+    links = f"zip://a.png::{archive}", "simplecache::zip://a.png::memory://set/x.zip"
+    rows = [{"path": link, "text": link} for link in links]
+    for source in (rows, write_rows("x.csv", rows)):
+        assert [caption for _, caption in read_all(source)] == [*links]
 
 
 # === Reading parts ===
