@@ -12,7 +12,7 @@ from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.data import tokenizing
 from keras_cluster_mask.data.images import name_of
 from keras_cluster_mask.data.index import open_index, readable
-from keras_cluster_mask.data.pairs import PairReader
+from keras_cluster_mask.data.pairs import Fault, PairReader
 from keras_cluster_mask.data.text_masking import TextMasking, check_text_masking
 
 # The entry of a batch for the tokenizer, if that is a Keras layer.
@@ -45,12 +45,16 @@ def read_captions(
     for fault in index.damage:
         message = f"{fault.details}. The captions after it are missing."
         warnings.warn(message, stacklevel=2)
-    samples = readable(index.read(range(len(index)), with_images=False))
-    captions = [text for each in samples for text in getattr(each, "captions", ())]
+    captions, fault = [], "no intact sample"
+    for each in readable(index.read(range(len(index)), with_images=False)):
+        if isinstance(each, Fault):
+            fault = each
+        else:
+            captions.extend(each.captions)
     if not captions:
         raise ValueError(
-            "`caption_key` must name a field of `source` with captions. "
-            f"Received: caption_key={caption_key}, with the fields {index.fields}"
+            "`caption_key` must name a field of `source` with captions. Received: "
+            f"caption_key={caption_key}, with the fields {index.fields}, and {fault}"
         )
     return captions
 

@@ -42,9 +42,9 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
     Returns:
         `Index`, or `ObjectIndex` for an object.
     """
-    first = source[0] if isinstance(source, list | tuple) and source else None
+    first = source[0] if isinstance(source, list | tuple) and source else ""
     has_names = isinstance(source, str | os.PathLike | list | tuple | set | Mapping)
-    if not has_names or isinstance(first, Mapping):
+    if not has_names or not isinstance(first, str | os.PathLike):
         return ObjectIndex(source, reader)
     shards = find_shards(source)
     parts = build_parts(shards, reader.image_keys, index_dir, num_workers, process)

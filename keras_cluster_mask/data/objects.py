@@ -45,7 +45,8 @@ class ObjectIndex:
         except (TypeError, SampleError) as error:
             raise ValueError(
                 "`source` must be paths, or an object with `len` whose items are "
-                "dicts: pass `frame.to_dict('records')` instead of a DataFrame, and "
+                "dicts: pass `[{'image': x, 'caption': y} for x, y in pairs]` instead "
+                "of pairs, and `frame.to_dict('records')` instead of a DataFrame, and "
                 "load a streaming dataset without streaming. Received: "
                 f"source={self.paths[0]}: {error}"
             ) from error

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from keras_cluster_mask.data import files, read_captions
+from keras_cluster_mask.data import files, image_text_dataset, read_captions
 from keras_cluster_mask.data.captions import Captions
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import Pair, PairReader
@@ -75,6 +75,27 @@ def test_bytes_that_are_no_utf_8_are_replaced():
         ("caf\N{REPLACEMENT CHARACTER} \N{CAT}",),
         None,
     )
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["x.tar", "folder"])
+def test_captions_in_utf_16_are_refused_by_name(write_tar, tmp_path, name, encoding):
+    files = [("a.png", b"png"), ("a.txt", "\ufeffein Hünd 猫".encode(encoding))]
+    source = tmp_path / name
+    if name == "x.tar":
+        write_tar(name, files)
+    else:
+        source.mkdir()
+        for file, content in files:
+            (source / file).write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"'a.*{name}.*is not UTF-8 .UTF-16.*save it as UTF-8"
+    ):
+        read_captions(source)
+    with pytest.raises(
+        ValueError, match=rf"'a.*{name}.*is not UTF-8 .UTF-16.*save it as UTF-8"
+    ):
+        image_text_dataset(source, len, 16, 1, training=False)
 
 
 def test_half_letters_are_not_changed():

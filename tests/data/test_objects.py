@@ -213,8 +213,11 @@ def test_few_samples_are_read_for_a_fingerprint():
 
 
 # An item of an array, as of a DataFrame, is no dictionary; the others have no length.
-@pytest.mark.parametrize("source", [np.array(["a"]), iter([]), 3, None])
+@pytest.mark.parametrize(
+    "source",
+    [np.array(["a"]), iter([]), 3, None, [("a.png", "a")], (["a.png"], ["a"]), [b"a"]],
+)
 def test_objects_that_are_no_samples_are_refused_with_a_remedy(source):
-    remedy = r"'records'.*without streaming.*Received: source="
+    remedy = r"in pairs\].*'records'.*without streaming.*Received: source="
     with pytest.raises(ValueError, match=rf"`source`.*{remedy}{type(source).__name__}"):
         make_dataset(source)

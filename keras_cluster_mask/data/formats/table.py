@@ -1,5 +1,6 @@
 """Tables (CSV, TSV, JSON lines) with a row for each image or caption."""
 
+import codecs
 import contextlib
 import csv
 import functools
@@ -61,6 +62,11 @@ class Table(Format):
 
     def _columns(self, path, file):
         """Reads the column names of a table. JSON lines have None."""
+        if file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(
+                "`source` must be in UTF-8: save the table again in this encoding. "
+                f"Received: {path}, in UTF-16"
+            )
         if self.delimiter is None:
             return None
         line = file.readline(MAX_ROW)

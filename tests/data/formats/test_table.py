@@ -168,7 +168,15 @@ def test_a_row_that_is_too_long_costs_one_sample(write, read_all, name, quote):
     assert len(faults) == 1
 
 
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_table_in_utf_16_is_refused_by_name(write, read_all, name, encoding):
+    path = write(name, f"\ufeff{TABLES[name]}".encode(encoding))
+    with pytest.raises(ValueError, match=rf"`source` .*UTF-8.*Received: {path}"):
+        read_all(path)
+
+
 def test_a_broken_first_line_is_damage(write, scan):
-    for content in (b"\xff\xfe\n1,2\n", b'"a\nb,c\n', b"f,text\rold,Mac\r"):
+    for content in (b"\xff\n1,2\n", b'"a\nb,c\n', b"f,text\rold,Mac\r"):
         with pytest.raises(DamagedShard, match="at its start"):
             list(scan(write("x.csv", content)))
