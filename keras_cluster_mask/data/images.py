@@ -41,18 +41,21 @@ class EncodedImage:
             limit.
 
     Raises:
-        UnreadableImage: If the bytes are not an image.
+        UnreadableImage: If the bytes are not an image, or a PNG does not decode.
     """
 
     def __init__(self, content, max_pixels):
         self._image = content
+        self._max_pixels = math.inf if max_pixels is None else max_pixels
         with _decoding():
             if not isinstance(content, Image.Image):
                 self._image = Image.open(io.BytesIO(content))
+            progressive = PROGRESSIVE if "progressive" in self._image.info else 0
+            self._coefficients = progressive * math.prod(self._image.size)
+            # The orientation of a PNG may come after its pixels.
+            if self._image.format == "PNG":
+                self._load()
             self._orientation = _orientation(self._image)
-        self._max_pixels = math.inf if max_pixels is None else max_pixels
-        progressive = PROGRESSIVE if "progressive" in self._image.info else 0
-        self._coefficients = progressive * math.prod(self._image.size)
 
     @property
     def size(self):
@@ -92,12 +95,17 @@ class EncodedImage:
 
     def decoded(self):
         """Returns a `PIL.Image.Image` in RGB, with the orientation applied."""
-        self.check_pixels()
         with _decoding():
-            image = self._image
+            image = self._load()
             if self._orientation > 1:
                 image = ImageOps.exif_transpose(image)
             return _as_rgb(image)
+
+    def _load(self):
+        """Decodes the image in place, unless it has too many pixels, and returns it."""
+        self.check_pixels()
+        self._image.load()
+        return self._image
 
 
 @contextlib.contextmanager
@@ -140,7 +148,6 @@ def _as_rgb(image):
         white.paste(image, mask=image)
         image = white
     # A conversion to the same mode would copy the image.
-    image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

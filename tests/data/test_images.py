@@ -116,6 +116,20 @@ def test_the_exif_orientation_is_applied(orientation, format, order, encode):
     np.testing.assert_array_equal(whole(content), np.array(upright))
 
 
+def test_the_orientation_of_a_png_may_come_after_its_pixels(encode):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = smooth_image(24, 16)
+    content = encode(image, exif=exif)
+    # A chunk starts with its length, of four bytes, before its name.
+    start, end = (content.index(name) - 4 for name in (b"eXIf", b"IDAT"))
+    last = content.index(b"IEND") - 4
+    moved = content[:start] + content[end:last] + content[start:end] + content[last:]
+    for each in (moved, Image.open(io.BytesIO(moved))):
+        assert EncodedImage(each, None).size == (16, 24)
+        np.testing.assert_array_equal(whole(each), np.rot90(image, -1))
+
+
 def test_broken_exif_data_is_ignored(encode):
     exif = Image.Exif()
     exif[0x0112] = 6
