@@ -136,10 +136,11 @@ class Reading:
         known = itertools.chain(examples, index.examples(1), index.paths)
         fields = sorted(field for field in index.fields if not field.endswith("."))
         raise ValueError(
-            f"`source` must hold samples with these fields: {self.fields.wanted}. "
-            "`image_keys`, `caption_key` and `label_key` name others. Received: "
+            f"`source` has no intact sample: {next(known)}. Each sample needs one of "
+            f"these fields: {self.fields.wanted}, or of those that `image_keys`, "
+            "`caption_key` and `label_key` name. Received: "
             f"{dict(faults) or 'no sample'} with the fields {fields} from "
-            f"{len(index.paths)} shards, such as {next(known)}"
+            f"{len(index.paths)} shards"
         )
 
     def _checked_block_size(self):

@@ -123,7 +123,7 @@ def test_weights_mix_sources(shards):
 
 def test_each_source_of_a_mixture_must_have_pairs(shards, write_tar):
     source = {str(shards[0]): 1, str(write_tar("none.tar", [])): 1}
-    with pytest.raises(ValueError, match=r"`source`.*Received: .*none.tar"):
+    with pytest.raises(ValueError, match=r"`source`.*none.tar.*Received: "):
         make(source, True)
 
 
@@ -205,7 +205,7 @@ def test_a_source_without_pairs_is_refused_by_name(write_tar, write_pairs, tmp_p
     damaged = tmp_path / "broken.tar"
     damaged.write_bytes(b"x" * 2000)
     for source in (empty, other, damaged):
-        with pytest.raises(ValueError, match=rf"`source`.*Received: .*{source.name}"):
+        with pytest.raises(ValueError, match=rf"`source`.*{source.name}.*Received: "):
             make(source)
     # One empty shard among others does no harm.
     assert len(keys(make([empty, write_pairs("full.tar", 0, 3)]))) == 3
