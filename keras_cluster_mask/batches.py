@@ -1,12 +1,16 @@
 """Reads batches of images, with their captions or labels, from any kind of data."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
+
+# The types of the names of files, which are no images.
+FILES = str, os.PathLike
 
 
 def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarray]]:
@@ -27,7 +31,8 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
         an object array of sequences of them.
 
     Raises:
-        ValueError: If a batch has no images, or if its entries have different lengths.
+        ValueError: If a batch has no images, or names of files in their place, or if
+            its entries have different lengths.
         TypeError: If `data` is neither arrays nor an iterable.
     """
     if _is_whole(data):
@@ -103,7 +108,7 @@ def num_batches(data: Any) -> int | None:
 def _is_whole(data):
     if isinstance(data, tuple):
         return bool(data) and hasattr(data[0], "shape")
-    return isinstance(data, dict) or hasattr(data, "shape")
+    return isinstance(data, (dict, *FILES)) or hasattr(data, "shape")
 
 
 def _dictionary(batch):
@@ -124,6 +129,12 @@ def _dictionary(batch):
         raise ValueError(
             "A batch of `data` must have the key 'images'. "
             f"Received: keys={sorted(batch)}"
+        )
+    if isinstance(batch["images"], FILES):
+        raise ValueError(
+            "`data` must hold images as arrays: read files and folders by "
+            "`kcm.data.image_text_dataset(source, tokenizer, image_size, batch_size, "
+            f"training=False)`. Received: images={batch['images']!r}"
         )
     check_equal_lengths(batch)
     return batch

@@ -1,5 +1,7 @@
 """The one reader of batches, from data of any kind."""
 
+import pathlib
+
 import keras
 import numpy as np
 import pytest
@@ -161,6 +163,11 @@ def test_images_of_arrays_are_counted_without_reading():
             "equal lengths.*Received: images of 2, labels of 1",
         ),
         ([(np.zeros((2, 1)), 3)], "equal lengths.*images of 2, labels of None"),
+        *(
+            (files, r"as arrays.*image_text_dataset.*Received: images=.*a\.png")
+            for path in ("a.png", pathlib.Path("a.png"))
+            for files in (path, [path], ([path], ["text"]))
+        ),
     ],
 )
 def test_bad_data_is_an_error_that_says_so(data, message):

@@ -19,8 +19,10 @@ LONELY = (
     "pairs of a batch: use a larger `batch_size`."
 )
 NO_LABELS = (
-    "a contrastive loss needs no labels. To weight pairs, put 'sample_weight' into the "
-    "batches."
+    "a contrastive loss needs no labels. Pass pairs as {'images': images, 'token_ids': "
+    "tokenizer(captions)}, and image files with captions as an `image_text_dataset` of "
+    "[{'image': path, 'caption': caption}, ...]. To weight pairs, put 'sample_weight' "
+    "into the batches."
 )
 # Non-negative float images above this multiple of the brightest normalized pixel count
 # as unnormalized. Resizing after normalization may exceed that pixel slightly.

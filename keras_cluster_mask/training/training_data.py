@@ -257,7 +257,8 @@ def checked(data, rules, passes_once=True):
         "`image_text_dataset`, a `tf.data.Dataset`, a grain `MapDataset` or "
         "`IterDataset`, a `PyDataset`, a `DataLoader` of torch, or a generator of "
         "batches. Of other batches, such as a list or a `grain.DataLoader`, pass "
-        "`(batch for batch in data)` for one epoch, and a `PyDataset` for several. "
+        "`(batch for batch in data)` for one epoch, and a `PyDataset` for several. Of "
+        "image files, make an `image_text_dataset`. "
         f"Received: data of type {type(data)}"
     )
 

@@ -179,7 +179,12 @@ IMAGES = random_pairs(2)["images"]
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("name", "data"),
-    [("data", []), ("images", IMAGES.astype("float32")), ("captions", IMAGES)],
+    [
+        ("data", []),
+        ("image_text_dataset", "folder"),
+        ("images", IMAGES.astype("float32")),
+        ("captions", IMAGES),
+    ],
 )
 def test_bad_data_is_refused_by_name(model, tokenizer, name, data):
     tokenizer = tokenizer if name == "captions" else None

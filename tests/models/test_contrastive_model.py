@@ -535,10 +535,12 @@ def test_labels_losses_and_metrics_are_refused():
     pairs, labels = random_pairs(4), np.arange(4)
     for call in (
         lambda: model.fit(pairs, labels, verbose=0),
+        lambda: model.fit(["a.png"], ["a caption"], verbose=0),
         lambda: model.fit(pairs, validation_data=(pairs, labels), verbose=0),
         lambda: model.evaluate(pairs, labels, verbose=0),
     ):
-        with pytest.raises(ValueError, match=r"`y` must be None.*Received:"):
+        remedy = r"'token_ids'.*`image_text_dataset` of \[{'image': path"
+        with pytest.raises(ValueError, match=rf"`y` must be None.*{remedy}.*Received:"):
             call()
     with pytest.raises(ValueError, match=r"`class_weight` must be None.*Received:"):
         model.fit(pairs, class_weight={0: 2.0}, verbose=0)
