@@ -27,14 +27,11 @@ def test_of_several_image_fields_the_first_that_exists_is_used(write_tar):
     assert read(shard, image_keys="jpg") == ([], [("1", "no image")])
 
 
-@pytest.mark.parametrize(
-    "name", ["image", "file_name", "filepath", "image_path", "path", "filename"]
-)
-def test_a_column_of_a_usual_name_holds_image_files(write_rows, tmp_path, name):
-    (tmp_path / "a.png").write_bytes(b"png")
-    rows = [{"filename": "a", "text": text, name: "a.png"} for text in ("one", "two")]
-    ((pair,), faults) = read(write_rows("x.csv", rows), with_images=True)
-    assert (pair.image, pair.captions, faults) == (b"png", ("one", "two"), [])
+def test_the_field_filename_holds_the_image_unless_another_holds_its_path():
+    row = {"filename": "a.png", "text": "t"}
+    for fields, path in (row, "a.png"), (row | {"filepath": "b/a.png"}, "b/a.png"):
+        ((pair,), _) = read([fields])
+        assert pair.path == path
 
 
 def test_a_key_may_be_repeated_in_another_shard(write_pairs, write_tar):
