@@ -53,6 +53,8 @@ class Table(Format):
                 number += 1
 
     def context(self, path):
+        if self.delimiter is None:
+            return None
         with files.open_file(path) as file:
             return self._columns(path, file)
 
