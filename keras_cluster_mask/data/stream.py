@@ -12,7 +12,6 @@ import signal
 import time
 import traceback
 import weakref
-from multiprocessing import resource_tracker
 from typing import Any, Self
 
 import cloudpickle
@@ -234,8 +233,7 @@ def _in_workers(read, count, size, batches, stack):
         connection, other = context.Pipe()
         arguments = other, memory, batches[number::count]
         process = context.Process(target=_work, args=arguments, daemon=True)
-        with _without_interrupts():
-            process.start()
+        process.start()
         other.close()
         stack.callback(process.join)
         stack.callback(process.kill)
@@ -265,24 +263,11 @@ def _in_workers(read, count, size, batches, stack):
         yield batch
 
 
-@contextlib.contextmanager
-def _without_interrupts():
-    """Lets processes start that ignore Ctrl-C, after which this one ends them."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    # It unblocks the signal when it starts.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _work(connection, memory, batches):
     """Reads batches in a worker process, and sends them until the program ends."""
     images = np.frombuffer(memory, "uint8")
+    # After Ctrl-C, which all processes get, the program ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A program that is killed closes the connection.
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         try:

@@ -1,7 +1,5 @@
 """Checks of data, embeddings, labels and numbers."""
 
-import itertools
-
 import numpy as np
 
 from keras_cluster_mask.batches import read_batches, stream_of
@@ -52,15 +50,13 @@ def check_class_names(name, data, class_names, may_rename=False):
     is_renamed = len(found) == len(expected) and {*found}.isdisjoint(expected)
     if found in ([], expected) or not expected or (may_rename and is_renamed):
         return
-    names = enumerate(itertools.zip_longest(found, expected))
-    number, (one, other) = next(x for x in names if len({*x[1]}) > 1)
+    others = sorted({*found} ^ {*expected}) or "the order"
     words = "; for other words in texts, pass a dictionary as `templates`" * may_rename
     raise ValueError(
         "`class_names` must be the same everywhere, because labels are indices into "
         "them: pass them to each `image_text_dataset`, which takes only folders with "
         f"images as classes otherwise{words}. Received: {len(found)} classes of "
-        f"`{name}` for {len(expected)}, of which class {number} is {one!r} for "
-        f"{other!r}"
+        f"`{name}` for {len(expected)}, which differ in {others[:10]}"
     )
 
 

@@ -1,11 +1,10 @@
 """Reads batches in a process of its own, until it is stopped.
 
-    python worker_program.py SOURCE NUM_WORKERS [end|stop|interrupt]
+    python worker_program.py SOURCE NUM_WORKERS [end|stop]
 
 It prints which backends are imported where samples are read, and writes a file `ready`
 when it has the first batch. With `end` it ends then. With `stop`, each worker stops
-while it starts, and with `interrupt` it gets Ctrl-C then. Reads of a source at
-`stalling://` stall while there is a file `stall`.
+while it starts. Reads of a source at `stalling://` stall while there is a file `stall`.
 """
 
 import os
@@ -46,12 +45,9 @@ def imported(texts):
     return [[int(name in sys.modules) for name in names]] * len(texts)
 
 
-if __name__ == "__mp_main__":
-    if sys.argv[3:] == ["stop"]:
-        pathlib.Path("ready").touch()
-        os.kill(os.getpid(), signal.SIGSTOP)
-    elif sys.argv[3:] == ["interrupt"]:
-        signal.raise_signal(signal.SIGINT)
+if __name__ == "__mp_main__" and sys.argv[3:] == ["stop"]:
+    pathlib.Path("ready").touch()
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 if __name__ == "__main__":
     source, num_workers, *end = sys.argv[1:]
