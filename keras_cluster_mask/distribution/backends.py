@@ -62,6 +62,15 @@ def is_traced(value) -> bool:
     return value.is_meta
 
 
+def needs_xla(data_format: str | None) -> bool:
+    """Returns whether only XLA convolves images of a data format on every CPU.
+
+    Without XLA, TensorFlow convolves channels-first images only in oneDNN, which it
+    does not use on all CPUs, nor for float16.
+    """
+    return keras.backend.backend() == "tensorflow" and data_format == "channels_first"
+
+
 # === State of a program ===
 
 

@@ -12,6 +12,7 @@ from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
 from keras_cluster_mask.data.images import cut_middle, squash
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.data.tokenizing import length_of, tokenize
+from keras_cluster_mask.distribution.backends import needs_xla
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
 from keras_cluster_mask.models.loading import as_contrastive_model
@@ -270,6 +271,8 @@ class _Encoder(keras.Model):
         self.function = tower.features if features else tower.embed
         self.sizes = []
         self.built = True
+        if needs_xla(getattr(tower, "data_format", None)):
+            self.jit_compile = True
 
     def call(self, inputs):
         return self.function(inputs, training=False)

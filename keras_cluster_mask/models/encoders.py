@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.checks import sides_of
+from keras_cluster_mask.distribution.backends import needs_xla
 from keras_cluster_mask.masking.patch_grid import grid_shape
 from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 from keras_cluster_mask.training.layers import all_layers
@@ -216,6 +217,9 @@ def _embed(stem, images):
         lambda x: ops.cast(ops.convert_to_tensor(images, "float32"), x.dtype),
         stem.input,
     )
+    if needs_xla(data_format_of(stem)):
+        stem.jit_compile = True
+        return stem.predict_on_batch(inputs)
     return stem(inputs, training=False)
 
 

@@ -143,6 +143,26 @@ def test_few_sizes_of_batches_are_compiled(model, pairs, expected, monkeypatch):
     assert sizes[-3:] == [64, 64, 8]
 
 
+def test_channels_first_images_have_the_embeddings_of_channels_last_ones():
+    # Float16, because oneDNN would compute others without XLA on some CPUs.
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    dtype = "mixed_float16" if on_tensorflow else "float32"
+    models = {}
+    for data_format in ("channels_first", "channels_last"):
+        keras.config.set_image_data_format(data_format)
+        backbone = kcm.models.clip_backbone("tiny", 16, 30, 6, 8, dtype=dtype)
+        models[data_format] = kcm.ContrastiveModel.from_backbone(
+            backbone, masking=kcm.RandomMasking()
+        )
+    first, last = models.values()
+    first.set_weights(last.get_weights())
+    images = random_pairs(4)["images"]
+    found = Embedder(first).images(images.transpose(0, 3, 1, 2))
+    expected = Embedder(last).images(images)
+    tolerance = 5e-3 if on_tensorflow else 2e-6
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
 # === Images of clip_benchmark ===
 
 
