@@ -1,6 +1,5 @@
 """A tower: from images or texts to embeddings in the space that both share."""
 
-import os
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -10,6 +9,7 @@ from keras import ops
 from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.masking.selection import views_of_image
 from keras_cluster_mask.models.encoders import context_length_of, data_format_of
+from keras_cluster_mask.models.exported import Exported
 from keras_cluster_mask.models.head import l2_normalize
 from keras_cluster_mask.models.masked_encoder import call_encoder
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, check_statistics
@@ -17,43 +17,6 @@ from keras_cluster_mask.models.text_families import text_family_of, text_input_n
 from keras_cluster_mask.training.input_rules import is_float
 from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
-
-
-class Exported:
-    """Base class of models that are exported for inference on batches of any size."""
-
-    def export(
-        self,
-        filepath: str | os.PathLike,
-        format: str = "tf_saved_model",
-        verbose: bool | None = None,
-        input_signature: list | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Exports the model for inference on batches of any size.
-
-        Export `image_tower` or `text_tower` for one of the encoders alone.
-
-        Args:
-            filepath: Path of the folder or file to write.
-            format: As in `keras.Model.export`.
-            verbose: As in `keras.Model.export`.
-            input_signature: List of one `keras.InputSpec`, or of one dictionary of
-                them. Defaults to uint8 images and int32 token ids. Required on torch
-                and JAX if the text encoder does not define the length of texts, and on
-                torch, with a fixed batch size, for `"onnx"` and `"litert"`.
-            **kwargs: As in `keras.Model.export`.
-        """
-        specs = self.input_specs
-        if format == "torch" and "dynamic_shapes" not in kwargs:
-            import torch
-
-            # By default, Keras would export for a batch size of 1.
-            batch = torch.export.Dim("batch")
-            kwargs["dynamic_shapes"] = keras.tree.map_structure(
-                lambda x: {0: batch}, specs
-            )
-        super().export(filepath, format, verbose, input_signature or [specs], **kwargs)
 
 
 class Tower(MadeOfParts, Exported, keras.Model):
