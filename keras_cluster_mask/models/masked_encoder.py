@@ -340,11 +340,17 @@ def _random_weights(model):
     # Larger weights repeat these values, because generating all of them takes ten times
     # as long. Their number is prime, so that rows differ.
     numbers = 0.1 * np.random.default_rng(0).standard_normal(65_537, "float32")
-    values = []
+    values, shared = [], {}
     for index, variable in enumerate(model.variables):
         if keras.backend.is_float_dtype(variable.dtype):
-            value = np.resize(np.roll(numbers, 997 * index), variable.shape)
-            # A weight that is not trained may be a variance, which must be positive.
-            value = value if variable.trainable else np.abs(value) + 0.01
-            values.append((variable, value))
+            # A large encoder is not copied: three tensors serve all weights of a shape,
+            # so that query, key and value differ.
+            key = index % 3, variable.shape, variable.dtype, variable.trainable
+            if key not in shared:
+                value = np.resize(np.roll(numbers, 997 * index), variable.shape)
+                # A weight that is not trained may be a variance, which must be
+                # positive.
+                value = value if variable.trainable else np.abs(value) + 0.01
+                shared[key] = ops.convert_to_tensor(value, dtype=variable.dtype)
+            values.append((variable, shared[key]))
     return keras.StatelessScope(state_mapping=values)

@@ -1,6 +1,7 @@
 """Encoders that let hidden tokens through are found before they train."""
 
 import functools
+import math
 
 import keras
 import pytest
@@ -133,3 +134,17 @@ def test_a_pooling_of_prefix_tokens_which_are_never_hidden_is_taken(make):
 def test_an_honest_encoder_is_taken_in_any_precision(dtype, global_policy):
     keras.config.set_dtype_policy(global_policy)
     kcm.with_masking(clip_vision_encoder(dtype=dtype), threshold_masking())
+
+
+def test_the_probe_of_a_deep_encoder_holds_a_part_of_its_weights(monkeypatch):
+    scope, probed = keras.StatelessScope, []
+
+    def recorded(state_mapping):
+        probed.extend(state_mapping)
+        return scope(state_mapping=state_mapping)
+
+    monkeypatch.setattr(keras, "StatelessScope", recorded)
+    kcm.with_masking(functional_vit(num_layers=12), threshold_masking(), "positions")
+    total = sum(math.prod(x.shape) for _, x in probed)
+    held = {id(x): math.prod(x.shape) for _, x in probed}
+    assert 0 < sum(held.values()) < total / 3
