@@ -82,7 +82,8 @@ class MaskedEncoder(MadeOfParts, keras.Model):
     Call arguments:
         inputs: Images, in the form that `encoder` takes: a tensor, or a dictionary with
             it.
-        training: Python boolean. Patches are left out only if it is true.
+        training: Python boolean. Patches are left out only if it is true. Then dropout
+            is on, too, unless all weights of `encoder` are frozen.
         noise: `(batch, N)` float32 tensor for the masking. Drawn if not given. Or
             `(batch, v, N)` for `v` views of each image: the patches are embedded once,
             and the output has `batch * v` rows, with the views of an image in
@@ -167,8 +168,10 @@ class MaskedEncoder(MadeOfParts, keras.Model):
     ) -> Any:
         if not training:
             return self.encoder(inputs, training=False)
+        # Dropout would change the features of an encoder that is not trained.
+        trained = bool(self.encoder.trainable_weights)
         stem, blocks, positions = self._models()
-        tokens = stem(inputs, training=True)
+        tokens = stem(inputs, training=trained)
         (images,) = tree.flatten(inputs)
         tokens, visible, indices = self.masking.keep(
             tokens, images, noise, self.num_prefix_tokens
@@ -178,7 +181,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         if positions is not None:
             tables = positions(inputs)
             tokens = [tokens, *(ops.take(table, indices, axis=0) for table in tables)]
-        return blocks(tokens, training=True)
+        return blocks(tokens, training=trained)
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Computes the tokens that the masking selects from, in inference mode.

@@ -11,6 +11,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models import Tower
 from tests.helpers import (
+    FAST,
     exported,
     functional_vit,
     random_images,
@@ -222,3 +223,19 @@ def test_inputs_for_export_are_named_as_the_entries_of_a_batch():
     model = kcm.ContrastiveModel(functional_vit(), encoder, projection_dim=5)
     assert {*model.text_tower.input_specs} == {*both}
     assert {*model.input_specs} == {"images", *both}
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_frozen_encoders_train_with_masking_alone(is_masked):
+    images = functional_vit(mix=keras.layers.Dropout(0.5))
+    if is_masked:
+        images = kcm.with_masking(images, kcm.RandomMasking(), "positions")
+    texts = text_bag()
+    texts = keras.Model(texts.input, keras.layers.Dropout(0.5)(texts.output))
+    model = kcm.ContrastiveModel(images, texts, projection_dim=5)
+    for is_trained in (True, False):
+        images.trainable = texts.trainable = is_trained
+        model.compile(keras.optimizers.SGD(1e-9), **FAST)
+        fit = model.fit(random_pairs(8), batch_size=8, epochs=3, verbose=0)
+        differs = np.ptp(fit.history["loss"]) > 1e-3
+        assert differs == (is_trained or is_masked)
