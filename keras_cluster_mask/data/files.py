@@ -38,9 +38,8 @@ NO_RANGES = "the server does not send parts of files: download them"
 # rate, in bytes per second.
 MAX_WAIT, MIN_RATE = 50.0, 2**18
 # Requests of a step are repeated for this time after the first that is not answered, in
-# seconds. Later ones, such as for substitutes, share the second time, which is enough
-# for storage that works.
-PATIENCE, LATE, MIN_WAIT = 180.0, 32.0, 0.5
+# seconds. Later ones, such as for substitutes, get the second time.
+PATIENCE, MIN_WAIT = 180.0, 0.5
 
 
 class Patience:
@@ -291,9 +290,7 @@ def limited(system, function, names, *arguments, size=0):
     if type(system) is LocalFileSystem:
         return function(names, *arguments)
     patience, began = _patience.get(), time.monotonic()
-    left = patience.until - began
-    left = min(max(left, (left + LATE) / 8, MIN_WAIT), PATIENCE)
-    limit = min(MAX_WAIT + size / MIN_RATE, left)
+    limit = min(MAX_WAIT + size / MIN_RATE, max(patience.until - began, MIN_WAIT))
     try:
         if issubclass(type(system), AsyncFileSystem):
             # Also cancels the request.
@@ -307,7 +304,7 @@ def limited(system, function, names, *arguments, size=0):
             name = names if isinstance(names, str) else names[0]
             warnings.warn(
                 f"Waiting for {system.unstrip_protocol(name)}: {reason}. It is "
-                f"asked again for up to {PATIENCE - limit:.0f} seconds.",
+                f"asked again until {PATIENCE:.0f} seconds have passed.",
                 stacklevel=1,
             )
         raise TimeoutError(errno.ETIMEDOUT, reason) from error
