@@ -9,9 +9,6 @@ import keras
 import numpy as np
 from keras import ops
 
-# The types of the names of files, which are no images.
-FILES = str, os.PathLike
-
 
 def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarray]]:
     """Reads data batch by batch.
@@ -35,6 +32,8 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
             its entries have different lengths.
         TypeError: If `data` is neither arrays nor an iterable.
     """
+    if isinstance(data, os.PathLike):
+        data = os.fspath(data)
     if _is_whole(data):
         whole = _dictionary(data)
         for start in range(0, _length(whole["images"]), batch_size):
@@ -108,7 +107,7 @@ def num_batches(data: Any) -> int | None:
 def _is_whole(data):
     if isinstance(data, tuple):
         return bool(data) and hasattr(data[0], "shape")
-    return isinstance(data, (dict, *FILES)) or hasattr(data, "shape")
+    return isinstance(data, dict | str) or hasattr(data, "shape")
 
 
 def _dictionary(batch):
@@ -129,12 +128,6 @@ def _dictionary(batch):
         raise ValueError(
             "A batch of `data` must have the key 'images'. "
             f"Received: keys={sorted(batch)}"
-        )
-    if isinstance(batch["images"], FILES):
-        raise ValueError(
-            "`data` must hold images as arrays: read files and folders by "
-            "`kcm.data.image_text_dataset(source, tokenizer, image_size, batch_size, "
-            f"training=False)`. Received: images={batch['images']!r}"
         )
     check_equal_lengths(batch)
     return batch
@@ -159,10 +152,18 @@ def _length(values):
 
 
 def _arrays(batch):
-    return {
+    arrays = {
         name: _captions(values) if name == "captions" else as_array(values)
         for name, values in batch.items()
     }
+    # Names of files are strings, or objects.
+    if arrays["images"].dtype.kind in "OSU":
+        raise ValueError(
+            "`data` must hold images as arrays: read files and folders by "
+            "`kcm.data.image_text_dataset(source, tokenizer, image_size, batch_size, "
+            f"training=False)`. Received: images={batch['images']!r}"
+        )
+    return arrays
 
 
 def as_array(values: Any) -> np.ndarray:

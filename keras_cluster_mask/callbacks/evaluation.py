@@ -35,7 +35,7 @@ class Evaluate(RunCallback):
     before this callback. An epoch whose loss is not finite is not evaluated. Its
     metrics are NaN, or missing if no epoch was evaluated before.
 
-    If the dictionary has `"chance"`, as that of `kcm.evaluation.evaluate_retrieval`, it
+    If `"chance"` is a dictionary in it, as from `kcm.evaluation.evaluate_retrieval`, it
     is not added to the logs. `fit` prints it once, and the attribute `chance` holds it.
 
     With several processes, each calls the function, and the logs get the metrics of the
@@ -122,9 +122,9 @@ class Evaluate(RunCallback):
 
     def _evaluate(self, **options):
         metrics = self.function(self._embedder, **options)
-        if isinstance(metrics, dict):
+        if isinstance(metrics, dict) and isinstance(metrics.get("chance"), dict):
             metrics = {**metrics}
-            self.chance = metrics.pop("chance", {})
+            self.chance = metrics.pop("chance")
         if not isinstance(metrics, dict) or not all(map(is_number, metrics.values())):
             raise ValueError(
                 "`function` must return a dictionary from names to floats. "

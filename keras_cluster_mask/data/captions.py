@@ -45,16 +45,16 @@ def read_captions(
     for fault in index.damage:
         message = f"{fault.details}. The captions after it are missing."
         warnings.warn(message, stacklevel=2)
-    captions, fault = [], "no intact sample"
+    captions, fault = [], None
     for each in readable(index.read(range(len(index)), with_images=False)):
         if isinstance(each, Fault):
-            fault = each
+            fault = fault or each
         else:
             captions.extend(each.captions)
     if not captions:
         raise ValueError(
             "`caption_key` must name a field of `source` with captions. Received: "
-            f"caption_key={caption_key}, with the fields {index.fields}, and {fault}"
+            f"caption_key={caption_key}, with the fields {index.fields}; first fault: {fault}"
         )
     return captions
 

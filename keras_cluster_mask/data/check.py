@@ -65,8 +65,8 @@ def check(
     Returns:
         Dictionary: `"samples"`, the number of intact samples; `"captions"`, the number
         of their captions, or `None` unless all samples are read; `"row_groups"`, the
-        mean number of row groups that a sample of Parquet files is read from, near 1 if
-        they are sorted by image, or `None` without such files; `"broken"`, the number
+        mean number of places in Parquet files that are read for a sample, 1 if they are
+        sorted by image, or `None` without such files; `"broken"`, the number
         of broken samples; `"by_reason"`, a dictionary from each reason to a count; and
         `"examples"`, a dictionary from each reason to a list of the first 20 broken
         samples, dictionaries of `"shard"`, `"key"`, `"reason"` and `"details"`.
@@ -81,25 +81,25 @@ def check(
     count, captions = len(index), None
     # The samples of an object have no index, and must be read to find broken ones.
     if decode or isinstance(index, ObjectIndex):
-        captions = 0
+        captions = 0 if wants_caption else None
         for sample in _checked(index, decode):
             if isinstance(sample, Fault):
                 broken.add(sample)
                 count -= 1
-            else:
+            elif wants_caption:
                 captions += sample
-    if not count and label_key is None and "folder" in index.fields:
+    is_silent = not count and "no caption" in broken.by_reason
+    if is_silent and "folder" in index.fields:
         warnings.warn(
             "No image has a caption. If the folders in `source` are classes, pass "
             f'`label_key="folder"`. Received: label_key=None, {broken.reasons()}',
             stacklevel=2,
         )
     groups = index.row_groups()
-    # Sorted rows of an image may lie on both sides of a border, too.
     if groups and groups > 1.5:
         warnings.warn(
-            f"A sample is read from {groups:.3g} whole row groups, since rows of one "
-            "image lie apart: sort each Parquet file by a column that names the image, "
+            f"{groups:.3g} row groups are read for a sample, since rows of one image "
+            "lie apart: sort each Parquet file by a column that names the image, "
             'such as `table.sort_by("image_id")` with pyarrow.',
             stacklevel=2,
         )

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import time
+import types
 import warnings
 
 import fsspec
@@ -42,23 +43,18 @@ MAX_WAIT, MIN_RATE = 50.0, 2**18
 PATIENCE, MIN_WAIT = 180.0, 0.5
 
 
-class Patience:
-    """The time at which requests of a step are no longer repeated. Threads share it.
-
-    Attributes:
-        until: Float. Infinite while the storage answers.
-    """
-
-    until = math.inf
-
-
+# The time `until` which requests of the current step are repeated. Threads share it.
 _patience = contextvars.ContextVar("patience")
 
 
 @contextlib.contextmanager
 def one_step(patience=None):
-    """Lets the reads within it share a `Patience`, by default that of a step around."""
-    token = _patience.set(patience or _patience.get(None) or Patience())
+    """Lets the reads within it share one time to wait, by default of a step around.
+
+    The time is infinite until a request is not answered.
+    """
+    patience = patience or _patience.get(None)
+    token = _patience.set(patience or types.SimpleNamespace(until=math.inf))
     try:
         yield
     finally:
@@ -71,7 +67,7 @@ def is_address(path):
     A chain of fsspec is one, too, such as `"simplecache::s3://bucket/a.tar"`. `"::"` in
     the name of a local file has no meaning.
     """
-    scheme = r"([A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://|data:"
+    scheme = r"([A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://|data:[^,]*,"
     return re.match(scheme, os.fspath(path)) is not None
 
 
@@ -218,20 +214,22 @@ def read_ranges(ranges):
     return results
 
 
-@one_step()
 def retried(read, path=""):
     """Calls a function, and retries it a few times if it raises an `OSError`.
 
     If it reads a file at a URL, `path`, it is called once: each request is retried.
     """
-    for pause in () if is_address(path) else RETRY_AFTER:
-        try:
-            return read()
-        except OSError as error:
-            if not _may_pass(error):
-                raise
-        time.sleep(pause)
-    return read()
+    if is_address(path):
+        return read()
+    with one_step():
+        for pause in RETRY_AFTER:
+            try:
+                return read()
+            except OSError as error:
+                if not _may_pass(error):
+                    raise
+            time.sleep(pause)
+        return read()
 
 
 def _part_of(reply, first, path, start, stop):
@@ -316,6 +314,6 @@ def _may_pass(result):
     # The status 416 of a web server means a range beyond the end.
     is_final = isinstance(result, FINAL) or getattr(result, "status", None) == 416
     is_final = is_final or getattr(result, "errno", None) in numbers
-    is_over = time.monotonic() > _patience.get().until
-    is_final = is_final or (isinstance(result, TimeoutError) and is_over)
+    if isinstance(result, TimeoutError):
+        is_final = time.monotonic() > _patience.get().until
     return isinstance(result, Exception) and not is_final

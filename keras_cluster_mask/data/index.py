@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_cluster_mask.data.formats import DamagedShard, format_of
+from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.objects import ObjectIndex
 from keras_cluster_mask.data.pairs import Fault, Pair
 from keras_cluster_mask.data.parts import build_parts, checksum_of, digest_of, hash_of
@@ -127,12 +128,14 @@ class Index:
         """
         read, samples = 0, 0
         for shard in self._shards:
-            if shard.format.has_row_groups:
+            if isinstance(shard.format, Parquet):
                 numbers, starts = self._intact(shard)
                 groups = shard.part.records()["offset"][numbers]
-                is_next = np.diff(groups, prepend=groups[:1]) != 0
-                is_next[starts[:-1]] = True
-                read += np.count_nonzero(is_next)
+                # Neighbors on both sides of a border are no reason to sort.
+                is_apart = np.diff(numbers, prepend=-2) != 1
+                is_apart &= np.diff(groups, prepend=-1) != 0
+                is_apart[starts[:-1]] = True
+                read += int(is_apart.sum())
                 samples += len(starts) - 1
         return read / samples if samples else None
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import entries_of, is_empty
+from keras_cluster_mask.data.formats.base import UTF_16, entries_of, is_empty
 
 # `path` is also the field of an image in a folder. `filename` may lack the folder that
 # another column names.
@@ -19,8 +19,6 @@ IMAGE_KEYS = (
 )  # fmt: skip
 # `json.captions` may hold all captions, and `txt` only the first one.
 CAPTION_KEYS = ("json.captions", "txt", "caption", "captions", "text", "title")
-# UTF-16 starts with two bytes that are not UTF-8.
-NO_UTF_8 = "the caption is not UTF-8 (UTF-16?): save it as UTF-8"
 NO_ARRAY = "the array is not uint8 (height, width) or (height, width, 3)"
 
 
@@ -177,10 +175,10 @@ class PairReader:
             value = _field(fields, key)
             if value is None:
                 continue
-            text = _text(value)
-            if text.startswith("\N{REPLACEMENT CHARACTER}" * 2):
-                return (), NO_UTF_8
-            lines = text.splitlines() if key in self._line_keys else ()
+            if isinstance(value, bytes) and value.startswith(UTF_16):
+                fault = "the caption is in UTF-16: save it as UTF-8"
+                continue
+            lines = _text(value).splitlines() if key in self._line_keys else ()
             # img2dataset writes a caption with its line breaks, to `json`, too.
             if len(lines) > 1 and _field(fields, "json.caption") is None:
                 value = lines

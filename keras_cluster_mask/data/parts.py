@@ -330,7 +330,7 @@ def _write(places, contents):
         except OSError as error:
             if place == places[-1]:
                 reason = (
-                    "`index_dir` must be a folder with space for the index: free some, "
-                    f"or pass another. Received: {place}: {error.strerror}"
+                    "`index_dir` must be a folder that can hold the index: free space in "
+                    f"it, or pass another. Received: {place}: {error}"
                 )
                 raise OSError(error.errno, reason) from error

@@ -1,5 +1,7 @@
 """Checks of data, embeddings, labels and numbers."""
 
+import re
+
 import numpy as np
 
 from keras_cluster_mask.batches import read_batches, stream_of
@@ -44,11 +46,17 @@ def check_class_names(name, data, class_names, may_rename=False):
         data: See `embed`.
         class_names: List of str. Empty, as of other data than an `image_text_dataset`,
             if the names are unknown.
-        may_rename: Boolean. Whether `class_names` may be as many other names.
+        may_rename: Boolean. Whether `class_names` may be as many other names, and may
+            have more classes than the dataset, after these.
     """
-    found, expected = class_names_of(data), list(class_names)
+    found, expected = (
+        [re.sub("[_-]", " ", name.lower()) for name in names]
+        for names in (class_names_of(data), class_names)
+    )
+    if not found or not expected or found == expected:
+        return
     is_renamed = len(found) == len(expected) and {*found}.isdisjoint(expected)
-    if found in ([], expected) or not expected or (may_rename and is_renamed):
+    if may_rename and (is_renamed or found == expected[: len(found)]):
         return
     others = sorted({*found} ^ {*expected}) or "the order"
     words = "; for other words in texts, pass a dictionary as `templates`" * may_rename

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.checks import check_choice, is_integer
+from keras_cluster_mask.batches import check_not_empty
+from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.evaluation.checks import (
     check_ks,
     check_labels,
@@ -159,16 +160,15 @@ def evaluate_retrieval(
 
 
 def chance_recall(
-    captions: int | Sequence[str | Sequence[str]],
-    captions_per_image: int = 1,
+    captions: Sequence[str | Sequence[str]],
     ks: int | Sequence[int] = (1, 5, 10),
     duplicates: str = "positive",
 ) -> dict[str, float]:
     """Computes the expected recall of random embeddings.
 
     Equal captions have the same embedding. The more of them there are, the higher is
-    the chance from text to image, where more images match. From image to text it is the
-    mean of many random orders, which are the same in each call.
+    the chance from text to image, where more images match. The chance from image to text
+    is the mean of many random orders, which are the same in each call.
 
     Example:
 
@@ -178,18 +178,15 @@ def chance_recall(
     ```
 
     Args:
-        captions: List of the captions of each image, a str or a list of str. Or an
-            integer, the number of images, if all captions differ.
-        captions_per_image: Integer, for a number of images.
+        captions: List of the captions of each image, a str or a list of str.
         ks: As in `retrieval_recall`.
         duplicates: As in `evaluate_retrieval`, which compares token ids.
 
     Returns:
         A dictionary with the keys of `retrieval_recall`.
     """
-    if is_integer(captions):
-        captions = np.arange(captions * captions_per_image).reshape(captions, -1)
     check_choice("duplicates", duplicates, ("positive", "negative"))
+    check_not_empty(len(captions), captions)
     texts, owners = texts_of({"captions": captions})
     return _chance(owners, texts, len(captions), check_ks(ks), duplicates)
 
@@ -210,7 +207,7 @@ def _chance(owners, texts, num_images, ks, duplicates):
     wrong, right = 0, np.bincount(groups)[texts]
     if duplicates == "negative":
         # Wrong texts that are equal to a right one rank ahead of it.
-        wrong, right = sizes[groups] - counts, np.ones(len(texts))
+        wrong, right = sizes[groups] - counts, np.array([1])
     rng = np.random.default_rng(0)
     rounds = np.clip(2**20 // len(texts), 20, 2000)
     first = []
@@ -219,18 +216,15 @@ def _chance(owners, texts, num_images, ks, duplicates):
         ahead = np.empty(len(sizes), "int64")
         ahead[order] = np.cumsum(sizes[order]) - sizes[order]
         first.append(np.minimum.reduceat(ahead[groups] + wrong, starts))
-    chances = {
-        f"image_to_text_recall@{k}": np.mean(np.less(first, k))
-        * len(starts)
-        / num_images
-        for k in ks
-    }
+    chances = {}
     for k in ks:
+        found = np.less(first, k).sum() / rounds / num_images
+        chances[f"image_to_text_recall@{k}"] = float(found)
         # The hypergeometric distribution.
         left = (num_images - n for n in range(min(k, num_images)))
         missed = math.prod(np.maximum(1 - right / n, 0) for n in left)
-        chances[f"text_to_image_recall@{k}"] = np.mean(1 - missed)
-    return {name: float(chance) for name, chance in chances.items()}
+        chances[f"text_to_image_recall@{k}"] = float(np.mean(1 - missed))
+    return chances
 
 
 def _normalized(image_embeddings, text_embeddings):

@@ -42,6 +42,20 @@ def views_of_image(count):
     return _within("views", count)
 
 
+def masking_without_training(is_on):
+    """Returns a context in which masking layers mask in calls that do not train.
+
+    Args:
+        is_on: Boolean. Whether they do.
+    """
+    return _within("masks", is_on)
+
+
+def is_masked(training):
+    """Returns whether a masking layer masks in a call."""
+    return training or getattr(_context, "masks", False)
+
+
 @contextlib.contextmanager
 def _within(name, value):
     before = getattr(_context, name, None)

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.selection import PutMask, split_tokens
+from keras_cluster_mask.masking.selection import PutMask, is_masked, split_tokens
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.models.encoders import (
     EMBEDDINGS,
@@ -82,8 +82,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
     Call arguments:
         inputs: Images, in the form that `encoder` takes: a tensor, or a dictionary with
             it.
-        training: Python boolean. Patches are left out only if it is true. Then dropout
-            is on, too, unless all weights of `encoder` are frozen.
+        training: Python boolean. Patches are left out only if it is true.
         noise: `(batch, N)` float32 tensor for the masking. Drawn if not given. Or
             `(batch, v, N)` for `v` views of each image: the patches are embedded once,
             and the output has `batch * v` rows, with the views of an image in
@@ -166,12 +165,10 @@ class MaskedEncoder(MadeOfParts, keras.Model):
     def call(
         self, inputs: Any, training: bool | None = None, noise: Tensor | None = None
     ) -> Any:
-        if not training:
+        if not is_masked(training):
             return self.encoder(inputs, training=False)
-        # Dropout would change the features of an encoder that is not trained.
-        trained = bool(self.encoder.trainable_weights)
         stem, blocks, positions = self._models()
-        tokens = stem(inputs, training=trained)
+        tokens = stem(inputs, training=training)
         (images,) = tree.flatten(inputs)
         tokens, visible, indices = self.masking.keep(
             tokens, images, noise, self.num_prefix_tokens
@@ -181,7 +178,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         if positions is not None:
             tables = positions(inputs)
             tokens = [tokens, *(ops.take(table, indices, axis=0) for table in tables)]
-        return blocks(tokens, training=trained)
+        return blocks(tokens, training=training)
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Computes the tokens that the masking selects from, in inference mode.

@@ -7,8 +7,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution.backends import keeping_weights
-from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.selection import views_of_image
+from keras_cluster_mask.masking.selection import masking_without_training, views_of_image
 from keras_cluster_mask.models.encoders import context_length_of, data_format_of
 from keras_cluster_mask.models.exported import Exported
 from keras_cluster_mask.models.head import l2_normalize
@@ -16,7 +15,7 @@ from keras_cluster_mask.models.masked_encoder import call_encoder
 from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, check_statistics
 from keras_cluster_mask.models.text_families import text_family_of, text_input_names
 from keras_cluster_mask.training.input_rules import is_float
-from keras_cluster_mask.training.layers import MadeOfParts, all_layers
+from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
 
 
@@ -82,11 +81,11 @@ class Tower(MadeOfParts, Exported, keras.Model):
     def features(self, inputs: Any, training: bool | None = None) -> Tensor:
         """Computes the `(batch, width)` features that the projection takes."""
         encoder = self.encoder
-        if training and encoder.weights and not encoder.trainable_weights:
-            # Dropout would change the features of a frozen encoder. One with a masking
-            # turns dropout off by itself.
-            training = any(isinstance(x, PatchMasking) for x in all_layers(encoder))
-        features = call_encoder(encoder, self.prepare(inputs), training)
+        # Dropout would change the features of a frozen encoder.
+        frozen = training and encoder.weights and not encoder.trainable_weights
+        with masking_without_training(bool(frozen)):
+            inputs = self.prepare(inputs)
+            features = call_encoder(encoder, inputs, training and not frozen)
         if len(getattr(features, "shape", ())) != 2:
             raise ValueError(
                 "An encoder must return features of shape (batch, d); add a pooling to "

@@ -53,11 +53,11 @@ def configure(optimizer, model, decay_vectors):
     for part in parts:
         if not decay_vectors:
             exclude_vectors_from_decay(part, model)
-        elif part.weight_decay and spares_vectors(part):
+        elif part.weight_decay and getattr(part, "spares_vectors", False):
             raise ValueError(
-                "`decay_vectors=True` needs a new optimizer, since this one was "
-                "compiled or built to exclude vectors from weight decay. "
-                f"Received: optimizer={part.name}"
+                "`decay_vectors=True` needs a new optimizer, since vectors were "
+                "excluded from the weight decay of this one when it was compiled "
+                f"before. Received: optimizer={part.name}"
             )
 
 
@@ -158,13 +158,6 @@ def exclude_vectors_from_decay(optimizer, model):
     spared = [v for v in model.weights if is_vector(v) or not decays(v)]
     optimizer.exclude_from_weight_decay(spared)
     optimizer.spares_vectors = True
-
-
-def spares_vectors(optimizer) -> bool:
-    """Returns whether an optimizer excludes vectors, which it will no longer change."""
-    known = optimizer._trainable_variables if optimizer.built else ()
-    excluded = any(is_vector(v) and not optimizer._use_weight_decay(v) for v in known)
-    return excluded or getattr(optimizer, "spares_vectors", False)
 
 
 def is_vector(variable) -> bool:

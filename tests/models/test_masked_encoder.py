@@ -424,15 +424,3 @@ def test_a_pooled_output_carries_no_mask_of_tokens():
     features = masked(random_images(4), training=True)
     assert tuple(features.shape) == (4, 16)
     assert getattr(features, "_keras_mask", None) is None
-
-
-def test_a_frozen_encoder_is_masked_without_dropout():
-    encoder = functional_vit(mix=keras.layers.Dropout(0.5), pool=False)
-    masked = kcm.with_masking(encoder, kcm.RandomMasking(0.5), "positions")
-    images, noise = random_images(2), random_noise(2)
-    first, second = (masked(images, training=True, noise=noise) for _ in range(2))
-    assert np.abs(to_numpy(first) - to_numpy(second)).max() > 0.1
-    encoder.trainable = False
-    first, second = (masked(images, training=True, noise=noise) for _ in range(2))
-    np.testing.assert_array_equal(to_numpy(first), to_numpy(second))
-    assert tuple(first.shape) == (2, 8, 16)

@@ -21,6 +21,7 @@ from tests.helpers import (
     tiny_clip,
     tiny_siglip,
     to_numpy,
+    values,
 )
 from tests.models.test_pooled_encoder import make_model
 
@@ -225,17 +226,36 @@ def test_inputs_for_export_are_named_as_the_entries_of_a_batch():
     assert {*model.input_specs} == {"images", *both}
 
 
-@pytest.mark.parametrize("is_masked", [False, True])
-def test_frozen_encoders_train_with_masking_alone(is_masked):
-    images = functional_vit(mix=keras.layers.Dropout(0.5))
-    if is_masked:
-        images = kcm.with_masking(images, kcm.RandomMasking(), "positions")
-    texts = text_bag()
-    texts = keras.Model(texts.input, keras.layers.Dropout(0.5)(texts.output))
-    model = kcm.ContrastiveModel(images, texts, projection_dim=5)
-    for is_trained in (True, False):
-        images.trainable = texts.trainable = is_trained
-        model.compile(keras.optimizers.SGD(1e-9), **FAST)
-        fit = model.fit(random_pairs(8), batch_size=8, epochs=3, verbose=0)
-        differs = np.ptp(fit.history["loss"]) > 1e-3
-        assert differs == (is_trained or is_masked)
+def vit_with_dropout(masked, rate):
+    """A vision transformer with dropout, and with a masking of its own or around it."""
+    masking = kcm.RandomMasking(num_prefix_tokens=0, seed=1)
+    dropout = keras.layers.Dropout(rate)
+    if masked == "inside":
+        return functional_vit(mix=lambda x: dropout(masking(x)))
+    encoder = functional_vit(mix=dropout)
+    if masked == "around":
+        encoder = kcm.with_masking(encoder, masking, "positions")
+    # Dropout after the encoder with the masking, too.
+    images = keras.Input((16, 16, 3))
+    return keras.Model(images, keras.layers.Dropout(rate)(encoder(images)))
+
+
+@pytest.mark.parametrize("masked", [None, "around", "inside"])
+def test_frozen_encoders_train_with_masking_alone(masked):
+    losses, weights = {}, []
+    for rate in (0.5, 0.0):
+        images, texts = vit_with_dropout(masked, rate), text_bag()
+        texts = keras.Model(texts.input, keras.layers.Dropout(rate)(texts.output))
+        model = kcm.ContrastiveModel(images, texts, projection_dim=5)
+        weights = weights or values(model.trainable_weights)
+        for weight, value in zip(model.trainable_weights, weights, strict=True):
+            weight.assign(value)
+        for is_trained in (False, True):
+            images.trainable = texts.trainable = is_trained
+            model.compile(keras.optimizers.SGD(1e-9), **FAST)
+            fit = dict(batch_size=8, epochs=3, shuffle=False, verbose=0)
+            history = model.fit(random_pairs(8), **fit).history["loss"]
+            losses[rate, is_trained] = history
+    np.testing.assert_allclose(losses[0.5, False], losses[0.0, False], rtol=1e-5)
+    assert (np.ptp(losses[0.0, False]) > 1e-3) == (masked is not None)
+    assert np.ptp(losses[0.5, True]) > 1e-3

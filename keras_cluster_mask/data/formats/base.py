@@ -1,5 +1,6 @@
 """Base class of formats, which find the samples once and read any of them."""
 
+import codecs
 import contextlib
 import json
 import typing
@@ -7,6 +8,9 @@ import typing
 import numpy as np
 
 from keras_cluster_mask.data import files
+
+# How a text in UTF-16 starts.
+UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
 
 class Entry(typing.NamedTuple):
@@ -91,14 +95,11 @@ class Format:
         in_index: Boolean. Whether the content of the samples is stored in the index.
         names_files: Boolean. Whether samples may hold the names of image files, which
             are relative to the folder of the shard.
-        has_row_groups: Boolean. Whether rows are read in groups, whose number is the
-            offset of an entry.
     """
 
     has_rows = False
     in_index = False
     names_files = False
-    has_row_groups = False
 
     def scan(self, path):
         """Finds the samples of a shard in order.

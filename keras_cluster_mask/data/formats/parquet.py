@@ -28,7 +28,6 @@ class Parquet(Format):
 
     has_rows = True
     names_files = True
-    has_row_groups = True
 
     def scan(self, path):
         # The cache may hold row groups of an older file of this name.

@@ -1,13 +1,12 @@
 """Tables (CSV, TSV, JSON lines) with a row for each image or caption."""
 
-import codecs
 import contextlib
 import csv
 import functools
 import itertools
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import DamagedShard, Format, json_object
+from keras_cluster_mask.data.formats.base import UTF_16, DamagedShard, Format, json_object
 
 # The file names of the table of a folder, in order of preference.
 ENDINGS = "csv", "tsv", "jsonl"
@@ -64,7 +63,7 @@ class Table(Format):
 
     def _columns(self, path, file):
         """Reads the column names of a table. JSON lines have None."""
-        if file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if file.peek(2).startswith(UTF_16):
             raise ValueError(
                 "`source` must be in UTF-8: save the table again in this encoding. "
                 f"Received: {path}, in UTF-16"
