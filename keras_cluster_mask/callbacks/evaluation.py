@@ -122,17 +122,18 @@ class Evaluate(RunCallback):
 
     def _evaluate(self, **options):
         metrics = self.function(self._embedder, **options)
+        prefix = f"{self.name}_" if self.name else ""
         if isinstance(metrics, dict) and isinstance(metrics.get("chance"), dict):
             metrics = {**metrics}
-            self.chance = metrics.pop("chance")
+            chance = metrics.pop("chance")
+            self.chance = {f"{prefix}{name}": x for name, x in chance.items()}
         if not isinstance(metrics, dict) or not all(map(is_number, metrics.values())):
             raise ValueError(
                 "`function` must return a dictionary from names to floats. "
                 f"Received: {metrics!r}"
             )
         # Keras's callbacks recognize metrics of validation by `val_`.
-        start = f"val_{self.name}_" if self.name else "val_"
-        return {f"{start}{name}": value for name, value in metrics.items()}
+        return {f"val_{prefix}{name}": value for name, value in metrics.items()}
 
     def _add(self, metrics, logs):
         # Keras passes one dictionary to all callbacks.

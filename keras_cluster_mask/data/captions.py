@@ -54,7 +54,8 @@ def read_captions(
     if not captions:
         raise ValueError(
             "`caption_key` must name a field of `source` with captions. Received: "
-            f"caption_key={caption_key}, with the fields {index.fields}; first fault: {fault}"
+            f"caption_key={caption_key}, with the fields {index.fields}, and first "
+            f"{fault}"
         )
     return captions
 

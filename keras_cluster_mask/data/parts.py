@@ -330,7 +330,7 @@ def _write(places, contents):
         except OSError as error:
             if place == places[-1]:
                 reason = (
-                    "`index_dir` must be a folder that can hold the index: free space in "
-                    f"it, or pass another. Received: {place}: {error}"
+                    "`index_dir` must be a folder that can hold the index: free space "
+                    f"in it, or pass another. Received: {place}: {error}"
                 )
                 raise OSError(error.errno, reason) from error

@@ -167,8 +167,8 @@ def chance_recall(
     """Computes the expected recall of random embeddings.
 
     Equal captions have the same embedding. The more of them there are, the higher is
-    the chance from text to image, where more images match. The chance from image to text
-    is the mean of many random orders, which are the same in each call.
+    the chance from text to image, where more images match. The chance from image to
+    text is the mean of many random orders, which are the same in each call.
 
     Example:
 

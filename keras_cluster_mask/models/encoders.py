@@ -69,7 +69,7 @@ BLOCKS = (
 CLASSES: dict[str, type] = {}
 
 # The sides of the images with which the tokens of an encoder for any size are counted.
-UNKNOWN_SIDE = 112
+UNKNOWN_SIDE = 224
 
 # === Any encoder ===
 
@@ -227,8 +227,13 @@ def count_prefix_tokens(encoder, stem) -> int | None:
     """Returns the number of tokens that are not patches, or `None` if unknown."""
     patch_size, shape = getattr(encoder, "patch_size", None), image_shape_of(encoder)
     if patch_size is None:
-        sides = (x or UNKNOWN_SIDE for x in shape)
-        return _count_constant_tokens(stem, tuple(sides))
+        sides = tuple(x or UNKNOWN_SIDE for x in shape)
+        try:
+            return _count_constant_tokens(stem, sides)
+        except Exception:
+            # The encoder need not take images of the size that was chosen here.
+            if None not in shape:
+                raise
     if None in shape:
         return None
     patch_size = sides_of("patch_size", patch_size)

@@ -215,7 +215,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
 
 def call_encoder(encoder, value, training):
     """Calls an encoder on a tensor, or on a dictionary of inputs by name."""
-    if training is False:
+    if training is False and not is_masked(training):
         # A functional model for inference, such as a tower, should have no masking.
         encoder = getattr(encoder, "unmasked", encoder)
     inputs = getattr(encoder, "input", None)

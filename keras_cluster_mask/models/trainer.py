@@ -233,7 +233,9 @@ class ContrastiveTrainer(DualEncoder):
                 "Received: optimizer=None"
             )
         encoders.freeze_mask_tokens(self.image_encoder)
-        optimizer = keras.optimizers.get(optimizer)
+        # In the scope of the model, which may be compiled outside of it.
+        with gradients.strategy_scope(self):
+            optimizer = keras.optimizers.get(optimizer)
         if kwargs.get("auto_scale_loss", True):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
         optimizers.configure(optimizer, self, decay_vectors)
@@ -381,8 +383,9 @@ class ContrastiveTrainer(DualEncoder):
         if not optimizers.fits_when_reloaded(self.optimizer, self):
             warnings.warn(
                 "The optimizer was built for other weights than those that the loaded "
-                "model will train, so the model is saved without it: compile the "
-                f"loaded model before `fit`. Received: model={self.name}",
+                "model will train, so the model is saved without it: compile again "
+                "after weights are frozen or unfrozen, or compile the loaded model. "
+                f"Received: model={self.name}",
                 stacklevel=2,
             )
             return None

@@ -54,7 +54,7 @@ class ArrayBatches:
         if self._batch_size % self._processes:
             raise ValueError(
                 "`batch_size` must be a multiple of the number of processes, which "
-                f"share each batch. Received: batch_size={self._batch_size}, "
+                f"share each batch. Received: batch_size={batch_size}, {pairs} pairs, "
                 f"{self._processes} processes"
             )
         rows = self._batch_size // self._processes
@@ -62,7 +62,7 @@ class ArrayBatches:
             name: keras.InputSpec(str(x.dtype), (rows, *x.shape[1:]))
             for name, x in self._arrays.items()
         }
-        token_ids = np.ascontiguousarray(self._arrays["token_ids"])
+        token_ids = np.ascontiguousarray(self._arrays["token_ids"], "int32")
         self.description = {
             "data.pairs": pairs,
             "data.token_ids": zlib.crc32(token_ids),

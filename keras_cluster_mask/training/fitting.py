@@ -152,7 +152,8 @@ def _train(model, keras_fit, run, options):
     """Calls Keras's `fit` from where a run is to the end, and returns its history."""
     x = run.data.from_step(run.data.steps_before(run.epoch))
     if model.compiled:
-        steps = run.data.steps_per_epoch or operator.length_hint(x)
+        steps = run.data.steps_per_epoch or getattr(x, "num_batches", None)
+        steps = steps or operator.length_hint(x)
         epochs = options["epochs"] - run.epoch
         _warn_of_rate_zero(model.optimizer, epochs * steps)
     options["callbacks"] = [run, *run.callbacks]
@@ -203,10 +204,10 @@ def _warn_of_rate_zero(optimizer, steps):
         # The first step of a warm-up has a rate of 0, too.
         if not isinstance(rate, keras.Variable) and step > 0 and not rate:
             warnings.warn(
-                "The schedule of the learning rate reaches 0 before the end of this "
-                "`fit`, and weights no longer change: compile the model with a new "
+                "The schedule of a learning rate reaches 0 before the end of this "
+                "`fit`, and its weights no longer change: compile the model with a new "
                 "optimizer, whose schedule has as many steps. Received: a rate of 0 in "
-                f"step {int(step) + 1} of the optimizer, and a `fit` of {steps} steps",
+                f"step {int(step) + 1}, and a `fit` of {steps or 'unknown'} steps",
                 stacklevel=5,
             )
             return

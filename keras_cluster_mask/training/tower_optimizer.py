@@ -59,15 +59,12 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
         grads: Sequence[Tensor | None],
         trainable_variables: Sequence[keras.Variable] | None = None,
     ) -> None:
-        # Each optimizer would clip the gradients of its own weights alone.
-        given, scale = [x for x in grads if x is not None], self.loss_scale_factor
-        if scale is not None:
-            given = [x / scale for x in given]
-        given = self._clip_gradients(given)
-        if scale is not None:
-            # Each optimizer divides by it.
-            given = [x * scale for x in given]
-        clipped = iter(given)
+        # Each optimizer would clip the gradients of its own weights alone. They are
+        # those of the scaled loss.
+        norm, scale = self.global_clipnorm, self.loss_scale_factor or 1.0
+        self.global_clipnorm = norm and norm * scale
+        clipped = iter(self._clip_gradients([x for x in grads if x is not None]))
+        self.global_clipnorm = norm
         grads = [x if x is None else next(clipped) for x in grads]
         super().apply(grads, trainable_variables)
 

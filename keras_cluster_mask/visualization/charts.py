@@ -45,7 +45,8 @@ def plot_history(
         ValueError: If `validation_freq` is not that of the run.
     """
     logs = getattr(history, "history", history)
-    epochs = np.array(getattr(history, "epoch", range(max(map(len, logs.values()))))) + 1
+    longest = range(max(map(len, logs.values())))
+    epochs = np.array(getattr(history, "epoch", longest)) + 1
     was_due = np.isin(epochs, validation_freq)
     if is_integer(validation_freq):
         was_due = epochs % check_integer("validation_freq", validation_freq) == 0

@@ -98,10 +98,13 @@ def test_chance_is_printed_once_and_not_logged(small, capsys):
 
     history = log(small, Evaluate(evaluate, name="own"), epochs=2, verbose=2)
     printed = capsys.readouterr().out
-    assert printed.count("Chance: image_to_text_recall@2 0.25, ") == 1
+    assert printed.count("Chance: own_image_to_text_recall@2 0.25, own_") == 1
     assert sum("recall" in name for name in history) == 2
     log(small, Evaluate(evaluate))
     assert "Chance" not in capsys.readouterr().out
+    # A metric of this name.
+    history = log(small, Evaluate(lambda model: {"chance": 0.5}), verbose=2)
+    assert history["val_chance"] == [0.5]
 
 
 @pytest.mark.any_backend

@@ -121,7 +121,10 @@ def test_a_data_set_is_embedded_and_compared(model):
     expected = retrieval_recall(
         embeddings["image_embeddings"], embeddings["text_embeddings"], ks=(1, 3)
     )
-    assert found == {**expected, "chance": chance_recall([*map(str, range(20))], ks=(1, 3))}
+    assert found == {
+        **expected,
+        "chance": chance_recall([*map(str, range(20))], ks=(1, 3)),
+    }
 
 
 @pytest.mark.any_backend

@@ -233,14 +233,16 @@ def vit_with_dropout(masked, rate):
     if masked == "inside":
         return functional_vit(mix=lambda x: dropout(masking(x)))
     encoder = functional_vit(mix=dropout)
-    if masked == "around":
+    if masked in ("around", "between"):
         encoder = kcm.with_masking(encoder, masking, "positions")
+    if masked == "around":
+        return encoder
     # Dropout after the encoder with the masking, too.
     images = keras.Input((16, 16, 3))
     return keras.Model(images, keras.layers.Dropout(rate)(encoder(images)))
 
 
-@pytest.mark.parametrize("masked", [None, "around", "inside"])
+@pytest.mark.parametrize("masked", [None, "around", "between", "inside"])
 def test_frozen_encoders_train_with_masking_alone(masked):
     losses, weights = {}, []
     for rate in (0.5, 0.0):

@@ -6,7 +6,12 @@ import functools
 import itertools
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import UTF_16, DamagedShard, Format, json_object
+from keras_cluster_mask.data.formats.base import (
+    UTF_16,
+    DamagedShard,
+    Format,
+    json_object,
+)
 
 # The file names of the table of a folder, in order of preference.
 ENDINGS = "csv", "tsv", "jsonl"
