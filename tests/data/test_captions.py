@@ -88,6 +88,11 @@ def test_captions_in_utf_16_are_refused_by_name(write_tar, tmp_path, name):
             read(tmp_path / name)
 
 
+def test_captions_of_unreadable_letters_are_kept(write_tar):
+    text = "\N{REPLACEMENT CHARACTER}" * 3
+    assert read_captions(write_tar("x.tar", [("a.txt", text.encode())])) == [text]
+
+
 def test_half_letters_are_not_changed():
     pair = Pair(b"", ("{} \ud800",), "1", "x")
     assert Captions(None, False).choose(pair, None) == b"{} \xed\xa0\x80"

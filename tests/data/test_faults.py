@@ -147,6 +147,38 @@ def test_storage_that_dies_in_training_ends_the_run_within_four_minutes(
     assert 180 < silence.now <= 240
 
 
+class Slow(Silence):
+    """Storage that answers every request after 5 seconds, except for the fifth."""
+
+    count = 0
+
+    def submit(self, function, *arguments):
+        self.count += 1
+        self.call = functools.partial(function, *arguments)
+        return self
+
+    def result(self, seconds):
+        needed = 1000 if self.count == 5 else 5
+        self.now += min(seconds, needed)
+        if seconds < needed:
+            raise TimeoutError
+        return self.call()
+
+
+def test_one_slow_answer_does_not_end_the_index_of_a_large_shard(
+    write_pairs, storage, monkeypatch
+):
+    slow = Slow()
+    monkeypatch.setattr(files, "READ_AHEAD", 256)
+    monkeypatch.setattr(files, "time", slow)
+    monkeypatch.setattr(files, "Threads", lambda _: slow)
+    path = write_pairs("a.tar", 0, 64)
+    with pytest.warns(UserWarning, match="has not answered"):
+        data = make(f"storage://{path}", index_dir=path.parent / "new")
+    assert data.num_samples == 64
+    assert slow.now > files.PATIENCE + files.MAX_WAIT
+
+
 # === Images that tables name ===
 
 

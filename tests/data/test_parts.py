@@ -182,7 +182,7 @@ def test_a_full_disk_names_the_index_and_the_argument(source, tmp_path, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    message = rf"`index_dir`.*free some.*Received: {tmp_path}/x/0.tar.*: No space left"
+    message = rf"`index_dir`.*free space.*Received: {tmp_path}/x/0.tar.* No space left"
     with pytest.raises(OSError, match=message) as raised:
         build(source, index_dir=tmp_path / "x")
     assert raised.value.errno == errno.ENOSPC

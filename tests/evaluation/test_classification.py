@@ -242,6 +242,9 @@ def test_classes_may_have_as_many_other_names(model, tokenizer, folder):
     names = ["rot", "blau", "blau"]
     with pytest.warns(UserWarning, match="more than once"):
         evaluate_zero_shot(model, data, names, tokenizer, verbose=0)
+    # The same names in other letters, and classes after those of the data.
+    more = [name.upper() for name in COLORS] + ["black"]
+    evaluate_zero_shot(model, data, more, tokenizer, verbose=0)
     # A probe classifies the test data as the training data.
     for name in COLORS:
         (folder / name).rename(folder / f"{name}dish")

@@ -32,7 +32,9 @@ class Folder(Format):
             text = texts.get(name, b"")
             if isinstance(text, Exception):
                 raise text
-            content = json.dumps([name, text.decode(errors="replace")]).encode()
+            # Without a loss of bytes that are not UTF-8.
+            text = text.decode(errors="surrogateescape")
+            content = json.dumps([name, text]).encode()
             _, fields = self.parse(content, 0, None)
             if not text:
                 del fields["txt"]
@@ -45,6 +47,7 @@ class Folder(Format):
 
     def parse(self, content, number, context):
         name, text = json.loads(content)
+        text = text.encode(errors="surrogateescape")
         return name, {"path": name, "folder": os.path.dirname(name), "txt": text}
 
 

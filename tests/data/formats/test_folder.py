@@ -28,10 +28,10 @@ def test_a_folder_holds_the_images_in_it_and_below(images, read_all):
     assert shard == f"{images}/"
     samples, faults = read_all(shard)
     assert samples == [
-        ("3.png", {"path": "3.png", "folder": "", "txt": ""}),
-        ("cats/1.PNG", {"path": "cats/1.PNG", "folder": "cats", "txt": ""}),
-        ("cats/2.png", {"path": "cats/2.png", "folder": "cats", "txt": ""}),
-        ("dogs/1.png", {"path": "dogs/1.png", "folder": "dogs", "txt": ""}),
+        ("3.png", {"path": "3.png", "folder": "", "txt": b""}),
+        ("cats/1.PNG", {"path": "cats/1.PNG", "folder": "cats", "txt": b""}),
+        ("cats/2.png", {"path": "cats/2.png", "folder": "cats", "txt": b""}),
+        ("dogs/1.png", {"path": "dogs/1.png", "folder": "dogs", "txt": b""}),
     ]
     assert faults == []
     assert files.beside(shard, "cats/1.PNG") == f"{images}/cats/1.PNG"
