@@ -1,5 +1,6 @@
 """Retrieval: recall in both directions."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,8 @@ from keras_cluster_mask.evaluation.checks import (
 from keras_cluster_mask.evaluation.embedding import Embedder, embed_batches, texts_of
 from keras_cluster_mask.training.tokens import check_tokenizer_of
 
-# The shape of the part of the similarity matrix that is in memory at a time.
-TILE = 2040, 4096
+# The number of similarities that are in memory at a time.
+MAX_PAIRS = 2**23
 # Similarities of unit vectors count as equal within this distance: in float32 their
 # last digits depend on the order of a sum.
 TIE = 2.0**-22
@@ -77,10 +78,14 @@ def retrieval_recall(
 
 
 def _recall(images, texts, image_labels, text_labels, ks):
-    ranks = ranks_of_partners(images, texts, image_labels, text_labels)
+    text_labels = text_labels[:, None]
+    ranks = {
+        "image_to_text": _ranks(images, texts, image_labels, text_labels),
+        "text_to_image": _ranks(texts, images, text_labels, image_labels),
+    }
     return {
-        f"{name}_recall@{k}": float(np.mean(each < k))
-        for name, each in zip(("image_to_text", "text_to_image"), ranks)
+        f"{name}_recall@{k}": float(np.mean(found < k))
+        for name, found in ranks.items()
         for k in ks
     }
 
@@ -243,50 +248,26 @@ def _normalized(image_embeddings, text_embeddings):
         yield np.divide(array, lengths, out=np.empty_like(array), casting="same_kind")
 
 
-# === Ranks of the matches among all images or all texts ===
-
-
-def ranks_of_partners(images, texts, image_labels, text_labels):
-    """Counts the wrong items ahead of the best match of each image and each text.
+def _ranks(queries, items, query_labels, item_labels):
+    """Counts the wrong items ahead of the best match of each query.
 
     Args:
-        images: `(images, d)` float32 array of L2-normalized rows.
-        texts: `(texts, d)` float32 array of L2-normalized rows.
-        image_labels: `(images, k)` array. An image and a text match if one of the
-            image's labels is that of the text.
-        text_labels: `(texts,)` array.
+        queries: `(queries, d)` float32 array of L2-normalized rows.
+        items: `(items, d)` float32 array of L2-normalized rows.
+        query_labels: `(queries, m)` array. A query and an item match if they have a
+            label in common.
+        item_labels: `(items, n)` array.
 
     Returns:
-        Two int64 arrays, `(images,)` and `(texts,)`.
+        `(queries,)` int64 array.
     """
-    best = [np.full(len(each), -np.inf, "float32") for each in (images, texts)]
-    for part, other, similarity, is_match in _tiles(
-        images, texts, image_labels, text_labels
-    ):
-        similarity[~is_match] = -np.inf
-        best[0][part] = np.maximum(best[0][part], similarity.max(axis=1))
-        best[1][other] = np.maximum(best[1][other], similarity.max(axis=0))
-    counts = [np.zeros(len(each), "int64") for each in best]
-    for part, other, similarity, is_match in _tiles(
-        images, texts, image_labels, text_labels
-    ):
-        similarity[is_match] = -np.inf
-        reached = similarity >= best[0][part, None] - TIE
-        counts[0][part] += np.count_nonzero(reached, axis=1)
-        reached = similarity >= best[1][other] - TIE
-        counts[1][other] += np.count_nonzero(reached, axis=0)
-    for each, highest in zip(counts, best):
-        each[highest == -np.inf] = NEVER
-    return counts
-
-
-def _tiles(images, texts, image_labels, text_labels):
-    """Yields slices of images and texts, with their similarities, and which match."""
-    for i in range(0, len(images), TILE[0]):
-        for j in range(0, len(texts), TILE[1]):
-            part, other = slice(i, i + TILE[0]), slice(j, j + TILE[1])
-            similarity = images[part] @ texts[other].T
-            is_match = np.zeros(similarity.shape, bool)
-            for labels in image_labels[part].T:
-                is_match |= labels[:, None] == text_labels[other]
-            yield part, other, similarity, is_match
+    ranks, rows = [], max(1, MAX_PAIRS // len(items))
+    for part in (slice(i, i + rows) for i in range(0, len(queries), rows)):
+        similarity = queries[part] @ items.T
+        is_match = np.zeros(similarity.shape, bool)
+        for mine, theirs in itertools.product(query_labels[part].T, item_labels.T):
+            is_match |= mine[:, None] == theirs
+        best = np.max(similarity, axis=1, where=is_match, initial=-np.inf)
+        ahead = ~is_match & (similarity >= best[:, None] - TIE)
+        ranks.append(np.where(best > -np.inf, ahead.sum(axis=1), NEVER))
+    return np.concatenate(ranks)

@@ -27,8 +27,8 @@ def ranks_by_sorting(queries, items, query_labels, item_labels):
 @pytest.mark.any_backend
 @pytest.mark.parametrize("num_images", [3, 300])
 @pytest.mark.parametrize("ks", [(1, 3), (1, 7, 205)])
-def test_tiles_of_any_sizes_give_the_order_of_similarity(num_images, ks, monkeypatch):
-    monkeypatch.setattr(retrieval, "TILE", (37, 50))
+def test_parts_of_any_sizes_give_the_order_of_similarity(num_images, ks, monkeypatch):
+    monkeypatch.setattr(retrieval, "MAX_PAIRS", 2000)
     # Some images have many texts, and others have none.
     owners = np.random.default_rng(0).integers(0, num_images, 210)
     rows = np.arange(num_images)
@@ -152,7 +152,7 @@ def test_equal_texts_may_be_padded_to_different_lengths():
 def test_equal_texts_among_several_of_an_image_are_alike(
     model, tokenizer, duplicates, monkeypatch
 ):
-    monkeypatch.setattr(retrieval, "TILE", (3, 5))
+    monkeypatch.setattr(retrieval, "MAX_PAIRS", 40)
     rng = np.random.default_rng(0)
     captions = [[*rng.choice(list("abcdefghi"), 1 + n % 3)] for n in range(12)]
     data = {"images": random_pairs(12)["images"], "captions": captions}
