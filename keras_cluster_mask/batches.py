@@ -28,7 +28,7 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
         an object array of sequences of them.
 
     Raises:
-        ValueError: If a batch has no images, or names of files in their place, or if
+        ValueError: If a batch has no images, or file names in place of images, or if
             its entries have different lengths.
         TypeError: If `data` is neither arrays nor an iterable.
     """

@@ -146,9 +146,9 @@ def image_text_dataset(
             captions, one is drawn in each epoch; evaluation uses the first. Captions
             are UTF-8; bytes that are not become U+FFFD, and a sample in UTF-16 is
             broken. Defaults to `None`: `"txt"` and other common names. Each line of
-            `KEY.txt` is then a caption, as in shards of CLIP_benchmark, unless
+            the field `txt` is then a caption, as in shards of CLIP_benchmark, unless
             `KEY.json` has the entry `caption`, as in shards of img2dataset. `"txt"`
-            makes the whole file one caption.
+            makes the whole field one caption.
         label_key: String or sequence of strings. The field that holds the class, such
             as `"cls"`, `"json.label"` or, for images in a folder, `"folder"`, the name
             of the folder. Batches then hold `"labels"`, int32. Defaults to `None`: no

@@ -49,7 +49,8 @@ class TextMasking:
     Words are those of CLIP's tokenizer, in lower case and before byte-pair encoding:
     runs of letters, single digits, endings of contractions, and runs of other
     characters. In scripts without spaces between words (Chinese, Japanese, Thai, Lao,
-    Khmer and Burmese), each character is a word. Another tokenizer gets the kept words
+    Khmer and Burmese), each character is a word. Tokens of a character are counted
+    alone, so rows of such scripts may be shorter. Another tokenizer gets the kept words
     as they are in the caption, with their case. Its tokens of a word are those of the
     word alone.
 

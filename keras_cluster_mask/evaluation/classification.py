@@ -158,9 +158,10 @@ def evaluate_zero_shot(
             `SigLIPBackbone`, or the path of one that was saved.
         data: See `embed`. Batches hold `"images"` and `"labels"`, indices into
             `class_names`.
-        class_names: List of str, the name of each class. Either the `class_names` of an
-            `image_text_dataset`, or another name for each of these, as for the folders
-            of ImageNet. For other words for some of them, pass a dictionary as
+        class_names: List of str, the name of each class. For an `image_text_dataset`,
+            these are its `class_names`, in letters of either case and with spaces for
+            "_" and "-", and more classes may follow. Or they are as many other names,
+            as for the folders of ImageNet. To change some names, pass a dictionary as
             `templates`.
         tokenizer: See `embed`.
         templates: See `zero_shot_classifier`.

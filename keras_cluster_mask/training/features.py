@@ -176,23 +176,21 @@ def describe_towers(model: keras.Model) -> dict[str, Any]:
         model: A `ContrastiveModel`.
     """
 
-    def whole(encoder):
-        # A masking has weights, but does not change features.
-        return getattr(encoder, "unmasked", encoder)
-
     def checksum(encoder):
-        encoder = whole(encoder)
         value = zlib.crc32(json.dumps(settings_of(encoder)).encode())
         for weight in map(ops.convert_to_numpy, encoder.weights):
             value = zlib.crc32(np.ascontiguousarray(weight), value)
         return value
 
-    encoders = map(whole, (model.image_encoder, model.text_encoder))
-    dtypes = {layer.compute_dtype for x in encoders for layer in all_layers(x)}
+    # A masking has weights, but does not change features.
+    towers = [
+        getattr(encoder, "unmasked", encoder)
+        for encoder in (model.image_encoder, model.text_encoder)
+    ]
     return {
-        "dtype": sorted(dtypes),
-        "image_encoder": checksum(model.image_encoder),
-        "text_encoder": checksum(model.text_encoder),
+        "dtype": [sorted({x.compute_dtype for x in all_layers(y)}) for y in towers],
+        "image_encoder": checksum(towers[0]),
+        "text_encoder": checksum(towers[1]),
         "pixel_mean": model.pixel_mean,
         "pixel_std": model.pixel_std,
     }

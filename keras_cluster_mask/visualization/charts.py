@@ -25,8 +25,8 @@ def plot_history(
 ) -> Figure:
     """Plots the curves of a training run: loss, accuracy within the batch, and recall.
 
-    Those that the logs have are plotted: the recall is from `kcm.callbacks.Retrieval`,
-    and a loss of your own may have no accuracies.
+    Metrics that are not in the logs are left out. The recall comes from
+    `kcm.callbacks.Retrieval`, and a loss of your own may have no accuracies.
 
     Args:
         history: The `keras.callbacks.History` that the `fit` of a `ContrastiveModel`

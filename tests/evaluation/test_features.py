@@ -238,7 +238,7 @@ def test_features_of_other_weights_are_refused(tmp_path):
 def test_features_of_another_precision_are_refused(tmp_path):
     features, _ = computed(frozen_model(), tmp_path)
     keras.config.set_dtype_policy("mixed_bfloat16")
-    message = r"`features` .*dtype=\['float32'\] for \['bfloat16', 'float32'\]$"
+    message = r"`features` .*dtype=\[\['float32'\], .* for \[\['bfloat16', "
     with pytest.raises(ValueError, match=message):
         frozen_model().fit(features, batch_size=5)
     # A masking does not change features, whatever its precision.
