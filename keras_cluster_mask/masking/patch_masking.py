@@ -17,7 +17,7 @@ from keras_cluster_mask.masking.selection import (
     PutMask,
     add_state,
     best_patches,
-    is_masked,
+    is_always_masking,
     noise_by_view,
     split_tokens,
 )
@@ -308,7 +308,7 @@ class PatchMasking(keras.layers.Layer):
                 "`tokens` must have shape (batch, tokens, dim). "
                 f"Received: tokens.shape={tuple(tokens.shape)}"
             )
-        if not is_masked(training):
+        if not training and not is_always_masking():
             return tokens
         images = None if images is None else ops.convert_to_tensor(images)
         tokens, visible, _ = self.keep(tokens, images, noise)

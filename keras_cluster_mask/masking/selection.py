@@ -42,18 +42,14 @@ def views_of_image(count):
     return _within("views", count)
 
 
-def masking_without_training(is_on):
-    """Returns a context in which masking layers mask in calls that do not train.
-
-    Args:
-        is_on: Boolean. Whether they do.
-    """
-    return _within("masks", is_on)
+def always_masking():
+    """Returns a context in which masking layers mask also where nothing is trained."""
+    return _within("always", True)
 
 
-def is_masked(training):
-    """Returns whether a masking layer masks in a call."""
-    return training or getattr(_context, "masks", False)
+def is_always_masking():
+    """Returns whether the code runs in the context `always_masking`."""
+    return getattr(_context, "always", None)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,11 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.selection import PutMask, is_masked, split_tokens
+from keras_cluster_mask.masking.selection import (
+    PutMask,
+    is_always_masking,
+    split_tokens,
+)
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.models.encoders import (
     EMBEDDINGS,
@@ -165,7 +169,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
     def call(
         self, inputs: Any, training: bool | None = None, noise: Tensor | None = None
     ) -> Any:
-        if not is_masked(training):
+        if not training and not is_always_masking():
             return self.encoder(inputs, training=False)
         stem, blocks, positions = self._models()
         tokens = stem(inputs, training=training)
@@ -215,7 +219,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
 
 def call_encoder(encoder, value, training):
     """Calls an encoder on a tensor, or on a dictionary of inputs by name."""
-    if training is False and not is_masked(training):
+    if training is False and not is_always_masking():
         # A functional model for inference, such as a tower, should have no masking.
         encoder = getattr(encoder, "unmasked", encoder)
     inputs = getattr(encoder, "input", None)

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.masking.selection import (
-    masking_without_training,
+    always_masking,
     views_of_image,
 )
 from keras_cluster_mask.models.encoders import context_length_of, data_format_of
@@ -83,12 +83,13 @@ class Tower(MadeOfParts, Exported, keras.Model):
 
     def features(self, inputs: Any, training: bool | None = None) -> Tensor:
         """Computes the `(batch, width)` features that the projection takes."""
-        encoder = self.encoder
-        # Dropout would change the features of a frozen encoder.
-        frozen = training and encoder.weights and not encoder.trainable_weights
-        with masking_without_training(bool(frozen)):
-            inputs = self.prepare(inputs)
-            features = call_encoder(encoder, inputs, training and not frozen)
+        encoder, inputs = self.encoder, self.prepare(inputs)
+        if training and encoder.weights and not encoder.trainable_weights:
+            # Dropout would change the features of a frozen encoder.
+            with always_masking():
+                features = call_encoder(encoder, inputs, training=False)
+        else:
+            features = call_encoder(encoder, inputs, training)
         if len(getattr(features, "shape", ())) != 2:
             raise ValueError(
                 "An encoder must return features of shape (batch, d); add a pooling to "
