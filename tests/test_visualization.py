@@ -227,6 +227,12 @@ def test_metrics_that_a_run_does_not_have_are_not_drawn(logs, titles):
         assert (axis.get_ylim() == (0, 1)) == ("accuracy" in axis.get_title())
 
 
+@pytest.mark.parametrize("history", [{}, {"val_own": [0.5]}])
+def test_a_history_without_a_metric_to_plot_is_refused(history):
+    with pytest.raises(ValueError, match=r"`history` must have.*Received: metrics \["):
+        visualization.plot_history(history)
+
+
 def test_history_shows_recall_and_chance():
     name = "image_to_text_recall@10"
     chance = {"loss": np.log(64), name: 0.1}

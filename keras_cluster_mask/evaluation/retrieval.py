@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.batches import check_not_empty
 from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.evaluation.checks import (
     check_ks,
@@ -191,7 +190,11 @@ def chance_recall(
         A dictionary with the keys of `retrieval_recall`.
     """
     check_choice("duplicates", duplicates, ("positive", "negative"))
-    check_not_empty(len(captions), captions)
+    if isinstance(captions, str | bytes) or not len(captions):
+        raise ValueError(
+            "`captions` must be a list of the captions of at least one image. "
+            f"Received: captions={captions!r}"
+        )
     texts, owners = texts_of({"captions": captions})
     return _chance(owners, texts, len(captions), check_ks(ks), duplicates)
 

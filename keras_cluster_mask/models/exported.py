@@ -71,9 +71,9 @@ def _prepare_onnx():
 
 def _write_erfc(graph, node, **kwargs):
     """Writes `Erfc(x)`, which TensorFlow computes GELU by, as `1 - Erf(x)`."""
-    node.type = "Erf"
     from tf2onnx.utils import map_onnx_to_numpy_type
 
+    node.type = "Erf"
     found = node.output[0]
     dtype = map_onnx_to_numpy_type(graph.get_dtype(found))
     one = graph.make_const(f"{node.name}_one", np.ones((), dtype))

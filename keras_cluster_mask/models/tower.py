@@ -7,10 +7,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution.backends import keeping_weights
-from keras_cluster_mask.masking.selection import (
-    always_masking,
-    views_of_image,
-)
+from keras_cluster_mask.masking.selection import always_masking, views_of_image
 from keras_cluster_mask.models.encoders import context_length_of, data_format_of
 from keras_cluster_mask.models.exported import Exported
 from keras_cluster_mask.models.head import l2_normalize

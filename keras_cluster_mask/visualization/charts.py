@@ -42,10 +42,11 @@ def plot_history(
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: If `validation_freq` is not that of the run.
+        ValueError: If `validation_freq` is not that of the run, or if there is no
+            metric to plot.
     """
     logs = getattr(history, "history", history)
-    longest = range(max(map(len, logs.values())))
+    longest = range(max(map(len, logs.values()), default=0))
     epochs = np.array(getattr(history, "epoch", longest)) + 1
     was_due = np.isin(epochs, validation_freq)
     if is_integer(validation_freq):
@@ -62,6 +63,11 @@ def plot_history(
     # A loss of one's own may have no accuracies.
     panels = {**PANELS, "recall": recall}
     panels = {title: x for title, x in panels.items() if not x.keys().isdisjoint(logs)}
+    if not panels:
+        raise ValueError(
+            "`history` must have a metric that is plotted, such as 'loss'. "
+            f"Received: metrics {[*logs]}"
+        )
     figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, labels) in zip(axes, panels.items()):

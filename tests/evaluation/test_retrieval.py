@@ -110,8 +110,9 @@ def test_chance_of_distinct_pairs_is_k_over_n():
     chance = chance_recall([str(number) for number in range(346)])
     assert chance["image_to_text_recall@10"] == pytest.approx(10 / 346)
     assert {*chance_recall([*"abcde"], ks=10).values()} == {1.0}
-    with pytest.raises(ValueError, match=r"Received"):
-        chance_recall([])
+    for captions in ([], "abc"):
+        with pytest.raises(ValueError, match=r"`captions` must be a list.*Received: "):
+            chance_recall(captions)
 
 
 def test_a_data_set_is_embedded_and_compared(model):
