@@ -7,7 +7,7 @@ import numpy as np
 from flops import training_flops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.architecture import SIZES
+from keras_cluster_mask.encoders.architecture import SIZES
 
 VOCABULARY_SIZE, CONTEXT_LENGTH = 49408, 77
 

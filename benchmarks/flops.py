@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, counted from shapes."""
 
+from keras_cluster_mask.encoders.architecture import architecture_of_size
 from keras_cluster_mask.masking import AttentiveMasking
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
-from keras_cluster_mask.models.architecture import architecture_of_size
 
 # Dense bfloat16, from the vendor's data sheets, in TFLOP/s. A name is that which the
 # driver gives, since a card of the same chip may be slower: an H100 for PCIe is.

@@ -31,7 +31,7 @@ from reporting import machine, mean_and_spread, parser, publish, write_json
 from timing import interleaved
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.architecture import SIZES
+from keras_cluster_mask.encoders.architecture import SIZES
 
 # Of scores that are no percentages.
 DECIMALS = {"loss": 3}

@@ -7,8 +7,8 @@ import pytest
 from keras import ops
 
 from keras_cluster_mask import losses
+from keras_cluster_mask.encoders.towers import l2_normalize
 from keras_cluster_mask.losses import batch_loss, caption_labels
-from keras_cluster_mask.models.head import l2_normalize
 from tests.helpers import to_numpy, value_and_gradients
 
 BATCH, WIDTH = 12, 16

@@ -32,11 +32,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from keras_cluster_mask.checks import check_choice
+from keras_cluster_mask.encoders.families import TEXT_FAMILIES
+from keras_cluster_mask.encoders.surgery import data_format_of
 from keras_cluster_mask.evaluation import embedding
 from keras_cluster_mask.masking.patch_grid import is_channels_first
-from keras_cluster_mask.models.encoders import data_format_of
 from keras_cluster_mask.models.loading import image_size_of
-from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 from keras_cluster_mask.types import Tensor
 
 # The number of ids of CLIP's tokenizer.

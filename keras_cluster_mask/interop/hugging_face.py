@@ -8,6 +8,14 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.checks import is_number
+from keras_cluster_mask.encoders.architecture import Architecture
+from keras_cluster_mask.encoders.families import TEXT_FAMILIES
+from keras_cluster_mask.encoders.pixels import (
+    CLIP_MEAN,
+    CLIP_STD,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+)
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
     Entry,
@@ -21,14 +29,6 @@ from keras_cluster_mask.interop.state_dicts import load_model
 from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
 from keras_cluster_mask.interop.weight_files import INDEX, find_weights
 from keras_cluster_mask.models import ContrastiveModel
-from keras_cluster_mask.models.architecture import Architecture
-from keras_cluster_mask.models.pixels import (
-    CLIP_MEAN,
-    CLIP_STD,
-    SIGLIP_MEAN,
-    SIGLIP_STD,
-)
-from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 
 # The files that transformers writes into a folder.
 SINGLE_FILES = "model.safetensors", "pytorch_model.bin"

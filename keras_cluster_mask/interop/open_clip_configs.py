@@ -6,6 +6,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from keras_cluster_mask.encoders.architecture import Architecture
+from keras_cluster_mask.encoders.families import TEXT_FAMILIES
+from keras_cluster_mask.encoders.pixels import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
     Entry,
@@ -16,9 +19,6 @@ from keras_cluster_mask.interop.configs import (
     read_json,
     side_of,
 )
-from keras_cluster_mask.models.architecture import Architecture
-from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
-from keras_cluster_mask.models.text_families import TEXT_FAMILIES
 
 # The file that open_clip writes beside a model's weights.
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"

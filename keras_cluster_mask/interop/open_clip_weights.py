@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.encoders.architecture import Architecture
 from keras_cluster_mask.interop.open_clip_configs import (
     OPEN_CLIP_CONFIG_FILE,
     read_config,
@@ -17,7 +18,6 @@ from keras_cluster_mask.interop.state_dicts import entries, load_model
 from keras_cluster_mask.interop.tensor_names import OPEN_CLIP, OPEN_METACLIP_2
 from keras_cluster_mask.interop.weight_files import find_weights, write_weights
 from keras_cluster_mask.models import ContrastiveModel
-from keras_cluster_mask.models.architecture import Architecture
 
 NAMES = {"CLIP": OPEN_CLIP, "MetaCLIP2": OPEN_METACLIP_2}
 

@@ -11,11 +11,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.encoders.architecture import Architecture
 from keras_cluster_mask.interop.configs import CLIP_EPSILON
 from keras_cluster_mask.interop.tensor_names import TensorNames, rows
 from keras_cluster_mask.interop.weight_files import read_weights
 from keras_cluster_mask.models import ContrastiveModel
-from keras_cluster_mask.models.architecture import Architecture
 
 # The bias of a sigmoid loss, which is not in a CLIP backbone but in the model.
 BIAS = "head.logit_bias"

@@ -8,18 +8,18 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.encoders.families import text_family_of
+from keras_cluster_mask.encoders.masked import with_masking
+from keras_cluster_mask.encoders.pixels import SIGLIP_MEAN, SIGLIP_STD
+from keras_cluster_mask.encoders.surgery import CLASSES
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
-from keras_cluster_mask.models.encoders import CLASSES
 from keras_cluster_mask.models.head import (
     HEAD_OPTIONS,
     INITIAL_LOGIT_BIAS,
     INITIAL_TEMPERATURE,
     ContrastiveHead,
 )
-from keras_cluster_mask.models.masked_encoder import with_masking
-from keras_cluster_mask.models.pixels import SIGLIP_MEAN, SIGLIP_STD
-from keras_cluster_mask.models.text_families import text_family_of
 from keras_cluster_mask.training.tokens import check_tokenizer
 
 

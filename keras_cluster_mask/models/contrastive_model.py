@@ -9,13 +9,13 @@ from keras import ops
 from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import replicas
 from keras_cluster_mask.distribution.backends import import_keras_hub
+from keras_cluster_mask.encoders.pixels import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.encoders.pooled import pretrained_towers
+from keras_cluster_mask.encoders.surgery import kind_for
 from keras_cluster_mask.losses import batch_loss, caption_labels, row_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import part_of_batch
-from keras_cluster_mask.models.encoders import kind_for
 from keras_cluster_mask.models.head import ContrastiveHead
-from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
-from keras_cluster_mask.models.pooled_encoder import pretrained_towers
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
 from keras_cluster_mask.training import micro_batches
 from keras_cluster_mask.training.input_rules import (

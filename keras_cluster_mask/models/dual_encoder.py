@@ -12,13 +12,13 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.backends import is_traced
+from keras_cluster_mask.encoders.exported import Exported
+from keras_cluster_mask.encoders.masked import MaskedEncoder
+from keras_cluster_mask.encoders.pixels import pixel_range
+from keras_cluster_mask.encoders.surgery import image_shape_of, number_positions
+from keras_cluster_mask.encoders.towers import ImageTower, TextTower
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.encoders import image_shape_of, number_positions
-from keras_cluster_mask.models.exported import Exported
 from keras_cluster_mask.models.head import ContrastiveHead
-from keras_cluster_mask.models.masked_encoder import MaskedEncoder
-from keras_cluster_mask.models.pixels import pixel_range
-from keras_cluster_mask.models.tower import ImageTower, TextTower
 from keras_cluster_mask.training.input_rules import InputRules
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.types import Tensor

@@ -253,14 +253,6 @@ class Standardization(keras.layers.Layer):
         self.is_set.assign(1.0)
 
 
-def l2_normalize(features):
-    """Scales rows to length 1 in float32, with a finite gradient at 0."""
-    # `keras.ops.normalize` has a NaN gradient at a zero vector on JAX and torch.
-    x = ops.cast(features, "float32")
-    length = ops.sum(ops.square(x), axis=-1, keepdims=True)
-    return x * ops.rsqrt(ops.maximum(length, 1e-12))
-
-
 def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scale):
     check_choice("loss", loss, tuple(INITIAL_TEMPERATURE))
     if not is_positive(max_logit_scale):

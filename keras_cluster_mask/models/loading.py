@@ -7,9 +7,9 @@ from typing import Any
 import keras
 
 from keras_cluster_mask.distribution.backends import import_keras_hub
+from keras_cluster_mask.encoders.surgery import data_format_of, image_shape_of
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
-from keras_cluster_mask.models.encoders import data_format_of, image_shape_of
 
 
 def as_contrastive_model(model: Any) -> ContrastiveModel:

@@ -15,7 +15,7 @@ from keras_cluster_mask.batches import num_batches
 from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.distribution.processes import verbosity
-from keras_cluster_mask.models import encoders
+from keras_cluster_mask.encoders import surgery
 from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.training import layers, optimizers
 from keras_cluster_mask.training.fitting import fit
@@ -232,7 +232,7 @@ class ContrastiveTrainer(DualEncoder):
                 "`optimizer` must be a Keras optimizer or its name, such as 'adamw'. "
                 "Received: optimizer=None"
             )
-        encoders.freeze_mask_tokens(self.image_encoder)
+        surgery.freeze_mask_tokens(self.image_encoder)
         # In the scope of the model, which may be compiled outside of it.
         with gradients.strategy_scope(self):
             optimizer = keras.optimizers.get(optimizer)

@@ -4,7 +4,7 @@ import pytest
 from flops import training_flops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.architecture import SIZES
+from keras_cluster_mask.encoders.architecture import SIZES
 
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 

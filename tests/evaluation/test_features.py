@@ -11,6 +11,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import compute_features
 from keras_cluster_mask.training import arrays
 from keras_cluster_mask.training.features import FeatureBatches
+from tests.encoders.test_pooled import bert, make_model
 from tests.helpers import (
     FAST,
     assert_same_values,
@@ -21,7 +22,6 @@ from tests.helpers import (
     vit_encoder,
 )
 from tests.models.conftest import seeded  # noqa: F401
-from tests.models.test_pooled_encoder import bert, make_model
 
 
 def tokenizer(texts):

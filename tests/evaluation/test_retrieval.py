@@ -8,8 +8,8 @@ from keras_cluster_mask.evaluation import (
     retrieval,
     retrieval_recall,
 )
+from tests.encoders.test_pooled import make_model, roberta
 from tests.helpers import random_pairs, vit_encoder
-from tests.models.test_pooled_encoder import make_model, roberta
 
 
 def random_embeddings(count, width=8, seed=0):

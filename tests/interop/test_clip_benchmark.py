@@ -14,13 +14,13 @@ from PIL import Image
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.data.images import Images
-from keras_cluster_mask.interop.clip_benchmark import adapt, repaired
-from keras_cluster_mask.models.pixels import (
+from keras_cluster_mask.encoders.pixels import (
     CLIP_MEAN,
     CLIP_STD,
     SIGLIP_MEAN,
     SIGLIP_STD,
 )
+from keras_cluster_mask.interop.clip_benchmark import adapt, repaired
 from tests.helpers import (
     VOCABULARY,
     functional_vit,

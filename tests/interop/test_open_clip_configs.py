@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.encoders.architecture import TOWER
 from keras_cluster_mask.interop import (
     load_open_clip,
     open_clip_state_dict,
@@ -23,7 +24,6 @@ from keras_cluster_mask.interop.open_clip_configs import (
     read_config,
     write_config,
 )
-from keras_cluster_mask.models.architecture import TOWER
 from tests.interop.open_clip_models import batch, embeddings, ended_by, randomize
 
 pytestmark = pytest.mark.any_backend

@@ -11,7 +11,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.distribution.backends import import_keras_hub
-from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN
+from keras_cluster_mask.encoders.pixels import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN
 from tests.helpers import (
     FAST,
     MASKINGS,

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from tests.encoders.test_pooled import bert
 from tests.helpers import (
     CONTEXT,
     assert_same_values,
@@ -27,7 +28,6 @@ from tests.helpers import (
     value_and_gradients,
     vit_encoder,
 )
-from tests.models.test_pooled_encoder import bert
 
 
 @pytest.mark.one_case

@@ -4,6 +4,7 @@ import keras
 import pytest
 
 import keras_cluster_mask as kcm
+from tests.encoders.test_families import bert, texts
 from tests.helpers import (
     FAST,
     assert_close,
@@ -14,7 +15,6 @@ from tests.helpers import (
     text_bag,
     tiny_clip,
 )
-from tests.models.test_text_families import bert, texts
 
 
 @pytest.mark.any_backend

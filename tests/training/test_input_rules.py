@@ -7,7 +7,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.pixels import pixel_range
+from keras_cluster_mask.encoders.pixels import pixel_range
 from keras_cluster_mask.training.input_rules import InputRules
 from tests.helpers import (
     VOCABULARY,

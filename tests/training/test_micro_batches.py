@@ -14,6 +14,9 @@ from keras_cluster_mask.training.micro_batches import (
     check_micro_batches,
     embed_in_micro_batches,
 )
+from tests.encoders.test_families import model_of as model_of_bert
+from tests.encoders.test_families import texts
+from tests.encoders.test_rotary_positions import pooled
 from tests.helpers import (
     FAST,
     MASKINGS,
@@ -34,9 +37,6 @@ from tests.helpers import (
     values,
 )
 from tests.models.test_backbones import metaclip_pairs
-from tests.models.test_rotary_positions import pooled
-from tests.models.test_text_families import model_of as model_of_bert
-from tests.models.test_text_families import texts
 from tests.test_losses import reference
 
 BATCH = 12

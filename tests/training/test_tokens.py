@@ -16,6 +16,7 @@ from keras_cluster_mask.evaluation import (
 )
 from keras_cluster_mask.training.tokens import check_tokenizer
 from tests.data.reading import keras_hub_tokenizer
+from tests.encoders.test_pooled import bert, make_model
 from tests.helpers import (
     CONTEXT,
     FAST,
@@ -28,7 +29,6 @@ from tests.helpers import (
     tiny_clip,
     tiny_metaclip,
 )
-from tests.models.test_pooled_encoder import bert, make_model
 
 pytestmark = pytest.mark.any_backend
 

@@ -7,9 +7,9 @@ import keras
 
 from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.distribution.backends import import_keras_hub
+from keras_cluster_mask.encoders.pixels import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.encoders.surgery import image_shape_of, number_positions
 from keras_cluster_mask.masking.patch_grid import is_channels_first
-from keras_cluster_mask.models.encoders import image_shape_of, number_positions
-from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD
 
 # The fields of a tower, without their prefix, and the arguments of keras_hub's
 # encoders.

@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.encoders import split_at
+from keras_cluster_mask.encoders.surgery import split_at
 from tests.helpers import (
     VIT,
     AddPositions,

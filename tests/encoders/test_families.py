@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
+from tests.encoders.test_pooled import bert as bert_backbone
 from tests.helpers import (
     CONTEXT,
     FAST,
@@ -21,7 +22,6 @@ from tests.helpers import (
     to_numpy,
     values,
 )
-from tests.models.test_pooled_encoder import bert as bert_backbone
 
 pytestmark = pytest.mark.any_backend
 

@@ -13,8 +13,8 @@ from keras import ops, tree
 
 from keras_cluster_mask.checks import sides_of
 from keras_cluster_mask.distribution.backends import needs_xla
+from keras_cluster_mask.encoders.rotary_positions import own_positions, rotary_tables
 from keras_cluster_mask.masking.patch_grid import grid_shape
-from keras_cluster_mask.models.rotary_positions import own_positions, rotary_tables
 from keras_cluster_mask.training.layers import all_layers
 
 # Layers of vision transformers that return the embedded tokens. `ViTBackbone` and

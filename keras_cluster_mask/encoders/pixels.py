@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_cluster_mask.models.encoders import image_shape_of
+from keras_cluster_mask.encoders.surgery import image_shape_of
 from keras_cluster_mask.training.layers import all_layers
 
 # Channel statistics that OpenAI trained CLIP with, for values in [0, 1]

@@ -6,19 +6,19 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.encoders import (
-    class_of,
-    count_prefix_tokens,
-    find_embedding_layer,
-)
-from keras_cluster_mask.models.masked_encoder import with_masking
-from keras_cluster_mask.models.pixels import (
+from keras_cluster_mask.encoders.masked import with_masking
+from keras_cluster_mask.encoders.pixels import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     SIGLIP_MEAN,
     SIGLIP_STD,
 )
+from keras_cluster_mask.encoders.surgery import (
+    class_of,
+    count_prefix_tokens,
+    find_embedding_layer,
+)
+from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
 

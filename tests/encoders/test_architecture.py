@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_cluster_mask.encoders.architecture import SIZES, Architecture
 from keras_cluster_mask.models import clip_backbone
-from keras_cluster_mask.models.architecture import SIZES, Architecture
 
 pytestmark = pytest.mark.any_backend
 

@@ -6,14 +6,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.selection import (
-    PutMask,
-    is_always_masking,
-    split_tokens,
-)
-from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
-from keras_cluster_mask.models.encoders import (
+from keras_cluster_mask.encoders.rotary_positions import rotary_tables
+from keras_cluster_mask.encoders.surgery import (
     EMBEDDINGS,
     count_prefix_tokens,
     count_tokens,
@@ -22,7 +16,13 @@ from keras_cluster_mask.models.encoders import (
     number_positions,
     split_at,
 )
-from keras_cluster_mask.models.rotary_positions import rotary_tables
+from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.masking.selection import (
+    PutMask,
+    is_always_masking,
+    split_tokens,
+)
+from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.types import Tensor
 

@@ -5,11 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_integer, sides_of
-from keras_cluster_mask.masking.patch_grid import (
-    height_and_width,
-    is_channels_first,
-)
-from keras_cluster_mask.models.encoders import (
+from keras_cluster_mask.encoders.surgery import (
     RESIZABLE,
     TEXT_ENCODERS,
     class_of,
@@ -18,6 +14,10 @@ from keras_cluster_mask.models.encoders import (
     number_positions,
     position_tables,
     read_positions,
+)
+from keras_cluster_mask.masking.patch_grid import (
+    height_and_width,
+    is_channels_first,
 )
 from keras_cluster_mask.training.layers import all_layers, freeze_parts, frozen_parts
 

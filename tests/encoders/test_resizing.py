@@ -8,8 +8,8 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.encoders.surgery import find_embedding_layer, number_positions
 from keras_cluster_mask.models import with_context_length, with_image_size
-from keras_cluster_mask.models.encoders import find_embedding_layer, number_positions
 from tests.helpers import (
     CONTEXT,
     as_trained,

@@ -7,14 +7,14 @@ from keras import ops
 
 from keras_cluster_mask.checks import sides_of
 from keras_cluster_mask.distribution.backends import in_full_precision
-from keras_cluster_mask.masking.patch_grid import height_and_width
-from keras_cluster_mask.models.encoders import (
+from keras_cluster_mask.encoders.masked import call_encoder
+from keras_cluster_mask.encoders.surgery import (
     EMBEDDINGS,
     count_tokens,
     data_format_of,
     image_shape_of,
 )
-from keras_cluster_mask.models.masked_encoder import call_encoder
+from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.training.layers import all_layers
 
 # Blocks of keras_hub's vision transformers with a class token. By the name of their

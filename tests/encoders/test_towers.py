@@ -9,8 +9,9 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.encoders.exported import ONNX_PACKAGES
 from keras_cluster_mask.models import Tower
-from keras_cluster_mask.models.exported import ONNX_PACKAGES
+from tests.encoders.test_pooled import make_model
 from tests.helpers import (
     FAST,
     exported,
@@ -24,7 +25,6 @@ from tests.helpers import (
     to_numpy,
     values,
 )
-from tests.models.test_pooled_encoder import make_model
 
 MODELS = {
     "clip": lambda: kcm.ContrastiveModel.from_backbone(

@@ -7,13 +7,12 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution.backends import keeping_weights
+from keras_cluster_mask.encoders.exported import Exported
+from keras_cluster_mask.encoders.families import text_family_of, text_input_names
+from keras_cluster_mask.encoders.masked import call_encoder
+from keras_cluster_mask.encoders.pixels import CLIP_MEAN, CLIP_STD, check_statistics
+from keras_cluster_mask.encoders.surgery import context_length_of, data_format_of
 from keras_cluster_mask.masking.selection import always_masking, views_of_image
-from keras_cluster_mask.models.encoders import context_length_of, data_format_of
-from keras_cluster_mask.models.exported import Exported
-from keras_cluster_mask.models.head import l2_normalize
-from keras_cluster_mask.models.masked_encoder import call_encoder
-from keras_cluster_mask.models.pixels import CLIP_MEAN, CLIP_STD, check_statistics
-from keras_cluster_mask.models.text_families import text_family_of, text_input_names
 from keras_cluster_mask.training.input_rules import is_float
 from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
@@ -309,3 +308,11 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
         ops.reshape(ops.convert_to_tensor(x, "float32"), shape) for x in (mean, std)
     )
     return (ops.cast(images, "float32") / 255.0 - mean) / std
+
+
+def l2_normalize(features):
+    """Scales rows to length 1 in float32, with a finite gradient at 0."""
+    # `keras.ops.normalize` has a NaN gradient at a zero vector on JAX and torch.
+    x = ops.cast(features, "float32")
+    length = ops.sum(ops.square(x), axis=-1, keepdims=True)
+    return x * ops.rsqrt(ops.maximum(length, 1e-12))

@@ -8,9 +8,13 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.replicas import assign_equal
-from keras_cluster_mask.masking.selection import add_state
-from keras_cluster_mask.models.class_attention import ClassAttention
-from keras_cluster_mask.models.encoders import (
+from keras_cluster_mask.encoders.class_attention import ClassAttention
+from keras_cluster_mask.encoders.resizing import (
+    copy_with,
+    resize_positions,
+    with_image_size,
+)
+from keras_cluster_mask.encoders.surgery import (
     BLOCKS,
     check_no_lora,
     data_format_of,
@@ -18,11 +22,7 @@ from keras_cluster_mask.models.encoders import (
     number_positions,
     position_tables,
 )
-from keras_cluster_mask.models.resizing import (
-    copy_with,
-    resize_positions,
-    with_image_size,
-)
+from keras_cluster_mask.masking.selection import add_state
 from keras_cluster_mask.training.layers import (
     MadeOfParts,
     all_layers,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.models.pooled_encoder import PooledEncoder
+from keras_cluster_mask.encoders.pooled import PooledEncoder
 from tests.helpers import (
     FAST,
     TRANSFORMER,

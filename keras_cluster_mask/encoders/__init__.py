@@ -1,0 +1,1 @@
+"""What is known of encoders: families, maskings inside of them, pooling, towers."""

@@ -1,0 +1,1 @@
+from tests.models.conftest import seeded  # noqa: F401
