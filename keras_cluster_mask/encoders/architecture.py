@@ -7,7 +7,7 @@ import keras
 
 from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.distribution.backends import import_keras_hub
-from keras_cluster_mask.encoders.pixels import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.encoders.surgery import image_shape_of, number_positions
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 
@@ -44,7 +44,7 @@ class Architecture:
         vocabulary: Integer, the number of token ids.
         context: Integer, the maximum number of tokens per text.
         activation: String, its name in keras_hub.
-        family: Key of `TEXT_FAMILIES`: the prefix of keras_hub's class names, which
+        family: The prefix of keras_hub's class names, which
             also determines the pooling of images and texts.
         loss: `"softmax"`, or `"sigmoid"` for a model with a bias of the logits.
         pixel_mean: Three floats, by channel.

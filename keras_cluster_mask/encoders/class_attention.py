@@ -7,26 +7,15 @@ from keras import ops
 
 from keras_cluster_mask.checks import sides_of
 from keras_cluster_mask.distribution.backends import in_full_precision
+from keras_cluster_mask.encoders.families import BLOCKS, EMBEDDINGS
 from keras_cluster_mask.encoders.masked import call_encoder
 from keras_cluster_mask.encoders.surgery import (
-    EMBEDDINGS,
     count_tokens,
     data_format_of,
     image_shape_of,
 )
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.training.layers import all_layers
-
-# Blocks of keras_hub's vision transformers with a class token. By the name of their
-# class, the attributes with the norm before the attention and the
-# `keras.layers.MultiHeadAttention`.
-ATTENTIONS = {
-    "CLIPEncoderLayer": ("layer_norm_1", "attention"),
-    "DINOV2Layer": ("norm1", "attention.attention"),
-    "DeiTEncoderBlock": ("layer_norm_1", "mha"),
-    "MetaCLIP2EncoderLayer": ("layer_norm_1", "attention"),
-    "ViTEncoderBlock": ("layer_norm_1", "mha"),
-}
 
 
 class ClassAttention:
@@ -60,7 +49,7 @@ class ClassAttention:
             for x in layers
             if not isinstance(x, keras.Model)
             for block in all_layers(x)
-            if type(block).__name__ in ATTENTIONS
+            if getattr(BLOCKS.get(type(block).__name__), "attention", None)
         ]
         shape = image_shape_of(encoder) if embeddings and found else None
         if shape is None or None in shape:
@@ -101,13 +90,13 @@ def attention_of_block(block, tokens):
     """Computes the first token's attention to all tokens, as the mean over the heads.
 
     Args:
-        block: A block of a class in `ATTENTIONS`.
+        block: A block of an `ImageFamily` with an `attention`.
         tokens: `(batch, T, dim)` tensor, the block's input.
 
     Returns:
         `(batch, T)` float32 tensor.
     """
-    names = ATTENTIONS[type(block).__name__]
+    names = BLOCKS[type(block).__name__].attention
     norm, attention = (operator.attrgetter(name)(block) for name in names)
     tokens = norm(tokens, training=False)
     query = attention.query_dense(tokens[:, :1], training=False)

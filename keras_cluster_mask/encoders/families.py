@@ -1,34 +1,85 @@
-"""How families of text encoders treat token ids."""
+"""What is known of keras_hub's encoders: one table, which all other files read.
+
+An encoder of another family is supported by an entry here. keras_hub's classes are
+recognized by name, to avoid importing keras_hub.
+"""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import keras
-from keras import ops, tree
+from keras import ops
 
 from keras_cluster_mask.training.layers import all_layers
 from keras_cluster_mask.types import Tensor
 
+# Channel statistics that OpenAI trained CLIP with, for values in [0, 1]
+# (https://github.com/openai/CLIP, clip/clip.py).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# SigLIP's images are in [-1, 1] (https://github.com/google-research/big_vision,
+# `value_range(-1, 1)` in its configurations).
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+# ImageNet's, which DeiT, DINO and the convolutional networks of timm were trained with
+# (https://github.com/facebookresearch/dinov2, dinov2/data/transforms.py).
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFamily:
+    """A family of image encoders.
+
+    Attributes:
+        embedding: String, the class of the layer that returns the embedded tokens.
+            `None` if no tokens can be left out after a layer: a convolutional network,
+            blocks that need the whole grid, or embedding and blocks in one layer.
+        block: String, the class of its transformer blocks, or of the layer that holds
+            embedding and blocks.
+        attention: Two strings, the attributes of a block with the norm before the
+            attention and the `keras.layers.MultiHeadAttention`; `None` if the encoder
+            has no class token.
+        resizable: Boolean. Whether `with_image_size` supports it: config, positions and
+            patch size are known.
+        pooling: String, the pooling of `from_encoders`; `None` if the encoder is not
+            one of its own.
+        pixel_mean: Three floats, by channel.
+        pixel_std: Three floats, by channel.
+    """
+
+    embedding: str | None = None
+    block: str | None = None
+    attention: tuple[str, str] | None = None
+    resizable: bool = False
+    pooling: str | None = None
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
+    pixel_std: tuple[float, ...] = IMAGENET_STD
+
 
 @dataclasses.dataclass(frozen=True)
 class TextFamily:
-    """How the text encoders of a family treat token ids.
+    """A family of text encoders: how they treat token ids.
 
     Attributes:
-        layer: String, the class name of the keras_hub layer, or backbone, that only
-            this family has.
+        layer: String, the class of the layer by which a model of the family is
+            recognized. `None` if that is the encoder.
         pooling: `"highest id"`, `"end token"` (the first one), `"last token"` of texts
             that all have the full length, or `"all tokens"`. The features depend on the
             tokens up to the pooled one; in the last two cases, on all.
         end_id: Integer, the id of the end token that every text must have, or `None`.
         padding_id: Integer, the id that is hidden as padding. Only an encoder with the
             input `"padding_mask"` hides any.
+        of_pair: Boolean. Whether the encoder belongs to a backbone of two towers. All
+            others are encoders for `from_encoders`, in which every token attends to all
+            others.
     """
 
     layer: str | None = None
     pooling: str = "all tokens"
     end_id: int | None = None
     padding_id: int = 0
+    of_pair: bool = False
 
     def is_pooled(self, token_ids: Any) -> Tensor | None:
         """Returns which token of each text is pooled; `None` if all are read.
@@ -50,54 +101,144 @@ class TextFamily:
         return ops.logical_and(is_end, ops.equal(counts, 1))
 
 
-# By the prefix of keras_hub's class names. Any other encoder, such as BERT, has the
-# defaults.
-TEXT_FAMILIES = {
-    "CLIP": TextFamily("CLIPTextPooler", "highest id"),
-    # keras_hub does not save another id than 2.
-    "MetaCLIP2": TextFamily("MetaCLIP2TextPooler", "end token", end_id=2),
-    # The last token attends to all others, padding included.
-    "SigLIP": TextFamily("SigLIPTextEncoder", "last token"),
-    "RoBERTa": TextFamily("RobertaBackbone", padding_id=1),
-    "XLM-R": TextFamily("XLMRobertaBackbone", padding_id=1),
+@dataclasses.dataclass(frozen=True)
+class PairFamily:
+    """A family of backbones of two towers, which were trained together.
+
+    Attributes:
+        head: String, the backbone's layer with the scale of the logits.
+        loss: String, the loss of its training.
+        max_logit_scale: Float, the limit of the scale.
+        pixel_mean: Three floats, by channel.
+        pixel_std: Three floats, by channel.
+    """
+
+    head: str
+    loss: str = "softmax"
+    max_logit_scale: float = 100.0
+    pixel_mean: tuple[float, ...] = CLIP_MEAN
+    pixel_std: tuple[float, ...] = CLIP_STD
+
+
+# By the name of keras_hub's class.
+IMAGE_FAMILIES = {
+    "CLIPVisionEncoder": ImageFamily(
+        "CLIPVisionEmbedding",
+        "CLIPEncoderLayer",
+        attention=("layer_norm_1", "attention"),
+        resizable=True,
+    ),
+    "MetaCLIP2VisionEncoder": ImageFamily(
+        "MetaCLIP2VisionEmbedding",
+        "MetaCLIP2EncoderLayer",
+        attention=("layer_norm_1", "attention"),
+        resizable=True,
+    ),
+    "SigLIPVisionEncoder": ImageFamily(
+        "SigLIPVisionEmbedding", "SigLIPEncoderLayer", resizable=True
+    ),
+    # Also the layers of BLIP-2's vision encoder.
+    "ViTBackbone": ImageFamily(
+        "ViTPatchingAndEmbedding",
+        "ViTEncoderBlock",
+        attention=("layer_norm_1", "mha"),
+        resizable=True,
+        pooling="class",
+        pixel_mean=SIGLIP_MEAN,
+        pixel_std=SIGLIP_STD,
+    ),
+    "DeiTBackbone": ImageFamily(
+        "DeiTEmbeddings",
+        "DeiTEncoderBlock",
+        attention=("layer_norm_1", "mha"),
+        pooling="class",
+    ),
+    "DINOV2Backbone": ImageFamily(
+        "DINOV2Embedding",
+        "DINOV2Layer",
+        attention=("norm1", "attention.attention"),
+        resizable=True,
+        pooling="class_and_mean",
+    ),
+    "DINOV3Backbone": ImageFamily(
+        "DINOV3Embedding", "DINOV3Layer", pooling="class_and_mean"
+    ),
+    # Without tokens: the pooling is the mean over the positions of the last layer.
+    "EfficientNetBackbone": ImageFamily(pooling="mean"),
+    "MobileNetBackbone": ImageFamily(pooling="mean"),
+    "ResNetBackbone": ImageFamily(pooling="mean"),
+    # Known in order to be refused by name.
+    "Gemma3VisionEncoder": ImageFamily(block="Gemma3VisionEncoderBlock"),
+    "Gemma4VisionEncoder": ImageFamily(block="Gemma4VisionEncoderBlock"),
+    "PaliGemmaVit": ImageFamily(block="PaliGemmaVitEncoder"),
+    "SwinTransformerBackbone": ImageFamily(block="SwinTransformerStage"),
 }
+
+TEXT_FAMILIES = {
+    "CLIPTextEncoder": TextFamily("CLIPTextPooler", "highest id", of_pair=True),
+    # keras_hub does not save another id than 2.
+    "MetaCLIP2TextEncoder": TextFamily(
+        "MetaCLIP2TextPooler", "end token", end_id=2, of_pair=True
+    ),
+    # The last token attends to all others, padding included.
+    "SigLIPTextEncoder": TextFamily(pooling="last token", of_pair=True),
+    "AlbertBackbone": TextFamily(),
+    "BertBackbone": TextFamily(),
+    "DistilBertBackbone": TextFamily(),
+    "ElectraBackbone": TextFamily(),
+    "RobertaBackbone": TextFamily(padding_id=1),
+    "XLMRobertaBackbone": TextFamily(padding_id=1),
+}
+
+PAIR_FAMILIES = {
+    "CLIPBackbone": PairFamily("clip_head"),
+    "MetaCLIP2Backbone": PairFamily("metaclip_2_head"),
+    "SigLIPBackbone": PairFamily(
+        "siglip_head",
+        loss="sigmoid",
+        # SigLIP is trained without a limit, to scales above 110. This one only stops a
+        # scale that diverges.
+        max_logit_scale=1000.0,
+        pixel_mean=SIGLIP_MEAN,
+        pixel_std=SIGLIP_STD,
+    ),
+}
+
+# The families of image encoders by the class of their embedding layer, and by that of
+# their blocks.
+EMBEDDINGS = {x.embedding: x for x in IMAGE_FAMILIES.values() if x.embedding}
+BLOCKS = {x.block: x for x in IMAGE_FAMILIES.values() if x.block}
+
+
+def family_of(name: str, model: Any, families: Mapping[str, Any], hint: str = ""):
+    """Returns the family of a model of keras_hub.
+
+    Args:
+        name: String, the name of the argument, for the error.
+        model: The model.
+        families: Dictionary of the families that are supported, by class name.
+        hint: String, what else can be done.
+    """
+    for kind in type(model).__mro__:
+        if kind.__name__ in families:
+            return families[kind.__name__]
+    raise ValueError(
+        f"`{name}` must be a keras_hub {', '.join(families)}. {hint}"
+        f"Received: {name}={model} of type {type(model).__name__}"
+    )
 
 
 def text_family_of(model: keras.layers.Layer) -> TextFamily:
-    """Returns the family of a text encoder, or of the backbone that contains one."""
+    """Returns the family of a text encoder, or of the backbone that contains one.
+
+    A text encoder of an unknown family is treated like BERT.
+    """
     if isinstance(family := getattr(model, "text_family", None), TextFamily):
         return family
     parts = *all_layers(model), getattr(model, "backbone", model)
     layers = {type(part).__name__: part for part in parts}
-    for family in TEXT_FAMILIES.values():
-        if family.layer in layers:
-            end = getattr(layers[family.layer], "eos_token_id", family.end_id)
+    for name, family in TEXT_FAMILIES.items():
+        if found := layers.get(family.layer or name):
+            end = getattr(found, "eos_token_id", family.end_id)
             return dataclasses.replace(family, end_id=end)
     return TextFamily()
-
-
-def text_input_names(encoder: keras.layers.Layer) -> tuple[str, ...]:
-    """Returns the names of a text encoder's inputs.
-
-    Args:
-        encoder: A Keras model. A single input may have any name. If there are several,
-            one must be named `"token_ids"`.
-
-    Returns:
-        A tuple of str.
-
-    Raises:
-        ValueError: If none of several inputs is `"token_ids"`.
-    """
-    inputs = getattr(encoder, "input", None)
-    names = tuple(inputs) if isinstance(inputs, dict) else ()
-    names = names or tuple(x.name for x in tree.flatten(inputs) if x is not None)
-    if len(names) < 2:
-        return ("token_ids",)
-    if "token_ids" not in names:
-        raise ValueError(
-            "`text_encoder` must have one input, or inputs that are named as the "
-            "entries of a batch, 'token_ids' among them. "
-            f"Received: inputs {[*names]}"
-        )
-    return names

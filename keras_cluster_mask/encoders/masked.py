@@ -1,14 +1,15 @@
 """A vision transformer with patch masking."""
 
+import types
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_cluster_mask.encoders.families import EMBEDDINGS
 from keras_cluster_mask.encoders.rotary_positions import rotary_tables
 from keras_cluster_mask.encoders.surgery import (
-    EMBEDDINGS,
     count_prefix_tokens,
     count_tokens,
     find_embedding_layer,
@@ -17,12 +18,8 @@ from keras_cluster_mask.encoders.surgery import (
     split_at,
 )
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.selection import (
-    PutMask,
-    is_always_masking,
-    split_tokens,
-)
-from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
+from keras_cluster_mask.masking.selection import PutMask, keep_patches, split_tokens
+from keras_cluster_mask.masking.step_noise import StepNoise, noise_of_model
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.types import Tensor
 
@@ -86,7 +83,8 @@ class MaskedEncoder(MadeOfParts, keras.Model):
     Call arguments:
         inputs: Images, in the form that `encoder` takes: a tensor, or a dictionary with
             it.
-        training: Python boolean. Patches are left out only if it is true.
+        training: Python boolean. Patches are left out if it is true, or if `noise` is
+            given.
         noise: `(batch, N)` float32 tensor for the masking. Drawn if not given. Or
             `(batch, v, N)` for `v` views of each image: the patches are embedded once,
             and the output has `batch * v` rows, with the views of an image in
@@ -100,7 +98,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
             that do not depend on the image are counted. `None` if that is not possible.
     """
 
-    parts = ("encoder", "masking", "layer")
+    _parts = ("encoder", "masking", "layer")
 
     def __init__(
         self,
@@ -136,16 +134,16 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         number_positions(encoder)
 
         # === Functional models ===
-        # Stored in a closure: Keras would track attributes, and save every weight
-        # twice.
-        stem, blocks = split_at(encoder, self.embedding_layer)
+        # In an object that Keras does not look into: it would save every weight twice.
+        stem, blocks = split_at(encoder, found)
         tables = rotary_tables(encoder)
-        positions = keras.Model(encoder.input, tables) if tables else None
-        self._models = lambda: (stem, blocks, positions)
+        self._models = types.SimpleNamespace(
+            stem=stem,
+            blocks=blocks,
+            positions=keras.Model(encoder.input, tables) if tables else None,
+        )
 
         # === Patches ===
-        if isinstance(masking, SimilarityMasking):
-            masking.take_patch_size(encoder, found)
         given, counted = masking.num_prefix_tokens, count_prefix_tokens(encoder, stem)
         if None not in (given, counted) and given != counted:
             raise ValueError(
@@ -154,6 +152,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
                 f"encoder. Received: num_prefix_tokens={given}"
             )
         self.num_prefix_tokens = counted if given is None else given
+        masking.enter(encoder, found)
         prefix, shape = self.num_prefix_tokens, image_shape_of(encoder)
         if None not in shape:
             # Only the shapes of these are read.
@@ -163,26 +162,26 @@ class MaskedEncoder(MadeOfParts, keras.Model):
             # Assume a class token, which most encoders have.
             prefix = 1
         check_blocks(self, blocks, prefix)
-        masking.enter(encoder)
         self.built = True
 
     def call(
-        self, inputs: Any, training: bool | None = None, noise: Tensor | None = None
+        self,
+        inputs: Any,
+        training: bool | None = None,
+        noise: Tensor | StepNoise | None = None,
     ) -> Any:
-        if not training and not is_always_masking():
+        if not training and noise is None and noise_of_model() is None:
             return self.encoder(inputs, training=False)
-        stem, blocks, positions = self._models()
-        tokens = stem(inputs, training=training)
+        models = self._models
+        tokens = models.stem(inputs, training=training)
         (images,) = tree.flatten(inputs)
-        tokens, visible, indices = self.masking.keep(
-            tokens, images, noise, self.num_prefix_tokens
+        tokens, indices = keep_patches(
+            self.masking, tokens, images, noise, self.num_prefix_tokens
         )
-        if visible is not None:
-            tokens = PutMask()(tokens, mask=visible)
-        if positions is not None:
-            tables = positions(inputs)
+        if models.positions is not None:
+            tables = models.positions(inputs)
             tokens = [tokens, *(ops.take(table, indices, axis=0) for table in tables)]
-        return blocks(tokens, training=training)
+        return models.blocks(tokens, training=training)
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Computes the tokens that the masking selects from, in inference mode.
@@ -198,12 +197,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
     @property
     def stem(self) -> keras.Model:
         """The part of `encoder` from images to tokens, with shared weights."""
-        return self._models()[0]
-
-    @property
-    def unmasked(self) -> keras.Model:
-        """The encoder, which this model is at inference."""
-        return self.encoder
+        return self._models.stem
 
     @property
     def input(self) -> Any:
@@ -217,11 +211,8 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         return self.encoder.compute_output_shape(input_shape)
 
 
-def call_encoder(encoder, value, training):
+def call_encoder(encoder, value, **options):
     """Calls an encoder on a tensor, or on a dictionary of inputs by name."""
-    if training is False and not is_always_masking():
-        # A functional model for inference, such as a tower, should have no masking.
-        encoder = getattr(encoder, "unmasked", encoder)
     inputs = getattr(encoder, "input", None)
     if isinstance(value, dict):
         if not isinstance(inputs, dict):
@@ -229,7 +220,12 @@ def call_encoder(encoder, value, training):
             value = tree.pack_sequence_as(inputs, value)
     elif isinstance(inputs, dict) and len(inputs) == 1:
         value = dict.fromkeys(inputs, value)
-    return encoder(value, training=training)
+    return encoder(value, **options)
+
+
+def unmasked(encoder):
+    """Returns an encoder without the masking that `kcm.with_masking` inserted."""
+    return encoder.encoder if isinstance(encoder, MaskedEncoder) else encoder
 
 
 # === Layers that use the order of tokens, or let hidden ones through ===

@@ -9,14 +9,13 @@ from keras import ops
 from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.replicas import assign_equal
 from keras_cluster_mask.encoders.class_attention import ClassAttention
+from keras_cluster_mask.encoders.families import BLOCKS
 from keras_cluster_mask.encoders.resizing import (
     copy_with,
     resize_positions,
     with_image_size,
 )
 from keras_cluster_mask.encoders.surgery import (
-    BLOCKS,
-    check_no_lora,
     data_format_of,
     find_embedding_layer,
     number_positions,
@@ -100,7 +99,7 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
           updates before each forward pass.
     """
 
-    parts = ("momentum", "final_momentum", "steps", "image_size")
+    _parts = ("momentum", "final_momentum", "steps", "image_size")
     # Each replica computes the same update of the same weights, so no averaging over
     # replicas is needed.
     equal_on_replicas = True
@@ -129,7 +128,12 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
         self.steps = check_integer("steps", steps, or_none=True)
         self.image_size = image_size
         ClassAttention(encoder)
-        check_no_lora("encoder", encoder)
+        if any(getattr(layer, "lora_enabled", False) for layer in all_layers(encoder)):
+            raise ValueError(
+                "`encoder` must have no LoRA yet: enable LoRA afterwards, or save and "
+                "load the model first, which merges it. "
+                f"Received: encoder={encoder.name}"
+            )
 
         # === The copy ===
         # These hold the copy and the followed encoder in objects that Keras does not

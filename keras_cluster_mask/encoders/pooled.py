@@ -1,21 +1,21 @@
 """Encoders made of pre-trained backbones: what is pooled, and how pixels are scaled."""
 
+import types
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.encoders.masked import with_masking
-from keras_cluster_mask.encoders.pixels import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    SIGLIP_MEAN,
-    SIGLIP_STD,
+from keras_cluster_mask.encoders.families import (
+    IMAGE_FAMILIES,
+    TEXT_FAMILIES,
+    family_of,
 )
+from keras_cluster_mask.encoders.masked import with_masking
 from keras_cluster_mask.encoders.surgery import (
-    class_of,
     count_prefix_tokens,
+    data_format_of,
     find_embedding_layer,
 )
 from keras_cluster_mask.masking import PatchMasking
@@ -23,18 +23,6 @@ from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
 
 POOLINGS = ("class", "mean", "class_and_mean")
-
-
-# The pooling, the pixel mean and the deviation of vision transformers, by the name of
-# keras_hub's class.
-IMAGE_FAMILIES = {
-    "DINOV2Backbone": ("class_and_mean", IMAGENET_MEAN, IMAGENET_STD),
-    "DINOV3Backbone": ("class_and_mean", IMAGENET_MEAN, IMAGENET_STD),
-    "DeiTBackbone": ("class", IMAGENET_MEAN, IMAGENET_STD),
-    "ViTBackbone": ("class", SIGLIP_MEAN, SIGLIP_STD),
-}
-# Text encoders in which every token attends to all others.
-TEXT_BACKBONES = ("BertBackbone", "DistilBertBackbone", "RobertaBackbone")
 
 
 def pretrained_towers(
@@ -45,10 +33,12 @@ def pretrained_towers(
 ) -> dict[str, Any]:
     """Returns arguments of `ContrastiveModel`; see `ContrastiveModel.from_encoders`."""
     hint = "Pass other encoders, with their own pooling, to `ContrastiveModel`. "
-    family = class_of("image_backbone", image_backbone, IMAGE_FAMILIES, hint)
+    known = {name: x for name, x in IMAGE_FAMILIES.items() if x.pooling}
+    family = family_of("image_backbone", image_backbone, known, hint)
     # A `TextEmbedder` has a backbone and a pooling.
     texts = getattr(text_backbone, "backbone", text_backbone)
-    class_of("text_backbone", texts, TEXT_BACKBONES, hint)
+    known = {name: x for name, x in TEXT_FAMILIES.items() if not x.of_pair}
+    family_of("text_backbone", texts, known, hint)
     if isinstance(pooling, str):
         raise ValueError(
             "`pooling` must be two values, for images and for texts, such as "
@@ -56,13 +46,18 @@ def pretrained_towers(
         )
     of_images, of_texts = pooling or (None, None)
     own = getattr(text_backbone, "pooling_mode", "mean").replace("cls", "class")
-    image_pooling, mean, std = IMAGE_FAMILIES[family]
-    images = PooledEncoder(image_backbone, of_images or image_pooling)
+    if masking is not None and family.embedding is None:
+        raise ValueError(
+            "`masking` must be None for an image encoder without patch tokens, which "
+            f"reads whole images. Received: masking={masking.name}, image_backbone of "
+            f"type {type(image_backbone).__name__}"
+        )
+    images = PooledEncoder(image_backbone, of_images or family.pooling)
     return {
         "image_encoder": images if masking is None else with_masking(images, masking),
         "text_encoder": PooledEncoder(texts, of_texts or own),
-        "pixel_mean": mean,
-        "pixel_std": std,
+        "pixel_mean": family.pixel_mean,
+        "pixel_std": family.pixel_std,
     }
 
 
@@ -71,15 +66,17 @@ class PooledEncoder(MadeOfParts, keras.Model):
     """A backbone with a pooling of its tokens, which shares the backbone's weights.
 
     Args:
-        backbone: A keras_hub backbone that returns tokens.
+        backbone: A keras_hub backbone that returns tokens, or a convolutional one that
+            returns `(batch, H, W, C)` features.
         pooling: String, one of `POOLINGS`.
         **kwargs: Arguments of `keras.Model`.
 
     Attributes:
+        backbone: The backbone.
         pooling: The pooling.
     """
 
-    parts = ("backbone", "pooling")
+    _parts = ("backbone", "pooling")
 
     def __init__(self, backbone: keras.Model, pooling: str, **kwargs: Any):
         check_choice("pooling", pooling, POOLINGS)
@@ -87,26 +84,32 @@ class PooledEncoder(MadeOfParts, keras.Model):
         if isinstance(tokens, dict):
             tokens = tokens["sequence_output"]
         mask, prefix, table = None, 0, None
+        is_grid = len(tokens.shape) == 4
         if isinstance(inputs, dict) and "padding_mask" in inputs:
             mask = inputs["padding_mask"]
-        else:
+        elif not is_grid:
             embedding = find_embedding_layer(backbone)
             stem = keras.Model(inputs, embedding.output)
             prefix = count_prefix_tokens(backbone, stem)
-            if prefix == 0 and pooling != "mean":
-                raise ValueError(
-                    "`pooling` must be 'mean' for an image encoder without a class "
-                    f"token. Received: pooling={pooling!r}, a {type(backbone).__name__}"
-                )
             table = getattr(embedding, "interpolated_position_embeddings", None)
+        if mask is None and prefix == 0 and pooling != "mean":
+            raise ValueError(
+                "`pooling` must be 'mean' for an image encoder without a class "
+                f"token. Received: pooling={pooling!r}, a {type(backbone).__name__}"
+            )
         # Not the global policy, which the functional model would not save.
-        pooling_layer = TokenPooling(pooling, prefix, dtype="float32", name="pooling")
-        pooled = pooling_layer(tokens, mask=mask)
+        options = {"dtype": "float32", "name": "pooling"}
+        if is_grid:
+            data_format = data_format_of(backbone)
+            layer = keras.layers.GlobalAveragePooling2D(data_format, **options)
+            pooled = layer(tokens)
+        else:
+            pooled = TokenPooling(pooling, prefix, **options)(tokens, mask=mask)
         kwargs.setdefault("name", f"pooled_{backbone.name}")
         super().__init__(inputs, pooled, **kwargs)
-        # Stored in a closure: Keras would track an attribute, and with it layers that
-        # lead to no output, such as BERT's pooler.
-        self._backbone = lambda: backbone
+        # In an object that Keras does not look into: it would track layers that lead to
+        # no output, such as BERT's pooler.
+        self._given = types.SimpleNamespace(backbone=backbone)
         self.pooling = pooling
         if table is not None:
             self.position_table = SavedWeight(table)
@@ -116,7 +119,7 @@ class PooledEncoder(MadeOfParts, keras.Model):
     @property
     def backbone(self) -> keras.Model:
         """The backbone, which shares its weights with this model."""
-        return self._backbone()
+        return self._given.backbone
 
 
 class SavedWeight(keras.layers.Layer):
@@ -131,15 +134,15 @@ class SavedWeight(keras.layers.Layer):
 
     def __init__(self, weight: keras.Variable):
         super().__init__()
-        # In a closure, so that the weight does not belong to two layers.
-        self._weight = lambda: weight
+        # In an object that Keras does not look into: the weight is of another layer.
+        self._of_other = types.SimpleNamespace(weight=weight)
         self.built = True
 
     def save_own_variables(self, store: Any) -> None:
-        store["0"] = ops.convert_to_numpy(self._weight())
+        store["0"] = ops.convert_to_numpy(self._of_other.weight)
 
     def load_own_variables(self, store: Any) -> None:
-        self._weight().assign(store["0"])
+        self._of_other.weight.assign(store["0"])
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")

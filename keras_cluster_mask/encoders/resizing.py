@@ -5,10 +5,12 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_integer, sides_of
+from keras_cluster_mask.encoders.families import (
+    IMAGE_FAMILIES,
+    TEXT_FAMILIES,
+    family_of,
+)
 from keras_cluster_mask.encoders.surgery import (
-    RESIZABLE,
-    TEXT_ENCODERS,
-    class_of,
     data_format_of,
     find_embedding_layer,
     number_positions,
@@ -19,7 +21,11 @@ from keras_cluster_mask.masking.patch_grid import (
     height_and_width,
     is_channels_first,
 )
-from keras_cluster_mask.training.layers import all_layers, freeze_parts, frozen_parts
+from keras_cluster_mask.training.layers import (
+    all_layers,
+    omitted_settings,
+    restore_settings,
+)
 
 
 def with_image_size(
@@ -59,7 +65,8 @@ def with_image_size(
         - [open_clip](https://github.com/mlfoundations/open_clip), `resize_pos_embed`.
     """
     encoder = getattr(model, "vision_encoder", model)
-    class_of("model", encoder, RESIZABLE, "Or a backbone with one of them. ")
+    known = {name: x for name, x in IMAGE_FAMILIES.items() if x.resizable}
+    family_of("model", encoder, known, "Or a backbone with one of them. ")
     embedding = find_embedding_layer(encoder)
     data_format = data_format_of(encoder)
     shape = tuple(encoder.image_shape)
@@ -127,7 +134,8 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
           `resize_text_pos_embed`.
     """
     encoder = getattr(model, "text_encoder", model)
-    class_of("model", encoder, TEXT_ENCODERS, "Or a backbone with one of them. ")
+    known = {name: x for name, x in TEXT_FAMILIES.items() if x.of_pair}
+    family_of("model", encoder, known, "Or a backbone with one of them. ")
     length = check_integer("length", length, 3)
     copy = copy_with(model, "text_encoder", {"max_sequence_length": length})
     for old, new in zip(model.weights, copy.weights):
@@ -156,16 +164,11 @@ def copy_with(model, tower: str, changes: dict) -> keras.Model:
     changed = config[tower]["config"] if hasattr(model, tower) else config
     changed.update(changes)
     copy = type(model).from_config(config)
-    if hasattr(model, "clip_head"):
-        # keras_hub's config omits it, and open_clip's weights need another value than
-        # keras_hub's default.
-        epsilon = model.text_encoder.layer_norm.epsilon
-        copy.text_encoder.layer_norm.epsilon = epsilon
-    # The configurations of keras_hub's encoders omit LoRA, and which layers are frozen.
+    # The configurations of keras_hub's encoders omit LoRA.
     for old, new in zip(all_layers(model), all_layers(copy)):
         if getattr(old, "lora_enabled", False):
             new.enable_lora(old.lora_rank, old.lora_alpha)
-    freeze_parts(copy, frozen_parts(model))
+    restore_settings(copy, omitted_settings(model))
     for old, new in zip(model.weights, copy.weights):
         if tuple(old.shape) == tuple(new.shape):
             # Without `ops.copy`, both would share an array on JAX, which a training

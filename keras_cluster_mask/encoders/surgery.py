@@ -1,11 +1,6 @@
-"""Facts about keras_hub's encoders, and helpers for any encoder.
-
-keras_hub's classes are recognized by name, to avoid importing keras_hub.
-"""
+"""Reads what an encoder takes and returns, and splits it after its embedding layer."""
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 import keras
 import numpy as np
@@ -13,102 +8,15 @@ from keras import ops, tree
 
 from keras_cluster_mask.checks import sides_of
 from keras_cluster_mask.distribution.backends import needs_xla
+from keras_cluster_mask.encoders.families import BLOCKS, EMBEDDINGS, IMAGE_FAMILIES
 from keras_cluster_mask.encoders.rotary_positions import own_positions, rotary_tables
 from keras_cluster_mask.masking.patch_grid import grid_shape
 from keras_cluster_mask.training.layers import all_layers
-
-# Layers of vision transformers that return the embedded tokens. `ViTBackbone` and
-# `BLIP2VisionEncoder` use the last one.
-EMBEDDINGS = (
-    "CLIPVisionEmbedding",
-    "DINOV2Embedding",
-    "DINOV3Embedding",
-    "DeiTEmbeddings",
-    "MetaCLIP2VisionEmbedding",
-    "SigLIPVisionEmbedding",
-    "ViTPatchingAndEmbedding",
-)
-
-# Layers of vision transformers that cannot leave out tokens after an embedding layer:
-# embedding and blocks are one layer, or blocks need the whole grid.
-WITHOUT_EMBEDDING = (
-    "Gemma3VisionEncoderBlock",
-    "Gemma4VisionEncoderBlock",
-    "PaliGemmaVitEncoder",
-    "SwinTransformerStage",
-)
-
-# Vision transformers that `with_image_size` supports: config, positions and patch size
-# are known.
-RESIZABLE = (
-    "CLIPVisionEncoder",
-    "DINOV2Backbone",
-    "MetaCLIP2VisionEncoder",
-    "SigLIPVisionEncoder",
-    "ViTBackbone",
-)
-
-# Text encoders that `with_context_length` supports.
-TEXT_ENCODERS = ("CLIPTextEncoder", "MetaCLIP2TextEncoder", "SigLIPTextEncoder")
-
-# The transformer blocks of image and text encoders.
-BLOCKS = (
-    "CLIPEncoderLayer",
-    "DINOV2Layer",
-    "DINOV3Layer",
-    "DeiTEncoderBlock",
-    "MetaCLIP2EncoderLayer",
-    "SigLIPEncoderLayer",
-    "TransformerDecoder",
-    "TransformerEncoder",
-    "ViTEncoderBlock",
-)
-
-# The kind of `ContrastiveModel` for each backbone of two encoders. `backbones.py` fills
-# it.
-CLASSES: dict[str, type] = {}
 
 # The sides of the images with which the tokens of an encoder for any size are counted.
 UNKNOWN_SIDE = 224
 
 # === Any encoder ===
-
-
-def class_of(name: str, model: Any, classes: Iterable[str], hint: str = "") -> str:
-    """Returns which of `classes` of keras_hub a model is an instance of, by name.
-
-    Args:
-        name: String, the name of the argument, for the error.
-        model: The model.
-        classes: The names of the classes that are supported.
-        hint: String, what else can be done.
-    """
-    for kind in type(model).__mro__:
-        if kind.__name__ in classes:
-            return kind.__name__
-    raise ValueError(
-        f"`{name}` must be a keras_hub {', '.join(classes)}. {hint}"
-        f"Received: {name}={model} of type {type(model).__name__}"
-    )
-
-
-def kind_for(cls: type, backbone: keras.Model) -> type:
-    """Returns the class of the model to make of a backbone.
-
-    Args:
-        cls: The class that the model is asked of, a `ContrastiveModel`.
-        backbone: A keras_hub backbone.
-    """
-    kind = CLASSES[class_of("backbone", backbone, CLASSES)]
-    if issubclass(cls, kind):
-        return cls
-    if not issubclass(kind, cls):
-        raise ValueError(
-            f"`from_backbone` must be that of a `{kind.__name__}` for this backbone: "
-            f"derive `{cls.__name__}` from it. "
-            f"Received: backbone={backbone} of type {type(backbone).__name__}"
-        )
-    return kind
 
 
 def image_shape_of(encoder) -> tuple | None:
@@ -139,7 +47,9 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
             "`encoder` must be a built functional Keras model. "
             f"Received: encoder={encoder} of type {type(encoder).__name__}"
         )
-    if {type(layer).__name__ for layer in encoder.layers} & {*WITHOUT_EMBEDDING}:
+    known = IMAGE_FAMILIES | BLOCKS
+    kinds = [type(encoder).__name__, *(type(x).__name__ for x in encoder.layers)]
+    if any(known[x].embedding is None for x in kinds if x in known):
         raise ValueError(
             "`encoder` must embed the patches in a layer before its blocks, and its "
             f"blocks must take any number of tokens. Received: encoder={encoder.name} "
@@ -327,12 +237,3 @@ def position_tables(embedding) -> tuple:
     if hasattr(embedding, "interpolated_position_embeddings"):
         return embedding.position_embeddings, embedding.interpolated_position_embeddings
     return (embedding.position_embedding.embeddings,)
-
-
-def check_no_lora(name: str, model: keras.Model) -> None:
-    """Raises an error for a model with LoRA."""
-    if any(getattr(layer, "lora_enabled", False) for layer in all_layers(model)):
-        raise ValueError(
-            f"`{name}` must have no LoRA yet: enable LoRA afterwards, or save and load "
-            f"the model first, which merges it. Received: {name}={model.name}"
-        )

@@ -1,21 +1,53 @@
 """A tower: from images or texts to embeddings in the space that both share."""
 
+import functools
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.encoders.exported import Exported
-from keras_cluster_mask.encoders.families import text_family_of, text_input_names
-from keras_cluster_mask.encoders.masked import call_encoder
-from keras_cluster_mask.encoders.pixels import CLIP_MEAN, CLIP_STD, check_statistics
+from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, text_family_of
+from keras_cluster_mask.encoders.masked import MaskedEncoder, call_encoder
+from keras_cluster_mask.encoders.pixels import check_statistics, normalize_pixels
 from keras_cluster_mask.encoders.surgery import context_length_of, data_format_of
-from keras_cluster_mask.masking.selection import always_masking, views_of_image
-from keras_cluster_mask.training.input_rules import is_float
+from keras_cluster_mask.masking.step_noise import StepNoise
 from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
+
+
+def encode(
+    encoder: keras.Model,
+    inputs: Any,
+    training: bool | None = False,
+    noise: StepNoise | None = None,
+) -> Tensor:
+    """Computes the `(batch, width)` features that a projection takes.
+
+    Args:
+        encoder: A Keras model, an image or a text encoder.
+        inputs: Its input, which `prepare` of a tower returned.
+        training: Boolean. An encoder without trainable weights runs as in inference,
+            since dropout would change its features.
+        noise: The `StepNoise` of a training step, for the maskings in the encoder.
+    """
+    if training and encoder.weights and not encoder.trainable_weights:
+        training = False
+    if noise is None or isinstance(encoder, MaskedEncoder):
+        options = {} if noise is None else {"noise": noise}
+        features = call_encoder(encoder, inputs, training=training, **options)
+    else:
+        with noise.given():
+            features = call_encoder(encoder, inputs, training=training)
+    if len(getattr(features, "shape", ())) != 2:
+        raise ValueError(
+            "An encoder must return features of shape (batch, d); add a pooling to "
+            f"one that returns tokens. Received: {encoder.name} returned "
+            f"{getattr(features, 'shape', type(features).__name__)}"
+        )
+    return features
 
 
 class Tower(MadeOfParts, Exported, keras.Model):
@@ -58,7 +90,7 @@ class Tower(MadeOfParts, Exported, keras.Model):
         `(batch, d)` float32 embeddings, L2-normalized.
     """
 
-    parts = ("encoder", "projection")
+    _parts = ("encoder", "projection")
 
     def __init__(
         self,
@@ -77,24 +109,11 @@ class Tower(MadeOfParts, Exported, keras.Model):
         """Returns the inputs of the encoder."""
         raise NotImplementedError
 
-    def features(self, inputs: Any, training: bool | None = None) -> Tensor:
+    def features(self, inputs: Any) -> Tensor:
         """Computes the `(batch, width)` features that the projection takes."""
-        encoder, inputs = self.encoder, self.prepare(inputs)
-        if training and encoder.weights and not encoder.trainable_weights:
-            # Dropout would change the features of a frozen encoder.
-            with always_masking():
-                features = call_encoder(encoder, inputs, training=False)
-        else:
-            features = call_encoder(encoder, inputs, training)
-        if len(getattr(features, "shape", ())) != 2:
-            raise ValueError(
-                "An encoder must return features of shape (batch, d); add a pooling to "
-                f"one that returns tokens. Received: {self.encoder.name} returned "
-                f"{getattr(features, 'shape', type(features).__name__)}"
-            )
-        return features
+        return encode(self.encoder, self.prepare(inputs))
 
-    def project(self, features: Tensor, training: bool | None = None) -> Tensor:
+    def project(self, features: Tensor, training: bool | None = False) -> Tensor:
         """Projects features to `(batch, d)` float32 embeddings, L2-normalized."""
         if self.projection is not None:
             # It is passed `training`: Keras knows it within a call of the model, but
@@ -102,28 +121,13 @@ class Tower(MadeOfParts, Exported, keras.Model):
             features = self.projection(features, training=training)
         return l2_normalize(features)
 
-    def embed(self, inputs: Any, training: bool | None = None) -> Tensor:
-        """Embeds inputs, as a call does; in training with masking and dropout.
-
-        An encoder without trainable weights has no dropout.
-        """
-        return self.project(self.features(inputs, training), training)
-
     def call(self, inputs: Any, training: bool | None = None) -> Tensor:
-        return self.embed(inputs, training=False)
+        return self.project(self.features(inputs))
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         # The weights belong to a model that may be trained further.
         with keeping_weights(self):
             return super().predict(x, *args, **kwargs)
-
-    def without_masking(self) -> Self:
-        """Returns this tower, or one without its masking that shares the weights."""
-        unmasked = getattr(self.encoder, "unmasked", self.encoder)
-        if unmasked is self.encoder:
-            return self
-        parts = {name: getattr(self, name) for name in self.parts}
-        return type(self)(**{**parts, "encoder": unmasked}, name=self.name)
 
     @property
     def input_specs(self) -> Any:
@@ -137,7 +141,7 @@ class Tower(MadeOfParts, Exported, keras.Model):
                 f"{type(self.encoder).__name__}"
             )
         if not isinstance(given, dict):
-            given = {x.name: x for x in keras.tree.flatten(given)}
+            given = {x.name: x for x in tree.flatten(given)}
         specs = {name: self._spec(x) for name, x in given.items()}
         return specs if len(specs) > 1 else specs.popitem()[1]
 
@@ -160,7 +164,7 @@ class ImageTower(Tower):
         **kwargs: Arguments of `keras.Model`.
     """
 
-    parts = (*Tower.parts, "pixel_mean", "pixel_std", "data_format")
+    _parts = (*Tower._parts, "pixel_mean", "pixel_std", "data_format")
 
     def __init__(
         self,
@@ -177,19 +181,12 @@ class ImageTower(Tower):
         self.pixel_std = pixel_std
         self.data_format = data_format or data_format_of(encoder)
         # No method, because maskings hold it: they would hold the encoder, too.
-        options = pixel_mean, pixel_std, self.data_format
-        self.prepare = lambda images: normalize_pixels(images, *options)
-
-    def embed(
-        self, inputs: Any, training: bool | None = None, views: int = 1
-    ) -> Tensor:
-        """Embeds images; in training with several `views`, as `(batch, views, d)`."""
-        if views == 1 or not training:
-            return super().embed(inputs, training)
-        with views_of_image(views):
-            embeddings = super().embed(inputs, training)
-        shape = ops.shape(inputs)[0], views, embeddings.shape[-1]
-        return ops.reshape(embeddings, shape)
+        self.prepare = functools.partial(
+            normalize_pixels,
+            mean=pixel_mean,
+            std=pixel_std,
+            data_format=self.data_format,
+        )
 
     def _spec(self, given):
         dtype = given.dtype if self.pixel_mean is None else "uint8"
@@ -202,7 +199,8 @@ class TextTower(Tower):
 
     Args:
         encoder: A Keras model from token ids, or from several inputs, to
-            `(batch, width)` features.
+            `(batch, width)` features. A single input may have any name. If there are
+            several, one must be named `"token_ids"`.
         projection: A layer from features to `(batch, d)`, or `None`.
         context_length: Integer, the maximum number of tokens of a text. Defaults to
             that of the encoder.
@@ -211,9 +209,12 @@ class TextTower(Tower):
     Attributes:
         input_names: Tuple of str, the names of the encoder's inputs.
         family: The `TextFamily` of the encoder.
+
+    Raises:
+        ValueError: If none of several inputs is `"token_ids"`.
     """
 
-    parts = (*Tower.parts, "context_length")
+    _parts = (*Tower._parts, "context_length")
 
     def __init__(
         self,
@@ -223,7 +224,16 @@ class TextTower(Tower):
         **kwargs: Any,
     ):
         super().__init__(encoder, projection, **kwargs)
-        self.input_names = text_input_names(encoder)
+        inputs = getattr(encoder, "input", None)
+        names = tuple(inputs) if isinstance(inputs, dict) else ()
+        names = names or tuple(x.name for x in tree.flatten(inputs) if x is not None)
+        if len(names) > 1 and "token_ids" not in names:
+            raise ValueError(
+                "`text_encoder` must have one input, or inputs that are named as the "
+                "entries of a batch, 'token_ids' among them. "
+                f"Received: inputs {[*names]}"
+            )
+        self.input_names = names if len(names) > 1 else ("token_ids",)
         self.family = text_family_of(encoder)
         self.context_length = context_length or context_length_of(encoder)
 
@@ -272,42 +282,6 @@ class TextTower(Tower):
         shape = given.shape
         lengths = shape[1:] if shape[1:] != (None,) else (self.context_length,)
         return keras.InputSpec(shape=(shape[0], *lengths), dtype=given.dtype)
-
-
-def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
-    """Scales and normalizes uint8 images, and returns float images unchanged.
-
-    This runs on the device, in the compiled step, because uint8 takes a quarter of the
-    memory and of the transfer of float32.
-
-    Args:
-        images: `(batch, H, W, C)` tensor, or channels first.
-        mean: Three floats, one per channel. Their average is used if there are not
-            three channels. `None` returns all images unchanged.
-        std: Three floats, one per channel, averaged like `mean`.
-        data_format: `"channels_last"` or `"channels_first"`. Defaults to
-            `keras.config.image_data_format()`.
-
-    Returns:
-        A float32 tensor for uint8 images; any other tensor unchanged.
-
-    Raises:
-        ValueError: For integers other than uint8, whose range is not known.
-    """
-    images = ops.convert_to_tensor(images)
-    dtype = keras.backend.standardize_dtype(images.dtype)
-    # `is_float` raises an error for other integers.
-    if mean is None or (dtype != "uint8" and is_float(images)):
-        return images
-    data_format = data_format or keras.config.image_data_format()
-    axis, shape = (1, (-1, 1, 1)) if data_format == "channels_first" else (-1, -1)
-    if images.shape[axis] != 3:
-        mean, std = [sum(mean) / 3], [sum(std) / 3]
-    # Tensors of Python numbers: torch compiles and exports no NumPy arrays.
-    mean, std = (
-        ops.reshape(ops.convert_to_tensor(x, "float32"), shape) for x in (mean, std)
-    )
-    return (ops.cast(images, "float32") / 255.0 - mean) / std
 
 
 def l2_normalize(features):

@@ -93,7 +93,7 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
         tokenizer: See `embed`.
         verbose: See `embed`.
     """
-    of_texts = embedder.model.text_input_names
+    of_texts = embedder.model.text_tower.input_names
     if tokenizer is not None:
         tokenizer = embedder.tokenizer(tokenizer)
     rows, numbers = {}, {}
@@ -119,7 +119,9 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
             found["text_embeddings"] = embedder.texts(inputs)
             found["image_of_text"] = count + owners
             # Batches may be padded to different lengths.
-            shifted = np.asarray(ids, "int32") - embedder.model.text_family.padding_id
+            shifted = (
+                np.asarray(ids, "int32") - embedder.model.text_tower.family.padding_id
+            )
             texts = [np.trim_zeros(row, "b").tobytes() for row in shifted]
             found["text_numbers"] = np.array(
                 [numbers.setdefault(text, len(numbers)) for text in texts], "int64"
@@ -201,8 +203,8 @@ class Embedder:
         if isinstance(model, Embedder):
             model = model.model
         self.model = model = as_contrastive_model(model)
-        self._images = _Encoder(model.towers.image, features, "images")
-        self._texts = _Encoder(model.towers.text, features, "texts")
+        self._images = _Encoder(model.image_tower, features, "images")
+        self._texts = _Encoder(model.text_tower, features, "texts")
 
     @classmethod
     def of(cls, model):
@@ -268,14 +270,14 @@ class _Encoder(keras.Model):
         super().__init__(name=name)
         self.autocast = False
         self.tower = tower
-        self.function = tower.features if features else tower.embed
+        self.function = tower.features if features else tower.call
         self.sizes = []
         self.built = True
         if needs_xla(getattr(tower, "data_format", None)):
             self.jit_compile = True
 
     def call(self, inputs):
-        return self.function(inputs, training=False)
+        return self.function(inputs)
 
     def size_for(self, count):
         """Returns the batch size to which this number of rows is padded."""

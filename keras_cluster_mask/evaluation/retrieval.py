@@ -146,7 +146,7 @@ def evaluate_retrieval(
     embedder = Embedder.of(model)
     keys = ["captions"]
     if tokenizer is None:
-        keys = ["token_ids", *embedder.model.text_input_names]
+        keys = ["token_ids", *embedder.model.text_tower.input_names]
         check_tokenizer_of(embedder.model, data)
     batches = read_entries("data", data, keys)
     found = embed_batches(embedder, data, batches, tokenizer, verbose)

@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.encoders.families import TEXT_FAMILIES
 from keras_cluster_mask.encoders.surgery import data_format_of
 from keras_cluster_mask.evaluation import embedding
 from keras_cluster_mask.masking.patch_grid import is_channels_first
@@ -83,14 +82,17 @@ def adapt(
             "`model` must have an image encoder that takes images of one size. "
             f"Received: an encoder of images of {image_size}"
         )
-    layer = model.text_family.layer
-    is_clip = layer == TEXT_FAMILIES["CLIP"].layer
+    pooling = model.text_tower.family.pooling
     rules = model.input_rules
-    if tokenizer is None and is_clip and rules.vocabulary_size == CLIP_SIZE:
+    if (
+        tokenizer is None
+        and pooling == "highest id"
+        and rules.vocabulary_size == CLIP_SIZE
+    ):
         tokenizer = embedding.clip_tokenizer(rules.context_length)
     tokenize = adapter.embedder.tokenizer(tokenizer)
     if resize is None:
-        resize = "squash" if layer == TEXT_FAMILIES["SigLIP"].layer else "crop"
+        resize = "squash" if pooling == "last token" else "crop"
     return (
         adapter,
         functools.partial(_pixels, image_size=image_size, resize=resize),

@@ -9,12 +9,12 @@ import numpy as np
 
 from keras_cluster_mask.checks import is_number
 from keras_cluster_mask.encoders.architecture import Architecture
-from keras_cluster_mask.encoders.families import TEXT_FAMILIES
-from keras_cluster_mask.encoders.pixels import (
+from keras_cluster_mask.encoders.families import (
     CLIP_MEAN,
     CLIP_STD,
     SIGLIP_MEAN,
     SIGLIP_STD,
+    TEXT_FAMILIES,
 )
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
@@ -38,7 +38,7 @@ CONFIG_FILE = "config.json"
 # first under "image_processor".
 PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
 
-# The families of `TEXT_FAMILIES` by `model_type`, and the names of their tensors.
+# The families of an `Architecture` by `model_type`, and the names of their tensors.
 FAMILIES = {"clip": "CLIP", "metaclip_2": "MetaCLIP2", "siglip": "SigLIP"}
 NAMES = {"CLIP": CLIP, "MetaCLIP2": METACLIP_2, "SigLIP": SIGLIP}
 
@@ -191,7 +191,7 @@ def _read_config(path):
             )
     elif not reasons:
         highest = fields["vocabulary"] - 1
-        end_id = TEXT_FAMILIES[family].end_id
+        end_id = TEXT_FAMILIES[f"{family}TextEncoder"].end_id
         ends = (OLD_END_ID, highest) if end_id is None else (end_id,)
         end = given.get("text_config.eos_token_id", 49407)
         if end not in ends:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_cluster_mask.encoders.architecture import Architecture
-from keras_cluster_mask.encoders.families import TEXT_FAMILIES
-from keras_cluster_mask.encoders.pixels import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, TEXT_FAMILIES
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
     Entry,
@@ -114,7 +113,7 @@ def read_config(config: Any) -> Architecture:
         for key in map(str, given)
         if key not in known and not key.startswith(IGNORED)
     ]
-    end_id = TEXT_FAMILIES["MetaCLIP2"].end_id
+    end_id = TEXT_FAMILIES["MetaCLIP2TextEncoder"].end_id
     end = given.get("text_cfg.eos_id", end_id)
     if fields["family"] == "MetaCLIP2" and end != end_id:
         reasons.append(f"text_cfg.eos_id={end}: keras_hub pools at the id {end_id}")
@@ -160,7 +159,7 @@ def write_config(architecture: Architecture, logit_bias: Any) -> dict:
         "text_cfg.pool_type": "argmax",
     }
     if architecture.family == "MetaCLIP2":
-        end_id = TEXT_FAMILIES["MetaCLIP2"].end_id
+        end_id = TEXT_FAMILIES["MetaCLIP2TextEncoder"].end_id
         entries.update({"text_cfg.pool_type": "eos", "text_cfg.eos_id": end_id})
         # Without it, open_clip would use CLIP's tokenizer.
         entries["text_cfg.hf_tokenizer_name"] = "facebook/xlm-v-base"

@@ -153,7 +153,8 @@ def load_model(
         if entry.path != BIAS:
             # Converted one at a time, since half-precision arrays double in size.
             entry.write(backbone, as_float32(state[entry.name]))
-    fields = "loss", "pixel_mean", "pixel_std"
+    # A head has a loss of its own.
+    fields = ["pixel_mean", "pixel_std", *([] if "head" in options else ["loss"])]
     options = {name: getattr(architecture, name) for name in fields} | options
     model = ContrastiveModel.from_backbone(backbone, **options)
     # `from_backbone` starts a sigmoid loss at another temperature and bias, which only
@@ -161,8 +162,8 @@ def load_model(
     initial = {"logit_scale": "initial_temperature", "logit_bias": "initial_logit_bias"}
     is_same_loss = model.head.loss == architecture.loss
     for entry in expected:
-        is_open = entry.name in initial and options.get(initial[entry.name]) is None
-        if is_same_loss and is_open:
+        name = initial.get(entry.name)
+        if is_same_loss and name is not None and getattr(model.head, name) is None:
             entry.write(model, as_float32(state[entry.name]))
     return model
 

@@ -117,7 +117,7 @@ class AttentiveMasking(PatchMasking):
             )
         return blocks
 
-    def enter(self, encoder: keras.Model) -> None:
+    def enter(self, encoder: keras.Model, embedding: keras.layers.Layer) -> None:
         self.teacher.follow(encoder)
 
     def check_ready(self) -> None:
@@ -126,8 +126,7 @@ class AttentiveMasking(PatchMasking):
     def advance(self) -> None:
         self.teacher.update()
 
-    @property
-    def own_variables(self) -> list[keras.Variable]:
+    def _own_variables(self):
         # Keras saves the teacher's variables with the teacher.
         theirs = {id(v) for v in self.teacher.variables}
         return [v for v in self.variables if id(v) not in theirs]

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_cluster_mask.batches import read_images
 from keras_cluster_mask.checks import check_choice, check_integer, check_range
+from keras_cluster_mask.masking.patch_masking import pixels_of
 from keras_cluster_mask.masking.selection import add_state, anchor_count, order_by_score
 from keras_cluster_mask.masking.similarity import (
     extract_patches,
@@ -234,7 +235,7 @@ class ClusterMasking(SimilarityMasking):
 
         similarities = []
         for images in read_images(data, max_images):
-            images = self.prepare_pixels(ops.convert_to_tensor(images))
+            images = pixels_of(self, images)
             num_patches = math.prod(self.grid_shape(None, images))
             anchors = self.draw_anchors(self.draw(images.shape[0], num_patches))
             patches = extract_patches(images, self.patch_size, self.data_format)

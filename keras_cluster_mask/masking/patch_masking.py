@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -8,19 +8,18 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_integer, check_range, sides_of
 from keras_cluster_mask.distribution.backends import is_traced
-from keras_cluster_mask.distribution.replicas import take_rows
 from keras_cluster_mask.masking.patch_grid import (
     grid_of_square_patches,
     grid_shape,
 )
 from keras_cluster_mask.masking.selection import (
-    PutMask,
     add_state,
     best_patches,
-    is_always_masking,
+    keep_patches,
     noise_by_view,
     split_tokens,
 )
+from keras_cluster_mask.masking.step_noise import noise_of_model
 from keras_cluster_mask.types import Tensor
 
 
@@ -126,13 +125,13 @@ class PatchMasking(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator(
             None if seed is None else int(hashed)
         )
-        # True if a call counts as a training step. An enclosing model counts itself.
-        self.counts_calls = True
         # A weight, because compiled steps can return values only through weights.
         self.last_mask_ratio = add_state(self, "last_mask_ratio", 0.0)
         self.supports_masking = True
         self.built = True
         self._is_ready = False
+        # A model sets the function that it normalizes images with.
+        self._prepare_pixels = None
 
     # === Methods that a strategy defines ===
 
@@ -240,61 +239,6 @@ class PatchMasking(keras.layers.Layer):
         shape = (-1, len(noises), selected[0].shape[1])
         return tuple(ops.reshape(x, shape) for x in selected)
 
-    def keep(
-        self,
-        tokens: Tensor,
-        images: Tensor | None = None,
-        noise: Tensor | None = None,
-        num_prefix: int | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Leaves out patch tokens, as `call` does in training.
-
-        Args:
-            tokens: `(batch, prefix + N, dim)` tensor.
-            images: Images, for strategies that use pixels.
-            noise: `(batch, N)` or `(batch, v, N)` float32 tensor. Drawn if not given.
-            num_prefix: Integer, the number of tokens before the patch tokens. `None`
-                uses `num_prefix_tokens`.
-
-        Returns:
-            The kept tokens, `(batch, prefix + K, dim)`; `(batch, prefix + K)` booleans,
-            false for hidden tokens, or `None` if the strategy hides none; the `(batch,
-            K)` indices of the kept patches. For `v` views they have `batch * v` rows.
-        """
-        # Check only once, because reading a value makes an accelerator wait.
-        is_first = not self._is_ready and not any(map(is_traced, self.variables))
-        if is_first:
-            self.check_ready()
-            self._is_ready = True
-        given = self.num_prefix_tokens if num_prefix is None else num_prefix
-        num_prefix, num_patches = split_tokens(self, tokens, images, given)
-        noises = noise_by_view(self, noise, images, tokens, num_patches)
-        indices, visible, score = best_patches(self, images, tokens, noises)
-        # Gather all views of an image from its row, on the device that holds the row.
-        views, num_kept = len(noises), indices.shape[1]
-        of_image = ops.reshape(indices, (-1, views * num_kept))
-        kept = take_rows(tokens[:, num_prefix:], of_image)
-        kept = ops.reshape(kept, (-1, num_kept, tokens.shape[2]))
-        prefix = ops.repeat(tokens[:, :num_prefix], views, axis=0)
-        share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
-        self.last_mask_ratio.assign(1.0 - share)
-        self.observe(score)
-        if self.counts_calls:
-            self.advance()
-        kept = ops.concatenate([prefix, kept], axis=1)
-        has_nan = ops.any(ops.isnan(score), axis=-1)[:, None, None]
-        if is_first and not is_traced(has_nan) and ops.convert_to_numpy(has_nan).any():
-            raise ValueError(
-                f"`score` of `{self.name}` must not return NaN. Received: a score of "
-                f"shape {tuple(score.shape)} with NaN"
-            )
-        # A compiled step cannot raise an error on a value, but its loss is NaN then.
-        kept = kept + ops.cast(ops.where(has_nan, np.nan, 0.0), kept.dtype)
-        if not self.hides_tokens:
-            return kept, None, indices
-        always = ops.ones_like(prefix[:, :, 0], dtype="bool")
-        return kept, ops.concatenate([always, visible], axis=1), indices
-
     def call(
         self,
         tokens: Tensor,
@@ -308,34 +252,19 @@ class PatchMasking(keras.layers.Layer):
                 "`tokens` must have shape (batch, tokens, dim). "
                 f"Received: tokens.shape={tuple(tokens.shape)}"
             )
-        if not training and not is_always_masking():
+        if not training and noise_of_model() is None:
             return tokens
         images = None if images is None else ops.convert_to_tensor(images)
-        tokens, visible, _ = self.keep(tokens, images, noise)
-        return tokens if visible is None else PutMask()(tokens, mask=visible)
+        return keep_patches(self, tokens, images, noise)[0]
 
-    def prepare_pixels(self, images: Tensor) -> Tensor:
-        """Normalizes images. An enclosing model replaces this method with its own."""
-        return images
+    # === Methods of a strategy with state, or that looks at the encoder ===
 
-    def join(self, prepare_pixels: Callable[[Tensor], Tensor]) -> None:
-        """Connects the masking to a model. The model calls this method.
-
-        From then on, only the training steps of the model count as steps, not every
-        call with `training=True`.
-
-        Args:
-            prepare_pixels: Function that the model applies to images before the
-                masking.
-        """
-        self.prepare_pixels = prepare_pixels
-        self.counts_calls = False
-
-    def enter(self, encoder: keras.Model) -> None:
+    def enter(self, encoder: keras.Model, embedding: keras.layers.Layer) -> None:
         """Connects the masking to an encoder. `MaskedEncoder` calls this method.
 
         Args:
             encoder: The encoder whose tokens are left out.
+            embedding: The layer of the encoder that returns the tokens.
         """
 
     def check_ready(self) -> None:
@@ -375,21 +304,20 @@ class PatchMasking(keras.layers.Layer):
         shape = self.compute_output_shape(tokens.shape, noise_shape=noise_shape)
         return keras.KerasTensor(shape, dtype=tokens.dtype)
 
-    @property
-    def own_variables(self) -> list[keras.Variable]:
-        """The variables that the layer itself saves, without those of sublayers."""
+    def _own_variables(self):
+        """Returns the variables that the layer itself saves, not its sublayers."""
         return self.variables
 
     def save_own_variables(self, store: Any) -> None:
         # Keras's own method omits the state of the seed generator.
-        for index, variable in enumerate(self.own_variables):
+        for index, variable in enumerate(self._own_variables()):
             store[str(index)] = variable
 
     def load_own_variables(self, store: Any) -> None:
         # Weights of a model without this masking have no state for it.
         if not store.keys():
             return
-        for index, variable in enumerate(self.own_variables):
+        for index, variable in enumerate(self._own_variables()):
             variable.assign(store[str(index)])
 
     def settings(self) -> dict[str, Any]:
@@ -403,3 +331,32 @@ class PatchMasking(keras.layers.Layer):
             "num_prefix_tokens": self.num_prefix_tokens,
             "seed": self.seed,
         }
+
+
+def join(masking, prepare_pixels):
+    """Tells a masking how the model around it normalizes images.
+
+    Args:
+        masking: A `PatchMasking`.
+        prepare_pixels: Function from images, as the model takes them, to those that
+            the masking sees.
+
+    Raises:
+        ValueError: If another model around the masking normalizes images differently.
+    """
+    pixels = ops.convert_to_tensor(np.arange(27, dtype="uint8").reshape(1, 3, 3, 3))
+    both = [f(pixels) for f in (masking._prepare_pixels, prepare_pixels) if f]
+    if len(both) == 2 and not np.array_equal(*map(ops.convert_to_numpy, both)):
+        raise ValueError(
+            f"`{masking.name}` is part of another model, which normalizes pixels "
+            "differently: make a masking layer for each model. "
+            f"Received: masking={masking.name}"
+        )
+    masking._prepare_pixels = prepare_pixels
+
+
+def pixels_of(masking, images):
+    """Returns images as a masking sees them in training."""
+    images = ops.convert_to_tensor(images)
+    prepare = masking._prepare_pixels
+    return images if prepare is None else prepare(images)

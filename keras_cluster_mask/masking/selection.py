@@ -1,65 +1,17 @@
-"""Selects the patches that are kept, by the noise of a step and a strategy's scores.
+"""Selects the patches that are kept, by the noise of a step and a strategy's scores."""
 
-A model passes the rows of the batch and the number of views to the maskings in it by a
-context. It replaces call arguments: the layers between the two forward only arguments
-that they know.
-"""
-
-import contextlib
 import math
-import threading
 
 import keras
+import numpy as np
 from keras import ops
+
+from keras_cluster_mask.distribution.backends import is_traced
+from keras_cluster_mask.distribution.replicas import take_rows
+from keras_cluster_mask.masking.step_noise import StepNoise, noise_of_model, step_of
 
 # More tokens before the patches than any usual model has: a class token and registers.
 MAX_PREFIX = 8
-# Thread-local, because TensorFlow traces the step of each replica in its own thread.
-_context = threading.local()
-
-
-def part_of_batch(size, take):
-    """Returns a context in which masking layers see only some rows of a larger batch.
-
-    They draw the noise of the whole batch and take their own rows of it, so a mask does
-    not depend on the number of devices or micro-batches.
-
-    Args:
-        size: Integer, the number of images in the whole batch.
-        take: Function from a `(size, ...)` tensor to the rows that are seen.
-    """
-    return _within("part", (size, take))
-
-
-def views_of_image(count):
-    """Returns a context in which masking layers make `count` views of each image.
-
-    Each view has its own mask.
-
-    Args:
-        count: Integer.
-    """
-    return _within("views", count)
-
-
-def always_masking():
-    """Returns a context in which masking layers mask also where nothing is trained."""
-    return _within("always", True)
-
-
-def is_always_masking():
-    """Returns whether the code runs in the context `always_masking`."""
-    return getattr(_context, "always", None)
-
-
-@contextlib.contextmanager
-def _within(name, value):
-    before = getattr(_context, name, None)
-    setattr(_context, name, value)
-    try:
-        yield value
-    finally:
-        setattr(_context, name, before)
 
 
 def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, int]:
@@ -121,7 +73,7 @@ def noise_by_view(masking, noise, images, tokens, num_patches):
 
     Args:
         masking: A `PatchMasking`.
-        noise: `(batch, N)` or `(batch, v, N)` tensor, or `None`.
+        noise: `(batch, N)` or `(batch, v, N)` tensor, a `StepNoise`, or `None`.
         images: Images, or `None`.
         tokens: `(batch, prefix + N, dim)` tensor, or `None`.
         num_patches: Integer, N.
@@ -134,16 +86,13 @@ def noise_by_view(masking, noise, images, tokens, num_patches):
         raise ValueError(
             f"`{masking.name}` needs `images`, `tokens` or `noise`. Received: none"
         )
-    if noise is not None:
-        noise = ops.convert_to_tensor(noise, dtype="float32")
-        _check_noise(noise, None if inputs is None else inputs.shape[0], num_patches)
-        return [noise] if len(noise.shape) == 2 else ops.unstack(noise, axis=1)
-    views = getattr(_context, "views", None) or 1
-    size, take = getattr(_context, "part", None) or (ops.shape(inputs)[0], lambda x: x)
-    # `draw`, which a strategy may override, treats each view as an image.
-    noise = masking.draw(size * views, num_patches)
-    noise = take(ops.reshape(noise, (-1, views, num_patches)))
-    return ops.unstack(noise, axis=1)
+    if noise is None:
+        noise = StepNoise(ops.shape(inputs)[0])
+    if isinstance(noise, StepNoise):
+        return noise.draw(masking, num_patches)
+    noise = ops.convert_to_tensor(noise, dtype="float32")
+    _check_noise(noise, None if inputs is None else inputs.shape[0], num_patches)
+    return [noise] if len(noise.shape) == 2 else ops.unstack(noise, axis=1)
 
 
 def best_patches(masking, images, tokens, noises):
@@ -179,6 +128,61 @@ def best_patches(masking, images, tokens, noises):
         return indices, ops.ones_like(indices, dtype="bool"), score
     visible = ops.take_along_axis(score, indices, axis=1) > -math.inf
     return indices, visible, score
+
+
+def keep_patches(masking, tokens, images=None, noise=None, num_prefix=None):
+    """Leaves out patch tokens, as a masking does in training.
+
+    Args:
+        masking: A `PatchMasking`.
+        tokens: `(batch, prefix + N, dim)` tensor.
+        images: Images, for strategies that use pixels.
+        noise: `(batch, N)` or `(batch, v, N)` float32 tensor, or the `StepNoise` of a
+            model. Drawn if not given.
+        num_prefix: Integer, the number of tokens before the patch tokens. `None` uses
+            that of the masking.
+
+    Returns:
+        The kept tokens, `(batch, prefix + K, dim)`, with a Keras mask if the strategy
+        hides some of them; the `(batch, K)` indices of the kept patches. For `v` views
+        they have `batch * v` rows.
+    """
+    # Check only once, because reading a value makes an accelerator wait.
+    is_first = not masking._is_ready and not any(map(is_traced, masking.variables))
+    if is_first:
+        masking.check_ready()
+        masking._is_ready = True
+    noise = noise_of_model() if noise is None else noise
+    # A model around the masking counts its own steps. Otherwise each call is a step.
+    alone = [masking] if masking._prepare_pixels is None else []
+    with step_of(alone, ops.shape(tokens)[0]) as step:
+        given = masking.num_prefix_tokens if num_prefix is None else num_prefix
+        num_prefix, num_patches = split_tokens(masking, tokens, images, given)
+        noise = step if noise is None else noise
+        noises = noise_by_view(masking, noise, images, tokens, num_patches)
+        indices, visible, score = best_patches(masking, images, tokens, noises)
+        # Gather all views of an image from its row, on the device that holds the row.
+        views, num_kept = len(noises), indices.shape[1]
+        of_image = ops.reshape(indices, (-1, views * num_kept))
+        kept = take_rows(tokens[:, num_prefix:], of_image)
+        kept = ops.reshape(kept, (-1, num_kept, tokens.shape[2]))
+        prefix = ops.repeat(tokens[:, :num_prefix], views, axis=0)
+        share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
+        masking.last_mask_ratio.assign(1.0 - share)
+        masking.observe(score)
+    kept = ops.concatenate([prefix, kept], axis=1)
+    has_nan = ops.any(ops.isnan(score), axis=-1)[:, None, None]
+    if is_first and not is_traced(has_nan) and ops.convert_to_numpy(has_nan).any():
+        raise ValueError(
+            f"`score` of `{masking.name}` must not return NaN. Received: a score of "
+            f"shape {tuple(score.shape)} with NaN"
+        )
+    # A compiled step cannot raise an error on a value, but its loss is NaN then.
+    kept = kept + ops.cast(ops.where(has_nan, np.nan, 0.0), kept.dtype)
+    if masking.hides_tokens:
+        always = ops.ones_like(prefix[:, :, 0], dtype="bool")
+        kept = PutMask()(kept, mask=ops.concatenate([always, visible], axis=1))
+    return kept, indices
 
 
 def add_state(layer, name, value, dtype="float32"):

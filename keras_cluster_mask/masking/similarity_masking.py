@@ -99,9 +99,8 @@ class SimilarityMasking(PatchMasking):
             )
         return self._patch_size
 
-    def take_patch_size(self, *layers: keras.layers.Layer) -> None:
-        """Takes the patch size of the first layer that has one, unless it is given."""
-        sizes = [getattr(layer, "patch_size", None) for layer in layers]
+    def enter(self, encoder: keras.Model, embedding: keras.layers.Layer) -> None:
+        sizes = [getattr(layer, "patch_size", None) for layer in (encoder, embedding)]
         if self._patch_size is None and any(sizes):
             self._patch_size = sides_of("patch_size", next(filter(None, sizes)))
 

@@ -11,7 +11,7 @@ from keras_cluster_mask.batches import num_images, read_images
 from keras_cluster_mask.checks import sides_of
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.masking.patch_grid import grid_shape
-from keras_cluster_mask.masking.patch_masking import PatchMasking
+from keras_cluster_mask.masking.patch_masking import PatchMasking, pixels_of
 from keras_cluster_mask.types import Tensor
 
 
@@ -123,7 +123,7 @@ def masking_inputs(masking, images, embed):
         images: Array of images.
         embed: Function from pixels to tokens. `None` returns `None` for tokens.
     """
-    pixels = masking.prepare_pixels(ops.convert_to_tensor(images))
+    pixels = pixels_of(masking, images)
     return pixels, None if embed is None else embed(pixels)
 
 

@@ -1,5 +1,8 @@
 """The model for contrastive training on image-text pairs."""
 
+import inspect
+import os
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -8,29 +11,49 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import replicas
-from keras_cluster_mask.distribution.backends import import_keras_hub
-from keras_cluster_mask.encoders.pixels import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.distribution.backends import import_keras_hub, is_traced
+from keras_cluster_mask.encoders.exported import Exported
+from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.encoders.masked import MaskedEncoder, unmasked
+from keras_cluster_mask.encoders.pixels import pixel_range
 from keras_cluster_mask.encoders.pooled import pretrained_towers
-from keras_cluster_mask.encoders.surgery import kind_for
+from keras_cluster_mask.encoders.surgery import image_shape_of, number_positions
+from keras_cluster_mask.encoders.towers import ImageTower, TextTower, encode
 from keras_cluster_mask.losses import batch_loss, caption_labels, row_labels
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.selection import part_of_batch
-from keras_cluster_mask.models.head import ContrastiveHead
+from keras_cluster_mask.masking.patch_masking import join
+from keras_cluster_mask.masking.step_noise import StepNoise, step_of
+from keras_cluster_mask.models.backbones import parts_of_backbone
+from keras_cluster_mask.models.head import ContrastiveHead, as_head
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
-from keras_cluster_mask.training import micro_batches
 from keras_cluster_mask.training.input_rules import (
     KEYS,
     LONELY,
     NO_LABELS,
+    InputRules,
     as_weights,
     check_unused,
 )
-from keras_cluster_mask.training.step_metrics import DIRECTIONS, StepMean
+from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
+from keras_cluster_mask.training.micro_batches import embed_in_micro_batches
+from keras_cluster_mask.training.tokens import check_tokenizer
 from keras_cluster_mask.types import Tensor
+
+# Parts and options that others depend on once the model is made.
+FIXED = (
+    "backbone",
+    "head",
+    "image_encoder",
+    "masking",
+    "maskings",
+    "pixel_mean",
+    "pixel_std",
+    "text_encoder",
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class ContrastiveModel(ContrastiveTrainer):
+class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     """Trains an image encoder and a text encoder on image-text pairs.
 
     Each image of a batch is compared with every text; the encoders learn to place an
@@ -66,20 +89,20 @@ class ContrastiveModel(ContrastiveTrainer):
             `BertBackbone`, receives the entries of the batch with the same names. A
             missing `"padding_mask"` hides ids of 0, which may only be at the end of a
             text. Missing `"segment_ids"` are all 0.
-        loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP).
-        projection_dim: Integer. The width of the shared embedding space. A linear
-            projection maps the features of each encoder into it. `None` uses the
-            features without a projection; they must have the same width.
+        loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP). `None` is the loss of `head`,
+            or `"softmax"`.
+        projection_dim: Integer. The width of the shared embedding space. A projection
+            maps the features of each encoder into it. `None` uses the features without
+            a projection; they must have the same width.
+        head: `"linear"` for linear projections, or `"mlp"` for projections with one
+            hidden layer, GELU and dropout, of features that `fit` on `TowerFeatures`
+            standardizes. Or a `kcm.models.ContrastiveHead`, which has an initial
+            temperature, a bias and a limit of the scale; also that of another model, to
+            share it. Sharing is not saved: a loaded model has its own head.
         micro_batch_size: Integer that divides the batch size. Encodes this many pairs
             at a time, with the memory of a batch of that size. The loss and its
             gradients are those of the whole batch (gradient caching, as in GradCache).
             Costs a second forward pass. `None` encodes the batch at once.
-        initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid.
-        initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
-        max_logit_scale: Float. The scale of the logits, 1 / temperature, never exceeds
-            it. A pre-trained backbone with a higher scale keeps that.
-        projection: `"linear"`, or `"mlp"` for projections with one hidden layer, GELU
-            and dropout, of features that `fit` on `TowerFeatures` standardizes.
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
             accuracies. The softmax loss is the same for texts with equal embeddings.
@@ -95,12 +118,22 @@ class ContrastiveModel(ContrastiveTrainer):
             trained with. The first `fit` on an `image_text_dataset` sets it. Then `fit`
             and `evaluate` raise an error for another tokenizer, unless you set the
             attribute of this name to `None`.
-        head: A `ContrastiveHead` to share, such as another model's, with the options
-            above. By default, a new head is made from them. Sharing is not saved: a
-            loaded model has its own head. A model of a backbone shares only with
-            another of the same backbone.
-        dtype: The dtype policy of the projections. Encoders have their own.
+        dtype: The dtype policy of new projections. Encoders have their own.
         **kwargs: Arguments of `keras.Model`, such as `name`.
+
+    Attributes:
+        image_encoder: The Keras model from images to features, with its masking.
+        text_encoder: The Keras model from token ids to features.
+        image_tower: The model from images to embeddings, without masking, for
+            prediction and export.
+        text_tower: The model from token ids to embeddings.
+        head: The `ContrastiveHead`.
+        maskings: List of the `PatchMasking` layers in the image encoder.
+        masking: The first of them, or `None`.
+        backbone: The keras_hub backbone of `from_backbone`, or `None`.
+
+    These attributes, `pixel_mean` and `pixel_std` are fixed. `views`, `duplicates` and
+    `micro_batch_size` can be assigned between two calls of `fit`.
 
     Metrics: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy` within the
     batch, and `temperature`; in training also `mask_ratio`, the fraction of patches
@@ -115,69 +148,94 @@ class ContrastiveModel(ContrastiveTrainer):
         - [Attentive Mask CLIP](https://arxiv.org/abs/2212.08653) for several views.
     """
 
-    parts = ("image_encoder", "text_encoder")
+    _is_made = False
 
     def __init__(
         self,
         image_encoder: keras.Model,
         text_encoder: keras.Model,
-        loss: str = "softmax",
+        loss: str | None = None,
         projection_dim: int | None = None,
+        head: str | ContrastiveHead = "linear",
         micro_batch_size: int | None = None,
-        initial_temperature: float | None = None,
-        initial_logit_bias: float | None = None,
-        max_logit_scale: float = 100.0,
-        projection: str = "linear",
         duplicates: str = "positive",
         views: int = 1,
         pixel_mean: Sequence[float] | None = CLIP_MEAN,
         pixel_std: Sequence[float] = CLIP_STD,
         tokenizer_fingerprint: str | None = None,
-        head: ContrastiveHead | None = None,
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
-        check_choice("duplicates", duplicates, ("positive", "negative"))
+        # Each part casts its own inputs. With a mixed policy, the model would cast all
+        # weights that it passes to micro-batches. A masking must see pixels in full
+        # precision.
+        super().__init__(dtype="float32", **kwargs)
+        self.autocast = False
 
         # === Layers ===
-        options = {
-            "loss": loss,
-            "projection_dim": projection_dim,
-            "initial_temperature": initial_temperature,
-            "initial_logit_bias": initial_logit_bias,
-            "max_logit_scale": max_logit_scale,
-            "projection": projection,
-        }
-        if head is None:
-            head = ContrastiveHead(**options, dtype=dtype, name="head")
-        head.check_options(options)
-        super().__init__(
-            image_encoder,
-            text_encoder,
-            head,
-            views=views,
-            pixel_mean=pixel_mean,
-            pixel_std=pixel_std,
-            **kwargs,
+        self.image_encoder = as_functional(image_encoder)
+        self.text_encoder = as_functional(text_encoder)
+        self.head = head = as_head(head, loss, projection_dim, dtype)
+        self.backbone = None
+        number_positions(self.image_encoder)
+        # In an object that Keras does not look into: each layer belongs to the model.
+        self._towers = types.SimpleNamespace(
+            image=ImageTower(
+                unmasked(self.image_encoder),
+                head.image_projection,
+                pixel_mean=pixel_mean,
+                pixel_std=pixel_std,
+                name="image_tower",
+            ),
+            text=TextTower(self.text_encoder, head.text_projection, name="text_tower"),
         )
+        widths = [_width(x) for x in (self.image_encoder, self.text_encoder)]
+        if head.built:
+            head.check_widths(*widths)
+        else:
+            head.build(*((None, width) for width in widths))
 
         # === Config ===
-        self.micro_batch_size = check_integer(
-            "micro_batch_size", micro_batch_size, or_none=True
-        )
+        self.maskings = [
+            x for x in all_layers(self.image_encoder) if isinstance(x, PatchMasking)
+        ]
+        self.masking = next(iter(self.maskings), None)
+        self.pixel_mean = None if pixel_mean is None else [*map(float, pixel_mean)]
+        self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
+        self.micro_batch_size = micro_batch_size
         self.duplicates = duplicates
+        self.views = views
         self.tokenizer_fingerprint = tokenizer_fingerprint
+        for masking in self.maskings:
+            join(masking, self.image_tower.prepare)
+        # Everything is built, unless an encoder learns its width when it is called.
+        self.built = all(x.built for x in all_layers(self) if x is not self)
+        self._is_made = True
 
-        # === Metrics ===
-        self.accuracy_metrics = [StepMean(name=f"{x}_accuracy") for x in DIRECTIONS]
-        self.temperature_metric = StepMean(name="temperature")
-        if self.maskings:
-            self.mask_ratio_metric = StepMean(name="mask_ratio")
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and self._is_made:
+            raise AttributeError(
+                f"`{name}` of a model is fixed: make a new `ContrastiveModel`, which "
+                f"may have the same encoders and head. Received: {name}={value}"
+            )
+        if name == "duplicates":
+            check_choice("duplicates", value, ("positive", "negative"))
+        elif name == "micro_batch_size":
+            value = check_integer("micro_batch_size", value, or_none=True)
+        elif name == "views":
+            value = check_integer("views", value)
+            _check_views(value, self.maskings)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_backbone(
-        cls, backbone: keras.Model, masking: PatchMasking | None = None, **kwargs: Any
-    ) -> "ContrastiveModel":
+        cls,
+        backbone: keras.Model,
+        masking: PatchMasking | None = None,
+        loss: str | None = None,
+        head: str | ContrastiveHead = "linear",
+        **kwargs: Any,
+    ) -> Self:
         """Makes a model from a two-tower keras_hub backbone.
 
         The model trains the backbone itself, including its projections, temperature and
@@ -191,28 +249,39 @@ class ContrastiveModel(ContrastiveTrainer):
                 `max_sequence_length` tokens and pools the last one: pad to the full
                 length with the end-of-text token, as SigLIP's tokenizer does.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
-            **kwargs: Arguments of `ContrastiveModel`, without the encoders and
-                `projection_dim`. `loss`, `pixel_mean` and `pixel_std` default to the
-                backbone's own, and `max_logit_scale` to 1000 for SigLIP. The
-                temperature is that of the backbone unless given; a fresh SigLIP, and a
-                CLIP with the sigmoid loss, start at 0.1, with a bias of -10.
+            loss: `"softmax"` or `"sigmoid"`. `None` is the loss of `head`, or that of
+                the backbone's family.
+            head: `"linear"`, the projections, temperature and bias of the backbone. Or
+                a `ContrastiveHead` without `projection_dim`, which sets the temperature
+                and the bias if they are given. The scale is limited to 100, or 1000 for
+                SigLIP, by default. A fresh SigLIP, and a CLIP with the sigmoid loss,
+                start at a temperature of 0.1 and a bias of -10.
+            **kwargs: Arguments of `ContrastiveModel`, without the encoders,
+                `projection_dim` and `dtype`. `pixel_mean` and `pixel_std` default to
+                those of the backbone's family.
 
         Returns:
-            A `ContrastiveModel` with the attribute `backbone`: a
-            `kcm.models.CLIPContrastiveModel`, `MetaCLIP2ContrastiveModel` or
-            `SigLIPContrastiveModel`. Called on a subclass of one of these, it returns a
-            model of that subclass.
+            A model of this class, with the attribute `backbone`.
 
         Raises:
-            ValueError: If the backbone is not supported, or does not match the class
-                that the method is called on.
+            ValueError: If the backbone is not supported.
         """
-        return kind_for(cls, backbone)(backbone, masking=masking, **kwargs)
+        if "dtype" in kwargs:
+            raise ValueError(
+                "`dtype` must be given to the backbone, which has all the layers that "
+                f"compute. Received: dtype={kwargs['dtype']!r}"
+            )
+        parts = parts_of_backbone(backbone, masking, loss, head)
+        model = cls(**{**parts, **kwargs})
+        model._is_made = False
+        model.backbone = backbone
+        model._is_made = True
+        return model
 
     @classmethod
     def from_preset(
         cls, preset: str, masking: PatchMasking | None = None, **kwargs: Any
-    ) -> "ContrastiveModel":
+    ) -> Self:
         """Makes a model from a keras_hub preset of a two-tower backbone.
 
         Args:
@@ -232,7 +301,7 @@ class ContrastiveModel(ContrastiveTrainer):
         text_backbone: keras.Model,
         projection_dim: int = 512,
         masking: PatchMasking | None = None,
-        head: str = "linear",
+        head: str | ContrastiveHead = "linear",
         pooling: tuple[str | None, str | None] | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -242,28 +311,99 @@ class ContrastiveModel(ContrastiveTrainer):
 
         Args:
             image_backbone: A keras_hub `DINOV2Backbone`, `DINOV3Backbone`,
-                `ViTBackbone` or `DeiTBackbone`.
+                `ViTBackbone` or `DeiTBackbone`. Or, without a masking, a
+                `ResNetBackbone`, `EfficientNetBackbone` or `MobileNetBackbone`.
             text_backbone: A keras_hub `BertBackbone`, `DistilBertBackbone`,
-                `RobertaBackbone` or `XLMRobertaBackbone`, or a `TextEmbedder` of one.
-            projection_dim: Integer. The width of the shared embedding space.
+                `RobertaBackbone`, `XLMRobertaBackbone`, `AlbertBackbone` or
+                `ElectraBackbone`, or a `TextEmbedder` of one.
+            projection_dim: Integer. The width of the shared embedding space. A
+                `ContrastiveHead` has its own.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
-            head: `"linear"` or `"mlp"`, see `projection` of `ContrastiveModel`.
+            head: `"linear"`, `"mlp"` or a `ContrastiveHead`, see `ContrastiveModel`.
             pooling: Two strings, for images and for texts: `"class"`, `"mean"`, or
                 `"class_and_mean"`. `None` is that of the family: the class token and
                 the mean of the patches for DINO, the class token for ViT and DeiT, the
-                mean of all tokens but padding for texts. A `TextEmbedder` has its own.
+                mean over all positions for convolutional networks, the mean of all
+                tokens but padding for texts. A `TextEmbedder` has its own.
             **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
-                default to those of the family of `image_backbone`.
+                default to those of the family of `image_backbone`; ImageNet's for
+                convolutional networks, as in most of timm's.
 
         Reference:
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
               https://arxiv.org/abs/2111.07991)
         """
+        if isinstance(head, ContrastiveHead) and projection_dim == 512:
+            projection_dim = head.projection_dim
         towers = pretrained_towers(
             image_backbone, text_backbone, masking=masking, pooling=pooling
         )
         options = {**towers, **kwargs}
-        return cls(projection_dim=projection_dim, projection=head, **options)
+        return cls(projection_dim=projection_dim, head=head, **options)
+
+    # === From inputs to embeddings ===
+
+    def encode_image(self, images: Tensor, training: bool | None = None) -> Tensor:
+        """Embeds images.
+
+        Args:
+            images: `(batch, H, W, C)` tensor, uint8 or normalized floats.
+            training: Python boolean. If true, the masking leaves out parts of the
+                images.
+
+        Returns:
+            `(batch, d)` float32 tensor, L2-normalized. In training with several
+            `views`, `(batch, views, d)`.
+        """
+        if not is_traced(images):
+            self.input_rules.check_images(images)
+        noise = StepNoise(ops.shape(images)[0], self.views) if training else None
+        return self._embed_images(images, training, noise)
+
+    def encode_text(
+        self, token_ids: Tensor | dict[str, Tensor], training: bool | None = None
+    ) -> Tensor:
+        """Embeds texts.
+
+        Args:
+            token_ids: `(batch, T)` int tensor, or a dictionary of tensors if the text
+                encoder has further inputs: `{"token_ids": ..., "padding_mask": ...}`.
+            training: Python boolean, passed to the text encoder.
+
+        Returns:
+            `(batch, d)` float32 tensor, L2-normalized.
+
+        Raises:
+            ValueError: If the ids are not valid for the text encoder, or the dictionary
+                does not match its inputs.
+        """
+        given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
+        if "token_ids" in given and not is_traced(given["token_ids"]):
+            self.input_rules.check_ids(given["token_ids"], "padding_mask" in given)
+        return self._embed_texts(given, training)
+
+    def _embed_images(self, images, training=False, noise=None):
+        tower = self.image_tower
+        encoder = tower.encoder if noise is None else self.image_encoder
+        features = encode(encoder, tower.prepare(images), training, noise)
+        embeddings = tower.project(features, training)
+        if noise is None or noise.views == 1:
+            return embeddings
+        shape = ops.shape(images)[0], noise.views, embeddings.shape[-1]
+        return ops.reshape(embeddings, shape)
+
+    def _embed_texts(self, inputs, training=False):
+        tower = self.text_tower
+        features = encode(tower.encoder, tower.prepare(inputs), training)
+        return tower.project(features, training)
+
+    def _embed(self, inputs, training=False, noise=None):
+        """Embeds a batch, or a micro-batch, of images and texts."""
+        texts = {k: inputs[k] for k in self.text_tower.input_names if k in inputs}
+        return {
+            "image_embeddings": self._embed_images(inputs["images"], training, noise),
+            "text_embeddings": self._embed_texts(texts, training),
+        }
 
     # === One step of training ===
 
@@ -272,42 +412,28 @@ class ContrastiveModel(ContrastiveTrainer):
     ) -> dict[str, Tensor]:
         # `fit`, `evaluate` and `predict` check their data before the model sees it.
         names = inputs.keys() if isinstance(inputs, dict) else ()
-        is_features = "image_features" in names
-        if not (is_features or {*KEYS} <= {*names}):
-            self.input_rules.check_keys(inputs)
-        if training and self.micro_batch_size and not is_features:
-            embeddings, extra_losses = micro_batches.embed_in_micro_batches(
-                self, inputs, self.micro_batch_size
-            )
-            self.add_loss(extra_losses)
-        elif training and replicas.num_replicas() > 1:
-            # A replica's rows get the same masks as in the global batch.
-            rows = inputs["token_ids"].shape[0] * replicas.num_replicas()
-            with part_of_batch(rows, replicas.local_rows):
-                embeddings = self.embed(inputs, training)
-        else:
-            embeddings = self.embed(inputs, training)
-        if training and self._phase.is_train_step:
-            # Not in `compute_loss`, which may be overridden.
-            for masking in self.maskings:
-                masking.advance()
-        return embeddings
-
-    def embed(
-        self, inputs: Mapping[str, Tensor], training: bool | None = None
-    ) -> dict[str, Tensor]:
-        """Embeds a batch, or a micro-batch, of images and texts, or of features."""
-        images, texts, views = self.towers.image, self.towers.text, self.views
-        if "image_features" in inputs:
+        if "image_features" in names:
+            images, texts = inputs["image_features"], inputs["text_features"]
             return {
-                "image_embeddings": images.project(inputs["image_features"], training),
-                "text_embeddings": texts.project(inputs["text_features"], training),
+                "image_embeddings": self.image_tower.project(images, training),
+                "text_embeddings": self.text_tower.project(texts, training),
             }
-        given = {name: inputs[name] for name in texts.input_names if name in inputs}
-        return {
-            "image_embeddings": images.embed(inputs["images"], training, views),
-            "text_embeddings": texts.embed(given, training),
-        }
+        if not {*KEYS} <= {*names}:
+            self.input_rules.check_keys(inputs)
+        if not training:
+            return self._embed(inputs)
+        # A replica's rows get the same masks as in the global batch.
+        size = ops.shape(inputs["images"])[0] * replicas.num_replicas()
+        with step_of(self.maskings, size, self.views) as noise:
+            if self.micro_batch_size:
+                embeddings, extra_losses = embed_in_micro_batches(
+                    self, self._embed, inputs, noise, self.micro_batch_size
+                )
+                self.add_loss(extra_losses)
+            else:
+                noise = noise.rows(replicas.local_rows)
+                embeddings = self._embed(inputs, training, noise)
+        return embeddings
 
     def compute_loss(
         self,
@@ -321,7 +447,7 @@ class ContrastiveModel(ContrastiveTrainer):
 
         To train on another loss, override this method. If it does not call
         `super().compute_loss(...)`, the logs show only the loss and the metrics that it
-        updates. In a training loop of your own, a call is a step of the maskings.
+        updates.
 
         Args:
             x: The batch, a dictionary.
@@ -366,36 +492,186 @@ class ContrastiveModel(ContrastiveTrainer):
             for view in views
         ]
         losses, *hits = (sum(values) / len(views) for values in zip(*by_view))
-        # A replica may have no rows in evaluation.
-        rows = ops.maximum(ops.shape(losses)[0], 1)
-        loss = ops.sum(losses) / ops.cast(rows, losses.dtype)
-        for extra in self.losses:
-            loss = loss + ops.cast(ops.sum(extra), loss.dtype)
-        if self._is_evaluating:
-            loss, sample_weight = self.without_small_batches(
-                loss, losses, sample_weight, is_split
-            )
-        if is_split:
-            loss = replicas.local_loss(loss)
-            *hits, sample_weight = map(replicas.metric_rows, (*hits, sample_weight))
-        for metric, values in zip(self.accuracy_metrics, hits):
-            metric.update_state(values, sample_weight)
-        self.temperature_metric.update_state(1.0 / weights[0])
-        if training:
-            self.update_mask_ratio(is_split)
-        return loss
+        return self._record_step(
+            losses,
+            hits=hits,
+            temperature=1.0 / weights[0],
+            sample_weight=sample_weight,
+            maskings=self.maskings if training and "images" in x else (),
+            training=training,
+        )
 
-    # === Saving ===
+    # === Inputs, and other models that share the weights ===
+
+    @property
+    def input_rules(self) -> InputRules:
+        """The `InputRules` for images and token ids."""
+        texts, family = self.text_tower, self.text_tower.family
+        has_mask = "padding_mask" in texts.input_names
+        return InputRules(
+            text_inputs=texts.input_names,
+            image_shape=image_shape_of(self.image_encoder),
+            text_shape=image_shape_of(self.text_encoder),
+            context_length=texts.context_length,
+            vocabulary_size=getattr(self.text_encoder, "vocabulary_size", None),
+            end_token_id=family.end_id,
+            padding_id=family.padding_id if has_mask else None,
+            pixel_range=pixel_range(self.pixel_mean, self.pixel_std),
+        )
+
+    @property
+    def image_tower(self) -> ImageTower:
+        """An `ImageTower` that embeds as `encode_image` does, without masking."""
+        return self._towers.image
+
+    @property
+    def text_tower(self) -> TextTower:
+        """A `TextTower`, which embeds token ids as `encode_text` does.
+
+        If the text encoder has several inputs, the tower takes a dictionary of them.
+        """
+        return self._towers.text
+
+    @property
+    def input_specs(self) -> dict[str, Any]:
+        """The `keras.InputSpec` of each input, for `export`."""
+        texts = self.text_tower.input_specs
+        texts = texts if isinstance(texts, dict) else {"token_ids": texts}
+        return {"images": self.image_tower.input_specs, **texts}
+
+    def without_masking(self) -> Self:
+        """Makes a model with the same weights that trains on whole images.
+
+        Use it for the last epochs: a model pre-trained on parts of images improves with
+        some training on whole images. The models share encoders, projections,
+        temperature and bias, so training one trains the other. Only the optimizer is
+        new.
+
+        Example:
+
+        ```python
+        backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+        model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
+        # model.compile(...), model.fit(...), and then:
+        whole = model.without_masking()
+        whole.compile(optimizer=keras.optimizers.AdamW(1e-5))
+        ```
+
+        Returns:
+            A model of the same class, to be compiled. A subclass is made from its
+            `get_config`, as when it is loaded.
+
+        Raises:
+            ValueError: If the image encoder has a masking that `kcm.with_masking` did
+                not insert, or if a subclass has arguments that its `get_config` omits,
+                or weights of its own, which the new model would not share.
+
+        Reference:
+            - [Scaling Language-Image Pre-training via Masking](
+              https://arxiv.org/abs/2212.00794) for unmasked tuning.
+        """
+        parts = {name: unmasked(getattr(self, name)) for name in self._parts}
+        config = {**self.get_config(), **parts, "views": 1, "omitted": None}
+        if self.backbone is not None:
+            config["masking"] = None
+        known = {*config, *inspect.signature(ContrastiveModel.__init__).parameters}
+        omitted = [
+            key
+            for key, x in inspect.signature(self.__init__).parameters.items()
+            if key not in known and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+        ]
+        try:
+            if omitted:
+                raise TypeError(f"`get_config` omits {omitted}")
+            whole = type(self).from_config(config)
+            masks = {id(v) for masking in self.maskings for v in masking.weights}
+            mine, shared = ({id(v) for v in x.weights} - masks for x in (self, whole))
+            if mine != shared:
+                raise TypeError(f"{len(mine)} weights, of which not all are shared")
+        except TypeError as error:
+            raise ValueError(
+                f"`{type(self).__name__}` must take its encoders and `head` as "
+                "arguments, return all others from `get_config`, and have no other "
+                f"weights, to be made without its masking. Received: {error}"
+            ) from error
+        if whole.maskings:
+            raise ValueError(
+                "`image_encoder` must have its masking from `kcm.with_masking`, which "
+                "can remove it. Received: maskings "
+                f"{[masking.name for masking in whole.maskings]} of another kind"
+            )
+        return whole
+
+    # === What Keras shows and saves ===
+
+    @property
+    def layers(self) -> list[keras.layers.Layer]:
+        """The encoders, the head, and layers of a subclass, with each weight once."""
+        hidden = (*self.maskings, self.backbone)
+        return [x for x in super().layers if not any(x is y for y in hidden)]
+
+    def summary(self, *args: Any, **kwargs: Any) -> None:
+        # Keras shows the output shape of a layer that was called on symbols.
+        widths = _width(self.image_encoder), _width(self.text_encoder)
+        if None not in widths:
+            self.head(*(keras.KerasTensor((None, width)) for width in widths))
+        if isinstance(self.image_encoder, MaskedEncoder):
+            self.image_encoder(self.image_encoder.input)
+        super().summary(*args, **kwargs)
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        if self.backbone is None:
+            return "image_encoder", "text_encoder", "head"
+        return "backbone", "masking", "head"
+
+    @classmethod
+    def _make(cls, **arguments: Any) -> Self:
+        return (cls.from_backbone if "backbone" in arguments else cls)(**arguments)
 
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            **self.head.options,
             "micro_batch_size": self.micro_batch_size,
             "duplicates": self.duplicates,
             "views": self.views,
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,
-            "dtype": self.head.dtype_policy.name,
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
         }
+
+    def save_to_preset(self, preset_dir: str | os.PathLike, tokenizer: Any) -> None:
+        """Writes the backbone and its tokenizer as a preset, which keras_hub loads.
+
+        Args:
+            preset_dir: str or path of a folder.
+            tokenizer: A `CLIPTokenizer`, or a preprocessor of keras_hub.
+
+        Raises:
+            ValueError: If the tokenizer does not match the model, or if the model is
+                not of a backbone.
+        """
+        if self.backbone is None:
+            raise ValueError(
+                "`save_to_preset` is for models of `from_backbone`: save another one "
+                f"with `model.save`. Received: model={self.name} without a backbone"
+            )
+        check_tokenizer(self, tokenizer)
+        self.backbone.save_to_preset(os.path.expanduser(preset_dir))
+        tokenizer.save_to_preset(os.path.expanduser(preset_dir))
+
+
+def _check_views(views, maskings):
+    if views > 1 and [masking.is_random for masking in maskings] != [True]:
+        raise ValueError(
+            "`views` must be 1, unless the image encoder has one masking that is "
+            "random, such as `RandomMasking`: put it there with `kcm.with_masking`, or "
+            "pass `masking` to `from_backbone`. Other maskings follow from the image, "
+            f"so all views would be alike. Received: views={views}, maskings="
+            f"{[masking.name for masking in maskings]}"
+        )
+
+
+def _width(encoder):
+    shape = getattr(getattr(encoder, "output", None), "shape", None)
+    return None if shape is None else shape[-1]

@@ -7,14 +7,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.checks import check_choice, is_positive
+from keras_cluster_mask.checks import check_choice, check_integer, is_positive
 from keras_cluster_mask.types import Tensor
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
 INITIAL_LOGIT_BIAS = -10.0
-# The arguments of a `ContrastiveModel` for its head, and those for projections.
-HEAD_OPTIONS = "loss", "initial_temperature", "initial_logit_bias", "max_logit_scale"
-PROJECTION_OPTIONS = "projection_dim", "projection"
 # A scale may exceed its limit by rounding errors, such as in 1 / 49.
 TOLERANCE = 1 + 1e-6
 
@@ -24,32 +21,37 @@ class ContrastiveHead(keras.layers.Layer):
     """Projects the features of two encoders and scales their similarities to logits.
 
     The scale of the logits is 1 / temperature; the sigmoid loss adds a bias. A
-    `ContrastiveModel` makes its head from its own arguments.
+    `ContrastiveModel` makes a head from its own arguments, or takes one with another
+    temperature, bias or limit. A model of a keras_hub backbone uses the projections,
+    temperature and bias of the backbone, which the arguments set if they are given.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    head = kcm.models.ContrastiveHead("softmax", initial_temperature=0.05)
+    model = kcm.ContrastiveModel.from_backbone(backbone, head=head)
+    ```
 
     Args:
         loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP).
         projection_dim: Integer, the width of the shared embedding space. `None` uses
-            the features without a projection.
-        initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid.
-        initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
-        max_logit_scale: Float. The scale never exceeds it. If `logit_scale` has a
-            higher one, that is the limit.
+            the features without a projection, or the projections of a backbone.
         projection: `"linear"`, without a bias, or `"mlp"`: a `Standardization`, one
             hidden layer of twice the width of the projection, GELU and dropout of 0.3.
-        image_projection: A layer to use instead of a new projection.
-        text_projection: A layer to use instead of a new projection.
-        logit_scale: A variable, the logarithm of the scale, to use instead of a new
-            one.
-        logit_bias: A variable to use instead of a new one.
-        **kwargs: Arguments of `keras.layers.Layer`.
-
-    The configuration does not contain parts that were passed in: the enclosing model
-    saves them.
+        initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid; a
+            pre-trained backbone keeps its own.
+        initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
+        max_logit_scale: Float. The scale never exceeds it. If the scale of a backbone
+            is higher, that is the limit.
+        **kwargs: Arguments of `keras.layers.Layer`. `dtype` is the dtype policy of the
+            projections.
 
     Attributes:
         image_projection: Layer or `None`.
         text_projection: Layer or `None`.
-        logit_scale: float32 variable, the logarithm of the scale.
+        logit_scale: float32 variable, the logarithm of the scale. It exists once the
+            head is part of a model, like the next one.
         logit_bias: float32 variable, or `None` for softmax.
 
     Reference:
@@ -63,14 +65,10 @@ class ContrastiveHead(keras.layers.Layer):
         self,
         loss: str = "softmax",
         projection_dim: int | None = None,
+        projection: str = "linear",
         initial_temperature: float | None = None,
         initial_logit_bias: float | None = None,
         max_logit_scale: float = 100.0,
-        projection: str = "linear",
-        image_projection: keras.layers.Layer | None = None,
-        text_projection: keras.layers.Layer | None = None,
-        logit_scale: keras.Variable | None = None,
-        logit_bias: keras.Variable | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -80,70 +78,80 @@ class ContrastiveHead(keras.layers.Layer):
         check_choice("projection", projection, ("linear", "mlp"))
         if projection != "linear" and projection_dim is None:
             raise ValueError(
-                "`projection_dim` must be given for `projection='mlp'`. "
+                "`projection_dim` must be given for the projection 'mlp'. "
                 f"Received: projection={projection!r}, projection_dim=None"
             )
 
         # === Config ===
         self.loss = loss
-        self.projection_dim = projection_dim
+        self.projection_dim = check_integer(
+            "projection_dim", projection_dim, or_none=True
+        )
         self.projection = projection
         self.initial_temperature = initial_temperature
         self.initial_logit_bias = initial_logit_bias
+        self.max_logit_scale = float(max_logit_scale)
 
         # === Layers ===
+        self.image_projection = self.text_projection = None
         if projection_dim is not None:
-            image_projection, text_projection = (
+            self.image_projection, self.text_projection = (
                 _projection(projection, projection_dim, self.dtype_policy, name)
                 for name in ("image_projection", "text_projection")
             )
+        self.logit_scale = self.logit_bias = None
+
+    def share(
+        self,
+        logit_scale: keras.Variable,
+        logit_bias: keras.Variable | None,
+        image_projection: keras.layers.Layer | None,
+        text_projection: keras.layers.Layer | None,
+    ) -> None:
+        """Takes weights and layers of a backbone, before the head is built."""
+        self.logit_scale = logit_scale
+        self.logit_bias = None if self.loss == "softmax" else logit_bias
         self.image_projection = image_projection
         self.text_projection = text_projection
 
-        # === Weights ===
-        if logit_scale is None:
-            temperature = initial_temperature or INITIAL_TEMPERATURE[loss]
-            logit_scale = self._add_scalar("logit_scale", -math.log(temperature))
-        if loss == "softmax":
-            logit_bias = None
-        elif logit_bias is None:
-            is_given = initial_logit_bias is not None
-            bias = initial_logit_bias if is_given else INITIAL_LOGIT_BIAS
-            logit_bias = self._add_scalar("logit_bias", bias)
-        self.logit_scale, self.logit_bias = logit_scale, logit_bias
-        scale = math.exp(ops.convert_to_numpy(logit_scale))
-        is_higher = scale > max_logit_scale * TOLERANCE
-        self.max_logit_scale = scale if is_higher else float(max_logit_scale)
+    def build(self, image_features_shape: Any, text_features_shape: Any) -> None:
+        if self.logit_scale is None:
+            temperature = self.initial_temperature or INITIAL_TEMPERATURE[self.loss]
+            self.logit_scale = self._add_scalar("logit_scale", -math.log(temperature))
+        if self.logit_bias is None and self.loss == "sigmoid":
+            given = self.initial_logit_bias
+            bias = INITIAL_LOGIT_BIAS if given is None else given
+            self.logit_bias = self._add_scalar("logit_bias", bias)
+        scale = math.exp(ops.convert_to_numpy(self.logit_scale))
+        if scale > self.max_logit_scale * TOLERANCE:
+            self.max_logit_scale = scale
         # Clip the weight itself. Otherwise it could drift far above the limit and need
         # many steps to return.
         self.logit_scale.constraint = functools.partial(
             ops.minimum, math.log(self.max_logit_scale)
         )
-        self.built = True
+        self.check_widths(image_features_shape[-1], text_features_shape[-1])
+        projections = self.image_projection, self.text_projection
+        shapes = image_features_shape, text_features_shape
+        for projection, shape in zip(projections, shapes):
+            # An encoder may learn its width when it is called. The projections of a
+            # backbone are already built.
+            if None not in (projection, shape[-1]) and not projection.built:
+                projection.build((None, shape[-1]))
 
-    def build_projections(
-        self, image_width: int | None, text_width: int | None
-    ) -> None:
-        """Builds the projections, or checks that the features need none.
+    def get_build_config(self) -> None:
+        # The model that the head is part of builds it.
+        return None
 
-        Args:
-            image_width: Integer, or `None` if it is not known yet.
-            text_width: Integer, or `None` if it is not known yet.
-        """
-        widths = image_width, text_width
-        if None in widths:
-            return
-        if self.image_projection is None and image_width != text_width:
+    def check_widths(self, image_width: int | None, text_width: int | None) -> None:
+        """Raises an error for features that need a projection, and have none."""
+        known = None not in (image_width, text_width)
+        if known and self.image_projection is None and image_width != text_width:
             raise ValueError(
                 "`image_encoder` and `text_encoder` must return features of the "
                 "same width; or pass `projection_dim` to map both to a common "
                 f"one. Received: widths {image_width} and {text_width}"
             )
-        projections = self.image_projection, self.text_projection
-        for projection, width in zip(projections, widths):
-            # Projections of a backbone or of a shared head are already built.
-            if projection is not None and not projection.built:
-                projection.build((None, width))
 
     def set_scaling(self, statistics: Callable[[str], tuple] | None = None) -> None:
         """Fixes the scaling of features in projections that have one, once.
@@ -173,22 +181,16 @@ class ContrastiveHead(keras.layers.Layer):
         clipped = ops.minimum(log_scale, math.log(self.max_logit_scale))
         return ops.exp(log_scale + ops.stop_gradient(clipped - log_scale))
 
-    def check_options(self, options: dict) -> None:
-        """Raises an error for options that differ from this head's."""
-        for name, value in options.items():
-            if self.options[name] != value:
-                raise ValueError(
-                    f"`{name}` must be that of `head`, which defines it. Received: "
-                    f"{name}={value!r}, head.{name}={self.options[name]!r}"
-                )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments that a `ContrastiveModel` also takes, by name."""
-        return {name: getattr(self, name) for name in HEAD_OPTIONS + PROJECTION_OPTIONS}
-
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), **self.options}
+        names = (
+            "loss",
+            "projection_dim",
+            "projection",
+            "initial_temperature",
+            "initial_logit_bias",
+            "max_logit_scale",
+        )
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
     def _add_scalar(self, name, value):
         return self.add_weight(
@@ -251,6 +253,26 @@ class Standardization(keras.layers.Layer):
         self.mean.assign(np.broadcast_to(mean, shape))
         self.deviation.assign(np.broadcast_to(deviation, shape))
         self.is_set.assign(1.0)
+
+
+def as_head(head, loss, projection_dim=None, dtype=None):
+    """Returns a `ContrastiveHead`: a new one, or one that fits the other arguments."""
+    if not isinstance(head, ContrastiveHead):
+        check_choice("head", head, ("linear", "mlp"))
+        loss = "softmax" if loss is None else loss
+        return ContrastiveHead(loss, projection_dim, head, dtype=dtype, name="head")
+    for name, value in (("loss", loss), ("projection_dim", projection_dim)):
+        own = getattr(head, name)
+        if value not in (None, own):
+            raise ValueError(
+                f"`{name}` must be that of `head`, or None. "
+                f"Received: {name}={value!r}, head.{name}={own!r}"
+            )
+    if dtype is not None:
+        raise ValueError(
+            f"`dtype` must be given to `head`, which exists. Received: dtype={dtype!r}"
+        )
+    return head
 
 
 def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scale):

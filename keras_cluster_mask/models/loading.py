@@ -56,7 +56,7 @@ def image_size_of(model: Any) -> tuple[int | None, int | None]:
         `(height, width)`. Each is `None` if the image encoder accepts any size or does
         not define one.
     """
-    encoder = as_contrastive_model(model).image_encoder
+    encoder = as_contrastive_model(model).image_tower.encoder
     shape = image_shape_of(encoder)
     if shape is None:
         return None, None

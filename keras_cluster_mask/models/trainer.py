@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,31 +14,43 @@ from keras_cluster_mask.batches import num_batches
 from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.distribution.processes import verbosity
-from keras_cluster_mask.encoders import surgery
-from keras_cluster_mask.models.dual_encoder import DualEncoder
+from keras_cluster_mask.encoders.surgery import freeze_mask_tokens
 from keras_cluster_mask.training import layers, optimizers
+from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.input_rules import check_unused
-from keras_cluster_mask.training.step_metrics import GradientNorm
+from keras_cluster_mask.training.step_metrics import DIRECTIONS, GradientNorm, StepMean
 from keras_cluster_mask.training.training_data import evaluation_data, until_the_end
 from keras_cluster_mask.types import Tensor
 
+# Options that a step is compiled with, which may change between two calls of `fit`.
+OPTIONS = "micro_batch_size", "views", "duplicates"
 
-class ContrastiveTrainer(DualEncoder):
-    """Overrides the training methods of Keras; a subclass has `call` and the loss.
 
-    Args:
-        *args: Arguments of `DualEncoder`.
-        **kwargs: Arguments of `DualEncoder`.
+class ContrastiveTrainer:
+    """Trains, evaluates and predicts, as a mixin before `keras.Model`.
+
+    It owns the metrics and what `compile` sets. Of the model it reads:
+
+    - `image_encoder`, `text_encoder` and `head`, whose weights are trained, and
+      `image_tower` and `text_tower`, which embed;
+    - `maskings`, the list of `PatchMasking` layers;
+    - `input_rules`, the rules for batches;
+    - `tokenizer_fingerprint`, which it also sets;
+    - the options of a step, `OPTIONS`.
+
+    The model defines `call`, and `compute_loss`, which returns the result of
+    `_record_step`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.gradient_norm: GradientNorm | None = None
-        self._is_evaluating = False
-        # In an object of its own, as Keras looks into attributes that are set.
-        self._phase = types.SimpleNamespace(is_train_step=False)
+        self._gradient_norm: GradientNorm | None = None
+        self._is_evaluating = self._is_on_features = False
         self._compiled_with: dict[str, Any] = {}
+        self._accuracies = [StepMean(name=f"{x}_accuracy") for x in DIRECTIONS]
+        self._temperature = StepMean(name="temperature")
+        self._mask_ratio = StepMean(name="mask_ratio")
 
     # === One step ===
 
@@ -51,23 +62,55 @@ class ContrastiveTrainer(DualEncoder):
         computes the gradients and updates. Override `compute_loss` to train on another
         loss.
         """
-        self._phase.is_train_step = True
-        try:
-            return super().train_step(*args)
-        finally:
-            self._phase.is_train_step = False
+        return super().train_step(*args)
 
     def compute_metrics(
         self, x: Any, y: Any, y_pred: Any, sample_weight: Tensor | None = None
     ) -> dict[str, Any]:
         # This is the end of a step on every backend.
-        if self.gradient_norm is not None and not self._is_evaluating:
-            self.gradient_norm.update_metric()
+        if self._gradient_norm is not None and not self._is_evaluating:
+            self._gradient_norm.update_metric()
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
-    def without_small_batches(
-        self, loss: Tensor, losses: Tensor, sample_weight: Tensor | None, is_split: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _record_step(
+        self, losses, hits, temperature, sample_weight, maskings, training
+    ):
+        """Updates the metrics of a step, and returns its loss.
+
+        Args:
+            losses: `(rows,)` tensor, the loss of each pair of this replica.
+            hits: `(rows,)` tensors, the accuracy of each pair by `DIRECTIONS`.
+            temperature: Scalar.
+            sample_weight: `(rows,)` tensor, or `None`.
+            maskings: List of the `PatchMasking` layers that took part.
+            training: Boolean.
+
+        Returns:
+            A scalar, the mean of the losses, and what layers added.
+        """
+        is_split = replicas.batch_is_split(training)
+        # A replica may have no rows in evaluation.
+        rows = ops.maximum(ops.shape(losses)[0], 1)
+        loss = ops.sum(losses) / ops.cast(rows, losses.dtype)
+        for extra in self.losses:
+            loss = loss + ops.cast(ops.sum(extra), loss.dtype)
+        if self._is_evaluating:
+            loss, sample_weight = self._without_small_batches(
+                loss, losses, sample_weight, is_split
+            )
+        if is_split:
+            loss = replicas.local_loss(loss)
+            *hits, sample_weight = map(replicas.metric_rows, (*hits, sample_weight))
+        for metric, values in zip(self._accuracies, hits):
+            metric.update_state(values, sample_weight)
+        self._temperature.update_state(temperature)
+        for masking in maskings:
+            ratio = masking.last_mask_ratio
+            ratio = replicas.replica_mean(ratio) if is_split else ratio
+            self._mask_ratio.update_state(ratio)
+        return loss
+
+    def _without_small_batches(self, loss, losses, sample_weight, is_split):
         """Leaves a batch that is too small out of the means of an evaluation.
 
         Loss and accuracies depend on the number of negatives, so batches of different
@@ -85,28 +128,17 @@ class ContrastiveTrainer(DualEncoder):
         sums = ops.sum(replicas.all_gather(sums) if is_split else sums, axis=0)
         total, pairs, rows = ops.unstack(sums)
         # The temperature is updated once a batch.
-        counts = rows * self.temperature_metric.count >= 0.9 * pairs
+        counts = rows * self._temperature.count >= 0.9 * pairs
         if sample_weight is None:
             sample_weight = ops.ones_like(losses)
         loss = ops.where(counts, loss, ops.divide_no_nan(total, pairs))
         return loss, ops.where(counts, sample_weight, 0.0)
 
-    def update_mask_ratio(self, is_split: bool) -> None:
-        """Records the ratios of a training step.
-
-        Outside of `train_step`, as in a training loop of your own, this is the end of
-        the maskings' step.
-        """
-        for masking in self.maskings:
-            ratio = masking.last_mask_ratio
-            ratio = replicas.replica_mean(ratio) if is_split else ratio
-            self.mask_ratio_metric.update_state(ratio)
-            if not self._phase.is_train_step:
-                masking.advance()
+    # === Compiled functions ===
 
     def make_train_function(self, force: bool = False) -> Any:
         # Values can be read here for the last time before the step is compiled.
-        norm, parts = self.gradient_norm, optimizers.optimizer_parts(self.optimizer)
+        norm, parts = self._gradient_norm, optimizers.optimizer_parts(self.optimizer)
         parts = [optimizers.inner_optimizer(self.optimizer), *parts]
         gradients.prepare_replicas(self, parts)
         record = None if norm is None else norm.record
@@ -133,21 +165,18 @@ class ContrastiveTrainer(DualEncoder):
         self._forget_outdated("predict_function")
         return super().make_predict_function(force)
 
-    @property
-    def compiled_options(self) -> dict[str, Any]:
-        """The options that a step is compiled with, which may change between fits."""
+    def _options(self):
+        """Returns the options that a step is compiled with."""
         return {
+            **{name: getattr(self, name) for name in OPTIONS},
             "mask_ratio": [masking.mask_ratio for masking in self.maskings],
-            "micro_batch_size": self.micro_batch_size,
-            "views": self.views,
-            "duplicates": self.duplicates,
             # TensorFlow would still train weights that are frozen after the first step.
             "trainable": [weight.trainable for weight in self.weights],
         }
 
-    def check_options(self) -> None:
+    def _check_options(self):
         """Raises an error if an option was changed since the last `fit` began."""
-        now = self.compiled_options
+        now = self._options()
         before = self._compiled_with.get("train_function", now)
         changed = [name for name in now if now[name] != before[name]]
         if changed:
@@ -159,7 +188,7 @@ class ContrastiveTrainer(DualEncoder):
 
     def _forget_outdated(self, name):
         """Deletes a compiled function if an option that it depends on has changed."""
-        options = self.compiled_options
+        options = self._options()
         if self._compiled_with.get(name, options) != options:
             # JAX would reuse the steps of a function that was not deleted.
             setattr(self, name, None)
@@ -169,11 +198,13 @@ class ContrastiveTrainer(DualEncoder):
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
         metrics = super().metrics
-        if self._is_evaluating:
-            # Evaluation computes no gradients and masks no patches.
-            return [x for x in metrics if x.name != "mask_ratio"]
-        # In the order of the logs.
-        return [*metrics, *([self.gradient_norm.metric] if self.gradient_norm else [])]
+        if self._is_evaluating or self._is_on_features:
+            # No patches are masked, and evaluation computes no gradients.
+            metrics = [x for x in metrics if x is not self._mask_ratio]
+        if self._gradient_norm is not None and not self._is_evaluating:
+            # In the order of the logs.
+            metrics = [*metrics, self._gradient_norm.metric]
+        return metrics
 
     # === Compile, fit, evaluate, predict ===
 
@@ -232,7 +263,7 @@ class ContrastiveTrainer(DualEncoder):
                 "`optimizer` must be a Keras optimizer or its name, such as 'adamw'. "
                 "Received: optimizer=None"
             )
-        surgery.freeze_mask_tokens(self.image_encoder)
+        freeze_mask_tokens(self.image_encoder)
         # In the scope of the model, which may be compiled outside of it.
         with gradients.strategy_scope(self):
             optimizer = keras.optimizers.get(optimizer)
@@ -240,16 +271,15 @@ class ContrastiveTrainer(DualEncoder):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
         optimizers.configure(optimizer, self, decay_vectors)
         super().compile(optimizer, **kwargs)
-        for name in ("image_tower", "text_tower"):
-            if tower := vars(self).get(name):
-                # Compiled predictions would not see the factors of a new LoRA.
-                tower.predict_function = None
-        self.optimizer_options = {
+        for tower in (self.image_tower, self.text_tower):
+            # Compiled predictions would not see the factors of a new LoRA.
+            tower.predict_function = None
+        self._compile_options = {
             "decay_vectors": bool(decay_vectors),
             "log_gradient_norm": bool(log_gradient_norm),
             "auto_scale_loss": kwargs.get("auto_scale_loss", True),
         }
-        self.gradient_norm = GradientNorm(optimizer) if log_gradient_norm else None
+        self._gradient_norm = GradientNorm(optimizer) if log_gradient_norm else None
 
     def fit(
         self,
@@ -321,6 +351,7 @@ class ContrastiveTrainer(DualEncoder):
                 tokenizer of an `image_text_dataset` is not the one that the model was
                 trained with, or lacks the special tokens that the text encoder needs.
         """
+        self._is_on_features = isinstance(x, TowerFeatures)
         args = (x, y, batch_size, epochs, *args)
         return fit(self, super().fit, resume_from, *args, **kwargs)
 
@@ -389,7 +420,7 @@ class ContrastiveTrainer(DualEncoder):
                 stacklevel=2,
             )
             return None
-        return {**config, **self.optimizer_options}
+        return {**config, **self._compile_options}
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras's own method does not support models that override `compile`.

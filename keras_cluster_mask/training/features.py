@@ -105,12 +105,6 @@ class TowerFeatures:
                     f"change: set `model.{name}.trainable = False` before compiling. "
                     f"Received: {len(trained)} trainable weights"
                 )
-        if model.maskings:
-            raise ValueError(
-                "`model` must have no masking to train on features, which are those of "
-                "whole images: train `model.without_masking()`. Received: masking="
-                f"{model.maskings[0].name}"
-            )
 
     def statistics(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the mean and the deviation of each feature, reading rows in parts.
@@ -182,11 +176,8 @@ def describe_towers(model: keras.Model) -> dict[str, Any]:
             value = zlib.crc32(np.ascontiguousarray(weight), value)
         return value
 
-    # A masking has weights, but does not change features.
-    towers = [
-        getattr(encoder, "unmasked", encoder)
-        for encoder in (model.image_encoder, model.text_encoder)
-    ]
+    # The towers have no masking, which has weights, but does not change features.
+    towers = [model.image_tower.encoder, model.text_tower.encoder]
     return {
         "dtype": [sorted({x.compute_dtype for x in all_layers(y)}) for y in towers],
         "image_encoder": checksum(towers[0]),

@@ -1,4 +1,4 @@
-"""Lists nested layers and variables, and saves and restores which are frozen.
+"""Lists nested layers and variables, and saves what their configurations omit.
 
 Keras has no public functions to list nested layers and the variables that they created,
 so this file reads private attributes. Tests fail if a version of Keras changes them.
@@ -10,6 +10,8 @@ from typing import Any, Self
 import keras
 
 from keras_cluster_mask.types import Tensor
+
+NORMALIZATION = keras.layers.LayerNormalization
 
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -78,13 +80,14 @@ def merged_weights(layer: keras.layers.Layer) -> dict[int, Tensor]:
     }
 
 
-def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
-    """Returns which parts of a layer are frozen, for its configuration.
+def omitted_settings(layer: keras.layers.Layer) -> dict[str, list]:
+    """Returns what the configurations of layers omit, for that of a layer around them.
 
-    The configurations of attention layers and of keras_hub's encoders omit this.
+    Those of attention layers and of keras_hub's encoders omit which parts are frozen,
+    and those of keras_hub's CLIP the epsilon of normalizations.
 
     Returns:
-        A dictionary of lists of integers:
+        A dictionary of lists:
 
         - `"counts"`: the number of all layers, and the number of all weights.
         - `"layers"`: the indices of frozen layers in `all_layers`.
@@ -92,6 +95,7 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
           layer that is trained.
         - `"trained"`: the indices in `saved_weights` of weights that are trained in a
           frozen layer.
+        - `"epsilons"`: the epsilon of each `LayerNormalization`.
     """
     layers, weights = all_layers(layer), saved_weights(layer)
     trained, frozen = weights_by_layers(layer)
@@ -105,29 +109,33 @@ def frozen_parts(layer: keras.layers.Layer) -> dict[str, list[int]]:
         "trained": [
             i for i, v in enumerate(weights) if id(v) in frozen and v.trainable
         ],
+        "epsilons": [x.epsilon for x in layers if isinstance(x, NORMALIZATION)],
     }
 
 
-def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
-    """Freezes the parts of a layer that `frozen_parts` listed, and only those."""
+def restore_settings(layer: keras.layers.Layer, omitted: dict[str, list]):
+    """Applies the result of `omitted_settings` to a layer of the same parts."""
     weights = saved_weights(layer)
     found = [len(all_layers(layer)), len(weights)]
-    has_layers = found[0] == frozen["counts"][0]
-    has_weights = found == frozen["counts"]
+    has_layers = found[0] == omitted["counts"][0]
+    has_weights = found == omitted["counts"]
     if has_layers:
+        layers = [x for x in all_layers(layer) if isinstance(x, NORMALIZATION)]
+        for part, epsilon in zip(layers, omitted["epsilons"]):
+            part.epsilon = epsilon
         # Setting `trainable` also sets it on nested layers, so a second pass is needed.
         for _ in range(2):
             for index, part in enumerate(all_layers(layer)):
-                trainable = index not in frozen["layers"]
+                trainable = index not in omitted["layers"]
                 if part.trainable != trainable:
                     part.trainable = trainable
     if has_weights:
         trained, _ = weights_by_layers(layer)
         for index, weight in enumerate(weights):
-            if index in frozen["trained"] or id(weight) in trained:
-                weight.trainable = index not in frozen["weights"]
+            if index in omitted["trained"] or id(weight) in trained:
+                weight.trainable = index not in omitted["weights"]
     restored = {"layers": has_layers, "weights": has_weights}
-    lost = [name for name, has in restored.items() if frozen[name] and not has]
+    lost = [name for name, has in restored.items() if omitted[name] and not has]
     if lost:
         # A subclassed encoder may create its layers only when it is called.
         warnings.warn(
@@ -135,7 +143,7 @@ def freeze_parts(layer: keras.layers.Layer, frozen: dict[str, list[int]]):
             "model has other layers or weights than the saved one: set "
             "`trainable = False` on them again. Received: a model of "
             f"{found[0]} layers and {found[1]} weights, saved with "
-            f"{frozen['counts'][0]} and {frozen['counts'][1]}",
+            f"{omitted['counts'][0]} and {omitted['counts'][1]}",
             stacklevel=3,
         )
 
@@ -152,29 +160,34 @@ class MadeOfParts:
     """Base class of layers whose configuration contains other layers.
 
     Dictionaries in the configuration are those of layers and models, except for
-    `"frozen"`, the result of `frozen_parts`, or `None` for parts that already exist.
+    `"omitted"`, the result of `omitted_settings`, or `None` for parts that already
+    exist.
 
     Attributes:
-        parts: Names of the arguments of the class that have attributes of their names.
+        _parts: Names of the arguments of the class that have attributes of their names.
     """
 
-    parts: tuple[str, ...] = ()
+    _parts: tuple[str, ...] = ()
 
     def get_config(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name) for name in self.parts}
+        parts = {name: getattr(self, name) for name in self._parts}
         parts = keras.saving.serialize_keras_object(parts)
-        return {"name": self.name, **parts, "frozen": frozen_parts(self)}
+        return {"name": self.name, **parts, "omitted": omitted_settings(self)}
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
         config = dict(config)
-        frozen = config.pop("frozen")
+        omitted = config.pop("omitted")
         # Parts that already exist are given as they are.
         described = {key: x for key, x in config.items() if isinstance(x, dict)}
         parts = keras.saving.deserialize_keras_object(described, custom_objects)
-        made = cls(**{**config, **parts})
-        if frozen is not None:
-            freeze_parts(made, frozen)
+        made = cls._make(**{**config, **parts})
+        if omitted is not None:
+            restore_settings(made, omitted)
         return made
+
+    @classmethod
+    def _make(cls, **arguments: Any) -> Self:
+        return cls(**arguments)

@@ -10,11 +10,10 @@ from keras_cluster_mask.distribution.chunks import (
     take_chunk,
 )
 from keras_cluster_mask.distribution.replicas import local_rows, num_replicas
-from keras_cluster_mask.masking.selection import part_of_batch
 from keras_cluster_mask.training.layers import state_variables
 
 
-def embed_in_micro_batches(model, inputs, micro_batch_size):
+def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
     """Embeds a training batch with the activations of one chunk in memory at a time.
 
     State is updated as by a single large batch:
@@ -27,14 +26,16 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
 
     Args:
         model: A `ContrastiveModel`.
+        embed: Function from a batch, `training` and a `StepNoise` to embeddings.
         inputs: Dictionary, a batch.
+        noise: The `StepNoise` of the whole batch.
         micro_batch_size: Integer.
 
     Returns:
         A tuple: a dictionary of embeddings `(batch, d)`, and a list with the loss that
         layers added, empty if there is none.
     """
-    taken = ("images", *model.text_input_names)
+    taken = ("images", *model.text_tower.input_names)
     rows = inputs["token_ids"].shape[0]
     batch_size = None if rows is None else rows * num_replicas()
     check_micro_batches(batch_size, micro_batch_size, num_replicas())
@@ -49,18 +50,17 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
     other_values = [as_tensor(x) for x in snapshot(model, others)]
     updated = []
 
-    def embed(weight_values, seed_values, index, chunk):
+    def embed_chunk(weight_values, seed_values, index, chunk):
         values = [*weight_values, *other_values]
 
         def chunk_rows(noise):
             return take_chunk(local_rows(noise), index, num_chunks)
 
-        with part_of_batch(batch_size, chunk_rows):
-            outputs, extra_losses, after = call_statelessly(
-                lambda: model.embed(chunk, training=True),
-                variables,
-                [*values, *seed_values],
-            )
+        outputs, extra_losses, after = call_statelessly(
+            lambda: embed(chunk, True, noise.rows(chunk_rows)),
+            variables,
+            [*values, *seed_values],
+        )
         after, seeds_after = after[: len(values)], after[len(values) :]
         # Keep only assigned values, or frozen weights would be stacked over chunks too.
         updated[:] = [v for v, x in zip(variables, after) if x is not None]
@@ -69,7 +69,7 @@ def embed_in_micro_batches(model, inputs, micro_batch_size):
         return (outputs, extra_losses, assigned), seed_values
 
     (embeddings, extra_losses, assigned), seed_values = map_chunks(
-        embed,
+        embed_chunk,
         num_chunks,
         weights=snapshot(model, weights),
         state=snapshot(model, seeds),

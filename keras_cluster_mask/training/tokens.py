@@ -39,7 +39,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
         model.input_rules.check_ids(ids)
     except ValueError as error:
         raise ValueError(f"`tokenizer` returns ids that do not fit: {error}") from None
-    if model.text_family.pooling == "highest id" and not _has_special_tokens(ids):
+    if model.text_tower.family.pooling == "highest id" and not _has_special_tokens(ids):
         raise ValueError(
             "`tokenizer` must add a start token to each text, and an end token that "
             "has the highest id, at which a CLIP text encoder pools. Pass a "
@@ -116,8 +116,8 @@ def remembered_tokenizer(model, data, run):
 
 def _fingerprint(model, *ids):
     """Hashes the token ids of fixed texts, as far as the text tower reads them."""
-    rows, family = [], model.text_family
-    hides_padding = "padding_mask" in model.text_input_names
+    rows, family = [], model.text_tower.family
+    hides_padding = "padding_mask" in model.text_tower.input_names
     for part in ids:
         if part is None:
             continue

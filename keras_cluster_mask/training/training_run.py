@@ -149,7 +149,7 @@ class TrainingRun(keras.callbacks.Callback):
         if batch == 0 and self.data.spec is not None:
             write_rng_state(self.rng_state)
         if batch == 0:
-            self.model.check_options()
+            self.model._check_options()
         self._last = batch
         # With a timeout, since a step that fails does not end either; Keras raises its
         # error after the next step.

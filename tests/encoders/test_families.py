@@ -55,7 +55,7 @@ def test_a_text_is_read_up_to_the_token_that_its_family_pools(make, end, is_pool
     else:
         model = kcm.ContrastiveModel(image_mlp(), encoder)
     ids = np.array([[20, 5, 9, end, 7, 3]], "int32")
-    found = model.text_family.is_pooled(ids)
+    found = model.text_tower.family.is_pooled(ids)
     assert (found is not None) == is_pooled
     if is_pooled:
         np.testing.assert_array_equal(to_numpy(found), ids == end)

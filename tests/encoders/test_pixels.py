@@ -6,8 +6,8 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.encoders.pixels import CLIP_MEAN, CLIP_STD
-from keras_cluster_mask.encoders.towers import normalize_pixels
+from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD
+from keras_cluster_mask.encoders.pixels import normalize_pixels
 from tests.helpers import random_pairs, text_bag, to_numpy
 
 
@@ -105,6 +105,6 @@ def test_the_order_of_axes_is_that_of_the_encoder(masked):
     model = kcm.ContrastiveModel(encoder, text_bag())
     pixels = random_pairs(2)["images"]
     expected = (pixels / 255.0 - model.pixel_mean) / model.pixel_std
-    found = to_numpy(model.towers.image.prepare(np.moveaxis(pixels, -1, 1)))
+    found = to_numpy(model.image_tower.prepare(np.moveaxis(pixels, -1, 1)))
     found = np.moveaxis(found, 1, -1)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

@@ -202,12 +202,12 @@ def test_pixels_are_those_of_the_family():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"images": bert}, "`image_backbone` must be a keras_hub DINO"),
-        ({"texts": vit_encoder}, "`text_backbone` must be a keras_hub Bert"),
+        ({"images": bert}, "`image_backbone` must be a keras_hub ViT"),
+        ({"texts": vit_encoder}, "`text_backbone` must be a keras_hub Albert"),
         ({"pooling": ("sum", None)}, "`pooling` must be one of"),
         ({"pooling": "mean"}, "`pooling` must be two values"),
         ({"images": vit_without_class}, "`pooling` must be 'mean'"),
-        ({"head": "deep"}, "`projection` must be one of"),
+        ({"head": "deep"}, "`head` must be one of"),
         ({"head": "mlp", "projection_dim": None}, "`projection_dim` must be given"),
     ],
 )

@@ -10,7 +10,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.encoders.exported import ONNX_PACKAGES
-from keras_cluster_mask.models import Tower
+from keras_cluster_mask.encoders.towers import Tower
 from tests.encoders.test_pooled import make_model
 from tests.helpers import (
     FAST,
@@ -175,16 +175,6 @@ def test_mixed_precision_reaches_the_encoder_unrounded():
     np.testing.assert_array_equal(
         to_numpy(tower(images)), to_numpy(model.encode_image(images))
     )
-
-
-@pytest.mark.any_backend
-def test_views_need_a_masking_and_are_made_in_training_alone():
-    model, images = MODELS["clip"](), random_images(4)
-    assert tuple(model.towers.image.embed(images, True, views=2).shape) == (4, 2, 16)
-    for tower in (model.towers.image, model.image_tower):
-        assert tuple(tower.embed(images, False, views=2).shape) == (4, 16)
-    with pytest.raises(Exception, match=r"(?i)shape|size"):
-        model.image_tower.embed(images, True, views=2)
 
 
 @pytest.mark.any_backend

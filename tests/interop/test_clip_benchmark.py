@@ -14,7 +14,7 @@ from PIL import Image
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.data.images import Images
-from keras_cluster_mask.encoders.pixels import (
+from keras_cluster_mask.encoders.families import (
     CLIP_MEAN,
     CLIP_STD,
     SIGLIP_MEAN,

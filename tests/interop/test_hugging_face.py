@@ -247,7 +247,7 @@ def test_pixels_are_those_of_the_image_processor(folder, name):
     (folder / name).write_text(json.dumps(config))
     pixels = np.arange(16 * 16 * 3).reshape(16, 16, 3).astype("uint8")
     expected = processor(pixels, return_tensors="np")["pixel_values"][0]
-    found = load_hugging_face(folder).towers.image.prepare(pixels[None])
+    found = load_hugging_face(folder).image_tower.prepare(pixels[None])
     found = ops.convert_to_numpy(found)[0].transpose(2, 0, 1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

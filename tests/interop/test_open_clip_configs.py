@@ -350,7 +350,7 @@ def test_pixels_that_the_model_takes_as_they_are_come_back_as_they_are(tmp_path)
     save_open_clip(model, tmp_path / "clip.safetensors")
     back = load_open_clip(tmp_path / "clip.safetensors")
     images = np.arange(2 * 16 * 16 * 3).reshape(2, 16, 16, 3).astype("uint8")
-    found = keras.ops.convert_to_numpy(back.towers.image.prepare(images))
+    found = keras.ops.convert_to_numpy(back.image_tower.prepare(images))
     np.testing.assert_allclose(found, images, atol=1e-3)
 
 

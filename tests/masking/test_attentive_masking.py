@@ -69,7 +69,7 @@ def test_the_model_hands_normalized_pixels_to_the_teacher():
     attention = teacher.attention
     teacher.attention = lambda x: seen.append(numpy(x)) or attention(x)
     model.encode_image(pixels, training=True)
-    expected = numpy(model.towers.image.prepare(keras.ops.convert_to_tensor(pixels)))
+    expected = numpy(model.image_tower.prepare(keras.ops.convert_to_tensor(pixels)))
     np.testing.assert_allclose(seen[0], expected, atol=1e-6)
 
 

@@ -43,16 +43,17 @@ def draw(case):
         # It has no class token.
         masking = "random"
     options = {
-        "loss": choose("softmax", "sigmoid"),
         "duplicates": choose("positive", "negative"),
         "micro_batch_size": choose(None, None, 4),
     }
+    head = {"loss": choose("softmax", "sigmoid")}
     if encoders == "own":
-        options["projection_dim"] = choose(None, 5)
+        head["projection_dim"] = choose(None, 5)
     if masking not in (None, "attentive"):
         options["views"] = choose(1, 2)
-    options["initial_temperature"] = choose(0.05, 0.2)
-    options["max_logit_scale"] = choose(40.0, 100.0)
+    head["initial_temperature"] = choose(0.05, 0.2)
+    head["max_logit_scale"] = choose(40.0, 100.0)
+    options["head"] = head
     return {
         "encoders": encoders,
         "dtype": choose("float32", "mixed_bfloat16"),
@@ -84,6 +85,7 @@ def make_model(case):
     made = draw(case)
     encoders, options = made["encoders"], made["options"]
     keras.config.set_dtype_policy(made["dtype"])
+    options["head"] = ContrastiveHead(**options["head"])
     if encoders == "own":
         image_encoder = functional_vit(num_layers=2)
         if made["masking"] is not None:
@@ -153,7 +155,7 @@ def test_a_reloaded_model_is_the_same_and_trains_on_the_same(case, tmp_path):
     loaded = reloaded(model, tmp_path)
 
     assert options_of(loaded) == options_of(model), draw(case)
-    assert loaded.optimizer_options == model.optimizer_options
+    assert loaded._compile_options == model._compile_options
     assert loaded.optimizer.get_config() == model.optimizer.get_config()
     for one, other in zip(all_layers(loaded), all_layers(model), strict=True):
         assert type(one) is type(other)

@@ -113,7 +113,7 @@ def test_the_loss_is_the_mean_of_that_of_each_view(loss):
     same = views_model(1, loss=loss)
     noise = noise_of_step(same.maskings[0], 3)
     texts = to_numpy(same.encode_text(pairs["token_ids"]))
-    pixels = same.towers.image.prepare(pairs["images"])
+    pixels = same.image_tower.prepare(pairs["images"])
     losses, hits = [], []
     for view in range(3):
         features = same.image_encoder(pixels, training=True, noise=noise[:, view])

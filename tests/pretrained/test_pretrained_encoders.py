@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.encoders.pixels import IMAGENET_MEAN, IMAGENET_STD
+from keras_cluster_mask.encoders.families import IMAGENET_MEAN, IMAGENET_STD
 from keras_cluster_mask.encoders.surgery import find_embedding_layer
 from tests.conftest import ROOT
 from tests.helpers import compiled, random_noise, to_numpy

@@ -9,7 +9,8 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
-from keras_cluster_mask.masking.selection import part_of_batch
+from keras_cluster_mask.encoders.towers import encode
+from keras_cluster_mask.masking.step_noise import StepNoise
 from keras_cluster_mask.training.micro_batches import (
     check_micro_batches,
     embed_in_micro_batches,
@@ -88,8 +89,8 @@ def in_chunks_by_hand(model, num_chunks):
         for index in range(num_chunks):
             state.assign(start)
             chunk = {key: value[index::num_chunks] for key, value in pairs.items()}
-            with part_of_batch(BATCH, lambda x, i=index: x[i::num_chunks]):
-                parts.append(model.embed(chunk, training=True))
+            noise = StepNoise(BATCH, model.views, lambda x, i=index: x[i::num_chunks])
+            parts.append(model._embed(chunk, True, noise))
         return {
             key: ops.reshape(ops.stack([x[key] for x in parts], axis=1), (BATCH, -1))
             for key in parts[0]
@@ -173,7 +174,7 @@ def test_losses_that_layers_add_count_and_are_averaged(micro_batch_size):
     model.compile(keras.optimizers.SGD(0.0), **FAST)
     pairs = random_pairs(BATCH)
     pair = [to_numpy(value) for value in model(pairs).values()]
-    pixels = model.towers.image.prepare(pairs["images"])
+    pixels = model.image_tower.prepare(pairs["images"])
     activity = to_numpy(first(ops.mean(pixels, axis=(1, 2))))
     penalty = np.sum(activity**2) / BATCH + np.sum(to_numpy(last.kernel) ** 2)
     expected = reference("softmax", pair, 1 / 0.07) + 3.0 * penalty
@@ -279,7 +280,7 @@ def test_frozen_weights_have_no_gradients_computed():
     images = ops.convert_to_tensor(random_pairs(4)["images"])
 
     def forward():
-        return model.towers.image.features(images, training=True)
+        return encode(model.image_encoder, model.image_tower.prepare(images), True)
 
     def backward():
         with tf.GradientTape() as tape:

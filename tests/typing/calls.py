@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.encoders.towers import ImageTower
 
 # === Data ===
 
@@ -83,7 +84,7 @@ history = model.fit(
 )
 assert_type(model.predict(dataset), dict[str, np.ndarray])
 assert_type(model.without_masking(), kcm.ContrastiveModel)
-assert_type(model.image_tower, kcm.models.ImageTower)
+assert_type(model.image_tower, ImageTower)
 masked = kcm.with_masking(backbone, kcm.RandomMasking(0.5), layer="embedding")
 assert_type(masked, kcm.models.MaskedEncoder)
 model.fit(dataset, y=np.zeros(3))  # type: ignore[arg-type]
