@@ -184,6 +184,7 @@ TEXT_FAMILIES = {
     "SigLIPTextEncoder": TextFamily(pooling="last token", of_pair=True),
     "AlbertBackbone": TextFamily(),
     "BertBackbone": TextFamily(),
+    "DebertaV3Backbone": TextFamily(),
     "DistilBertBackbone": TextFamily(),
     "ElectraBackbone": TextFamily(),
     "RobertaBackbone": TextFamily(padding_id=1),

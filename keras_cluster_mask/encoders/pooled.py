@@ -115,6 +115,9 @@ class PooledEncoder(MadeOfParts, keras.Model):
             self.position_table = SavedWeight(table)
         for name in ("patch_size", "vocabulary_size", "max_sequence_length"):
             setattr(self, name, getattr(backbone, name, None))
+        if hasattr(backbone, "vocab_size"):
+            # ELECTRA's name for it.
+            self.vocabulary_size = backbone.vocab_size
 
     @property
     def backbone(self) -> keras.Model:

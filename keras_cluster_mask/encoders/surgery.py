@@ -37,7 +37,9 @@ def context_length_of(encoder) -> int | None:
 
 def data_format_of(encoder) -> str:
     """Returns an encoder's data format, `"channels_last"` or `"channels_first"`."""
-    return _first_data_format(encoder) or keras.config.image_data_format()
+    # That of the first layer that has one, which reads the images.
+    found = (getattr(layer, "data_format", None) for layer in all_layers(encoder))
+    return next(filter(None, found), keras.config.image_data_format())
 
 
 def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer:
@@ -61,7 +63,7 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
     else:
         found = [layer for layer in candidates if layer.name == name]
     if not found:
-        inner = [layer for layer in encoder.layers if _is_model(layer)]
+        inner = [x for x in encoder.layers if isinstance(x, keras.Model)]
         names, models = (
             ", ".join(repr(x.name) for x in layers) or "none"
             for layers in (candidates, inner)
@@ -171,22 +173,10 @@ def _count_constant_tokens(stem, image_shape):
     return prefix if other.any() and not pixel[prefix:].all() else None
 
 
-def _first_data_format(layer):
-    """Returns the data format of the first layer that has one: it reads the images."""
-    found = getattr(layer, "data_format", None)
-    for part in getattr(layer, "layers", ()):
-        found = found or _first_data_format(part)
-    return found
-
-
-def _is_model(layer):
-    # The output of a model inside of another belongs to its own graph of layers.
-    return bool(getattr(layer, "inputs", None))
-
-
 def _makes_tokens(layer):
     try:
-        return len(layer.output.shape) == 3 and not _is_model(layer)
+        # The output of a model inside of another belongs to its own graph of layers.
+        return len(layer.output.shape) == 3 and not isinstance(layer, keras.Model)
     except (AttributeError, ValueError):
         # The layer has several outputs, or is called more than once.
         return False

@@ -344,14 +344,15 @@ def join(masking, prepare_pixels):
     Raises:
         ValueError: If another model around the masking normalizes images differently.
     """
-    pixels = ops.convert_to_tensor(np.arange(27, dtype="uint8").reshape(1, 3, 3, 3))
-    both = [f(pixels) for f in (masking._prepare_pixels, prepare_pixels) if f]
-    if len(both) == 2 and not np.array_equal(*map(ops.convert_to_numpy, both)):
-        raise ValueError(
-            f"`{masking.name}` is part of another model, which normalizes pixels "
-            "differently: make a masking layer for each model. "
-            f"Received: masking={masking.name}"
-        )
+    if masking._prepare_pixels is not None:
+        pixels = ops.convert_to_tensor(np.arange(27, dtype="uint8").reshape(1, 3, 3, 3))
+        both = masking._prepare_pixels(pixels), prepare_pixels(pixels)
+        if not np.array_equal(*map(ops.convert_to_numpy, both)):
+            raise ValueError(
+                f"`{masking.name}` is part of another model, which normalizes pixels "
+                "differently: make a masking layer for each model. "
+                f"Received: masking={masking.name}"
+            )
     masking._prepare_pixels = prepare_pixels
 
 

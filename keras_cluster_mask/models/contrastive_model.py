@@ -1,6 +1,5 @@
 """The model for contrastive training on image-text pairs."""
 
-import inspect
 import os
 import types
 from collections.abc import Mapping, Sequence
@@ -189,11 +188,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             ),
             text=TextTower(self.text_encoder, head.text_projection, name="text_tower"),
         )
-        widths = [_width(x) for x in (self.image_encoder, self.text_encoder)]
-        if head.built:
-            head.check_widths(*widths)
-        else:
-            head.build(*((None, width) for width in widths))
+        head.build(*map(_features_shape, (self.image_encoder, self.text_encoder)))
 
         # === Config ===
         self.maskings = [
@@ -314,8 +309,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 `ViTBackbone` or `DeiTBackbone`. Or, without a masking, a
                 `ResNetBackbone`, `EfficientNetBackbone` or `MobileNetBackbone`.
             text_backbone: A keras_hub `BertBackbone`, `DistilBertBackbone`,
-                `RobertaBackbone`, `XLMRobertaBackbone`, `AlbertBackbone` or
-                `ElectraBackbone`, or a `TextEmbedder` of one.
+                `RobertaBackbone`, `XLMRobertaBackbone`, `AlbertBackbone`,
+                `ElectraBackbone` or `DebertaV3Backbone`, or a `TextEmbedder` of one.
             projection_dim: Integer. The width of the shared embedding space. A
                 `ContrastiveHead` has its own.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
@@ -563,8 +558,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
         Raises:
             ValueError: If the image encoder has a masking that `kcm.with_masking` did
-                not insert, or if a subclass has arguments that its `get_config` omits,
-                or weights of its own, which the new model would not share.
+                not insert, or if a subclass has weights of its own, which the new model
+                would not share.
 
         Reference:
             - [Scaling Language-Image Pre-training via Masking](
@@ -574,31 +569,14 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         config = {**self.get_config(), **parts, "views": 1, "omitted": None}
         if self.backbone is not None:
             config["masking"] = None
-        known = {*config, *inspect.signature(ContrastiveModel.__init__).parameters}
-        omitted = [
-            key
-            for key, x in inspect.signature(self.__init__).parameters.items()
-            if key not in known and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
-        ]
-        try:
-            if omitted:
-                raise TypeError(f"`get_config` omits {omitted}")
-            whole = type(self).from_config(config)
-            masks = {id(v) for masking in self.maskings for v in masking.weights}
-            mine, shared = ({id(v) for v in x.weights} - masks for x in (self, whole))
-            if mine != shared:
-                raise TypeError(f"{len(mine)} weights, of which not all are shared")
-        except TypeError as error:
+        whole = type(self).from_config(config)
+        masks = {id(v) for masking in self.maskings for v in masking.weights}
+        if {id(v) for v in self.weights} - masks != {id(v) for v in whole.weights}:
             raise ValueError(
-                f"`{type(self).__name__}` must take its encoders and `head` as "
-                "arguments, return all others from `get_config`, and have no other "
-                f"weights, to be made without its masking. Received: {error}"
-            ) from error
-        if whole.maskings:
-            raise ValueError(
-                "`image_encoder` must have its masking from `kcm.with_masking`, which "
-                "can remove it. Received: maskings "
-                f"{[masking.name for masking in whole.maskings]} of another kind"
+                "A model must have its masking from `kcm.with_masking`, which can "
+                "remove it, and no weights but those of its encoders and head. "
+                f"Received: a {type(self).__name__} with other weights, and maskings "
+                f"{[masking.name for masking in self.maskings]}"
             )
         return whole
 
@@ -612,9 +590,9 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
     def summary(self, *args: Any, **kwargs: Any) -> None:
         # Keras shows the output shape of a layer that was called on symbols.
-        widths = _width(self.image_encoder), _width(self.text_encoder)
-        if None not in widths:
-            self.head(*(keras.KerasTensor((None, width)) for width in widths))
+        shapes = [*map(_features_shape, (self.image_encoder, self.text_encoder))]
+        if all(shape[-1] is not None for shape in shapes):
+            self.head(*map(keras.KerasTensor, shapes))
         if isinstance(self.image_encoder, MaskedEncoder):
             self.image_encoder(self.image_encoder.input)
         super().summary(*args, **kwargs)
@@ -672,6 +650,5 @@ def _check_views(views, maskings):
         )
 
 
-def _width(encoder):
-    shape = getattr(getattr(encoder, "output", None), "shape", None)
-    return None if shape is None else shape[-1]
+def _features_shape(encoder):
+    return getattr(getattr(encoder, "output", None), "shape", (None, None))

@@ -74,7 +74,25 @@ class ContrastiveHead(keras.layers.Layer):
         super().__init__(**kwargs)
         # Projections cast their own inputs.
         self.autocast = False
-        _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scale)
+        check_choice("loss", loss, tuple(INITIAL_TEMPERATURE))
+        if not is_positive(max_logit_scale):
+            raise ValueError(
+                "`max_logit_scale` must be greater than 0. "
+                f"Received: max_logit_scale={max_logit_scale}"
+            )
+        smallest = 1 / (max_logit_scale * TOLERANCE)
+        if initial_temperature is not None and not initial_temperature >= smallest:
+            raise ValueError(
+                "`initial_temperature` must be at least 1 / `max_logit_scale`, below "
+                "which the temperature cannot fall. Received: "
+                f"initial_temperature={initial_temperature}, "
+                f"max_logit_scale={max_logit_scale}"
+            )
+        if initial_logit_bias is not None and loss == "softmax":
+            raise ValueError(
+                "`initial_logit_bias` is for loss='sigmoid'. "
+                f"Received: initial_logit_bias={initial_logit_bias}, loss='softmax'"
+            )
         check_choice("projection", projection, ("linear", "mlp"))
         if projection != "linear" and projection_dim is None:
             raise ValueError(
@@ -115,6 +133,23 @@ class ContrastiveHead(keras.layers.Layer):
         self.text_projection = text_projection
 
     def build(self, image_features_shape: Any, text_features_shape: Any) -> None:
+        shapes = image_features_shape, text_features_shape
+        widths = {shape[-1] for shape in shapes}
+        projections = self.image_projection, self.text_projection
+        if None in projections and None not in widths and len(widths) > 1:
+            raise ValueError(
+                "`image_encoder` and `text_encoder` must return features of the "
+                "same width; or pass `projection_dim` to map both to a common "
+                f"one. Received: widths {shapes[0][-1]} and {shapes[1][-1]}"
+            )
+        for projection, shape in zip(projections, shapes):
+            # An encoder may learn its width when it is called. The projections of a
+            # backbone are already built.
+            if None not in (projection, shape[-1]) and not projection.built:
+                projection.build((None, shape[-1]))
+        if self.built:
+            # The head of another model.
+            return
         if self.logit_scale is None:
             temperature = self.initial_temperature or INITIAL_TEMPERATURE[self.loss]
             self.logit_scale = self._add_scalar("logit_scale", -math.log(temperature))
@@ -130,28 +165,10 @@ class ContrastiveHead(keras.layers.Layer):
         self.logit_scale.constraint = functools.partial(
             ops.minimum, math.log(self.max_logit_scale)
         )
-        self.check_widths(image_features_shape[-1], text_features_shape[-1])
-        projections = self.image_projection, self.text_projection
-        shapes = image_features_shape, text_features_shape
-        for projection, shape in zip(projections, shapes):
-            # An encoder may learn its width when it is called. The projections of a
-            # backbone are already built.
-            if None not in (projection, shape[-1]) and not projection.built:
-                projection.build((None, shape[-1]))
 
     def get_build_config(self) -> None:
         # The model that the head is part of builds it.
         return None
-
-    def check_widths(self, image_width: int | None, text_width: int | None) -> None:
-        """Raises an error for features that need a projection, and have none."""
-        known = None not in (image_width, text_width)
-        if known and self.image_projection is None and image_width != text_width:
-            raise ValueError(
-                "`image_encoder` and `text_encoder` must return features of the "
-                "same width; or pass `projection_dim` to map both to a common "
-                f"one. Received: widths {image_width} and {text_width}"
-            )
 
     def set_scaling(self, statistics: Callable[[str], tuple] | None = None) -> None:
         """Fixes the scaling of features in projections that have one, once.
@@ -273,25 +290,3 @@ def as_head(head, loss, projection_dim=None, dtype=None):
             f"`dtype` must be given to `head`, which exists. Received: dtype={dtype!r}"
         )
     return head
-
-
-def _check_options(loss, initial_temperature, initial_logit_bias, max_logit_scale):
-    check_choice("loss", loss, tuple(INITIAL_TEMPERATURE))
-    if not is_positive(max_logit_scale):
-        raise ValueError(
-            "`max_logit_scale` must be greater than 0. "
-            f"Received: max_logit_scale={max_logit_scale}"
-        )
-    smallest = 1 / (max_logit_scale * TOLERANCE)
-    if initial_temperature is not None and not initial_temperature >= smallest:
-        raise ValueError(
-            "`initial_temperature` must be at least 1 / `max_logit_scale`, below which "
-            "the temperature cannot fall. Received: "
-            f"initial_temperature={initial_temperature}, "
-            f"max_logit_scale={max_logit_scale}"
-        )
-    if initial_logit_bias is not None and loss == "softmax":
-        raise ValueError(
-            "`initial_logit_bias` is for loss='sigmoid'. "
-            f"Received: initial_logit_bias={initial_logit_bias}, loss='softmax'"
-        )

@@ -46,6 +46,49 @@ def embedder(pooling="mean"):
     return keras_hub.models.BertTextEmbedder(bert(), pooling_mode=pooling)
 
 
+def resnet():
+    return keras_hub.models.ResNetBackbone(
+        [64], [3], [64], [1], [1], "basic_block", image_shape=(16, 16, 3)
+    )
+
+
+def mobilenet():
+    return keras_hub.models.MobileNetBackbone(
+        stackwise_expansion=[[8]],
+        stackwise_num_blocks=[1],
+        stackwise_num_filters=[[8]],
+        stackwise_kernel_size=[[3]],
+        stackwise_num_strides=[[2]],
+        stackwise_se_ratio=[[None]],
+        stackwise_activation=[["relu"]],
+        stackwise_padding=[[1]],
+        output_num_filters=16,
+        depthwise_filters=8,
+        depthwise_stride=1,
+        depthwise_residual=False,
+        last_layer_filter=16,
+        input_num_filters=8,
+        image_shape=(16, 16, 3),
+    )
+
+
+def efficientnet():
+    return keras_hub.models.EfficientNetBackbone(
+        stackwise_kernel_sizes=[3],
+        stackwise_num_repeats=[1],
+        stackwise_input_filters=[8],
+        stackwise_output_filters=[8],
+        stackwise_expansion_ratios=[1],
+        stackwise_squeeze_and_excite_ratios=[0.25],
+        stackwise_strides=[1],
+        stackwise_block_types=["v1"],
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        input_shape=(16, 16, 3),
+        num_features=16,
+    )
+
+
 # The encoder, its tokens before the patches, and its pooling.
 IMAGES = {
     "DINOv2": (dino_encoder, 3, "class_and_mean"),
@@ -53,12 +96,26 @@ IMAGES = {
     "DeiT": (deit_encoder, 2, "class"),
     "ViT": (vit_encoder, 1, "class"),
 }
+# Convolutional networks, which return a grid of features.
+GRIDS = {"EfficientNet": efficientnet, "MobileNet": mobilenet, "ResNet": resnet}
+# ALBERT and ELECTRA embed tokens in a width of their own.
+EMBEDDED = dict(TEXT, embedding_dim=8)
 TEXTS = {
+    "ALBERT": lambda: keras_hub.models.AlbertBackbone(**EMBEDDED),
     "BERT": bert,
+    "DeBERTa-v3": lambda: keras_hub.models.DebertaV3Backbone(bucket_size=8, **TEXT),
+    "ELECTRA": lambda: keras_hub.models.ElectraBackbone(
+        vocab_size=EMBEDDED["vocabulary_size"],
+        **{k: v for k, v in EMBEDDED.items() if k != "vocabulary_size"},
+    ),
     "DistilBERT": lambda: keras_hub.models.DistilBertBackbone(**TEXT),
     "RoBERTa": roberta,
     "XLM-R": lambda: keras_hub.models.XLMRobertaBackbone(**TEXT),
 }
+
+
+# Families whose padding has the id 1, not 0.
+WITH_ONE = "RoBERTa", "XLM-R"
 
 
 def make_model(images=vit_encoder, texts=bert, **options):
@@ -95,10 +152,42 @@ def test_images_are_pooled_as_their_family_is(family):
 
 
 @pytest.mark.any_backend
+@pytest.mark.parametrize("family", GRIDS)
+def test_grids_of_features_are_averaged_and_not_masked(family):
+    backbone, images = GRIDS[family](), random_images(2)
+    model = make_model(lambda: backbone)
+    found = to_numpy(model.image_encoder(images, training=False))
+    expected = to_numpy(backbone(images, training=False)).mean(axis=(1, 2))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert model.pixel_mean == [0.485, 0.456, 0.406]
+    for make in (
+        lambda masking: make_model(lambda: backbone, masking=masking),
+        lambda masking: kcm.with_masking(backbone, masking),
+    ):
+        with pytest.raises(ValueError, match=r"(?s)whole images|embed the patches"):
+            make(kcm.RandomMasking(0.5))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("family", TEXTS)
+def test_texts_are_the_mean_of_their_tokens(family):
+    backbone = TEXTS[family]()
+    model = make_model(texts=lambda: backbone)
+    inputs = model.text_tower.prepare(pairs()["token_ids"] + (family in WITH_ONE))
+    tokens = backbone(inputs, training=False)
+    tokens = to_numpy(tokens["sequence_output"] if isinstance(tokens, dict) else tokens)
+    words = to_numpy(inputs["padding_mask"])[:, :, None]
+    assert words.min() == 0
+    expected = (tokens * words).sum(1) / words.sum(1)
+    found = to_numpy(model.text_encoder(inputs, training=False))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize("family", TEXTS)
 def test_padding_has_no_influence_on_texts(family):
     model = make_model(texts=TEXTS[family])
-    padding = 1 if family in ("RoBERTa", "XLM-R") else 0
+    padding = 1 if family in WITH_ONE else 0
     ids = pairs()["token_ids"][:, :4]
     ids[:, 0] = 1 - padding if padding else 3
     padded = np.pad(ids, [(0, 0), (0, 3)], constant_values=padding)
@@ -167,14 +256,16 @@ def test_hidden_patches_are_not_pooled():
         ("DINOv2", {"head": "mlp"}),
         ("DeiT", {"head": "mlp"}),
         ("ViT", {}),
+        ("ResNet", {"masking": None}),
     ],
 )
 def test_a_model_trains_without_a_warning_and_reloads(family, options, tmp_path):
     options = {"masking": kcm.RandomMasking(0.5), **options}
-    model = make_model(IMAGES[family][0], embedder, **options)
+    make = GRIDS[family] if family in GRIDS else IMAGES[family][0]
+    model = make_model(make, embedder, **options)
     model.text_encoder.backbone.trainable = False
     # As for a model that is tuned after its projections.
-    model.image_encoder.encoder.backbone.trainable = True
+    model.image_tower.encoder.backbone.trainable = True
     model.compile("adam", **FAST)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -185,9 +276,9 @@ def test_a_model_trains_without_a_warning_and_reloads(family, options, tmp_path)
     loaded = reloaded(model, tmp_path)
     assert len(loaded.trainable_variables) == len(model.trainable_variables)
     assert_close(*(x.predict(pairs(), verbose=0) for x in (loaded, model)))
-    before = values(loaded.image_encoder.encoder.backbone.trainable_variables)
+    before = values(loaded.image_tower.encoder.backbone.trainable_variables)
     loaded.fit(pairs(), batch_size=4, verbose=0)
-    after = values(loaded.image_encoder.encoder.backbone.trainable_variables)
+    after = values(loaded.image_tower.encoder.backbone.trainable_variables)
     assert any(np.any(one != other) for one, other in zip(before, after))
 
 

@@ -5,6 +5,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking import masking_statistics
+from keras_cluster_mask.masking.patch_masking import join
 from tests.helpers import clip_vision_encoder, random_images
 from tests.masking.images import numpy, textured
 
@@ -77,7 +78,7 @@ def test_are_the_same_in_batches_of_any_size_and_in_other_layouts():
 
 def test_look_at_images_as_the_model_prepares_them():
     masking = cluster_masking()
-    masking.prepare_pixels = lambda pixels: ops.flip(pixels, axis=1)
+    join(masking, lambda pixels: ops.flip(pixels, axis=1))
     prepared = statistics_of(masking, PIXELS)
     assert_equal(prepared, statistics_of(cluster_masking(), PIXELS[:, ::-1].copy()))
 

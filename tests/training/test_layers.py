@@ -4,8 +4,8 @@ import pytest
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.layers import (
     all_layers,
-    freeze_parts,
-    frozen_parts,
+    omitted_settings,
+    restore_settings,
     settings_of,
     state_variables,
 )
@@ -60,7 +60,7 @@ def test_frozen_parts_are_frozen_in_a_layer_of_the_same_structure():
     frozen.named["dense"].trainable = True
     frozen.named["dense"].bias.trainable = False
     other.norm.trainable = False
-    freeze_parts(other, frozen_parts(frozen))
+    restore_settings(other, omitted_settings(frozen))
     assert [x.trainable for x in all_layers(other)] == [
         x.trainable for x in all_layers(frozen)
     ]
@@ -75,7 +75,7 @@ def test_frozen_layers_are_frozen_in_one_with_other_weights():
     layer.trainable = False
     # Not built yet, as a subclassed encoder is when it is loaded.
     other = keras.layers.Dense(3)
-    freeze_parts(other, frozen_parts(layer))
+    restore_settings(other, omitted_settings(layer))
     other.build((None, 2))
     assert not other.trainable_weights
 
@@ -94,7 +94,7 @@ def test_weights_that_were_frozen_alone_are_lost_with_a_warning(other):
         each.build((None, 2))
     layer.kernel.trainable = False
     with pytest.warns(UserWarning, match=r"Frozen weights.*Received: .* with 1 and 2$"):
-        freeze_parts(other, frozen_parts(layer))
+        restore_settings(other, omitted_settings(layer))
     assert other.trainable_weights == other.weights
 
 
@@ -102,8 +102,8 @@ def test_state_is_neither_frozen_nor_trained():
     # As that of a masking, with which a model that is not built yet has more weights.
     nested = Nested()
     nested.build((None, 2))
-    assert frozen_parts(nested)["weights"] == []
-    freeze_parts(nested, frozen_parts(nested))
+    assert omitted_settings(nested)["weights"] == []
+    restore_settings(nested, omitted_settings(nested))
     assert not nested.norm.moving_mean.trainable
 
 

@@ -136,7 +136,7 @@ def test_gradients_are_those_of_the_whole_batch(masking, loss, monkeypatch):
 @pytest.mark.slow_to_compile
 def test_gradients_with_dropout_are_those_of_the_same_chunks_remembered():
     # In the image encoder, after the text encoder, and in the projections.
-    pairs, options = random_pairs(BATCH), {"projection": "mlp", "projection_dim": 8}
+    pairs, options = random_pairs(BATCH), {"head": "mlp", "projection_dim": 8}
     reference = make_model(dropout=True, **options)
     expected = loss_and_gradients(reference, pairs, in_chunks_by_hand(reference, 3))
     model = make_model(dropout=True, micro_batch_size=4, **options)
@@ -330,4 +330,4 @@ def test_micro_batches_that_replicas_cannot_share_are_refused(sizes):
 def test_a_batch_of_unknown_size_is_refused():
     batch = {"token_ids": keras.Input((6,), dtype="int32")}
     with pytest.raises(ValueError, match=r"must be known.*Received: .*=4, .*None"):
-        embed_in_micro_batches(small_model(), batch, 4)
+        embed_in_micro_batches(small_model(), None, batch, None, 4)
