@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import normalize
 
 from keras_cluster_mask.evaluation import (
     classification_accuracy,
@@ -27,9 +28,7 @@ def clusters(labels, seed=0, noise=1.5, width=12):
     """Features of length 1 around a center for each class."""
     centers = np.random.default_rng(0).normal(size=(labels.max() + 1, width))
     noise = noise * np.random.default_rng(seed).normal(size=(len(labels), width))
-    features = centers[labels] + noise
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
-    return features.astype("float32")
+    return normalize(centers[labels] + noise).astype("float32")
 
 
 # Numbers of classes with gaps between them.
