@@ -15,10 +15,10 @@ from torchvision.transforms.functional import normalize
 import keras_cluster_mask as kcm
 from keras_cluster_mask.interop.clip_benchmark import adapt, repaired
 from tests.helpers import (
-    VOCABULARY,
     as_trained,
     assert_close,
     functional_vit,
+    letters_as_tokens,
     patch_mlp,
     random_pairs,
     text_bag,
@@ -39,16 +39,6 @@ CAPTIONS = [
     for index, name in enumerate(CLASSES)
 ]
 ALL_CAPTIONS = [caption for captions in CAPTIONS for caption in captions]
-
-
-def ids_of(texts, length=6):
-    """A tokenizer of another library's: a start, the letters, and the end."""
-    ids = np.full((len(texts), length), VOCABULARY - 1)
-    ids[:, 0] = 0
-    for row, text in zip(ids, texts):
-        letters = [1 + ord(x) % (VOCABULARY - 2) for x in text[: length - 2]]
-        row[1 : 1 + len(letters)] = letters
-    return ids
 
 
 def photos(count):
@@ -186,7 +176,7 @@ MODELS = {
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_the_adapter_embeds_as_the_model_does(kind):
     model = MODELS[kind]()
-    adapter, _, _ = adapt(model, ids_of)
+    adapter, _, _ = adapt(model, letters_as_tokens)
     if kind != "own":
         model = kcm.ContrastiveModel.from_backbone(model)
     assert adapter.eval() is adapter
@@ -209,8 +199,8 @@ def test_the_adapter_embeds_as_the_model_does(kind):
 )
 def test_images_are_resized_as_for_the_kind_of_model(make, resize):
     (image,) = photos(1)
-    _, found, _ = adapt(make(), ids_of)
-    _, expected, _ = adapt(make(), ids_of, resize)
+    _, found, _ = adapt(make(), letters_as_tokens)
+    _, expected, _ = adapt(make(), letters_as_tokens, resize)
     assert torch.equal(found(image), expected(image))
 
 
@@ -241,18 +231,18 @@ def model_of_any_size():
 
 
 def without_special_tokens(texts):
-    return ids_of([text[::-1] for text in texts])[:, ::-1].copy()
+    return letters_as_tokens([text[::-1] for text in texts])[:, ::-1].copy()
 
 
 @pytest.mark.parametrize(
     ("name", "make", "tokenizer", "resize"),
     [
-        ("backbone", text_bag, ids_of, "crop"),
-        ("model", model_of_any_size, ids_of, "crop"),
+        ("backbone", text_bag, letters_as_tokens, "crop"),
+        ("model", model_of_any_size, letters_as_tokens, "crop"),
         ("tokenizer", tiny_siglip, None, "squash"),
         ("tokenizer", tiny_clip, without_special_tokens, "crop"),
         ("tokenizer", tiny_clip, "tokenizer.json", "crop"),
-        ("resize", tiny_clip, ids_of, "pad"),
+        ("resize", tiny_clip, letters_as_tokens, "pad"),
     ],
 )
 def test_bad_input_is_refused_by_name(name, make, tokenizer, resize):
