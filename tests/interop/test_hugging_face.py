@@ -219,10 +219,11 @@ def test_options_of_from_backbone_take_precedence_over_the_files(folder):
 def test_pixels_are_those_of_the_image_processor(folder, name):
     assert load_hugging_face(folder).pixel_mean == [*kcm.models.pixels.CLIP_MEAN]
     processor = transformers.CLIPImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        size={"shortest_edge": 16},
+        crop_size={"height": 16, "width": 16},
+        image_mean=[0.1, 0.2, 0.3],
     )
-    processor.image_mean = [0.1, 0.2, 0.3]
-    config = json.loads(processor.to_json_string())
+    config = processor.to_dict()
     if name == "processor_config.json":
         config = {"image_processor": config}
     (folder / name).write_text(json.dumps(config))
