@@ -183,15 +183,18 @@ def test_the_adapter_embeds_as_the_model_does(kind):
     assert adapter.to("cpu") is adapter
     pairs = random_pairs(5)
     pixels = torch.tensor(pairs["images"]).permute(0, 3, 1, 2)
-    found = {
-        "image_embeddings": adapter.encode_image(pixels),
-        "text_embeddings": adapter.encode_text(torch.tensor(pairs["token_ids"]).long()),
-    }
-    assert {x.dtype for x in found.values()} == {torch.float32}
-    assert_close(found, model.predict(pairs, verbose=0), atol=2e-6)
-    normalized = normalize(pixels / 255, model.pixel_mean, model.pixel_std)
-    found_again = adapter.encode_image(normalized)
-    assert_close([found_again], [found["image_embeddings"]], atol=2e-6)
+    texts = adapter.encode_text(torch.tensor(pairs["token_ids"]).long())
+    expected = model.predict(pairs, verbose=0)
+    for images in (
+        pixels,
+        normalize(pixels / 255, model.pixel_mean, model.pixel_std),
+    ):
+        found = {
+            "image_embeddings": adapter.encode_image(images),
+            "text_embeddings": texts,
+        }
+        assert {x.dtype for x in found.values()} == {torch.float32}
+        assert_close(found, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(
