@@ -98,6 +98,15 @@ def number_as_token(captions):
     return np.array([[int(x.split()[1])] * CONTEXT for x in captions], "int32")
 
 
+def letters_as_tokens(texts):
+    """A tokenizer of any texts: letters between a start and an end, then padding."""
+    ids = np.zeros((len(texts), CONTEXT), "int32")
+    for row, text in zip(ids, texts):
+        letters = [1 + ord(x) % (VOCABULARY - 3) for x in text[: CONTEXT - 2]]
+        row[: len(letters) + 2] = [VOCABULARY - 2, *letters, VOCABULARY - 1]
+    return ids
+
+
 def stream(shard, tokenizer=number_as_token, training=True, **options):
     """Batches of 4 of a shard of `write_pairs`."""
     return kcm.data.image_text_dataset(shard, tokenizer, 16, 4, training, **options)

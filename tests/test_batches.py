@@ -13,7 +13,7 @@ from keras_cluster_mask.batches import (
     read_batches,
     read_images,
 )
-from tests.helpers import Batches
+from tests.helpers import Batches, split
 
 IMAGES = np.arange(70 * 4 * 4 * 3, dtype="float32").reshape(70, 4, 4, 3)
 LABELS = np.arange(70) % 3
@@ -21,9 +21,8 @@ WHOLE = {"images": IMAGES, "labels": LABELS}
 SIZES = 30, 30, 10
 
 
-def in_batches(size=30):
-    starts = range(0, len(IMAGES), size)
-    return [{k: v[start : start + size] for k, v in WHOLE.items()} for start in starts]
+def in_batches():
+    return split(WHOLE, 30)
 
 
 def as_tensors(batch):
@@ -72,10 +71,9 @@ def test_arrays_are_cut_into_batches(whole):
 
 @pytest.mark.any_backend
 def test_images_alone_are_batches():
-    (batch,) = read_batches([IMAGES])
-    assert list(batch) == ["images"]
-    (batch,) = read_batches(IMAGES, batch_size=100)
-    assert list(batch) == ["images"]
+    for data in (IMAGES, [IMAGES]):
+        (batch,) = read_batches(data, batch_size=100)
+        assert list(batch) == ["images"]
 
 
 @pytest.mark.any_backend

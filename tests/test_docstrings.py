@@ -1,5 +1,6 @@
 """Every ```python block in the documentation of the package runs as it stands."""
 
+import doctest
 import importlib
 import inspect
 import pkgutil
@@ -24,19 +25,11 @@ NEED_FILES = {
 
 def documented_objects():
     """Triples of a module, a dotted name and a docstring, of the whole package."""
+    finder = doctest.DocTestFinder(exclude_empty=False)
     for info in pkgutil.walk_packages(kcm.__path__, kcm.__name__ + "."):
         module = importlib.import_module(info.name)
-        yield module, info.name, module.__doc__
-        for name, value in vars(module).items():
-            if name.startswith("_") or getattr(value, "__module__", "") != info.name:
-                continue
-            if not inspect.isclass(value) and not inspect.isfunction(value):
-                continue
-            yield module, f"{info.name}.{name}", value.__doc__
-            for method_name, method in vars(value).items():
-                method = getattr(method, "__func__", method)
-                if inspect.isfunction(method) and not method_name.startswith("_"):
-                    yield module, f"{info.name}.{name}.{method_name}", method.__doc__
+        for found in finder.find(module, info.name):
+            yield module, found.name, found.docstring
 
 
 def examples():

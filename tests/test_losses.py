@@ -5,11 +5,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from keras import ops
+from numpy.linalg import norm
+from scipy.optimize import approx_fprime
+from scipy.special import log_softmax
 
 from keras_cluster_mask import losses
 from keras_cluster_mask.encoders.towers import l2_normalize
 from keras_cluster_mask.losses import batch_loss, caption_labels
-from tests.helpers import to_numpy, value_and_gradients
+from tests.helpers import assert_close, to_numpy, value_and_gradients
 
 BATCH, WIDTH = 12, 16
 SCALE, BIAS = 14.3, -5.0
@@ -28,10 +31,10 @@ LOSSES = {
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
-def embeddings(seed=0, batch=BATCH, width=WIDTH, alike=0.5):
-    pair = np.random.default_rng(seed).normal(size=(2, batch, width))
+def embeddings(batch=BATCH, width=WIDTH, alike=0.5):
+    pair = np.random.default_rng(0).normal(size=(2, batch, width))
     pair[1] += alike * pair[0]
-    pair /= np.linalg.norm(pair, axis=-1, keepdims=True)
+    pair /= norm(pair, axis=-1, keepdims=True)
     return pair.astype("float32")
 
 
@@ -48,20 +51,15 @@ def reference(loss, pair, scale=SCALE, bias=BIAS, labels=None, weight=None):
     positives = positives_of(labels, len(images))
     if weight is None:
         weight = np.full(len(images), 1 / len(images))
-    logits = scale * images @ texts.T
-    if loss == "softmax":
-        targets = positives / positives.sum(axis=1, keepdims=True)
+    logits = scale * images @ texts.T + (bias if loss == "sigmoid" else 0.0)
 
-        def direction(logits):
-            total = np.log(np.exp(logits).sum(axis=1, keepdims=True))
-            return -(targets * (logits - total)).sum(axis=1) @ weight
-
-    else:
-        logits += bias
-
-        def direction(logits):
+    def direction(logits):
+        if loss == "softmax":
+            targets = positives / positives.sum(axis=1, keepdims=True)
+            terms = -targets * log_softmax(logits, axis=1)
+        else:
             terms = np.logaddexp(0, np.where(positives, -logits, logits))
-            return terms.sum(axis=1) @ weight
+        return terms.sum(axis=1) @ weight
 
     return (direction(logits) + direction(logits.T)) / 2
 
@@ -80,11 +78,10 @@ def test_a_loss_is_the_plain_formula(loss, labels, scale, bias):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("seed", range(3))
-def test_losses_are_those_of_open_clip(seed):
+def test_losses_are_those_of_open_clip():
     torch = pytest.importorskip("torch")
     open_clip = pytest.importorskip("open_clip.loss")
-    pair = embeddings(seed)
+    pair = embeddings()
     tensors = [torch.tensor(x) for x in pair]
     for loss, expected in (
         ("softmax", open_clip.ClipLoss()(*tensors, SCALE)),
@@ -118,39 +115,26 @@ def test_gradients_are_finite_even_at_zero_vectors_and_right(loss, labels):
         value = LOSSES[loss](*pair, SCALE, BIAS, LABELS[labels])
         return value, value
 
-    def expected(images):
-        pair = (x.astype("float64") for x in (images, texts))
-        pair = [
-            x / np.sqrt(np.maximum((x * x).sum(axis=-1, keepdims=True), 1e-12))
-            for x in pair
-        ]
+    def expected(flat):
+        pair = flat.reshape(images.shape), texts.astype("float64")
+        pair = [x / np.maximum(norm(x, axis=1, keepdims=True), 1e-6) for x in pair]
         return reference(loss, pair, labels=LABELS[labels])
 
     _, gradients = value_and_gradients(fn, variables)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     assert np.abs(gradients[0][0]).max() > 0.0
-    for row, column in ((1, 0), (5, 3), (11, 15)):
-        shift = np.zeros(images.shape)
-        shift[row, column] = 1e-5
-        numeric = (expected(images + shift) - expected(images - shift)) / 2e-5
-        found = gradients[0][row, column]
-        np.testing.assert_allclose(found, numeric, atol=1e-4, rtol=1e-3)
-
-
-SHAPES = {
-    "the same shape": ((4, 8), (4, 6)),
-    "same shape": ((4, 8), (5, 8)),
-    "must have the same shape": ((4, 8, 1), (4, 8)),
-}
+    numeric = approx_fprime(images.ravel(), expected, 1e-7).reshape(images.shape)
+    # The gradient at a vector of zeros is a million times as large.
+    np.testing.assert_allclose(gradients[0][1:], numeric[1:], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.any_backend
 @each_loss
-@pytest.mark.parametrize("match", SHAPES)
-def test_shapes_that_do_not_fit_are_refused(loss, match):
-    images, texts = (np.ones(shape, "float32") for shape in SHAPES[match])
-    with pytest.raises(ValueError, match=rf"{match}.*Received: .*shape="):
-        LOSSES[loss](images, texts, 1.0, 0.0)
+@pytest.mark.parametrize("shape", [(4, 6), (5, 8), (4, 8, 1)])
+def test_shapes_that_do_not_fit_are_refused(loss, shape):
+    pair = np.ones(shape), np.ones((4, 8))
+    with pytest.raises(ValueError, match=r"have the same shape.*Received: .*shape="):
+        LOSSES[loss](*pair, 1.0, 0.0)
 
 
 # === Blocks of rows ===
@@ -211,8 +195,7 @@ def test_a_batch_without_divisors_is_compared_in_large_blocks(
     monkeypatch.setattr(losses, "MAX_PAIRS", 4 * rows)
     found = in_blocks(loss, *inputs)
     assert {*blocks} <= {3, 4}
-    for one, other in zip(found, expected):
-        np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=1e-6)
+    assert_close(found, expected, atol=0.0, rtol=1e-6)
 
 
 @pytest.mark.skipif(
@@ -248,10 +231,9 @@ def test_rows_that_fill_up_a_block_have_no_part_in_gradients(loss, monkeypatch):
         return value_and_gradients(fn, variables)[1]
 
     expected = gradients()
+    assert all(np.any(gradient) for gradient in expected)
     monkeypatch.setattr(losses, "MAX_PAIRS", 4 * 11)
-    for one, other in zip(gradients(), expected):
-        assert np.abs(other).max() > 0
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert_close(gradients(), expected, atol=1e-5, rtol=1e-4)
 
 
 @each_loss
@@ -300,6 +282,6 @@ def test_labels_of_captions_that_hardly_differ_do_not_collide(column):
 @pytest.mark.any_backend
 @pytest.mark.parametrize("labels", [np.zeros(1), np.zeros((1, 6)), np.zeros(5)])
 def test_labels_of_another_length_are_refused(labels):
-    pair = np.eye(6, 8, dtype="float32"), np.eye(6, 8, dtype="float32")
+    pair = [np.eye(6, 8, dtype="float32")] * 2
     with pytest.raises(ValueError, match=r"`labels` must have a row.*Received: "):
         losses.softmax_contrastive_loss(*pair, 10.0, labels)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
+from keras_cluster_mask.data.files import replacing
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.evaluation.checks import check_whole
 from keras_cluster_mask.evaluation.embedding import Embedder, texts_of
@@ -152,7 +153,5 @@ def _append(folder, found, arrays):
 
 
 def _write_progress(folder, found):
-    path = folder / PROGRESS
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found))
-    os.replace(partial, path)
+    with replacing(folder / PROGRESS) as file:
+        file.write(json.dumps(found).encode())

@@ -74,15 +74,15 @@ def plot_history(
         for name, label in labels.items():
             if name not in logs:
                 continue
-            # Use a marker, because the curve of a single epoch is a point.
-            style = {"marker": ".", "label": label}
-            # A resumed run may have got the recall in its last epochs alone.
-            (line,) = axis.plot(epochs[-len(logs[name]) :], logs[name], **style)
+            # A resumed run may have got the recall in its last epochs alone. The curve
+            # of a single epoch is a point, which only a marker shows.
+            shown = epochs[-len(logs[name]) :]
+            (line,) = axis.plot(shown, logs[name], ".-", label=label)
             values = logs.get(f"val_{name}", ())
             if len(values):
-                style["label"] = label.replace("training", "validation")
-                style["color"] = line.get_color()
-                axis.plot(epochs[was_due], values, "--", **style)
+                label = label.replace("training", "validation")
+                color = line.get_color()
+                axis.plot(epochs[was_due], values, ".--", color=color, label=label)
         chances = {y for x, y in (chance or {}).items() if {x, f"val_{x}"} & {*labels}}
         for value in sorted(chances):
             label = f"chance, {value:.2g}"

@@ -32,44 +32,39 @@ def folder_of_data(tmp_path_factory, copy_pairs, encode, write_tar_to):
     for name in ("shards", "cc12m", "own"):
         (folder / name).symlink_to(shards)
 
+    def write(path, content):
+        path = folder / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
     def encoded(red):
         return encode(Image.new("RGB", (60, 48), (red, 0, 0)))
 
-    several = [
-        (f"{i}.{kind}", content)
-        for i in range(8)
-        for kind, content in (
-            ("png", encoded(i)),
-            ("json", json.dumps({"captions": [f"a {i}", f"the {i}"]}).encode()),
-        )
-    ]
+    several = []
+    for i in range(8):
+        captions = json.dumps({"captions": [f"a {i}", f"the {i}"]}).encode()
+        several += [(f"{i}.png", encoded(i)), (f"{i}.json", captions)]
     write_tar_to(shards / "coco-00000.tar", several)
-    table = folder / "photos" / "table.tsv"
-    table.parent.mkdir()
-    lines = ["photo_file\talt_text", *(f"{i}.png\tnumber {i}" for i in range(8))]
-    table.write_text("\n".join(lines))
-    captions = ["file_name,caption", *(f"{i}.png,number {i}" for i in range(128))]
-    (table.parent / "captions.csv").write_text("\n".join(captions))
+    lines = [f"{i}.png\tnumber {i}\n" for i in range(128)]
+    table = "photo_file\talt_text\n" + "".join(lines[:8])
+    write("photos/table.tsv", table.encode())
+    captions = "file_name,caption\n" + "".join(lines).replace("\t", ",")
+    write("photos/captions.csv", captions.encode())
     for i in range(128):
-        (table.parent / f"{i}.png").write_bytes(encoded(i))
-    for part in ("train", "test"):
+        write(f"photos/{i}.png", encoded(i))
+    for i in range(6):
         for place, name in enumerate(("daisy", "rose", "tulip")):
-            of_class = folder / "flowers" / part / name
-            of_class.mkdir(parents=True)
-            for i in range(6):
-                (of_class / f"{i}.png").write_bytes(encoded(80 * place + i))
+            for part in ("train", "test"):
+                write(f"flowers/{part}/{name}/{i}.png", encoded(80 * place + i))
     if keras.backend.backend() == "tensorflow":
         write_records(folder / "records" / "train.tfrecord", encode)
     # As clip_benchmark's command writes it.
-    flowers = folder / "wds_flowers" / "test"
-    flowers.mkdir(parents=True)
+    write("wds_flowers/test/nshards.txt", b"1")
+    write("wds_flowers/classnames.txt", b"daisy\nrose\ntulip")
+    write("wds_flowers/zeroshot_classification_templates.txt", b"a photo of a {c}.")
     images = [(f"{i}.png", encoded(40 * i)) for i in range(6)]
     labels = [(f"{i}.cls", b"%d" % (i % 3)) for i in range(6)]
-    write_tar_to(flowers / "0.tar", sorted(images + labels))
-    (flowers / "nshards.txt").write_text("1")
-    (flowers.parent / "classnames.txt").write_text("daisy\nrose\ntulip")
-    templates = flowers.parent / "zeroshot_classification_templates.txt"
-    templates.write_text("a photo of a {c}.")
+    write_tar_to(folder / "wds_flowers" / "test" / "0.tar", sorted(images + labels))
     return folder
 
 

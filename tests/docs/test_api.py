@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import operator
 import pathlib
 import re
 
@@ -39,10 +40,7 @@ def public_names():
 
 
 def find(name):
-    found = kcm
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
+    return operator.attrgetter(name)(kcm)
 
 
 def shown(path):
@@ -66,14 +64,12 @@ def test_the_first_page_links_to_every_public_name():
 
 @pytest.mark.parametrize("path", ENTRIES)
 def test_entry_shows_the_object_of_its_name(path):
-    module, _, name = path.rpartition(".")
-    assert getattr(importlib.import_module(module), name) is find(shown(path))
-    is_module = importlib.util.find_spec(path) if is_package(module) else None
-    assert inspect.ismodule(find(shown(path))) == (is_module is not None)
-
-
-def is_package(name):
-    return hasattr(importlib.import_module(name), "__path__")
+    name, _, of_module = path.rpartition(".")
+    module, found = importlib.import_module(name), find(shown(path))
+    assert getattr(module, of_module) is found
+    is_package = hasattr(module, "__path__")
+    is_module = is_package and importlib.util.find_spec(path) is not None
+    assert inspect.ismodule(found) == is_module
 
 
 @pytest.mark.parametrize("name", sorted(public_names()))

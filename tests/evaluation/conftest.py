@@ -2,7 +2,7 @@ import keras
 import pytest
 
 import keras_cluster_mask as kcm
-from tests.helpers import CONTEXT, VOCABULARY
+from tests.helpers import CONTEXT, VOCABULARY, letters_as_tokens
 
 
 @pytest.fixture(scope="package")
@@ -15,14 +15,4 @@ def model():
 
 @pytest.fixture(scope="package")
 def tokenizer():
-    """Letters to ids between a start and an end, cut off and filled up."""
-
-    def tokenizer(texts):
-        rows = []
-        for text in texts:
-            ids = [1 + ord(x) % (VOCABULARY - 3) for x in text[: CONTEXT - 2]]
-            row = [VOCABULARY - 2, *ids, VOCABULARY - 1]
-            rows.append(row + [0] * (CONTEXT - len(row)))
-        return rows
-
-    return tokenizer
+    return letters_as_tokens

@@ -137,22 +137,13 @@ def test_words_are_related_if_they_occur_together_more_than_by_chance():
 
 
 def reference_spans(words):
-    """Pairs of the first and last place of each concept, and of each other word."""
-    concepts, first = {tuple(name.split()) for name in STAGES}, 0
+    """The slice of each concept, and of each other word."""
+    first = 0
     while first < len(words):
-        sizes = [n for n in (2, 3, 4) if tuple(words[first : first + n]) in concepts]
-        size = max([1, *(n for n in sizes if first + n <= len(words))])
-        yield first, first + size - 1
+        spans = [words[first : first + n] for n in (2, 3, 4)]
+        size = max([1, *(len(x) for x in spans if " ".join(x) in STAGES)])
+        yield slice(first, first + size)
         first += size
-
-
-def concept_score(words, spans, u, stage):
-    """Words that may not leave yet stay; one draw for each concept."""
-    score = np.empty(len(words))
-    for draw, (first, last) in zip(u, spans):
-        of_concept = STAGES.get(" ".join(words[first : last + 1]), 3)
-        score[first : last + 1] = draw if of_concept <= stage else 1 + draw
-    return score
 
 
 def kept_words(caption, length, seed, stage):
@@ -161,14 +152,17 @@ def kept_words(caption, length, seed, stage):
     if sum(map(num_tokens, words)) <= room:
         return words
     spans = [*reference_spans(words)]
-    score = concept_score(words, spans, generator(seed).random(len(spans)), stage)
+    draws = generator(seed).random(len(spans))
+    # Words that may not leave yet stay; one draw for each concept.
+    late = [STAGES.get(" ".join(words[span]), 3) > stage for span in spans]
     kept = []
-    for first, last in sorted(spans, key=lambda span: -score[span[0]]):
-        size = sum(num_tokens(word) for word in words[first : last + 1])
+    for index in np.argsort(-(draws + late)):
+        of_span = words[spans[index]]
+        size = sum(map(num_tokens, of_span))
         if size <= room:
             room -= size
-            kept += range(first, last + 1)
-    return [words[index] for index in sorted(kept)]
+            kept.append(index)
+    return [word for index in sorted(kept) for word in words[spans[index]]]
 
 
 @pytest.mark.parametrize("stage", range(4))

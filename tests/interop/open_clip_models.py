@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import keras_cluster_mask as kcm
 from keras_cluster_mask.interop import load_open_clip
 
 CONTEXT, VOCABULARY = 7, 40
@@ -30,17 +31,16 @@ def tiny(custom_text=False, **changes):
 
 
 def randomize(model):
-    """Moves biases, gains and the temperature off where they start.
+    """Moves all weights off where they start.
 
-    They start at 0 and at 1, so that two of them could be exchanged unseen.
+    Some start at 0 or at 1, so that two of them could be exchanged unseen.
     """
     import torch
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.ndim < 2:
-                weight += 0.2 * torch.randn(weight.shape, generator=generator)
+            weight += 0.1 * torch.randn(weight.shape, generator=generator)
     return model.eval()
 
 
@@ -69,6 +69,16 @@ def embeddings(model, images, ids):
             model.encode_image(pixels, normalize=True).numpy(),
             model.encode_text(torch.tensor(ids).long(), normalize=True).numpy(),
         )
+
+
+def our_embeddings(model, images, ids):
+    """What a model of Keras makes of the same batch."""
+    return [*model.predict({"images": images, "token_ids": ids}, verbose=0).values()]
+
+
+def tiny_backbone(**options):
+    """A CLIP of keras_hub."""
+    return kcm.models.clip_backbone("tiny", 16, VOCABULARY, CONTEXT, **options)
 
 
 def load(source, **options):

@@ -2,16 +2,25 @@
 
 import json
 
-import keras
 import keras_hub
 import numpy as np
 import pytest
-from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.interop import load_hugging_face
 from keras_cluster_mask.interop.configs import flatten
-from tests.interop.open_clip_models import CONTEXT, VOCABULARY, batch, ended_by
+from keras_cluster_mask.interop.hugging_face import ENTRIES, PARTS
+from tests.helpers import assert_close, assert_same_values, reloaded, to_numpy
+from tests.interop.open_clip_models import (
+    CONTEXT,
+    VOCABULARY,
+    batch,
+    ended_by,
+    our_embeddings,
+    randomize,
+)
+
+transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.any_backend
 
@@ -36,13 +45,12 @@ END = VOCABULARY - 1
 
 def made(kind, text=(), vision=(), **options):
     """A model of transformers with weights of its own."""
-    transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(
         text_config={**TEXT, **dict(text)},
         vision_config={**VISION, **dict(vision)},
         **options,
     )
-    return randomized(getattr(transformers, f"{kind}Model")(config))
+    return randomize(getattr(transformers, f"{kind}Model")(config))
 
 
 def clip(text=(), vision=()):
@@ -57,17 +65,6 @@ def metaclip_2(text=(), vision=()):
 
 def siglip(text=(), vision=()):
     return made("Siglip", {"projection_size": 48, **dict(text)}, vision)
-
-
-def randomized(model):
-    """Moves every weight off where it starts, so that none could be left out."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    return model.eval()
 
 
 def their_embeddings(model, images, ids):
@@ -85,10 +82,8 @@ def assert_same_embeddings(model, reference):
     images, ids = batch()
     if reference.config.model_type == "metaclip_2":
         ids = ended_by(ids)
-    found = model.predict({"images": images, "token_ids": ids}, verbose=0)
     expected = their_embeddings(reference, images, ids)
-    for ours, theirs in zip(found.values(), expected):
-        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+    assert_close(our_embeddings(model, images, ids), expected, atol=2e-6)
 
 
 def change_json(path, **changes):
@@ -135,16 +130,15 @@ def test_embeddings_are_those_of_transformers(tmp_path, make, backbone, activati
     reference.save_pretrained(tmp_path)
     model = load_hugging_face(tmp_path, pixel_mean=(0.1, 0.2, 0.3))
     assert isinstance(model.backbone, getattr(keras_hub.models, backbone))
-    model.save(tmp_path / "model.keras")
-    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+    for each in (model, reloaded(model, tmp_path)):
         assert_same_embeddings(each, reference)
         assert each.pixel_mean == [0.1, 0.2, 0.3]
-        scale = ops.convert_to_numpy(each.head.scale)
-        np.testing.assert_allclose(scale, reference.logit_scale.exp().item(), 1e-6)
+        scale = reference.logit_scale.exp().item()
+        assert to_numpy(each.head.scale) == pytest.approx(scale)
         assert each.head.loss == ("sigmoid" if make is siglip else "softmax")
         if make is siglip:
-            bias = ops.convert_to_numpy(each.head.logit_bias)
-            np.testing.assert_allclose(bias, reference.logit_bias.item(), rtol=1e-6)
+            bias = reference.logit_bias.item()
+            assert to_numpy(each.head.logit_bias) == pytest.approx(bias)
 
 
 def test_weights_of_torch_are_read_too(folder):
@@ -155,52 +149,40 @@ def test_weights_of_torch_are_read_too(folder):
     torch.save(safetensors.torch.load_file(path), folder / "pytorch_model.bin")
     expected = load_hugging_face(folder).get_weights()
     path.unlink()
-    for ours, theirs in zip(load_hugging_face(folder).get_weights(), expected):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same_values(load_hugging_face(folder).get_weights(), expected)
 
 
-def test_weights_in_several_files_are_read(folder, tmp_path):
-    transformers = pytest.importorskip("transformers")
+def test_weights_in_several_files_are_read(folder):
     expected = load_hugging_face(folder).get_weights()
     reference = transformers.CLIPModel.from_pretrained(folder)
     reference.save_pretrained(folder, max_shard_size="50KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     assert len([*folder.glob("model-*.safetensors")]) > 1
     for source in (folder, folder / "model.safetensors.index.json"):
-        for ours, theirs in zip(load_hugging_face(source).get_weights(), expected):
-            np.testing.assert_array_equal(ours, theirs)
+        assert_same_values(load_hugging_face(source).get_weights(), expected)
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match=r"`source` cannot be read.*index.json"):
         load_hugging_face(folder)
 
 
-def test_old_configs_pool_texts_at_the_highest_id(folder):
-    # As OpenAI's own on the Hugging Face hub have it.
-    change_json(folder / "config.json", text_config__eos_token_id=2)
-    transformers = pytest.importorskip("transformers")
+def test_old_configs_pool_at_the_highest_id_and_have_second_dictionaries_that_win(
+    folder,
+):
+    config = json.loads((folder / "config.json").read_text())
+    change_json(
+        folder / "config.json",
+        # As OpenAI's own on the Hugging Face hub have it.
+        text_config_dict={**config["text_config"], "eos_token_id": 2},
+        vision_config_dict=config["vision_config"],
+        text_config__hidden_act="gelu",
+        vision_config__hidden_act="gelu",
+    )
     reference = transformers.CLIPModel.from_pretrained(folder).eval()
     assert reference.text_model.eos_token_id == 2
     assert_same_embeddings(load_hugging_face(folder), reference)
 
 
-def test_old_configs_have_second_dictionaries_that_win(folder):
-    config = json.loads((folder / "config.json").read_text())
-    change_json(
-        folder / "config.json",
-        text_config_dict=dict(config["text_config"]),
-        vision_config_dict=dict(config["vision_config"]),
-        text_config__hidden_act="gelu",
-        vision_config__hidden_act="gelu",
-    )
-    transformers = pytest.importorskip("transformers")
-    reference = transformers.CLIPModel.from_pretrained(folder).eval()
-    assert_same_embeddings(load_hugging_face(folder), reference)
-
-
 def test_what_a_config_leaves_out_has_the_default_of_transformers():
-    transformers = pytest.importorskip("transformers")
-    from keras_cluster_mask.interop.hugging_face import ENTRIES, PARTS
-
     for family, config in (
         ("CLIP", transformers.CLIPConfig()),
         ("MetaCLIP2", transformers.MetaClip2Config()),
@@ -235,21 +217,20 @@ def test_options_of_from_backbone_take_precedence_over_the_files(folder):
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
 def test_pixels_are_those_of_the_image_processor(folder, name):
-    transformers = pytest.importorskip("transformers")
     assert load_hugging_face(folder).pixel_mean == [*kcm.models.pixels.CLIP_MEAN]
     processor = transformers.CLIPImageProcessor(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        size={"shortest_edge": 16},
+        crop_size={"height": 16, "width": 16},
+        image_mean=[0.1, 0.2, 0.3],
     )
-    processor.image_mean = [0.1, 0.2, 0.3]
-    config = json.loads(processor.to_json_string())
+    config = processor.to_dict()
     if name == "processor_config.json":
         config = {"image_processor": config}
     (folder / name).write_text(json.dumps(config))
     pixels = np.arange(16 * 16 * 3).reshape(16, 16, 3).astype("uint8")
     expected = processor(pixels, return_tensors="np")["pixel_values"][0]
-    found = load_hugging_face(folder).image_tower.prepare(pixels[None])
-    found = ops.convert_to_numpy(found)[0].transpose(2, 0, 1)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    (found,) = load_hugging_face(folder).image_tower.prepare(pixels[None])
+    assert_close([found], [expected.transpose(1, 2, 0)], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -271,18 +252,18 @@ def test_warnings_say_that_images_are_resized_otherwise(folder, tmp_path, recwar
     path.write_text(json.dumps({"size": {"shortest_edge": 16}}))
     load_hugging_face(folder)
     assert not [x for x in recwarn if x.category is UserWarning]
-    path.write_text(json.dumps({"size": {"height": 16, "width": 16}}))
-    with pytest.warns(UserWarning, match="resize='squash'"):
-        load_hugging_face(folder)
-    path.write_text(json.dumps({"size": 24, "crop_size": 16}))
-    with pytest.warns(UserWarning, match="resized by 'size=24'"):
-        load_hugging_face(folder)
+    for config, match in (
+        ({"size": {"height": 16, "width": 16}}, "resize='squash'"),
+        ({"size": 24, "crop_size": 16}, "resized by 'size=24'"),
+    ):
+        path.write_text(json.dumps(config))
+        with pytest.warns(UserWarning, match=match):
+            load_hugging_face(folder)
     siglip().save_pretrained(tmp_path / "siglip")
     with pytest.warns(UserWarning, match="resize='squash'"):
         load_hugging_face(tmp_path / "siglip")
-    size = {"height": 24, "width": 24}
     path = tmp_path / "siglip" / "preprocessor_config.json"
-    path.write_text(json.dumps({"size": size}))
+    path.write_text(json.dumps({"size": {"height": 24, "width": 24}}))
     with pytest.raises(ValueError, match=r"size=.*24.* is not the image size 16"):
         load_hugging_face(tmp_path / "siglip")
 

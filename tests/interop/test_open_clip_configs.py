@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.encoders import families
 from keras_cluster_mask.encoders.architecture import TOWER
 from keras_cluster_mask.interop import (
     load_open_clip,
@@ -24,7 +25,16 @@ from keras_cluster_mask.interop.open_clip_configs import (
     read_config,
     write_config,
 )
-from tests.interop.open_clip_models import batch, embeddings, ended_by, randomize
+from tests.helpers import assert_close, assert_same_values, to_numpy
+from tests.interop.open_clip_models import (
+    arrays,
+    batch,
+    embeddings,
+    ended_by,
+    our_embeddings,
+    randomize,
+    tiny_backbone,
+)
 
 pytestmark = pytest.mark.any_backend
 
@@ -50,6 +60,7 @@ CONFIG = {
     },
 }
 PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "size": [16, 16]}
+WHOLE = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
 
 
 def open_clip_model(config):
@@ -76,42 +87,37 @@ def assert_same_embeddings(model, reference):
     images, ids = batch()
     if reference.text_pool_type == "eos":
         ids = ended_by(ids, reference.text_eos_id)
-    found = model.predict({"images": images, "token_ids": ids}, verbose=0)
     expected = embeddings(reference, images, ids)
-    for ours, theirs in zip(found.values(), expected):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert_close(our_embeddings(model, images, ids), expected, atol=1e-5)
+
+
+def assert_pixels(model, preprocessing):
+    assert model.pixel_mean == preprocessing["mean"]
+    assert model.pixel_std == preprocessing["std"]
 
 
 # === Where a config comes from ===
 
 
-@pytest.mark.parametrize("where", ["dictionary", "path", "beside", "model only"])
-def test_a_config_says_heads_activation_and_pixels(tmp_path, where):
-    reference = randomize(open_clip_model(CONFIG))
-    source, config = reference.state_dict(), None
-    whole = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
-    if where == "dictionary":
-        config = whole
-    elif where == "path":
-        config = tmp_path / "some.json"
-        config.write_text(json.dumps(whole))
-    elif where == "beside":
-        import torch
+def test_a_config_says_heads_activation_and_pixels(tmp_path):
+    import torch
 
-        (tmp_path / "open_clip_config.json").write_text(json.dumps(whole))
-        torch.save(source, tmp_path / "open_clip_pytorch_model.bin")
-        source = tmp_path
-    else:
-        config = CONFIG
-    model = load_open_clip(source, config)
-    assert model.backbone.vision_encoder.num_heads == 4
-    assert model.backbone.text_encoder.num_heads == 4
-    if where == "model only":
-        assert model.pixel_mean == [*kcm.models.pixels.CLIP_MEAN]
-    else:
-        assert model.pixel_mean == PREPROCESSING["mean"]
-        assert model.pixel_std == PREPROCESSING["std"]
-    assert_same_embeddings(model, reference)
+    reference = randomize(open_clip_model(CONFIG))
+    state, path = reference.state_dict(), tmp_path / "open_clip_config.json"
+    torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
+    path.write_text(json.dumps(WHOLE))
+    of_clip = {"mean": [*families.CLIP_MEAN], "std": [*families.CLIP_STD]}
+    for source, config, preprocessing in (
+        (state, WHOLE, PREPROCESSING),
+        (state, path, PREPROCESSING),
+        (tmp_path, None, PREPROCESSING),
+        (state, CONFIG, of_clip),
+    ):
+        model = load_open_clip(source, config)
+        assert model.backbone.vision_encoder.num_heads == 4
+        assert model.backbone.text_encoder.num_heads == 4
+        assert_pixels(model, preprocessing)
+        assert_same_embeddings(model, reference)
 
 
 def test_a_named_config_is_that_of_the_installed_open_clip():
@@ -128,12 +134,10 @@ def test_a_named_config_needs_open_clip(monkeypatch):
 
 def test_a_warning_says_that_images_were_resized_otherwise(recwarn):
     state = open_clip_model(CONFIG).state_dict()
-    config = {"model_cfg": CONFIG, "preprocess_cfg": {"resize_mode": "squash"}}
     with pytest.warns(UserWarning, match="resize='squash'"):
-        load_open_clip(state, config)
+        load_open_clip(state, preprocessed(resize_mode="squash"))
     recwarn.clear()
-    config["preprocess_cfg"] = {"interpolation": "bicubic", "resize_mode": None}
-    load_open_clip(state, config)
+    load_open_clip(state, preprocessed(interpolation="bicubic", resize_mode=None))
     assert not [x for x in recwarn if x.category is UserWarning]
 
 
@@ -306,32 +310,30 @@ def test_small_models_of_every_config_compute_what_open_clips_do():
 def test_metaclip_2_comes_and_goes(tmp_path):
     config = changed(text_cfg__pool_type="eos", text_cfg__eos_id=2)
     reference = randomize(open_clip_model(config))
-    whole = {"model_cfg": config, "preprocess_cfg": PREPROCESSING}
-    model = load_open_clip(reference.state_dict(), whole)
+    model = load_open_clip(reference.state_dict(), {**WHOLE, "model_cfg": config})
     assert isinstance(model.backbone, keras_hub.models.MetaCLIP2Backbone)
     assert_same_embeddings(model, reference)
     save_open_clip(model, tmp_path / "clip.safetensors")
     back = load_open_clip(tmp_path / "clip.safetensors")
     assert_same_embeddings(back, reference)
-    # Or open_clip would choose CLIP's tokenizer, which has no such end token.
-    written = json.loads(next(tmp_path.glob("*.json")).read_text())["model_cfg"]
-    assert written["text_cfg"]["hf_tokenizer_name"] == "facebook/xlm-v-base"
-    assert back.pixel_mean == PREPROCESSING["mean"]
-    assert back.pixel_std == PREPROCESSING["std"]
+    assert_pixels(back, PREPROCESSING)
     beside = tmp_path / "clip.safetensors.open_clip_config.json"
-    again = open_clip_model(json.loads(beside.read_text())["model_cfg"])
-    expected, found = reference.state_dict(), open_clip_state_dict(back)
+    written = json.loads(beside.read_text())["model_cfg"]
+    # Or open_clip would choose CLIP's tokenizer, which has no such end token.
+    assert written["text_cfg"]["hf_tokenizer_name"] == "facebook/xlm-v-base"
+    again = open_clip_model(written)
     assert again.text_pool_type == "eos"
-    assert again.state_dict().keys() == found.keys() == expected.keys()
-    for name, array in found.items():
-        np.testing.assert_array_equal(array, expected[name].numpy(), err_msg=name)
+    assert again.state_dict().keys() == reference.state_dict().keys()
+    assert_same_values(open_clip_state_dict(back), arrays(reference))
 
 
 def test_open_clip_makes_the_same_model_of_what_is_saved(tmp_path):
     open_clip = pytest.importorskip("open_clip")
-    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7, activation="quick_gelu")
     model = kcm.ContrastiveModel.from_backbone(
-        backbone, loss="sigmoid", pixel_mean=(0.5, 0.4, 0.3), pixel_std=(0.3, 0.2, 0.1)
+        tiny_backbone(activation="quick_gelu"),
+        loss="sigmoid",
+        pixel_mean=PREPROCESSING["mean"],
+        pixel_std=PREPROCESSING["std"],
     )
     save_open_clip(model, tmp_path / "open_clip_model.safetensors")
     reference, _, preprocess = open_clip.create_model_and_transforms(
@@ -339,27 +341,25 @@ def test_open_clip_makes_the_same_model_of_what_is_saved(tmp_path):
     )
     reference.eval()
     assert reference.logit_bias.item() == -10.0
-    assert preprocess.transforms[-1].mean == [0.5, 0.4, 0.3]
-    assert preprocess.transforms[-1].std == [0.3, 0.2, 0.1]
+    assert preprocess.transforms[-1].mean == PREPROCESSING["mean"]
+    assert preprocess.transforms[-1].std == PREPROCESSING["std"]
     assert_same_embeddings(model, reference)
 
 
 def test_pixels_that_the_model_takes_as_they_are_come_back_as_they_are(tmp_path):
-    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
-    model = kcm.ContrastiveModel.from_backbone(backbone, pixel_mean=None)
+    model = kcm.ContrastiveModel.from_backbone(tiny_backbone(), pixel_mean=None)
     save_open_clip(model, tmp_path / "clip.safetensors")
     back = load_open_clip(tmp_path / "clip.safetensors")
     images = np.arange(2 * 16 * 16 * 3).reshape(2, 16, 16, 3).astype("uint8")
-    found = keras.ops.convert_to_numpy(back.image_tower.prepare(images))
+    found = to_numpy(back.image_tower.prepare(images))
     np.testing.assert_allclose(found, images, atol=1e-3)
 
 
 def test_weights_do_not_take_the_config_of_other_weights_in_their_folder(tmp_path):
     import torch
 
-    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7)
-    save_open_clip(backbone, tmp_path / "clip.safetensors")
-    save_open_clip(backbone, tmp_path / "open_clip_model.safetensors")
+    for name in ("clip", "open_clip_model"):
+        save_open_clip(tiny_backbone(), tmp_path / f"{name}.safetensors")
     reference = randomize(open_clip_model(CONFIG))
     torch.save(reference.state_dict(), tmp_path / "clip.pt")
     with pytest.raises(ValueError, match=r"`config` must be.*config=None"):
@@ -371,7 +371,7 @@ def test_weights_do_not_take_the_config_of_other_weights_in_their_folder(tmp_pat
 def test_a_folder_takes_several_models_and_a_file_is_replaced(tmp_path):
     activations = {"a": "gelu", "b": "quick_gelu"}
     for name, activation in [("b", "gelu"), *activations.items()]:
-        backbone = kcm.models.clip_backbone("tiny", 16, 40, 7, activation=activation)
+        backbone = tiny_backbone(activation=activation)
         save_open_clip(backbone, tmp_path / f"{name}.safetensors")
     for name, activation in activations.items():
         model = load_open_clip(tmp_path / f"{name}.safetensors")
@@ -390,6 +390,6 @@ def test_open_clip_computes_the_hidden_width_from_the_ratio_written(width, hidde
 
 
 def test_a_model_that_open_clip_cannot_hold_is_not_saved(tmp_path):
-    backbone = kcm.models.clip_backbone("tiny", 16, 40, 7, activation="relu")
+    backbone = tiny_backbone(activation="relu")
     with pytest.raises(ValueError, match=r"`model`.*activation.*Received: activation"):
         save_open_clip(backbone, tmp_path / "clip.safetensors")

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 import keras_cluster_mask as kcm
 from tests.conftest import ROOT
-from tests.helpers import FAST, values
+from tests.helpers import FAST, assert_close, reloaded, values
 
 pytestmark = pytest.mark.slow
 
@@ -106,11 +106,8 @@ def test_a_reloaded_model_is_tuned(masked, text, test, tmp_path):
     pairs = {"images": test["images"][:16]}
     tokens = text.preprocessor(test["captions"][:16])
     pairs |= {name: keras.ops.convert_to_numpy(x) for name, x in tokens.items()}
-    masked.save(tmp_path / "model.keras")
-    model = keras.saving.load_model(tmp_path / "model.keras")
-    expected = masked.predict(pairs, verbose=0)
-    for name, found in model.predict(pairs, verbose=0).items():
-        np.testing.assert_allclose(found, expected[name], atol=1e-5)
+    model = reloaded(masked, tmp_path)
+    assert_close(*(x.predict(pairs, verbose=0) for x in (model, masked)), atol=1e-5)
     assert len(model.trainable_variables) == len(masked.trainable_variables) == 3
     backbone = model.image_encoder.encoder.backbone
     backbone.trainable = True
