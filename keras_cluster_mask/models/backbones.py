@@ -38,7 +38,8 @@ def parts_of_backbone(
         images = with_masking(images, masking)
     if head == "linear":
         limit = family.max_logit_scale
-        head = ContrastiveHead(loss or family.loss, max_logit_scale=limit)
+        loss = loss or family.loss
+        head = ContrastiveHead(loss, max_logit_scale=limit, name="head")
     if not isinstance(head, ContrastiveHead) or head.projection_dim is not None:
         raise ValueError(
             "`head` must be 'linear', or a `ContrastiveHead` without `projection_dim`, "

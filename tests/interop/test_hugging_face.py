@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.encoders.families import CLIP_MEAN
 from keras_cluster_mask.interop import load_hugging_face
 from keras_cluster_mask.interop.configs import flatten
 from keras_cluster_mask.interop.hugging_face import ENTRIES, PARTS
@@ -217,7 +218,7 @@ def test_options_of_from_backbone_take_precedence_over_the_files(folder):
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
 def test_pixels_are_those_of_the_image_processor(folder, name):
-    assert load_hugging_face(folder).pixel_mean == [*kcm.models.pixels.CLIP_MEAN]
+    assert load_hugging_face(folder).pixel_mean == [*CLIP_MEAN]
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": 16},
         crop_size={"height": 16, "width": 16},

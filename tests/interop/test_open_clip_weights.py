@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.encoders.towers import l2_normalize
 from keras_cluster_mask.interop import (
     load_open_clip,
     open_clip_state_dict,
     save_open_clip,
 )
-from keras_cluster_mask.models.head import l2_normalize
 from tests.helpers import (
     as_trained,
     assert_close,
@@ -182,8 +182,10 @@ def test_open_clips_temperature_and_bias_are_loaded_whatever_their_shape():
         reference.logit_scale.data.fill_(1.5)
         load = functools.partial(load_open_clip, reference.state_dict(), config)
         assert_starts_at(load().head, np.exp(1.5), -7.0)
-        own = load(initial_logit_bias=-1.0, initial_temperature=0.5)
-        assert_starts_at(own.head, 2.0, -1.0)
+        head = kcm.models.ContrastiveHead(
+            "sigmoid", initial_logit_bias=-1.0, initial_temperature=0.5
+        )
+        assert_starts_at(load(head=head).head, 2.0, -1.0)
         assert load(loss="softmax").head.logit_bias is None
 
 

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.models.contrastive_model import FIXED
 from tests.encoders.test_pooled import bert
 from tests.helpers import (
     CONTEXT,
@@ -18,6 +19,7 @@ from tests.helpers import (
     functional_vit,
     image_mlp,
     masked_vit,
+    random_images,
     random_pairs,
     reloaded,
     small_model,
@@ -68,6 +70,28 @@ def test_each_model_has_its_masking(make, tmp_path):
     again = reloaded(model, tmp_path)
     assert again.masking is again.image_encoder.masking
     assert make(None).masking is model.without_masking().masking is None
+
+
+@pytest.mark.any_backend
+def test_parts_are_fixed_and_options_are_checked_when_assigned():
+    backbone = tiny_clip()
+    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
+    for name in FIXED:
+        before = getattr(model, name)
+        with pytest.raises(AttributeError, match=f"`{name}` .* fixed.*Received: "):
+            setattr(model, name, None)
+        assert getattr(model, name) is before
+    for name, value in {
+        "views": 0,
+        "duplicates": "drop",
+        "micro_batch_size": 0,
+    }.items():
+        with pytest.raises(ValueError, match=f"`{name}`.*Received: "):
+            setattr(model, name, value)
+    model.views = 2
+    assert model.encode_image(random_images(3), training=True).shape == (3, 2, 16)
+    with pytest.raises(ValueError, match="`views` must be 1"):
+        small_model().views = 2
 
 
 @pytest.mark.any_backend
