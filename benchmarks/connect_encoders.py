@@ -292,10 +292,10 @@ def normalized(x):
 
 def projections_of(model):
     """The projections of a model as a function of features."""
-    towers = model.towers
 
     def project(images, texts):
-        both = towers.image.project(images), towers.text.project(np.array(texts))
+        texts = model.text_tower.project(np.array(texts))
+        both = model.image_tower.project(images), texts
         return [ops.convert_to_numpy(ops.stop_gradient(x)) for x in both]
 
     return project

@@ -63,17 +63,16 @@ def masked(encoders, text, train, tmp_path_factory):
         str(encoders / "dinov2_small"), image_shape=(SIZE, SIZE, 3)
     )
     image.trainable = text.trainable = False
-    masked = kcm.ContrastiveModel.from_encoders(
+    model = kcm.ContrastiveModel.from_encoders(
         image, text, projection_dim=128, masking=kcm.RandomMasking(0.5)
     )
-    model = masked.without_masking()
     features = kcm.evaluation.compute_features(
         model, train, text.preprocessor, tmp_path_factory.mktemp("features"), verbose=0
     )
     model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1), **FAST)
     with pytest.warns(UserWarning, match="14 of 206 pairs"):
         model.fit(features, batch_size=64, epochs=30, verbose=0)
-    return masked
+    return model
 
 
 @pytest.fixture(scope="module")
