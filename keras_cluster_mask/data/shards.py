@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import braceexpand
 
 from keras_cluster_mask.data import files
+from keras_cluster_mask.data.files import Threads
 from keras_cluster_mask.data.formats.folder import images_in
 from keras_cluster_mask.data.formats.table import TABLES
 from keras_cluster_mask.data.parts import hash_of
-from keras_cluster_mask.data.threads import Threads
 
 # The number of parallel requests for the size and date of files.
 REQUESTS = 16
@@ -116,7 +116,7 @@ def expand(pattern):
             with contextlib.suppress(OSError, NotImplementedError, ValueError):
                 system.ls(folder)
     find, found = functools.partial(_matching, system), {}
-    with contextlib.closing(Threads(min(len(paths), REQUESTS))) as threads:
+    with Threads(min(len(paths), REQUESTS)) as threads:
         for name, matches in zip(names, threads.map(find, paths)):
             if not matches:
                 raise FileNotFoundError(

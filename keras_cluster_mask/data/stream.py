@@ -19,9 +19,9 @@ import grain
 import numpy as np
 
 from keras_cluster_mask.data.captions import TEXTS
+from keras_cluster_mask.data.files import Threads
 from keras_cluster_mask.data.samples import FAULTS, UNUSED, Samples
 from keras_cluster_mask.data.skipped import SkippedSamples
-from keras_cluster_mask.data.threads import Threads
 
 # The limits of prefetching per process, in bytes and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
@@ -202,9 +202,8 @@ def _close(pid, stack):
 
 def _in_threads(samples, count, ahead, batches, stack):
     """Yields batches by their numbers, and begins the next ones in the background."""
-    rows, several, begun = Threads(count), Threads(ahead), collections.deque()
-    stack.callback(rows.close)
-    stack.callback(several.close)
+    rows, several = (stack.enter_context(Threads(n)) for n in (count, ahead))
+    begun = collections.deque()
     for batch in batches:
         begun.append(several.submit(samples.read, rows, batch))
         # A batch begins as soon as there are free threads, before the last one is done.
