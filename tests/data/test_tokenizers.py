@@ -13,8 +13,8 @@ from tokenizers import Regex, pre_tokenizers
 from keras_cluster_mask.data import (
     CLIPTokenizer,
     TextMasking,
-    byte_pairs,
     read_captions,
+    tokenizers,
 )
 from tests.data.reading import keras_hub_tokenizer
 
@@ -23,7 +23,7 @@ open_clip_tokenizer = pytest.importorskip("open_clip.tokenizer")
 pytestmark = pytest.mark.any_backend
 
 IMAGES = Path(__file__).resolve().parents[2] / "datasets" / "images"
-SPECIALS = byte_pairs.START, byte_pairs.END
+SPECIALS = tokenizers.START, tokenizers.END
 CAPTIONS = [
     "",
     " \t\n ",
@@ -114,7 +114,7 @@ def test_ids_equal_open_clips(context_length, count):
 @pytest.mark.parametrize("frame", ["a{}a", "1{}!{}!", "'{}e {}{}"])
 def test_words_are_open_clips_for_every_code_point(frame):
     pattern = open_clip_tokenizer.SimpleTokenizer().pat
-    words = Regex(byte_pairs.WORD_PATTERN)
+    words = Regex(tokenizers.WORD_PATTERN)
     split = pre_tokenizers.Split(words, "removed", invert=True)
     # A caption is lower-case when it is cut into words.
     texts = [frame.replace("{}", letter.lower()) for letter in LETTERS]
@@ -141,7 +141,7 @@ def test_the_words_to_choose_from_are_open_clips():
     rows = LastWord().tokenize(tokenizer, captions, range(len(captions)))
     assert len(received) > 15
     for index, caption in enumerate(captions):
-        words = reference.pat.findall(byte_pairs.clean(caption))
+        words = reference.pat.findall(tokenizers.clean(caption))
         ids = [reference.encode(word) for word in words]
         # Captions that fit are not asked for.
         assert (index in received) == (sum(map(len, ids)) > 1)
