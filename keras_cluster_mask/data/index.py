@@ -6,14 +6,15 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.objects import ObjectIndex
-from keras_cluster_mask.data.pairs import Fault, Pair
+from keras_cluster_mask.data.pairs import Fault, Pair, PairReader
 from keras_cluster_mask.data.parts import build_parts, checksum_of, digest_of, hash_of
 from keras_cluster_mask.data.shards import find_shards
 
@@ -56,12 +57,47 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
     return Index(list(shards), parts, reader)
 
 
-def readable(samples):
-    """Yields samples, and raises an `OSError` for a shard that cannot be read."""
-    for sample in samples:
-        if sample.key is None:
-            raise OSError(f"{sample.reason}: {sample.shard}: {sample.details}")
-        yield sample
+def read_captions(
+    source: str | os.PathLike | Sequence[str | os.PathLike],
+    caption_key: str | Sequence[str] | None = None,
+) -> list[str]:
+    """Reads all captions of a source, for training a tokenizer.
+
+    Example:
+
+    ```python
+    captions = kcm.data.read_captions(kcm.data.example_images() / "train-*.tar")
+    tokenizer = kcm.data.CLIPTokenizer.train(captions, vocabulary_size=3000)
+    ```
+
+    Args:
+        source: String or path, or a list of them; see `list_shards`.
+        caption_key: String or sequence of strings. The field that holds captions; see
+            `image_text_dataset`. Defaults to `None`: common names.
+
+    Returns:
+        List of strings, in the order of the samples. Images are neither needed nor
+        read.
+    """
+    index = open_index(source, PairReader((), caption_key))
+    for fault in index.damage:
+        message = f"{fault.details}. The captions after it are missing."
+        warnings.warn(message, stacklevel=2)
+    captions, fault = [], None
+    for each in index.read(range(len(index)), with_images=False):
+        if each.key is None:
+            raise OSError(f"{each.reason}: {each.shard}: {each.details}")
+        if isinstance(each, Fault):
+            fault = fault or each
+        else:
+            captions.extend(each.captions)
+    if not captions:
+        raise ValueError(
+            "`caption_key` must name a field of `source` with captions. Received: "
+            f"caption_key={caption_key}, with the fields {index.fields}, and first "
+            f"{fault}"
+        )
+    return captions
 
 
 class Index:

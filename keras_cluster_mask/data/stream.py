@@ -18,9 +18,8 @@ import cloudpickle
 import grain
 import numpy as np
 
-from keras_cluster_mask.data.captions import TEXTS
 from keras_cluster_mask.data.files import Threads
-from keras_cluster_mask.data.samples import FAULTS, UNUSED, Samples
+from keras_cluster_mask.data.samples import REPORT, TEXTS, Samples
 from keras_cluster_mask.data.skipped import SkippedSamples
 
 # The limits of prefetching per process, in bytes and in batches.
@@ -46,6 +45,8 @@ class ImageTextDataset(grain.IterDataset):
         batch_size: Integer. The global batch size.
         num_samples: Integer. The number of intact samples, from which `Sampling` may
             choose those of an epoch.
+        steps_per_epoch: Integer. The number of full batches in a training epoch of mean
+            length.
         element_spec: Dictionary from the name of each entry of a batch to its `Spec`.
         description: Dictionary. The settings that determine the samples of each batch.
             A run can only be resumed on a dataset with an equal `description`.
@@ -73,6 +74,9 @@ class ImageTextDataset(grain.IterDataset):
         self.class_names = labels.class_names if labels else []
         self.waited = 0.0
         self._samples, self._reading = samples, reading
+        if self.training:
+            length = int(reading.order.mean_length)
+            self.steps_per_epoch = max(length // self.batch_size, 1)
 
     @property
     def stream(self) -> Self:
@@ -88,11 +92,6 @@ class ImageTextDataset(grain.IterDataset):
             return -(-self.num_samples // self.batch_size)
         epoch, _ = self._reading.order.place(self.start * self.batch_size)
         return self._reading.order.length(epoch) // self.batch_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of full batches in a training epoch of mean length."""
-        return max(int(self._reading.order.mean_length) // self.batch_size, 1)
 
     @property
     def num_images(self) -> int | None:
@@ -164,8 +163,8 @@ class _Iterator(grain.DatasetIterator):
                 self._batch += 1
                 self._dataset.waited += time.perf_counter() - began
                 rows = len(batch["images"])
-                faults = batch.pop(FAULTS)
-                self._dataset.unused_captions += batch.pop(UNUSED)
+                faults, unused = batch.pop(REPORT)
+                self._dataset.unused_captions += unused
                 # In training, broken samples have been replaced.
                 left_out = 0 if self._dataset.training else len(faults)
                 self._skipped.report(faults, rows + left_out, self._total)

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from keras_cluster_mask.data import files, image_text_dataset, read_captions
-from keras_cluster_mask.data.captions import Captions
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.pairs import Pair, PairReader
+from keras_cluster_mask.data.samples import Captions
 
 pytestmark = pytest.mark.any_backend
 
@@ -95,7 +95,9 @@ def test_captions_of_unreadable_letters_are_kept(write_tar):
 
 def test_half_letters_are_not_changed():
     pair = Pair(b"", ("{} \ud800",), "1", "x")
-    assert Captions(None, False).choose(pair, None) == b"{} \xed\xa0\x80"
+    captions = Captions(None, False, include_captions=True)
+    batch = captions.batch([pair], [None], [0])
+    assert batch["captions"].tolist() == [b"{} \xed\xa0\x80"]
 
 
 # === The captions of a source ===
