@@ -265,7 +265,12 @@ def read_ranges(ranges):
     results = []
     for path, start, stop in ranges:
         request = requests[bisect.bisect_right(firsts, (path, start)) - 1]
-        results.append(_part_of(replies[request], request[1], path, start, stop))
+        reply, first = replies[request], request[1]
+        if not isinstance(reply, Exception):
+            reply = reply[start - first : None if stop is None else stop - first]
+            if stop is not None and len(reply) < stop - start:
+                reply = EOFError(f"{path} ends before byte {stop}")
+        results.append(reply)
     return results
 
 
@@ -285,16 +290,6 @@ def retried(read, path=""):
                     raise
             time.sleep(pause)
         return read()
-
-
-def _part_of(reply, first, path, start, stop):
-    """Returns the bytes of a range from those of its request, or an error."""
-    if isinstance(reply, Exception):
-        return reply
-    content = reply[start - first : None if stop is None else stop - first]
-    if stop is not None and len(content) < stop - start:
-        return EOFError(f"{path} ends before byte {stop}")
-    return content
 
 
 def fetch(requests):

@@ -22,6 +22,7 @@ CROP_SCALE = 0.4, 1.0
 RATIO = 3 / 4, 4 / 3
 ORIENTATION = 0x0112
 TOO_LARGE = "the image has too many pixels"
+NO_LEVELS = "the gray levels are not integers from 0 to 255"
 _thread = threading.local()
 
 
@@ -40,6 +41,9 @@ class EncodedImage:
         max_pixels: Integer. The largest number of pixels that is decoded. `None` is no
             limit.
 
+    Attributes:
+        size: Pair of integers. Height and width, with the EXIF orientation applied.
+
     Raises:
         UnreadableImage: If the bytes are not an image, or a PNG does not decode.
     """
@@ -54,14 +58,17 @@ class EncodedImage:
             self._coefficients = progressive * math.prod(self._image.size)
             # The orientation of a PNG may come after its pixels.
             if self._image.format == "PNG":
-                self._load()
-            self._orientation = _orientation(self._image)
-
-    @property
-    def size(self):
-        """(height, width), with the EXIF orientation applied."""
-        width, height = self._image.size
-        return (width, height) if self._orientation >= 5 else (height, width)
+                self.check_pixels()
+                self._image.load()
+            self._orientation = 1
+            # Pillow decodes an image without EXIF data in search of it.
+            if "exif" in self._image.info or "xmp" in self._image.info:
+                with contextlib.suppress(Exception):
+                    value = self._image.getexif().get(ORIENTATION)
+                    self._orientation = value if value in range(1, 9) else 1
+            width, height = self._image.size
+            is_upright = self._orientation < 5
+            self.size = (height, width) if is_upright else (width, height)
 
     def check_pixels(self):
         """Raises `UnreadableImage` if the image has too many pixels."""
@@ -81,12 +88,11 @@ class EncodedImage:
         Returns:
             uint8 array `(height, width, 3)`.
         """
-        full = self.size
-        wanted = [int(size[i] * full[i] / box[2 + i]) for i in range(2)]
+        wanted = [int(size[i] * self.size[i] / box[2 + i]) for i in range(2)]
         # Pillow expects (width, height), before the orientation is applied.
         self._image.draft(None, wanted if self._orientation >= 5 else wanted[::-1])
         image = self.decoded()
-        scale = [now / before for now, before in zip(image.size[::-1], full)]
+        scale = [now / before for now, before in zip(image.size[::-1], self.size)]
         top, left = box[0] * scale[0], box[1] * scale[1]
         # Rounding must not move the box past the edge.
         bottom = min((box[0] + box[2]) * scale[0], image.size[1])
@@ -94,18 +100,34 @@ class EncodedImage:
         return resize(image, size, (left, top, right, bottom))
 
     def decoded(self):
-        """Returns a `PIL.Image.Image` in RGB, with the orientation applied."""
+        """Returns a `PIL.Image.Image` in RGB, with the orientation applied.
+
+        Transparent pixels become white.
+        """
         with _decoding():
-            image = self._load()
+            self.check_pixels()
+            self._image.load()
+            image = self._image
             if self._orientation > 1:
                 image = ImageOps.exif_transpose(image)
-            return _as_rgb(image)
-
-    def _load(self):
-        """Decodes the image in place, unless it has too many pixels, and returns it."""
-        self.check_pixels()
-        self._image.load()
-        return self._image
+            if image.mode[0] in "IF":
+                values = np.asarray(image)
+                # Pillow would clip the values of 16 bits to 255.
+                is_16_bit = image.mode.startswith("I;16")
+                levels = np.round(values / 257.0) if is_16_bit else values
+                gray = np.clip(np.nan_to_num(levels), 0, 255).astype("uint8")
+                is_exact = np.array_equal(gray, levels)
+                # Floats up to 1 would become black.
+                if not is_exact or (image.mode == "F" and gray.max() < 2):
+                    raise UnreadableImage(NO_LEVELS)
+                image = Image.fromarray(gray)
+            elif image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGB", image.size, "white")
+                white.paste(image, mask=image)
+                image = white
+            # A conversion to the same mode would copy the image.
+            return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextlib.contextmanager
@@ -119,36 +141,6 @@ def _decoding():
         raise UnreadableImage(TOO_LARGE) from error
     except Exception as error:
         raise UnreadableImage("the image does not decode") from error
-
-
-def _orientation(image):
-    """Returns the EXIF orientation, 1 to 8; 1 if there is none."""
-    value = 1
-    # Pillow decodes an image without EXIF data in search of it.
-    if "exif" in image.info or "xmp" in image.info:
-        with contextlib.suppress(Exception):
-            value = image.getexif().get(ORIENTATION, 1)
-    return value if value in range(1, 9) else 1
-
-
-def _as_rgb(image):
-    """Decodes an image of any mode to RGB. Transparent pixels become white."""
-    if image.mode[0] in "IF":
-        values = np.asarray(image)
-        # Pillow would clip the values of 16 bits to 255.
-        levels = np.round(values / 257.0) if image.mode.startswith("I;16") else values
-        gray = np.clip(np.nan_to_num(levels), 0, 255).astype("uint8")
-        # Floats up to 1 would become black.
-        if not np.array_equal(gray, levels) or (image.mode == "F" and gray.max() < 2):
-            raise UnreadableImage("the gray levels are not integers from 0 to 255")
-        image = Image.fromarray(gray)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image)
-        image = white
-    # A conversion to the same mode would copy the image.
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize(image, size, box):
