@@ -21,6 +21,7 @@ CROP_SCALE = 0.4, 1.0
 # The range of the width / height of a crop, relative to that of the resized crop.
 RATIO = 3 / 4, 4 / 3
 ORIENTATION = 0x0112
+CHANNELS_FIRST = "channels_first"
 TOO_LARGE = "the image has too many pixels"
 NO_LEVELS = "the gray levels are not integers from 0 to 255"
 _thread = threading.local()
@@ -305,7 +306,7 @@ class Images:
     @property
     def shape(self):
         """The shape of an image in a batch."""
-        is_first = self.data_format == "channels_first"
+        is_first = self.data_format == CHANNELS_FIRST
         return (3, *self.image_size) if is_first else (*self.image_size, 3)
 
     @property
@@ -318,13 +319,6 @@ class Images:
             "data.image_transform": name_of(self.image_transform),
         }
 
-    def batch(self, images):
-        """Returns the array of a batch, from a list of images of `__call__`."""
-        array = np.array(images, "uint8").reshape(-1, *self.image_size, 3)
-        if self.data_format == "channels_first":
-            array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))
-        return array
-
     def __call__(self, content, generator):
         """Decodes and crops an image.
 
@@ -333,7 +327,7 @@ class Images:
             generator: `np.random.Generator`. Equal states give equal crops.
 
         Returns:
-            uint8 array `(height, width, 3)`.
+            uint8 array `shape`.
 
         Raises:
             UnreadableImage: If the image cannot be decoded.
@@ -348,17 +342,17 @@ class Images:
                 draws = generator.random(4)
                 box = random_box(image.size, self.image_size, draws, self.crop_scale)
             part = image.part(box, self.image_size)
-        if self.image_transform is None or not self.training:
-            return part
-        # A part may be read-only.
-        part = np.array(part)
-        changed = np.asarray(self.image_transform(part, generator))
-        if changed.shape != part.shape or changed.dtype != part.dtype:
-            raise ValueError(
-                "`image_transform` must return an image of the shape and type that it "
-                f"gets, uint8 {part.shape}. Received: {changed.dtype} {changed.shape}"
-            )
-        return changed
+        if self.image_transform is not None and self.training:
+            # A part may be read-only.
+            part = np.array(part)
+            shape, dtype = part.shape, part.dtype
+            part = np.asarray(self.image_transform(part, generator))
+            if part.shape != shape or part.dtype != dtype:
+                raise ValueError(
+                    "`image_transform` must return an image of the shape and type that "
+                    f"it gets, uint8 {shape}. Received: {part.dtype} {part.shape}"
+                )
+        return part.transpose(2, 0, 1) if self.data_format == CHANNELS_FIRST else part
 
 
 def name_of(function):

@@ -149,8 +149,8 @@ class Samples:
     @property
     def description(self):
         """Dictionary. The settings that a resumed run must share."""
-        parts = self.reading, self.images, self.captions
-        return {k: v for part in parts for k, v in part.description.items()}
+        settings = self.reading.description | self.images.description
+        return settings | self.captions.description
 
     @files.one_step()
     def read(self, threads, batch):
@@ -173,8 +173,9 @@ class Samples:
         results = [*threads.map(self._read, groups)]
         rows = [row for found, _ in results for row in found]
         pairs, generators, epochs = zip(*rows) if rows else ((), (), ())
+        images = np.array([pair.image for pair in pairs], "uint8")
         arrays = {
-            "images": self.images.batch([pair.image for pair in pairs]),
+            "images": images.reshape(-1, *self.images.shape),
             **self.captions.batch(pairs, generators, epochs),
         }
         if self.include_keys:
