@@ -266,15 +266,6 @@ def test_a_sample_of_images_at_addresses_is_read_when_the_dataset_is_made(
         make(table("s3://set"))
 
 
-def test_an_image_with_an_unknown_protocol_is_a_skipped_sample(noise):
-    items = [{"image": image, "text": "t"} for image in (noise(0), "foo://x.png")]
-    dataset = make(items)
-    assert keys(dataset) == ["0"]
-    assert dataset.skipped.by_reason == {"the image file cannot be read": 1}
-    ((fault,),) = dataset.skipped.examples.values()
-    assert "foo://x.png" in fault.details
-
-
 def test_images_at_addresses_are_read_beside_their_table(encode, tmp_path, memory):
     memory.pipe("/faults/a/1.png", encode(np.full((4, 4, 3), 7, "uint8")))
     lines = "file_name,text\na/1.png,one\nmissing.png,two\nmemory://faults/a/1.png,x\n"

@@ -194,12 +194,6 @@ def test_an_error_that_stays_is_returned_for_its_range_alone(address, storage):
     assert isinstance(second, FileNotFoundError)
 
 
-def test_a_file_that_ends_early_is_not_read_again(address, storage):
-    (found,) = files.read_ranges([(address, 0, len(CONTENT) + 1)])
-    assert "ends before byte" in str(found)
-    assert len(storage.requests) == 1
-
-
 def test_a_range_beyond_the_end_is_requested_once(tmp_path, server):
     (tmp_path / "a").write_bytes(CONTENT)
     (found,) = files.read_ranges([(f"{server.url}/a", len(CONTENT), len(CONTENT) + 9)])
