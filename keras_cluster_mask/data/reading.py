@@ -26,11 +26,6 @@ BLOCK, RUNS = 64, 16
 # The maximum number of samples that are read to check that they have the requested
 # fields.
 EXAMPLES = 8
-# The numbers of other samples of the batch that are read, one after the other, to
-# replace a broken sample. Failed reads are slow, so each is twice the one before.
-SUBSTITUTES = 1, 2, 4, 8, 16, 32
-# The distance between them, as a fraction of the batch, to reach different shards.
-DISTANCE = 0.618
 # The rounds of grain's shuffle, a cipher on the numbers. grain also uses four.
 ROUNDS = 4
 # Only one thread at a time draws an epoch, because the numbers may be many.
@@ -228,20 +223,6 @@ class Reading:
         }
         for source, _ in places:
             yield next(readers[source])
-
-    def substitutes(self, position):
-        """Yields groups of positions whose samples may replace a broken one.
-
-        They depend only on the batch, not on the number of processes.
-        """
-        size = self.batch_size
-        start = position - position % size
-        step = int(DISTANCE * size) + 1
-        while math.gcd(step, size) > 1:
-            step += 1
-        for count in SUBSTITUTES:
-            several = range(count, min(2 * count, size))
-            yield [start + (position + n * step) % size for n in several]
 
 
 class Order:

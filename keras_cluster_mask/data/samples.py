@@ -1,6 +1,7 @@
 """Turns samples into the arrays of a batch."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,11 @@ from keras_cluster_mask.data.text_masking import TextMasking, check_text_masking
 
 # The smallest and the largest number of rows of a batch that one thread reads together.
 TOGETHER = 8, 32
+# The numbers of other samples of the batch that are read, one after the other, to
+# replace a broken sample. Failed reads are slow, so each is twice the one before.
+SUBSTITUTES = 1, 2, 4, 8, 16, 32
+# The distance between them, as a fraction of the batch, to reach different shards.
+DISTANCE = 0.618
 # The entry of a batch for the tokenizer, if that is a Keras layer.
 TEXTS = "texts"
 # The entry of a batch with its broken samples, and the number of captions left out.
@@ -224,11 +230,21 @@ class Samples:
             raise SampleError(sample.shard, sample.key, repr(error)) from error
 
     def _substitute(self, position, generator, fault):
-        """Returns another sample of the batch, decoded, to replace a broken one."""
-        tried = 0
-        for group in self.reading.substitutes(position):
-            tried += len(group)
-            for sample in self.reading.read(group):
+        """Returns another sample of the batch, decoded, to replace a broken one.
+
+        Which samples are tried depends only on the batch, not on the number of
+        processes.
+        """
+        size, tried = self.reading.batch_size, 0
+        start = position - position % size
+        step = int(DISTANCE * size) + 1
+        while math.gcd(step, size) > 1:
+            step += 1
+        for count in SUBSTITUTES:
+            several = range(count, min(2 * count, size))
+            tried += len(several)
+            others = [start + (position + n * step) % size for n in several]
+            for sample in self.reading.read(others):
                 # A broken substitute is counted at its own position.
                 sample = self._decoded(sample, generator)
                 if not isinstance(sample, Fault):

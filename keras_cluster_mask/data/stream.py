@@ -71,7 +71,7 @@ class ImageTextDataset(grain.IterDataset):
         self.tokenizer = samples.captions.tokenizer
         self.process = reading.process
         labels = reading.fields.labels
-        self.class_names = labels.class_names if labels else []
+        self.class_names = list((labels and labels.numbers) or ())
         self.waited = 0.0
         self._samples, self._reading = samples, reading
         if self.training:

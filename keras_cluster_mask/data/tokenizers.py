@@ -339,8 +339,12 @@ class CLIPTokenizer:
         """
         tokens = [KERAS_HUB.get(token, token) for token in self._vocabulary]
         words = {token: index for index, token in enumerate(tokens)}
-        kind = {"module": "keras_hub.models", "class_name": "CLIPTokenizer"}
-        config = {**kind, "config": {}, "registered_name": "keras_hub>CLIPTokenizer"}
+        config = {
+            "module": "keras_hub.models",
+            "class_name": "CLIPTokenizer",
+            "config": {},
+            "registered_name": "keras_hub>CLIPTokenizer",
+        }
         for name, text in (
             ("assets/tokenizer/vocabulary.json", json.dumps(words)),
             ("assets/tokenizer/merges.txt", "\n".join(map(" ".join, self._merges))),
