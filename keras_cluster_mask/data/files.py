@@ -150,20 +150,12 @@ def file_system(path, argument="source"):
         ) from error
 
 
-def open_file(path, mode="rb"):
-    """Opens a binary file, with read-ahead for sequential reads.
-
-    Args:
-        path: String or path.
-        mode: `"rb"` or `"wb"`.
-    """
+def open_file(path):
+    """Opens a binary file, with read-ahead for sequential reads."""
     if not is_address(path):
-        return open(os.path.expanduser(path), mode, READ_AHEAD)
-    if mode == "rb":
-        # Each request takes time.
-        return io.BufferedReader(_RemoteFile(path), 4 * READ_AHEAD)
-    system, name = file_system(path)
-    return system.open(name, mode)
+        return open(os.path.expanduser(path), "rb", READ_AHEAD)
+    # Each request takes time.
+    return io.BufferedReader(_RemoteFile(path), 4 * READ_AHEAD)
 
 
 class _RemoteFile(AbstractBufferedFile):
@@ -206,7 +198,7 @@ def replacing(path):
     if folder:
         system.makedirs(file_system(folder)[1], exist_ok=True)
     try:
-        with open_file(part, "wb") as file:
+        with system.open(part_name, "wb") as file:
             yield file
             if not is_address(path):
                 file.flush()

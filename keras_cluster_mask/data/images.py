@@ -160,10 +160,11 @@ def resize(image, size, box):
         uint8 array `(height, width, 3)`.
     """
     left, top, right, bottom = box
-    options = simd.ResizeOptions()
-    # The bicubic kernel with a = -0.5, as in Pillow.
-    options.resize_alg = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
-    options.crop_box = simd.CropBox(left, top, right - left, bottom - top)
+    options = simd.ResizeOptions(
+        # The bicubic kernel with a = -0.5, as in Pillow.
+        resize_alg=simd.ResizeAlg.convolution(simd.FilterType.catmull_rom),
+        crop_box=simd.CropBox(left, top, right - left, bottom - top),
+    )
     pixels = simd.PixelType.U8x3
     # Unlike Pillow's images, these are resized without holding the GIL.
     source = simd.ImageData(image.width, image.height, pixels, image.tobytes())
@@ -360,5 +361,6 @@ def name_of(function):
 
     `None` has none.
     """
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return None if function is None else named.__qualname__
+    if function is None:
+        return None
+    return getattr(function, "__qualname__", type(function).__qualname__)

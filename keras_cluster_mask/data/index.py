@@ -55,7 +55,7 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
         named = zip(shards, parts)
         folders = [part.context for path, part in named if format_of(path).in_index]
         reader.labels.add_folders({*itertools.chain(*folders)})
-    return Index(list(shards), parts, reader)
+    return Index([*shards], parts, reader)
 
 
 def read_captions(

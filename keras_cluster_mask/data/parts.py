@@ -94,12 +94,11 @@ class Part:
         return sum(count for _, _, count in self.layouts)
 
     def entry(self, number):
-        """Reads the `Entry` of a sample or row, with the hash of its key."""
+        """Reads the `Entry` of a sample or row: its place, hash and checksum."""
         place = self.start + number * RECORD.itemsize
-        packed = PACKED.unpack_from(_mapped(self.path, self.digest), place)
-        offset, size, key, layout, checksum = packed
-        fields, fault, _ = self.layouts[layout]
-        return Entry(key, offset, size, fields, fault, checksum=checksum)
+        content = _mapped(self.path, self.digest)
+        offset, size, key, _, checksum = PACKED.unpack_from(content, place)
+        return Entry(key, offset, size, checksum=checksum)
 
     def records(self):
         """Returns all records, a read-only array."""

@@ -24,8 +24,6 @@ DISTANCE = 0.618
 TEXTS = "texts"
 # The entry of a batch with its broken samples, and the number of captions left out.
 REPORT = "report"
-# Captions that are not valid Unicode are kept.
-LENIENT = "utf-8", "surrogatepass"
 
 
 class Spec(NamedTuple):
@@ -94,12 +92,12 @@ class Captions:
             number = 0
             if self.training and len(pair.captions) > 1:
                 number = int(generator.integers(len(pair.captions)))
-            chosen.append(pair.captions[number].encode(*LENIENT))
+            chosen.append(pair.captions[number].encode("utf-8", "surrogatepass"))
         if self.include_captions:
             captions = chosen
             if self.include_captions == "all":
                 captions = (
-                    tuple(caption.encode(*LENIENT) for caption in pair.captions)
+                    tuple(x.encode("utf-8", "surrogatepass") for x in pair.captions)
                     for pair in pairs
                 )
             # `np.array` would convert tuples of equal length to rows.

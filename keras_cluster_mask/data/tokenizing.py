@@ -63,8 +63,8 @@ def vocabulary_size_of(tokenizer):
         return len(tokenizer)
     if is_layer(tokenizer):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    names = "vocabulary_size", "vocab_size"
-    size = next((getattr(tokenizer, x) for x in names if hasattr(tokenizer, x)), None)
+    size = getattr(tokenizer, "vocab_size", None)
+    size = getattr(tokenizer, "vocabulary_size", size)
     return size() if callable(size) else size
 
 
