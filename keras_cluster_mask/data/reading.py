@@ -104,8 +104,7 @@ class Reading:
             self._check_samples(index)
         self.skipped.report_index(self.num_samples)
         if self.training:
-            self.block_size = self._checked_block_size()
-            self.order = self._shuffled(sampling)
+            self._shuffle(sampling)
 
     def _checked_process(self):
         """Returns the index of this process and the number of processes."""
@@ -147,8 +146,8 @@ class Reading:
             f"{len(index.paths)} shards"
         )
 
-    def _checked_block_size(self):
-        """Checks `block_size`, or chooses a default."""
+    def _shuffle(self, sampling):
+        """Sets the order of training, and the default of `block_size`."""
         block_size, batch_size = self.block_size, self.batch_size
         processes = self.process[1]
         if block_size is None:
@@ -158,7 +157,7 @@ class Reading:
             block_size = math.gcd(batch_size, BLOCK) if is_slow else 1
             while block_size > 1 and batch_size < block_size * RUNS:
                 block_size //= 2
-        block_size = check_integer("block_size", block_size, 1)
+        self.block_size = check_integer("block_size", block_size, 1)
         if batch_size % block_size or batch_size // block_size % processes:
             raise ValueError(
                 "`block_size` must divide `batch_size`, and the number of processes "
@@ -166,10 +165,6 @@ class Reading:
                 f"block_size={block_size}, batch_size={batch_size}, "
                 f"{processes} processes"
             )
-        return block_size
-
-    def _shuffled(self, sampling):
-        """Returns the order of training."""
         if not isinstance(sampling, Sampling | None):
             raise ValueError(
                 "`sampling` must be a `kcm.data.Sampling` of a dictionary or of keys, "
@@ -180,15 +175,14 @@ class Reading:
             Order(len(index), self.seed, self.block_size, draw, source)
             for source, index in enumerate(self.indexes)
         ]
-        order = Mix(orders, self.weights) if self.weights else orders[0]
-        if order.length(0) < self.batch_size:
+        self.order = Mix(orders, self.weights) if self.weights else orders[0]
+        if self.order.length(0) < batch_size:
             raise ValueError(
                 "`batch_size` must not exceed the number of samples in an epoch, all "
                 "of `source` or those that `sampling` chooses, because training uses "
-                f"full batches only. Received: batch_size={self.batch_size}, "
-                f"{order.length(0)} samples"
+                f"full batches only. Received: batch_size={batch_size}, "
+                f"{self.order.length(0)} samples"
             )
-        return order
 
     @property
     def description(self):
@@ -200,7 +194,7 @@ class Reading:
             "data.weights": self.weights,
             "data.batch_size": self.batch_size,
             "data.seed": self.seed,
-            "data.block_size": self.block_size if self.training else None,
+            "data.block_size": self.block_size,
             "data.sampling": self.order.digest() if self.training else None,
         }
 
