@@ -1,7 +1,7 @@
 """Finds the shards that a source names, and the example images."""
 
 import contextlib
-import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -115,9 +115,10 @@ def expand(pattern):
             # File systems keep the list. Web servers cannot list folders.
             with contextlib.suppress(OSError, NotImplementedError, ValueError):
                 system.ls(folder)
-    find, found = functools.partial(_matching, system), {}
+    found = {}
     with Threads(min(len(paths), REQUESTS)) as threads:
-        for name, matches in zip(names, threads.map(find, paths)):
+        results = threads.map(_matching, itertools.repeat(system), paths)
+        for name, matches in zip(names, results):
             if not matches:
                 raise FileNotFoundError(
                     f"`source` must name shards that exist. Received: {name}"
