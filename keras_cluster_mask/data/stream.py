@@ -45,8 +45,6 @@ class ImageTextDataset(grain.IterDataset):
         batch_size: Integer. The global batch size.
         num_samples: Integer. The number of intact samples, from which `Sampling` may
             choose those of an epoch.
-        steps_per_epoch: Integer. The number of full batches in a training epoch of mean
-            length.
         element_spec: Dictionary from the name of each entry of a batch to its `Spec`.
         description: Dictionary. The settings that determine the samples of each batch.
             A run can only be resumed on a dataset with an equal `description`.
@@ -56,6 +54,9 @@ class ImageTextDataset(grain.IterDataset):
         class_names: List of strings, the names that labels are indices into, if known.
         waited: Float. The seconds for which the program has waited for batches.
     """
+
+    steps_per_epoch: int
+    """The number of full batches in a training epoch of mean length."""
 
     def __init__(self, samples: Samples):
         super().__init__()
