@@ -123,21 +123,21 @@ def _checked(index, decode):
     """
 
     def read(first):
-        numbers = range(first, min(first + TOGETHER, len(index)))
-        return [checked(sample) for sample in index.read(numbers)]
-
-    def checked(sample):
-        if isinstance(sample, Fault):
-            return sample
-        try:
-            if decode:
-                image = EncodedImage(sample.image, Image.MAX_IMAGE_PIXELS)
-                # Evaluation decodes a JPEG at its full size.
-                image.check_pixels()
-                image.part((0, 0, *image.size), TINY)
-        except UnreadableImage as error:
-            return Fault(sample.shard, sample.key, str(error))
-        return len(sample.captions)
+        found = []
+        for sample in index.read(range(first, min(first + TOGETHER, len(index)))):
+            result = sample
+            if not isinstance(sample, Fault):
+                result = len(sample.captions)
+                try:
+                    if decode:
+                        image = EncodedImage(sample.image, Image.MAX_IMAGE_PIXELS)
+                        # Evaluation decodes a JPEG at its full size.
+                        image.check_pixels()
+                        image.part((0, 0, *image.size), TINY)
+                except UnreadableImage as error:
+                    result = Fault(sample.shard, sample.key, str(error))
+            found.append(result)
+        return found
 
     groups = grain.MapDataset.range(0, len(index), TOGETHER).map(read)
     with tqdm(total=len(index), desc="check", unit=" samples", delay=SHORT) as bar:

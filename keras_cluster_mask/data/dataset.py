@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.data.captions import Captions
 from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.reading import Reading
-from keras_cluster_mask.data.samples import Samples
+from keras_cluster_mask.data.samples import Captions, Samples
 from keras_cluster_mask.data.sampling import Sampling
 from keras_cluster_mask.data.stream import ImageTextDataset
 from keras_cluster_mask.data.text_masking import TextMasking

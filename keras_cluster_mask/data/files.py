@@ -1,4 +1,7 @@
-"""File access through fsspec: local, `s3://`, `gs://`, `memory://`, `http://`."""
+"""File access through fsspec: local, `s3://`, `gs://`, `memory://`, `http://`.
+
+Also the threads that wait for storage.
+"""
 
 import bisect
 import collections
@@ -9,19 +12,20 @@ import functools
 import io
 import math
 import os
+import queue
 import re
 import secrets
+import threading
 import time
 import types
 import warnings
+from concurrent import futures
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from fsspec.spec import AbstractBufferedFile
 from fsspec.utils import merge_offset_ranges
-
-from keras_cluster_mask.data.threads import Threads
 
 # The buffer size for sequential reads, in bytes.
 READ_AHEAD = 2**20
@@ -45,6 +49,57 @@ PATIENCE, MIN_WAIT = 180.0, 0.5
 
 # The time `until` which requests of the current step are repeated. Threads share it.
 _patience = contextvars.ContextVar("patience")
+
+
+class Threads(futures.Executor):
+    """Threads that call functions. A program that ends does not wait for long.
+
+    Args:
+        count: Integer. The number of threads.
+    """
+
+    def __init__(self, count):
+        self.count, self._closed = count, False
+        self._tasks = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, daemon=True) for _ in range(count)
+        ]
+        for each in self._threads:
+            each.start()
+
+    def submit(self, function, *arguments):
+        """Returns the `Future` of a call, in the context of the thread that submits."""
+        future, run = futures.Future(), contextvars.copy_context().run
+        self._tasks.put((future, run, (function, *arguments)))
+        # There may be no thread left for it.
+        if self._closed:
+            raise futures.CancelledError
+        return future
+
+    def shutdown(self, wait=True):
+        """Ends the threads after the calls in progress, and cancels the others."""
+        self._closed = True
+        for _ in range(self.count):
+            self._tasks.put(None)
+        # A program that ends while a thread returns from C++ is aborted.
+        for each in {*self._threads} - {threading.current_thread()}:
+            each.join(1.0)
+            if each.is_alive():
+                # Storage does not answer, which all may wait for.
+                break
+
+    def _work(self):
+        while task := self._tasks.get():
+            future, function, arguments = task
+            if self._closed:
+                future.cancel()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
+            # Otherwise an idle thread keeps the last result.
+            del task, future, arguments
 
 
 @contextlib.contextmanager
@@ -95,20 +150,12 @@ def file_system(path, argument="source"):
         ) from error
 
 
-def open_file(path, mode="rb"):
-    """Opens a binary file, with read-ahead for sequential reads.
-
-    Args:
-        path: String or path.
-        mode: `"rb"` or `"wb"`.
-    """
+def open_file(path):
+    """Opens a binary file, with read-ahead for sequential reads."""
     if not is_address(path):
-        return open(os.path.expanduser(path), mode, READ_AHEAD)
-    if mode == "rb":
-        # Each request takes time.
-        return io.BufferedReader(_RemoteFile(path), 4 * READ_AHEAD)
-    system, name = file_system(path)
-    return system.open(name, mode)
+        return open(os.path.expanduser(path), "rb", READ_AHEAD)
+    # Each request takes time.
+    return io.BufferedReader(_RemoteFile(path), 4 * READ_AHEAD)
 
 
 class _RemoteFile(AbstractBufferedFile):
@@ -151,7 +198,7 @@ def replacing(path):
     if folder:
         system.makedirs(file_system(folder)[1], exist_ok=True)
     try:
-        with open_file(part, "wb") as file:
+        with system.open(part_name, "wb") as file:
             yield file
             if not is_address(path):
                 file.flush()
@@ -210,7 +257,12 @@ def read_ranges(ranges):
     results = []
     for path, start, stop in ranges:
         request = requests[bisect.bisect_right(firsts, (path, start)) - 1]
-        results.append(_part_of(replies[request], request[1], path, start, stop))
+        reply, first = replies[request], request[1]
+        if not isinstance(reply, Exception):
+            reply = reply[start - first : None if stop is None else stop - first]
+            if stop is not None and len(reply) < stop - start:
+                reply = EOFError(f"{path} ends before byte {stop}")
+        results.append(reply)
     return results
 
 
@@ -230,16 +282,6 @@ def retried(read, path=""):
                     raise
             time.sleep(pause)
         return read()
-
-
-def _part_of(reply, first, path, start, stop):
-    """Returns the bytes of a range from those of its request, or an error."""
-    if isinstance(reply, Exception):
-        return reply
-    content = reply[start - first : None if stop is None else stop - first]
-    if stop is not None and len(content) < stop - start:
-        return EOFError(f"{path} ends before byte {stop}")
-    return content
 
 
 def fetch(requests):
@@ -293,7 +335,7 @@ def limited(system, function, names, *arguments, size=0):
         if issubclass(type(system), AsyncFileSystem):
             # Also cancels the request.
             return function(names, *arguments, timeout=limit)
-        with contextlib.closing(Threads(1)) as threads:
+        with Threads(1) as threads:
             return threads.submit(function, names, *arguments).result(limit)
     except TimeoutError as error:
         reason = f"the storage has not answered within {limit:.3g} seconds"

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 from keras_cluster_mask.checks import check_choice, check_range, is_positive
-from keras_cluster_mask.data import byte_pairs
-from keras_cluster_mask.data.byte_pairs import PIECE_PATTERN
 from keras_cluster_mask.data.parts import digest_of
 from keras_cluster_mask.data.text_masking import LongCaption, TextMasking
+from keras_cluster_mask.data.tokenizers import PIECE_PATTERN, clean_all, words_of
 
 # The minimum count of a word in the released code of CLIPF.
 MIN_COUNT = 5
@@ -71,7 +70,7 @@ class FrequencyTextMasking(TextMasking):
         self.unknown = unknown
         for word, count in (frequencies or {}).items():
             # Other words would never be found.
-            pieces = byte_pairs.words_of(word, PIECE_PATTERN)
+            pieces = words_of(word, PIECE_PATTERN)
             if pieces != [word.lower()] or not is_positive(count):
                 raise ValueError(
                     "`frequencies` must be a dict from single words in lower case, as "
@@ -90,8 +89,8 @@ class FrequencyTextMasking(TextMasking):
             The masking itself.
         """
         counts = collections.Counter()
-        for caption in byte_pairs.clean_all(captions):
-            counts.update(byte_pairs.words_of(caption, PIECE_PATTERN))
+        for caption in clean_all(captions):
+            counts.update(words_of(caption, PIECE_PATTERN))
         least = MIN_COUNT if self.unknown == "drop" else 1
         counts = {word: count for word, count in counts.items() if count >= least}
         self.frequencies = _shares(counts)

@@ -21,7 +21,9 @@ CROP_SCALE = 0.4, 1.0
 # The range of the width / height of a crop, relative to that of the resized crop.
 RATIO = 3 / 4, 4 / 3
 ORIENTATION = 0x0112
+CHANNELS_FIRST = "channels_first"
 TOO_LARGE = "the image has too many pixels"
+NO_LEVELS = "the gray levels are not integers from 0 to 255"
 _thread = threading.local()
 
 
@@ -40,6 +42,9 @@ class EncodedImage:
         max_pixels: Integer. The largest number of pixels that is decoded. `None` is no
             limit.
 
+    Attributes:
+        size: Pair of integers. Height and width, with the EXIF orientation applied.
+
     Raises:
         UnreadableImage: If the bytes are not an image, or a PNG does not decode.
     """
@@ -54,14 +59,17 @@ class EncodedImage:
             self._coefficients = progressive * math.prod(self._image.size)
             # The orientation of a PNG may come after its pixels.
             if self._image.format == "PNG":
-                self._load()
-            self._orientation = _orientation(self._image)
-
-    @property
-    def size(self):
-        """(height, width), with the EXIF orientation applied."""
-        width, height = self._image.size
-        return (width, height) if self._orientation >= 5 else (height, width)
+                self.check_pixels()
+                self._image.load()
+            self._orientation = 1
+            # Pillow decodes an image without EXIF data in search of it.
+            if "exif" in self._image.info or "xmp" in self._image.info:
+                with contextlib.suppress(Exception):
+                    value = self._image.getexif().get(ORIENTATION)
+                    self._orientation = value if value in range(1, 9) else 1
+            width, height = self._image.size
+            is_upright = self._orientation < 5
+            self.size = (height, width) if is_upright else (width, height)
 
     def check_pixels(self):
         """Raises `UnreadableImage` if the image has too many pixels."""
@@ -81,12 +89,11 @@ class EncodedImage:
         Returns:
             uint8 array `(height, width, 3)`.
         """
-        full = self.size
-        wanted = [int(size[i] * full[i] / box[2 + i]) for i in range(2)]
+        wanted = [int(size[i] * self.size[i] / box[2 + i]) for i in range(2)]
         # Pillow expects (width, height), before the orientation is applied.
         self._image.draft(None, wanted if self._orientation >= 5 else wanted[::-1])
         image = self.decoded()
-        scale = [now / before for now, before in zip(image.size[::-1], full)]
+        scale = [now / before for now, before in zip(image.size[::-1], self.size)]
         top, left = box[0] * scale[0], box[1] * scale[1]
         # Rounding must not move the box past the edge.
         bottom = min((box[0] + box[2]) * scale[0], image.size[1])
@@ -94,18 +101,34 @@ class EncodedImage:
         return resize(image, size, (left, top, right, bottom))
 
     def decoded(self):
-        """Returns a `PIL.Image.Image` in RGB, with the orientation applied."""
+        """Returns a `PIL.Image.Image` in RGB, with the orientation applied.
+
+        Transparent pixels become white.
+        """
         with _decoding():
-            image = self._load()
+            self.check_pixels()
+            self._image.load()
+            image = self._image
             if self._orientation > 1:
                 image = ImageOps.exif_transpose(image)
-            return _as_rgb(image)
-
-    def _load(self):
-        """Decodes the image in place, unless it has too many pixels, and returns it."""
-        self.check_pixels()
-        self._image.load()
-        return self._image
+            if image.mode[0] in "IF":
+                values = np.asarray(image)
+                # Pillow would clip the values of 16 bits to 255.
+                is_16_bit = image.mode.startswith("I;16")
+                levels = np.round(values / 257.0) if is_16_bit else values
+                gray = np.clip(np.nan_to_num(levels), 0, 255).astype("uint8")
+                is_exact = np.array_equal(gray, levels)
+                # Floats up to 1 would become black.
+                if not is_exact or (image.mode == "F" and gray.max() < 2):
+                    raise UnreadableImage(NO_LEVELS)
+                image = Image.fromarray(gray)
+            elif image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGB", image.size, "white")
+                white.paste(image, mask=image)
+                image = white
+            # A conversion to the same mode would copy the image.
+            return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextlib.contextmanager
@@ -119,36 +142,6 @@ def _decoding():
         raise UnreadableImage(TOO_LARGE) from error
     except Exception as error:
         raise UnreadableImage("the image does not decode") from error
-
-
-def _orientation(image):
-    """Returns the EXIF orientation, 1 to 8; 1 if there is none."""
-    value = 1
-    # Pillow decodes an image without EXIF data in search of it.
-    if "exif" in image.info or "xmp" in image.info:
-        with contextlib.suppress(Exception):
-            value = image.getexif().get(ORIENTATION, 1)
-    return value if value in range(1, 9) else 1
-
-
-def _as_rgb(image):
-    """Decodes an image of any mode to RGB. Transparent pixels become white."""
-    if image.mode[0] in "IF":
-        values = np.asarray(image)
-        # Pillow would clip the values of 16 bits to 255.
-        levels = np.round(values / 257.0) if image.mode.startswith("I;16") else values
-        gray = np.clip(np.nan_to_num(levels), 0, 255).astype("uint8")
-        # Floats up to 1 would become black.
-        if not np.array_equal(gray, levels) or (image.mode == "F" and gray.max() < 2):
-            raise UnreadableImage("the gray levels are not integers from 0 to 255")
-        image = Image.fromarray(gray)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGB", image.size, "white")
-        white.paste(image, mask=image)
-        image = white
-    # A conversion to the same mode would copy the image.
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize(image, size, box):
@@ -167,10 +160,11 @@ def resize(image, size, box):
         uint8 array `(height, width, 3)`.
     """
     left, top, right, bottom = box
-    options = simd.ResizeOptions()
-    # The bicubic kernel with a = -0.5, as in Pillow.
-    options.resize_alg = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
-    options.crop_box = simd.CropBox(left, top, right - left, bottom - top)
+    options = simd.ResizeOptions(
+        # The bicubic kernel with a = -0.5, as in Pillow.
+        resize_alg=simd.ResizeAlg.convolution(simd.FilterType.catmull_rom),
+        crop_box=simd.CropBox(left, top, right - left, bottom - top),
+    )
     pixels = simd.PixelType.U8x3
     # Unlike Pillow's images, these are resized without holding the GIL.
     source = simd.ImageData(image.width, image.height, pixels, image.tobytes())
@@ -313,7 +307,7 @@ class Images:
     @property
     def shape(self):
         """The shape of an image in a batch."""
-        is_first = self.data_format == "channels_first"
+        is_first = self.data_format == CHANNELS_FIRST
         return (3, *self.image_size) if is_first else (*self.image_size, 3)
 
     @property
@@ -326,13 +320,6 @@ class Images:
             "data.image_transform": name_of(self.image_transform),
         }
 
-    def batch(self, images):
-        """Returns the array of a batch, from a list of images of `__call__`."""
-        array = np.array(images, "uint8").reshape(-1, *self.image_size, 3)
-        if self.data_format == "channels_first":
-            array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))
-        return array
-
     def __call__(self, content, generator):
         """Decodes and crops an image.
 
@@ -341,7 +328,7 @@ class Images:
             generator: `np.random.Generator`. Equal states give equal crops.
 
         Returns:
-            uint8 array `(height, width, 3)`.
+            uint8 array `shape`.
 
         Raises:
             UnreadableImage: If the image cannot be decoded.
@@ -356,17 +343,17 @@ class Images:
                 draws = generator.random(4)
                 box = random_box(image.size, self.image_size, draws, self.crop_scale)
             part = image.part(box, self.image_size)
-        if self.image_transform is None or not self.training:
-            return part
-        # A part may be read-only.
-        part = np.array(part)
-        changed = np.asarray(self.image_transform(part, generator))
-        if changed.shape != part.shape or changed.dtype != part.dtype:
-            raise ValueError(
-                "`image_transform` must return an image of the shape and type that it "
-                f"gets, uint8 {part.shape}. Received: {changed.dtype} {changed.shape}"
-            )
-        return changed
+        if self.image_transform is not None and self.training:
+            # A part may be read-only.
+            part = np.array(part)
+            shape, dtype = part.shape, part.dtype
+            part = np.asarray(self.image_transform(part, generator))
+            if part.shape != shape or part.dtype != dtype:
+                raise ValueError(
+                    "`image_transform` must return an image of the shape and type that "
+                    f"it gets, uint8 {shape}. Received: {part.dtype} {part.shape}"
+                )
+        return part.transpose(2, 0, 1) if self.data_format == CHANNELS_FIRST else part
 
 
 def name_of(function):
@@ -374,5 +361,6 @@ def name_of(function):
 
     `None` has none.
     """
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return None if function is None else named.__qualname__
+    if function is None:
+        return None
+    return getattr(function, "__qualname__", type(function).__qualname__)

@@ -5,15 +5,17 @@ import collections
 import contextlib
 import functools
 import itertools
+import operator
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.objects import ObjectIndex
-from keras_cluster_mask.data.pairs import Fault, Pair
+from keras_cluster_mask.data.pairs import Fault, Pair, PairReader
 from keras_cluster_mask.data.parts import build_parts, checksum_of, digest_of, hash_of
 from keras_cluster_mask.data.shards import find_shards
 
@@ -53,15 +55,50 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
         named = zip(shards, parts)
         folders = [part.context for path, part in named if format_of(path).in_index]
         reader.labels.add_folders({*itertools.chain(*folders)})
-    return Index(list(shards), parts, reader)
+    return Index([*shards], parts, reader)
 
 
-def readable(samples):
-    """Yields samples, and raises an `OSError` for a shard that cannot be read."""
-    for sample in samples:
-        if sample.key is None:
-            raise OSError(f"{sample.reason}: {sample.shard}: {sample.details}")
-        yield sample
+def read_captions(
+    source: str | os.PathLike | Sequence[str | os.PathLike],
+    caption_key: str | Sequence[str] | None = None,
+) -> list[str]:
+    """Reads all captions of a source, for training a tokenizer.
+
+    Example:
+
+    ```python
+    captions = kcm.data.read_captions(kcm.data.example_images() / "train-*.tar")
+    tokenizer = kcm.data.CLIPTokenizer.train(captions, vocabulary_size=3000)
+    ```
+
+    Args:
+        source: String or path, or a list of them; see `list_shards`.
+        caption_key: String or sequence of strings. The field that holds captions; see
+            `image_text_dataset`. Defaults to `None`: common names.
+
+    Returns:
+        List of strings, in the order of the samples. Images are neither needed nor
+        read.
+    """
+    index = open_index(source, PairReader((), caption_key))
+    for fault in index.damage:
+        message = f"{fault.details}. The captions after it are missing."
+        warnings.warn(message, stacklevel=2)
+    captions, fault = [], None
+    for each in index.read(range(len(index)), with_images=False):
+        if each.key is None:
+            raise OSError(f"{each.reason}: {each.shard}: {each.details}")
+        if isinstance(each, Fault):
+            fault = fault or each
+        else:
+            captions.extend(each.captions)
+    if not captions:
+        raise ValueError(
+            "`caption_key` must name a field of `source` with captions. Received: "
+            f"caption_key={caption_key}, with the fields {index.fields}, and first "
+            f"{fault}"
+        )
+    return captions
 
 
 class Index:
@@ -135,7 +172,7 @@ class Index:
                 is_apart = np.diff(numbers, prepend=-2) != 1
                 is_apart &= np.diff(groups, prepend=-1) != 0
                 is_apart[starts[:-1]] = True
-                read += int(is_apart.sum())
+                read += np.count_nonzero(is_apart)
                 samples += len(starts) - 1
         return read / samples if samples else None
 
@@ -164,8 +201,15 @@ class Index:
             ValueError: If a shard has changed since it was indexed.
         """
         group, size = [], 0
-        for rows in map(self._find, numbers):
-            has_more = rows[0][0].format.names_files
+        for number in numbers:
+            which = bisect.bisect_right(self._starts, number) - 1
+            shard, row = self._shards[which], number - self._starts[which]
+            rows = [row]
+            if any(shard.reasons) or shard.part.has_groups:
+                intact, starts = self._intact(shard)
+                rows = intact[starts[row] : starts[row + 1]].tolist()
+            rows = [(shard.format, shard, row, shard.part.entry(row)) for row in rows]
+            has_more = shard.format.names_files
             of_sample = GUESS if has_more else sum(entry.size for *_, entry in rows)
             if group and size + of_sample > MAX_TOGETHER:
                 yield from self._read(group, with_images)
@@ -175,26 +219,29 @@ class Index:
         yield from self._read(group, with_images)
 
     def _read(self, samples, with_images):
-        places, results = itertools.chain(*samples), []
-        for format, group in itertools.groupby(places, lambda each: each[0].format):
-            group = [*group]
-            contents = _contents(format, [(shard, entry) for shard, _, entry in group])
-            results.extend(
-                self._pair(*place, content) for place, content in zip(group, contents)
-            )
-        rows = iter(results)
-        results = [_joined([next(rows) for _ in sample]) for sample in samples]
-        return self._reader.with_images(results) if with_images else results
+        """Returns the `Pair` or the `Fault` of each sample, a list of rows.
 
-    def _find(self, number):
-        """Returns the shard, the number there and the `Entry` of a sample's rows."""
-        which = bisect.bisect_right(self._starts, number) - 1
-        shard, number = self._shards[which], number - self._starts[which]
-        rows = [number]
-        if any(shard.reasons) or shard.part.has_groups:
-            numbers, starts = self._intact(shard)
-            rows = numbers[starts[number] : starts[number + 1]].tolist()
-        return [(shard, row, shard.part.entry(row)) for row in rows]
+        A row is a tuple: its format, its shard, its number there and its `Entry`.
+        """
+        found, results = [], []
+        rows = itertools.chain(*samples)
+        for format, group in itertools.groupby(rows, operator.itemgetter(0)):
+            places = [place for _, *place in group]
+            for place, content in zip(places, _contents(format, places)):
+                found.append(self._pair(*place, content))
+        found = iter(found)
+        for sample in samples:
+            several = [*itertools.islice(found, len(sample))]
+            pairs = [row for row in several if isinstance(row, Pair)]
+            first = pairs[0] if pairs else several[0]
+            if any(pair.label != first.label for pair in pairs):
+                reason = "rows of one image with different labels"
+                first = Fault(first.shard, first.key, reason)
+            elif len(pairs) > 1:
+                captions = itertools.chain(*(pair.captions for pair in pairs))
+                first = first._replace(captions=tuple(captions))
+            results.append(first)
+        return self._reader.with_images(results) if with_images else results
 
     def _pair(self, shard, number, entry, content):
         path, format = shard.path, shard.format
@@ -245,10 +292,24 @@ class _Shard:
         return counts
 
     def broken(self, reason):
-        """Yields a `Fault` for each record that is broken for a reason."""
-        if reason in self.reasons:
-            for number in self._numbers(reason).tolist():
-                yield self._fault(number, reason)
+        """Yields a `Fault` for each record that is broken for a reason.
+
+        Its key is that in the shard, if the shard can be read.
+        """
+        if reason not in self.reasons:
+            return
+        for number in self._numbers(reason).tolist():
+            entry, names_files = self.part.entry(number), self.format.names_files
+            key, details = None, None
+            # In a tar, the first header contains the key, and its file may be large.
+            if not names_files:
+                entry = entry._replace(size=min(entry.size, GLANCE))
+            with contextlib.suppress(Exception):
+                (content,) = _contents(self.format, [(self, number, entry)])
+                key, fields = self.format.parse(content, number, self.part.context)
+                # The image file that a row names may be missing.
+                details = self.reader.pair(self.path, key, fields, names_files).path
+            yield Fault(self.path, key, reason, details or None)
 
     def _numbers(self, reason):
         """Returns the numbers of the records that are broken for a reason, or intact.
@@ -270,34 +331,14 @@ class _Shard:
         starts = np.flatnonzero(np.diff(firsts[order], prepend=-1, append=-2))
         return numbers[order], starts
 
-    def _fault(self, number, reason):
-        """Returns the `Fault` of a record, with its key if the shard can be read."""
-        entry, names_files = self.part.entry(number), self.format.names_files
-        key, details = None, None
-        # In a tar, the first header contains the key, and its file may be large.
-        size = entry.size if names_files else min(entry.size, GLANCE)
-        with contextlib.suppress(Exception):
-            places = [(self, entry._replace(size=size))]
-            (content,) = _contents(self.format, places)
-            key, fields = self.format.parse(content, number, self.part.context)
-            # The image file that a row names may be missing.
-            details = self.reader.pair(self.path, key, fields, names_files).path
-        return Fault(self.path, key, reason, details or None)
-
 
 def _contents(format, places):
-    """Reads the content of each pair of a shard and an entry, or an error."""
+    """Reads the content of rows, or errors.
+
+    Args:
+        format: `Format`.
+        places: List of the shard, the number there and the `Entry` of each row.
+    """
     if format.in_index:
-        return [shard.part.content(entry) for shard, entry in places]
-    return format.read([(shard.path, x.offset, x.size) for shard, x in places])
-
-
-def _joined(rows):
-    """Returns the `Pair` or the `Fault` of a sample from those of its rows."""
-    pairs = [row for row in rows if isinstance(row, Pair)]
-    if not pairs:
-        return rows[0]
-    first = pairs[0]
-    if any(pair.label != first.label for pair in pairs):
-        return Fault(first.shard, first.key, "rows of one image with different labels")
-    return first._replace(captions=sum((pair.captions for pair in pairs), ()))
+        return [shard.part.content(entry) for shard, _, entry in places]
+    return format.read([(shard.path, x.offset, x.size) for shard, _, x in places])

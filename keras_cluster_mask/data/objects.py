@@ -40,7 +40,8 @@ class ObjectIndex:
         self.paths = [type(source).__name__]
         self.faults, self.damage = collections.Counter(), []
         try:
-            first = self._alone(self._sample, 0) if len(source) else {}
+            with self._turn():
+                first = self._sample(0) if len(source) else {}
         # An item of a DataFrame is a column, and streams have no length.
         except (TypeError, SampleError) as error:
             raise ValueError(
@@ -81,14 +82,14 @@ class ObjectIndex:
     def read(self, numbers, with_images=True):
         """Reads samples one by one; see `Index.read`."""
         for number in numbers:
-            pair = self._alone(self._pair, int(number), with_images)
+            with self._turn():
+                pair = self._pair(int(number), with_images)
             yield self._reader.with_images([pair])[0] if with_images else pair
 
-    def _alone(self, read, *arguments):
-        """Calls a method that reads the object while no other thread reads objects."""
+    def _turn(self):
+        """Returns a context in which no other thread reads objects."""
         is_safe = getattr(self._source, "thread_safe", False) is True
-        with contextlib.nullcontext() if is_safe else _reading:
-            return read(*arguments)
+        return contextlib.nullcontext() if is_safe else _reading
 
     def _sample(self, number):
         try:

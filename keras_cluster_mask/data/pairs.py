@@ -123,9 +123,8 @@ class PairReader:
 
     def describe(self):
         """Returns the settings that decide which samples are intact, as JSON values."""
-        captions = self.wanted.get("caption")
-        labels = self.labels.describe() if self.labels else None
-        return [self.image_keys, captions, labels]
+        labels = self.labels and [self.labels.keys, self.labels.numbers]
+        return [self.image_keys, self.wanted.get("caption"), labels]
 
     def fault_of(self, fields):
         """Returns the fault that the names of a sample's fields reveal, or None."""
@@ -215,16 +214,20 @@ class Labels:
             several are given, the first that a sample has is used.
         class_names: Sequence of strings in which labels are looked up, or `None` if
             labels are numbers or folders.
+
+    Attributes:
+        numbers: Dictionary from the name of each class to its number, or `None` if
+            labels are numbers.
     """
 
     def __init__(self, label_key, class_names=None):
         self.keys = _several(label_key, ())
-        self._numbers = None
+        self.numbers = None
         if class_names is not None:
             names = [_text(name) for name in class_names]
-            self._numbers = {name: number for number, name in enumerate(names)}
+            self.numbers = {name: number for number, name in enumerate(names)}
             others = [x for n, x in enumerate(names) if x.isdecimal() and x != str(n)]
-            if len(self._numbers) < len(names) or "" in self._numbers or others:
+            if len(self.numbers) < len(names) or "" in self.numbers or others:
                 raise ValueError(
                     "`class_names` must be unique and not empty, and a number must be "
                     "its own index, as labels may be numbers of classes. Received: "
@@ -233,18 +236,9 @@ class Labels:
 
     def add_folders(self, folders):
         """Takes a set of folders as classes, if these are the labels without names."""
-        is_folder = self._numbers is None and self.keys == ("folder",)
+        is_folder = self.numbers is None and self.keys == ("folder",)
         if is_folder and not all(map(str.isdecimal, folders)):
-            self._numbers = {name: n for n, name in enumerate(sorted(folders))}
-
-    @property
-    def class_names(self):
-        """List of strings. Empty if labels are numbers."""
-        return list(self._numbers or ())
-
-    def describe(self):
-        """Returns the settings that decide the labels, as JSON values."""
-        return [list(self.keys), self._numbers]
+            self.numbers = {name: n for n, name in enumerate(sorted(folders))}
 
     def of(self, sample):
         """Returns the label of a sample and None, or an invalid label and a fault."""
@@ -256,12 +250,12 @@ class Labels:
             label = label[0] if len(label) == 1 else None
         # In a table, numbers are text.
         if text := _text(label):
-            label = (self._numbers or {}).get(text, text)
+            label = (self.numbers or {}).get(text, text)
             with contextlib.suppress(ValueError):
                 label = float(label)
         is_number = isinstance(label, numbers.Real) and not isinstance(label, bool)
         number = int(label) if is_number and label == label // 1 else -1
-        known = range(2**31 if self._numbers is None else len(self._numbers))
+        known = range(2**31 if self.numbers is None else len(self.numbers))
         return number, None if number in known else "unknown label"
 
 

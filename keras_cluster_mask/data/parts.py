@@ -94,29 +94,26 @@ class Part:
         return sum(count for _, _, count in self.layouts)
 
     def entry(self, number):
-        """Reads the `Entry` of a sample or row, with the hash of its key."""
+        """Reads the `Entry` of a sample or row: its place, hash and checksum."""
         place = self.start + number * RECORD.itemsize
-        packed = PACKED.unpack_from(self._content(), place)
-        offset, size, key, layout, checksum = packed
-        fields, fault, _ = self.layouts[layout]
-        return Entry(key, offset, size, fields, fault, checksum=checksum)
+        content = _mapped(self.path, self.digest)
+        offset, size, key, _, checksum = PACKED.unpack_from(content, place)
+        return Entry(key, offset, size, checksum=checksum)
 
     def records(self):
         """Returns all records, a read-only array."""
-        return np.frombuffer(self._content(), RECORD, self.num_records, self.start)
+        content = _mapped(self.path, self.digest)
+        return np.frombuffer(content, RECORD, self.num_records, self.start)
 
     def first_rows(self):
         """Returns the number of the first row with the same image, for each row."""
-        content, count = self._content(), self.num_records
-        return np.frombuffer(content, "<i8", count, self._records_end)
+        content = _mapped(self.path, self.digest)
+        return np.frombuffer(content, "<i8", self.num_records, self._records_end)
 
     def content(self, entry):
         """Returns the content of a sample that is stored in the part."""
         start = self._records_end + entry.offset
-        return self._content()[start : start + entry.size]
-
-    def _content(self):
-        return _mapped(self.path, self.digest)
+        return _mapped(self.path, self.digest)[start : start + entry.size]
 
     @property
     def _records_end(self):
@@ -230,14 +227,32 @@ def build_part(path, stamp, image_keys, index_dir=None):
         ValueError: If the shard is compressed or of an unknown format.
         OSError: If the shard cannot be read, or the part cannot be written.
     """
-    if part := _find(path, stamp, image_keys, index_dir):
-        return part
+    places = _places(path, image_keys, index_dir)
+    for place in places:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            part = read_part(place)
+            # A file that was missing may exist now.
+            is_missing = any(fault == MISSING for _, fault, _ in part.layouts)
+            if part.stamp == stamp and not is_missing:
+                return part
     scan = functools.partial(_scan, path, format_of(path), image_keys)
     head, *contents = files.retried(scan, path)
     contents = json.dumps(head).encode() + b"\n", *contents, stamp.encode()
     # Windows does not replace a file that is open.
     _mapped.cache_clear()
-    return read_part(_write(_places(path, image_keys, index_dir), contents))
+    for place in places:
+        try:
+            with files.replacing(place) as file:
+                file.writelines(contents)
+            break
+        except OSError as error:
+            if place == places[-1]:
+                reason = (
+                    "`index_dir` must be a folder that can hold the index: free space "
+                    f"in it, or pass another. Received: {place}: {error}"
+                )
+                raise OSError(error.errno, reason) from error
+    return read_part(place)
 
 
 def _scan(path, format, image_keys):
@@ -291,18 +306,6 @@ def _scan(path, format, image_keys):
     return head, records, content
 
 
-def _find(path, stamp, image_keys, index_dir):
-    """Returns the part of a shard, or None if it is missing or outdated."""
-    for place in _places(path, image_keys, index_dir):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            part = read_part(place)
-            # A file that was missing may exist now.
-            is_missing = any(fault == MISSING for _, fault, _ in part.layouts)
-            if part.stamp == stamp and not is_missing:
-                return part
-    return None
-
-
 def _places(path, image_keys, index_dir):
     """Returns the possible paths of the part of a shard, in order of preference."""
     name = path.rstrip("/").rpartition("/")[2]
@@ -318,19 +321,3 @@ def _places(path, image_keys, index_dir):
     beside = os.path.join(os.path.dirname(path.rstrip("/")), f".{name}.index")
     # An index that someone else has put beside the shards is used in any case.
     return [beside, cached] if index_dir else [cached, beside]
-
-
-def _write(places, contents):
-    """Writes a part to the first writable path, and returns this path."""
-    for place in places:
-        try:
-            with files.replacing(place) as file:
-                file.writelines(contents)
-            return place
-        except OSError as error:
-            if place == places[-1]:
-                reason = (
-                    "`index_dir` must be a folder that can hold the index: free space "
-                    f"in it, or pass another. Received: {place}: {error}"
-                )
-                raise OSError(error.errno, reason) from error

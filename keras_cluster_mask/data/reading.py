@@ -1,18 +1,21 @@
-"""Which samples each batch holds, and where they are read."""
+"""Which samples each batch holds, in which order, and where they are read."""
 
+import bisect
 import collections
 import dataclasses
+import hashlib
 import itertools
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
+import grain
 import numpy as np
 
 from keras_cluster_mask.checks import check_integer, check_range, is_positive
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.order import Mix, Order
 from keras_cluster_mask.data.pairs import Pair, PairReader
 from keras_cluster_mask.data.sampling import Sampling
 from keras_cluster_mask.data.skipped import SkippedSamples
@@ -23,11 +26,10 @@ BLOCK, RUNS = 64, 16
 # The maximum number of samples that are read to check that they have the requested
 # fields.
 EXAMPLES = 8
-# The numbers of other samples of the batch that are read, one after the other, to
-# replace a broken sample. Failed reads are slow, so each is twice the one before.
-SUBSTITUTES = 1, 2, 4, 8, 16, 32
-# The distance between them, as a fraction of the batch, to reach different shards.
-DISTANCE = 0.618
+# The rounds of grain's shuffle, a cipher on the numbers. grain also uses four.
+ROUNDS = 4
+# Only one thread at a time draws an epoch, because the numbers may be many.
+_drawing = threading.RLock()
 
 
 @dataclasses.dataclass
@@ -52,6 +54,7 @@ class Reading:
         indexes: List of `Index` and `ObjectIndex`, one for each source.
         num_samples: Integer. The number of intact samples.
         order: `Order` or `Mix`, in training.
+        rows: Integer. The number of rows per process in a full batch, rounded up.
         skipped: `SkippedSamples` of the indexes.
     """
 
@@ -73,6 +76,7 @@ class Reading:
         self.num_workers = check_integer("num_workers", self.num_workers, 0)
         check_range("max_skipped", self.max_skipped, 0, 1)
         self.process = self._checked_process()
+        self.rows = -(-self.batch_size // self.process[1])
         if not self.training and (sampling, self.block_size) != (None, None):
             raise ValueError(
                 "`sampling` and `block_size` are for training, and evaluation reads "
@@ -100,8 +104,7 @@ class Reading:
             self._check_samples(index)
         self.skipped.report_index(self.num_samples)
         if self.training:
-            self.block_size = self._checked_block_size()
-            self.order = self._shuffled(sampling)
+            self._shuffle(sampling)
 
     def _checked_process(self):
         """Returns the index of this process and the number of processes."""
@@ -143,8 +146,8 @@ class Reading:
             f"{len(index.paths)} shards"
         )
 
-    def _checked_block_size(self):
-        """Checks `block_size`, or chooses a default."""
+    def _shuffle(self, sampling):
+        """Sets the order of training, and the default of `block_size`."""
         block_size, batch_size = self.block_size, self.batch_size
         processes = self.process[1]
         if block_size is None:
@@ -154,7 +157,7 @@ class Reading:
             block_size = math.gcd(batch_size, BLOCK) if is_slow else 1
             while block_size > 1 and batch_size < block_size * RUNS:
                 block_size //= 2
-        block_size = check_integer("block_size", block_size, 1)
+        self.block_size = check_integer("block_size", block_size, 1)
         if batch_size % block_size or batch_size // block_size % processes:
             raise ValueError(
                 "`block_size` must divide `batch_size`, and the number of processes "
@@ -162,10 +165,6 @@ class Reading:
                 f"block_size={block_size}, batch_size={batch_size}, "
                 f"{processes} processes"
             )
-        return block_size
-
-    def _shuffled(self, sampling):
-        """Returns the order of training."""
         if not isinstance(sampling, Sampling | None):
             raise ValueError(
                 "`sampling` must be a `kcm.data.Sampling` of a dictionary or of keys, "
@@ -176,15 +175,14 @@ class Reading:
             Order(len(index), self.seed, self.block_size, draw, source)
             for source, index in enumerate(self.indexes)
         ]
-        order = Mix(orders, self.weights) if self.weights else orders[0]
-        if order.length(0) < self.batch_size:
+        self.order = Mix(orders, self.weights) if self.weights else orders[0]
+        if self.order.length(0) < batch_size:
             raise ValueError(
                 "`batch_size` must not exceed the number of samples in an epoch, all "
                 "of `source` or those that `sampling` chooses, because training uses "
-                f"full batches only. Received: batch_size={self.batch_size}, "
-                f"{order.length(0)} samples"
+                f"full batches only. Received: batch_size={batch_size}, "
+                f"{self.order.length(0)} samples"
             )
-        return order
 
     @property
     def description(self):
@@ -196,14 +194,9 @@ class Reading:
             "data.weights": self.weights,
             "data.batch_size": self.batch_size,
             "data.seed": self.seed,
-            "data.block_size": self.block_size if self.training else None,
+            "data.block_size": self.block_size,
             "data.sampling": self.order.digest() if self.training else None,
         }
-
-    @property
-    def rows(self):
-        """Integer. The number of rows per process in a full batch, rounded up."""
-        return -(-self.batch_size // self.process[1])
 
     def positions(self, batch):
         """Returns the range of the positions of this process in a batch."""
@@ -225,25 +218,112 @@ class Reading:
         for source, _ in places:
             yield next(readers[source])
 
-    def epoch(self, position):
-        """Returns the number of the epoch of a position."""
-        return self.order.place(position)[0] if self.training else 0
 
-    def generator(self, position):
-        """Returns the `np.random.Generator` of a position, the same in each process."""
-        counter = [0, position, 0, 0]
-        return np.random.Generator(np.random.Philox(key=self.seed, counter=counter))
+class Order:
+    """An endless sequence of samples, computed on demand: `order[position]`.
 
-    def substitutes(self, position):
-        """Yields groups of positions whose samples may replace a broken one.
+    A sample is a pair of integers: the number of its source, and its number there. Each
+    epoch has its own permutation. Only the numbers that `sampling` draws are stored.
 
-        They depend only on the batch, not on the number of processes.
-        """
-        size = self.batch_size
-        start = position - position % size
-        step = int(DISTANCE * size) + 1
-        while math.gcd(step, size) > 1:
-            step += 1
-        for count in SUBSTITUTES:
-            several = range(count, min(2 * count, size))
-            yield [start + (position + n * step) % size for n in several]
+    Args:
+        num_samples: Integer.
+        seed: Integer.
+        block_size: Integer. Runs of this many neighbors stay together, for storage on
+            which small reads are slow. Runs are shuffled, and begin at different
+            samples in each epoch. 1 shuffles single samples.
+        sampling: Function of the epoch that returns an array of the sample numbers of
+            the epoch, with the mean length of these arrays as the attribute
+            `mean_length`; see `Sampling.of_index`. Defaults to `None`: each sample
+            once.
+        source: Integer. The number of the source. Several sources with the same seed
+            are shuffled differently.
+
+    Attributes:
+        mean_length: Number. The mean number of samples in an epoch.
+    """
+
+    def __init__(self, num_samples, seed, block_size=1, sampling=None, source=0):
+        self.num_samples = num_samples
+        self.block_size = block_size
+        self._seeds = seed, source
+        self._sampling = sampling
+        self.mean_length = getattr(sampling, "mean_length", num_samples)
+        # The position of the first sample of each epoch, for the known epochs.
+        self._starts = [0]
+        # The results of `_epoch` for the last two epochs.
+        self._known = {}
+
+    def __len__(self):
+        # grain treats this length as endless.
+        return 2**62
+
+    def __getitem__(self, position):
+        epoch, place = self.place(position)
+        chosen, length, seed, shift = self._epoch(epoch)
+        run, offset = divmod(place, self.block_size)
+        last = length // self.block_size - 1
+        # Samples after the last full run stay at the end of the epoch.
+        if run <= last:
+            run = grain.experimental.index_shuffle(run, last, seed, ROUNDS)
+            place = run * self.block_size + offset
+        number = (place + shift) % length
+        return self._seeds[1], int(number if chosen is None else chosen[number])
+
+    def length(self, epoch):
+        """Returns the number of samples in an epoch."""
+        return self._epoch(epoch)[1]
+
+    def digest(self):
+        """Returns a hash of the samples of the first epoch, or `None` for all."""
+        if self._sampling is None:
+            return None
+        chosen = self._epoch(0)[0].astype("<i8")
+        return hashlib.blake2b(chosen, digest_size=8).hexdigest()
+
+    def place(self, position):
+        """Returns the epoch of a position, and the position within the epoch."""
+        if self._sampling is None:
+            return divmod(position, self.num_samples)
+        starts = self._starts
+        with _drawing:
+            while starts[-1] <= position:
+                starts.append(starts[-1] + self.length(len(starts) - 1))
+        epoch = bisect.bisect_right(starts, position) - 1
+        return epoch, position - starts[epoch]
+
+    def _epoch(self, epoch):
+        """Returns the chosen numbers or None, the length, and the seed and shift."""
+        with _drawing:
+            if epoch in self._known:
+                return self._known[epoch]
+            chosen, length = None, self.num_samples
+            if self._sampling is not None:
+                chosen = self._sampling(epoch)
+                length = len(chosen)
+            sequence = np.random.SeedSequence([*self._seeds, epoch])
+            seed, shift = map(int, sequence.generate_state(2))
+            # By chance, an epoch may have no samples.
+            shift = shift % max(length, 1) if self.block_size > 1 else 0
+            self._known = dict([*self._known.items()][-1:])
+            self._known[epoch] = chosen, length, seed, shift
+            return self._known[epoch]
+
+
+class Mix(Order):
+    """Mixes several orders by weight.
+
+    Each source is repeated endlessly, in its own order. An epoch has as many samples
+    as all sources together.
+
+    Args:
+        orders: List of `Order`.
+        weights: List of floats, in any unit.
+    """
+
+    def __init__(self, orders, weights):
+        super().__init__(sum(order.num_samples for order in orders), seed=0)
+        sources = [grain.MapDataset.source(order) for order in orders]
+        self._mixed = grain.MapDataset.mix(sources, weights)
+
+    def __getitem__(self, position):
+        return self._mixed[position]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.data.formats.base import key_of
 from keras_cluster_mask.data.parts import hash_of
 
 
@@ -83,9 +84,13 @@ class Sampling:
         self._default = 0.0
         if isinstance(probability, Mapping):
             self._default = np.nan
-            self._copies = {_hash(key): number for key, number in probability.items()}
+            self._copies = {
+                hash_of(key_of(key)): number for key, number in probability.items()
+            }
         elif isinstance(probability, Iterable):
-            self._copies = collections.Counter(map(_hash, probability))
+            self._copies = collections.Counter(
+                hash_of(key_of(key)) for key in probability
+            )
         else:
             raise ValueError(
                 "`probability` must be a dictionary from keys to numbers, or keys: "
@@ -96,7 +101,7 @@ class Sampling:
     def of_index(self, index: Any) -> Callable[[int], np.ndarray]:
         """Returns a function that draws the samples of an `Index` for an epoch."""
 
-        def key_of(number):
+        def key_at(number):
             return next(iter(index.read([int(number)], with_images=False))).key
 
         hashes = index.key_hashes()
@@ -106,18 +111,27 @@ class Sampling:
             raise ValueError(
                 "`source` must have each key once, over all shards: `Sampling` knows "
                 "samples by their keys. Write the shards with longer keys. Received: "
-                f"the key {key_of(twice)!r} twice"
+                f"the key {key_at(twice)!r} twice"
             )
         copies = [self._copies.get(x, self._default) for x in hashes.tolist()]
-        copies = _checked(copies, key_of)
-        mean_length = float(copies.sum())
+        times = [float(x) if hasattr(x, "__float__") else np.nan for x in copies]
+        times = np.array(times, "float64")
+        wrong = np.flatnonzero(~(np.isfinite(times) & (times >= 0)))
+        if wrong.size:
+            raise ValueError(
+                "`probability` must have a finite number of at least 0 for each sample "
+                "of `source`, with 0 for samples that are never read. Received: none "
+                f"or an invalid one for {len(wrong)} of {len(copies)} samples, such as "
+                f"{copies[wrong[0]]} for the key {key_at(wrong[0])!r}"
+            )
+        mean_length = float(times.sum())
         if mean_length < 1:
             raise ValueError(
                 "`sampling` must choose at least one sample of `source` in an epoch: "
                 f"check its keys. Received: {mean_length:.3g} of {len(copies)} samples "
-                f"on average, which have keys such as {key_of(0)!r}"
+                f"on average, which have keys such as {key_at(0)!r}"
             )
-        draw = functools.partial(_draw, copies, self.seed)
+        draw = functools.partial(_draw, times, self.seed)
         draw.mean_length = mean_length
         return draw
 
@@ -127,23 +141,3 @@ def _draw(copies, seed, epoch):
     uniform = np.random.default_rng([seed, epoch]).random(len(copies))
     times = np.floor(copies + uniform).astype("int64")
     return np.repeat(np.arange(len(copies)), times)
-
-
-def _checked(copies, key_of):
-    """Checks the expected number of copies of each sample, and returns an array."""
-    values = [float(x) if hasattr(x, "__float__") else np.nan for x in copies]
-    values = np.array(values, "float64")
-    wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
-    if wrong.size:
-        raise ValueError(
-            "`probability` must have a finite number of at least 0 for each sample of "
-            "`source`, with 0 for samples that are never read. Received: none or an "
-            f"invalid one for {len(wrong)} of {len(copies)} samples, such as "
-            f"{copies[wrong[0]]} for the key {key_of(wrong[0])!r}"
-        )
-    return values
-
-
-def _hash(key):
-    is_bytes = isinstance(key, bytes)
-    return hash_of(key.decode("utf-8", "surrogateescape") if is_bytes else key)

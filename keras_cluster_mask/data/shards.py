@@ -1,7 +1,7 @@
 """Finds the shards that a source names, and the example images."""
 
 import contextlib
-import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import braceexpand
 
 from keras_cluster_mask.data import files
+from keras_cluster_mask.data.files import Threads
 from keras_cluster_mask.data.formats.folder import images_in
 from keras_cluster_mask.data.formats.table import TABLES
 from keras_cluster_mask.data.parts import hash_of
-from keras_cluster_mask.data.threads import Threads
 
 # The number of parallel requests for the size and date of files.
 REQUESTS = 16
@@ -115,9 +115,10 @@ def expand(pattern):
             # File systems keep the list. Web servers cannot list folders.
             with contextlib.suppress(OSError, NotImplementedError, ValueError):
                 system.ls(folder)
-    find, found = functools.partial(_matching, system), {}
-    with contextlib.closing(Threads(min(len(paths), REQUESTS))) as threads:
-        for name, matches in zip(names, threads.map(find, paths)):
+    found = {}
+    with Threads(min(len(paths), REQUESTS)) as threads:
+        results = threads.map(_matching, itertools.repeat(system), paths)
+        for name, matches in zip(names, results):
             if not matches:
                 raise FileNotFoundError(
                     f"`source` must name shards that exist. Received: {name}"

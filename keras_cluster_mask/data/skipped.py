@@ -39,7 +39,7 @@ class SkippedSamples:
         # Of the samples that turned out to be broken.
         self._examples = collections.defaultdict(list)
         self._read, self._broken = 0, set()
-        self._taken = self.count
+        self._taken = self._counts.total()
 
     @property
     def by_reason(self) -> dict[str, int]:

@@ -18,10 +18,9 @@ import cloudpickle
 import grain
 import numpy as np
 
-from keras_cluster_mask.data.captions import TEXTS
-from keras_cluster_mask.data.samples import FAULTS, UNUSED, Samples
+from keras_cluster_mask.data.files import Threads
+from keras_cluster_mask.data.samples import REPORT, TEXTS, Samples
 from keras_cluster_mask.data.skipped import SkippedSamples
-from keras_cluster_mask.data.threads import Threads
 
 # The limits of prefetching per process, in bytes and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
@@ -56,6 +55,9 @@ class ImageTextDataset(grain.IterDataset):
         waited: Float. The seconds for which the program has waited for batches.
     """
 
+    steps_per_epoch: int
+    """The number of full batches in a training epoch of mean length."""
+
     def __init__(self, samples: Samples):
         super().__init__()
         reading = samples.reading
@@ -70,9 +72,12 @@ class ImageTextDataset(grain.IterDataset):
         self.tokenizer = samples.captions.tokenizer
         self.process = reading.process
         labels = reading.fields.labels
-        self.class_names = labels.class_names if labels else []
+        self.class_names = list((labels and labels.numbers) or ())
         self.waited = 0.0
         self._samples, self._reading = samples, reading
+        if self.training:
+            length = int(reading.order.mean_length)
+            self.steps_per_epoch = max(length // self.batch_size, 1)
 
     @property
     def stream(self) -> Self:
@@ -88,11 +93,6 @@ class ImageTextDataset(grain.IterDataset):
             return -(-self.num_samples // self.batch_size)
         epoch, _ = self._reading.order.place(self.start * self.batch_size)
         return self._reading.order.length(epoch) // self.batch_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of full batches in a training epoch of mean length."""
-        return max(int(self._reading.order.mean_length) // self.batch_size, 1)
 
     @property
     def num_images(self) -> int | None:
@@ -164,8 +164,8 @@ class _Iterator(grain.DatasetIterator):
                 self._batch += 1
                 self._dataset.waited += time.perf_counter() - began
                 rows = len(batch["images"])
-                faults = batch.pop(FAULTS)
-                self._dataset.unused_captions += batch.pop(UNUSED)
+                faults, unused = batch.pop(REPORT)
+                self._dataset.unused_captions += unused
                 # In training, broken samples have been replaced.
                 left_out = 0 if self._dataset.training else len(faults)
                 self._skipped.report(faults, rows + left_out, self._total)
@@ -202,9 +202,8 @@ def _close(pid, stack):
 
 def _in_threads(samples, count, ahead, batches, stack):
     """Yields batches by their numbers, and begins the next ones in the background."""
-    rows, several, begun = Threads(count), Threads(ahead), collections.deque()
-    stack.callback(rows.close)
-    stack.callback(several.close)
+    rows, several = (stack.enter_context(Threads(n)) for n in (count, ahead))
+    begun = collections.deque()
     for batch in batches:
         begun.append(several.submit(samples.read, rows, batch))
         # A batch begins as soon as there are free threads, before the last one is done.

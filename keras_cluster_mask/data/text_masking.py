@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_cluster_mask.data import byte_pairs
-from keras_cluster_mask.data.byte_pairs import PIECE_PATTERN
-from keras_cluster_mask.data.tokenizers import CLIPTokenizer
+from keras_cluster_mask.data.tokenizers import (
+    PIECE_PATTERN,
+    CLIPTokenizer,
+    clean,
+    splitter,
+    words_of,
+)
 from keras_cluster_mask.data.tokenizing import PROBES, tokenize
 
 # The number of words whose tokens are counted only once.
@@ -85,7 +89,7 @@ class TextMasking:
         Returns:
             List of strings, in lower case.
         """
-        return byte_pairs.words_of(byte_pairs.clean(caption), PIECE_PATTERN)
+        return words_of(clean(caption), PIECE_PATTERN)
 
     def score(self, caption: LongCaption) -> Sequence[float]:
         """Computes the scores of the words of a caption that is too long.
@@ -240,9 +244,9 @@ class WordTokenizer:
 
     def __init__(self, tokenizer):
         self.tokenizer = self._counter = tokenizer
-        self._clean, self._sizes = byte_pairs.repair, {}
-        if isinstance(tokenizer, CLIPTokenizer):
-            self._clean = byte_pairs.clean
+        self._sizes = {}
+        self._is_clip = isinstance(tokenizer, CLIPTokenizer)
+        if self._is_clip:
             self._counter = tokenizer.with_context_length(MAX_TOKENS)
         long_text = [PROBES[-1] * MAX_TOKENS]
         self._num_tokens_left = int(_num_tokens(tokenizer, long_text)[0])
@@ -263,11 +267,11 @@ class WordTokenizer:
             generators: List of `np.random.Generator`, one for each caption.
         """
         captions = [*captions]
-        texts = [self._clean(caption) for caption in captions]
-        split = byte_pairs.splitter(PIECE_PATTERN).pre_tokenize_str
+        texts = [clean(caption, lower=self._is_clip) for caption in captions]
+        split = splitter(PIECE_PATTERN).pre_tokenize_str
         pieces = [split(text) for text in texts]
         words = [[word for word, _ in each] for each in pieces]
-        runs = [byte_pairs.words_of(text) for text in texts]
+        runs = [words_of(text) for text in texts]
         sizes = self._sizes = self._sizes if len(self._sizes) < MAX_WORDS else {}
         new = [*{word for each in words + runs for word in each} - sizes.keys()]
         counts = _num_tokens(self._counter, new)

@@ -1,22 +1,105 @@
-"""CLIP's tokenizer in Python."""
+"""CLIP's tokenizer in Python: cleaning, words, bytes and merges."""
 
+import functools
 import gzip
+import html
 import importlib.util
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Self
 
+import ftfy
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, processors
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from keras_cluster_mask.checks import check_integer
-from keras_cluster_mask.data import byte_pairs, files
-from keras_cluster_mask.data.byte_pairs import END, START, WORD_END
+from keras_cluster_mask.data import files
 
+# The characters that represent the 256 bytes, in the order of OpenAI's vocabulary:
+# printable Latin-1 characters represent themselves, and the rest start at U+0100.
+BYTE_CHARACTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+WORD_END = "</w>"
+START = "<start_of_text>"
+END = "<end_of_text>"
+# OpenAI's file lists more merges than CLIP uses: 49,408 ids minus bytes and specials.
+CLIP_MERGES = 49408 - 2 * 256 - 2
+# A word is the ending of a contraction, a run of letters, one digit, or a run of other
+# characters that are not white space. The reference implementation ignores case, which
+# also drops U+0345, an accent whose upper case is a letter.
+OTHERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
+WORD_PATTERN = r"\p{L}+|" + OTHERS
+# Scripts without spaces between words, and the mark of a long vowel in Japanese. A text
+# masking gets each character, with its accents, as a word.
+UNSPACED = (
+    r"\p{Han}\p{Hiragana}\p{Katakana}\x{30FC}\x{FF70}"
+    r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+)
+PIECE_PATTERN = rf"[{UNSPACED}]\p{{M}}*|[\p{{L}}&&[^{UNSPACED}]]+|{OTHERS}"
+# ASCII without "&" and without control characters other than white space.
+PLAIN = re.compile(r"[\t\n\r -%'-~]*")
 # The names of the special tokens in KerasHub, which accepts no others.
 KERAS_HUB = {START: "<|startoftext|>", END: "<|endoftext|>"}
+
+
+def as_text(text):
+    """Decodes a text that is bytes."""
+    return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+
+
+def clean(text, lower=True):
+    """Cleans a caption, string or bytes, as CLIP does, or without changing its case."""
+    text = as_text(text)
+    # Repair is slow, and plain ASCII without HTML entities does not need it.
+    if not PLAIN.fullmatch(text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = " ".join(text.split())
+    return text.lower() if lower else text
+
+
+def clean_all(captions):
+    """Cleans an iterable of captions lazily."""
+    if isinstance(captions, str | bytes):
+        raise ValueError(
+            "`captions` must be an iterable of captions, not a single caption. "
+            f"Received: captions={captions!r}"
+        )
+    return map(clean, captions)
+
+
+@functools.cache
+def splitter(pattern):
+    """Returns a pre-tokenizer from a text to words: special tokens, and a pattern's."""
+    pattern = tokenizers.Regex(f"(?i:{START}|{END})|{pattern}")
+    return pre_tokenizers.Split(pattern, "removed", invert=True)
+
+
+def words_of(text, pattern=WORD_PATTERN):
+    """Splits a clean caption into words, a list of strings."""
+    return [word for word, _ in splitter(pattern).pre_tokenize_str(text)]
+
+
+# Splits a clean caption into words in byte characters.
+WORDS = pre_tokenizers.Sequence(
+    [
+        splitter(WORD_PATTERN),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
+
+
+def clip_vocabulary(merges):
+    """Returns the tokens in OpenAI's order: bytes, final bytes, merges, start, end."""
+    return [
+        *BYTE_CHARACTERS,
+        *(character + WORD_END for character in BYTE_CHARACTERS),
+        *("".join(merge) for merge in merges),
+        START,
+        END,
+    ]
 
 
 class CLIPTokenizer:
@@ -78,8 +161,8 @@ class CLIPTokenizer:
             )
         self.start_token_id, self.end_token_id = ids[START], ids[END]
         model = models.BPE(ids, self._merges, end_of_word_suffix=WORD_END)
-        self._tokenizer = Tokenizer(model)
-        self._tokenizer.pre_tokenizer = byte_pairs.word_splitter()
+        self._tokenizer = tokenizers.Tokenizer(model)
+        self._tokenizer.pre_tokenizer = WORDS
         self._tokenizer.decoder = decoders.ByteLevel()
         self._tokenizer.add_special_tokens([START, END])
         # Adds the start and end tokens.
@@ -118,8 +201,11 @@ class CLIPTokenizer:
             if text.startswith("{"):
                 tokenizer = cls(**json.loads(text))
             else:
-                merges = byte_pairs.read_merges(text)
-                tokenizer = cls(byte_pairs.clip_vocabulary(merges), merges)
+                lines = text.split("\n")[1 : CLIP_MERGES + 1]
+                merges = [tuple(line.split()) for line in lines if line.strip()]
+                if not merges or any(len(merge) != 2 for merge in merges):
+                    raise ValueError("not a list of merges, with two tokens per line")
+                tokenizer = cls(clip_vocabulary(merges), merges)
         # The package tokenizers raises errors without a type of their own.
         except Exception as error:
             raise ValueError(
@@ -212,8 +298,20 @@ class CLIPTokenizer:
             A `CLIPTokenizer`.
         """
         check_integer("vocabulary_size", vocabulary_size, 514)
-        merges = byte_pairs.learn_merges(captions, vocabulary_size, min_frequency)
-        return cls(byte_pairs.clip_vocabulary(merges), merges, context_length)
+        learner = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
+        learner.pre_tokenizer = WORDS
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary_size - 2,
+            min_frequency=min_frequency,
+            # The trainer breaks ties by the ids of the letters. Unless the letters are
+            # special tokens, their ids depend on the order of a randomized hash table.
+            special_tokens=clip_vocabulary([])[:-2],
+            end_of_word_suffix=WORD_END,
+            show_progress=False,
+        )
+        learner.train_from_iterator(clean_all(captions), trainer)
+        merges = json.loads(learner.to_str())["model"]["merges"]
+        return cls(clip_vocabulary(merges), merges, context_length)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the tokenizer as JSON, for `from_file`.
@@ -223,7 +321,12 @@ class CLIPTokenizer:
                 under a temporary name and renamed when it is complete.
         """
         with files.replacing(path) as file:
-            file.write(json.dumps(self._config()).encode())
+            config = {
+                "vocabulary": self._vocabulary,
+                "merges": self._merges,
+                "context_length": self.context_length,
+            }
+            file.write(json.dumps(config).encode())
 
     def save_to_preset(self, preset_dir: str | os.PathLike) -> None:
         """Writes the tokenizer into the folder of a KerasHub CLIP preset.
@@ -236,8 +339,12 @@ class CLIPTokenizer:
         """
         tokens = [KERAS_HUB.get(token, token) for token in self._vocabulary]
         words = {token: index for index, token in enumerate(tokens)}
-        kind = {"module": "keras_hub.models", "class_name": "CLIPTokenizer"}
-        config = {**kind, "config": {}, "registered_name": "keras_hub>CLIPTokenizer"}
+        config = {
+            "module": "keras_hub.models",
+            "class_name": "CLIPTokenizer",
+            "config": {},
+            "registered_name": "keras_hub>CLIPTokenizer",
+        }
         for name, text in (
             ("assets/tokenizer/vocabulary.json", json.dumps(words)),
             ("assets/tokenizer/merges.txt", "\n".join(map(" ".join, self._merges))),
@@ -255,7 +362,7 @@ class CLIPTokenizer:
         Returns:
             A `CLIPTokenizer`.
         """
-        return type(self)(**{**self._config(), "context_length": context_length})
+        return type(self)(self._vocabulary, self._merges, context_length)
 
     def __call__(
         self, texts: str | bytes | Sequence[str | bytes] | np.ndarray
@@ -270,12 +377,12 @@ class CLIPTokenizer:
             the start token, the caption, the end token, and zeros.
         """
         texts = [texts] if isinstance(texts, str | bytes) else texts
-        texts = [byte_pairs.clean(text) for text in texts]
+        texts = [clean(text) for text in texts]
         # As in the reference implementation, a special token in a caption keeps its id
         # if it is a separate word.
         has_special = any(t in text for t in (START, END) for text in texts)
         if has_special:
-            texts = [*map(byte_pairs.words_of, texts)]
+            texts = [*map(words_of, texts)]
         rows = self._tokenizer.encode_batch_fast(texts, is_pretokenized=has_special)
         rows = np.array([row.ids for row in rows], "int32")
         return rows.reshape(-1, self.context_length)
@@ -297,13 +404,6 @@ class CLIPTokenizer:
         if self.end_token_id in ids:
             ids = ids[: ids.index(self.end_token_id)]
         return self._tokenizer.decode(ids).replace(WORD_END, " ").strip()
-
-    def _config(self):
-        return {
-            "vocabulary": self._vocabulary,
-            "merges": self._merges,
-            "context_length": self.context_length,
-        }
 
     def __repr__(self):
         return (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_cluster_mask.data import byte_pairs
+from keras_cluster_mask.data.tokenizers import as_text
 
 # Texts of different lengths, with different first and last words.
 PROBES = "dog", "two red boats on the sea", "a child reads a book under a tall tree"
@@ -63,8 +63,8 @@ def vocabulary_size_of(tokenizer):
         return len(tokenizer)
     if is_layer(tokenizer):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    names = "vocabulary_size", "vocab_size"
-    size = next((getattr(tokenizer, x) for x in names if hasattr(tokenizer, x)), None)
+    size = getattr(tokenizer, "vocab_size", None)
+    size = getattr(tokenizer, "vocabulary_size", size)
     return size() if callable(size) else size
 
 
@@ -84,11 +84,26 @@ def tokenize(tokenizer, captions, context_length=None):
     """
     if not captions:
         return np.zeros((0, getattr(tokenizer, "context_length", 0)), "int32")
-    texts = [byte_pairs.as_text(caption) for caption in captions]
+    texts = [as_text(caption) for caption in captions]
     if is_layer(tokenizer):
         token_ids = _apply_layer(tokenizer, texts)
     else:
-        token_ids = _call(tokenizer, texts, context_length)
+        libraries, options = _libraries(tokenizer), {}
+        length = context_length or length_of(tokenizer)
+        if "open_clip" in libraries and length:
+            options = {"context_length": length}
+        if "transformers" in libraries:
+            options = {"padding": "max_length", "truncation": True}
+            options["max_length"] = length
+            if length is None:
+                raise ValueError(
+                    "`tokenizer` must have the length of the model's texts: set its "
+                    "`model_max_length`. Received: "
+                    f"{type(tokenizer).__name__} with "
+                    f"model_max_length={tokenizer.model_max_length}"
+                )
+        with _calling:
+            token_ids = tokenizer(texts, **options)
     if isinstance(token_ids, Mapping):
         token_ids = token_ids["input_ids"]
     if not isinstance(token_ids, np.ndarray | list | tuple):
@@ -124,24 +139,6 @@ def probe(tokenizer, context_length=None, texts=PROBES):
     except Exception:
         # A broken tokenizer raises its error again on the captions.
         return None
-
-
-def _call(tokenizer, texts, context_length):
-    """Calls a tokenizer as its library does."""
-    libraries, options = _libraries(tokenizer), {}
-    length = context_length or length_of(tokenizer)
-    if "open_clip" in libraries and length:
-        options = {"context_length": length}
-    if "transformers" in libraries:
-        options = {"padding": "max_length", "truncation": True, "max_length": length}
-        if length is None:
-            raise ValueError(
-                "`tokenizer` must have the length of the model's texts: set its "
-                f"`model_max_length`. Received: {type(tokenizer).__name__} with "
-                f"model_max_length={tokenizer.model_max_length}"
-            )
-    with _calling:
-        return tokenizer(texts, **options)
 
 
 def _libraries(tokenizer):

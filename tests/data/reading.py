@@ -6,9 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import image_text_dataset
+from keras_cluster_mask.data import CLIPTokenizer, image_text_dataset
 from keras_cluster_mask.data.pairs import Pair
 from keras_cluster_mask.data.parts import hash_of
+
+# Of the captions that the fixture `write_pairs` writes.
+TOKENIZER = CLIPTokenizer.train([f"no {i}" for i in range(200)], 600, context_length=9)
 
 
 def take(dataset, count=None):

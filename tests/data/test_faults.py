@@ -12,7 +12,6 @@ import pytest
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats import parquet
 from keras_cluster_mask.data.pairs import SampleError
-from keras_cluster_mask.data.threads import Threads
 from tests.data.reading import batches, keys, make_dataset, take
 
 pytestmark = [
@@ -120,7 +119,10 @@ class Silence:
         self.now += seconds
         raise TimeoutError
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         pass
 
 
@@ -136,13 +138,14 @@ def test_storage_that_dies_in_training_ends_the_run_within_four_minutes(
     parquet._read_group.cache_clear()
     monkeypatch.setattr(files, "RETRY_AFTER", (0.1, 1.0, 5.0))
     monkeypatch.setattr(files, "time", silence)
+    threads = files.Threads(1)
     monkeypatch.setattr(files, "Threads", lambda _: silence)
     reason = "the storage has not answered within"
     with (
         pytest.warns(UserWarning, match=f"storage://{path}: {reason} 50") as told,
         pytest.raises(SampleError, match=rf"{reason} .*; 63 others"),
     ):
-        dataset._samples.read(Threads(1), 0)
+        dataset._samples.read(threads, 0)
     assert len(told) == 1
     assert 180 < silence.now <= 240
 
@@ -261,15 +264,6 @@ def test_a_sample_of_images_at_addresses_is_read_when_the_dataset_is_made(
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ImportError, match=r"s3fs.*Received: .*s3://set/0.png"):
         make(table("s3://set"))
-
-
-def test_an_image_with_an_unknown_protocol_is_a_skipped_sample(noise):
-    items = [{"image": image, "text": "t"} for image in (noise(0), "foo://x.png")]
-    dataset = make(items)
-    assert keys(dataset) == ["0"]
-    assert dataset.skipped.by_reason == {"the image file cannot be read": 1}
-    ((fault,),) = dataset.skipped.examples.values()
-    assert "foo://x.png" in fault.details
 
 
 def test_images_at_addresses_are_read_beside_their_table(encode, tmp_path, memory):

@@ -1,4 +1,5 @@
 import threading
+import time
 import zipfile
 
 import pytest
@@ -193,12 +194,6 @@ def test_an_error_that_stays_is_returned_for_its_range_alone(address, storage):
     assert isinstance(second, FileNotFoundError)
 
 
-def test_a_file_that_ends_early_is_not_read_again(address, storage):
-    (found,) = files.read_ranges([(address, 0, len(CONTENT) + 1)])
-    assert "ends before byte" in str(found)
-    assert len(storage.requests) == 1
-
-
 def test_a_range_beyond_the_end_is_requested_once(tmp_path, server):
     (tmp_path / "a").write_bytes(CONTENT)
     (found,) = files.read_ranges([(f"{server.url}/a", len(CONTENT), len(CONTENT) + 9)])
@@ -237,3 +232,33 @@ def test_any_storage_that_stalls_is_an_error(address, storage, short_wait, monke
     assert "the storage has not answered" in str(first)
     assert second == b"impor"
     released.set()
+
+
+# === Threads ===
+
+
+def test_closing_waits_for_a_call_in_progress():
+    begun, ended = threading.Event(), threading.Event()
+
+    def call():
+        begun.set()
+        time.sleep(0.2)
+        ended.set()
+
+    threads = files.Threads(2)
+    threads.submit(call)
+    begun.wait()
+    threads.shutdown()
+    assert ended.is_set()
+
+
+def test_closing_waits_a_second_at_most_for_calls_that_do_not_end():
+    release = threading.Event()
+    threads = files.Threads(8)
+    for _ in range(8):
+        threads.submit(release.wait)
+    closing = threading.Thread(target=threads.shutdown, daemon=True)
+    closing.start()
+    closing.join(4.0)
+    assert not closing.is_alive()
+    release.set()

@@ -298,15 +298,6 @@ def test_the_ratio_is_relative_to_the_requested_size():
     np.testing.assert_allclose(wide[3] / wide[2], 2 * square[3] / square[2], rtol=0.02)
 
 
-def test_random_crops_follow_their_generator(encode):
-    content = encode(smooth_image(40, 40))
-    options = {"size": (16, 16), "training": True}
-    for seed in range(40):
-        crop = cut(content, seed=seed, **options)
-        np.testing.assert_array_equal(crop, cut(content, seed=seed, **options))
-        assert (crop != cut(content, seed=seed + 1, **options)).any()
-
-
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("size", [(700, 500), (1400, 1000)])
 def test_reducing_a_jpeg_while_decoding_hardly_changes_a_pixel(

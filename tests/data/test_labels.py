@@ -1,19 +1,18 @@
 """Images with labels, with all their captions, and alone, as evaluation needs them."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import image_text_dataset
 from keras_cluster_mask.data.pairs import Labels
+from tests.data.reading import make_dataset
 
 pytestmark = pytest.mark.any_backend
 
 
-def make(source, tokenizer=None, **options):
-    options = {"format": "grain", **options}
-    return image_text_dataset(source, tokenizer, 8, 4, training=False, **options)
+make = functools.partial(make_dataset, tokenizer=None, batch_size=4, include_keys=False)
 
 
 @pytest.fixture
@@ -53,17 +52,21 @@ def test_labels_are_numbers_of_classes(labeled, options):
     assert [image[0, 0, 0] for b in dataset for image in b["images"]] == [*range(6)]
 
 
-def test_json_labels_that_are_not_whole_numbers(write_tar, encode):
-    image = encode(np.zeros((8, 8, 3), "uint8"))
-    # Python converts no number of five thousand digits.
-    labels = [b"1.0", b"true", b"1.5", b'"2"', b"null", b"9" * 5000]
-    files = [(f"{n}.json", b'{"label": %s}' % label) for n, label in enumerate(labels)]
-    files += [(f"{n}.png", image) for n in range(len(labels))]
-    shard = write_tar("odd.tar", sorted(files))
-    dataset = make(shard, label_key="json.label", max_skipped=1.0)
-    with pytest.warns(UserWarning, match="unknown label"):
-        assert values(dataset, "labels") == [1, 2]
-    assert dataset.skipped.by_reason == {"unknown label": 2, "no label": 2}
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        (b"1.0", (1, None)),
+        (b'"2"', (2, None)),
+        (b"true", (-1, "unknown label")),
+        (b"1.5", (-1, "unknown label")),
+        (b"null", (None, "no label")),
+        # Python converts no number of five thousand digits.
+        (b"9" * 5000, (None, "no label")),
+    ],
+)
+def test_json_labels_that_are_not_whole_numbers(label, expected):
+    sample = {"json": b'{"label": %s}' % label}
+    assert Labels("json.label").of(sample) == expected
 
 
 @pytest.mark.parametrize(

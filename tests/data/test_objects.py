@@ -99,21 +99,15 @@ def test_an_object_may_return_the_same_image_with_other_pixels(kind):
 
 
 @pytest.mark.parametrize("captions", [("one", "two"), ("one",)])
-def test_an_image_may_be_a_path_and_captions_an_array(captions, tmp_path):
+def test_an_image_may_be_a_path_a_key_bytes_and_others_arrays(captions, tmp_path):
     path = tmp_path / "1.png"
     Image.new("RGB", (4, 4)).save(path)
     # An array of one caption, as `numpy` makes it of a str, has no axis.
     found = {"image": path, "caption": np.array(captions).squeeze()}
-    (pair,) = open_all([found]).read(range(1))
+    found |= {"__key__": "é".encode(), "cls": np.array(7)}
+    (pair,) = open_index([found], PairReader(label_key="cls")).read(range(1))
     assert (pair.path, pair.captions) == (str(path), captions)
-
-
-def test_a_key_may_be_bytes_and_a_label_an_array():
-    found = {"__key__": "é".encode(), "image": np.zeros((4, 4), "uint8"), "text": "a"}
-    dataset = make_dataset([{**found, "cls": np.array(7)}], label_key="cls")
-    (batch,) = take(dataset)
-    assert keys(dataset) == ["é"]
-    assert batch["labels"].tolist() == [7]
+    assert (pair.key, pair.label) == ("é", 7)
 
 
 # === Arrays ===

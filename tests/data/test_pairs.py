@@ -50,3 +50,71 @@ def test_cells_that_name_no_file_are_no_images(tmp_path, image):
     pairs, faults = read(path)
     assert pairs == []
     assert sorted(faults) == [("1", "no image"), ("2", "no image")]
+
+
+# === Captions ===
+
+
+def captions_of(sample, caption_key=None):
+    return PairReader([], caption_key=caption_key).captions(sample)
+
+
+def test_of_several_fields_the_first_that_is_not_empty_is_used():
+    keys = ("caption", "txt", "json.alt")
+    sample = {"txt": b"text", "caption": b"caption", "json": b'{"alt": "json"}'}
+    assert captions_of(sample, keys) == (("caption",), None)
+    sample["caption"] = b" \n"
+    assert captions_of(sample, keys) == (("text",), None)
+    del sample["caption"]
+    assert captions_of(sample, keys) == (("text",), None)
+    del sample["txt"]
+    assert captions_of(sample, keys) == (("json",), None)
+    assert captions_of({**sample, "json": b'{"alt": ""}'}, keys) == (
+        (),
+        "empty caption",
+    )
+    assert captions_of({}, keys) == ((), "no caption")
+
+
+def test_entries_of_json_are_found_at_any_depth():
+    content = {"a": {"b": {"c": "deep"}}, "list": ["one", "", "two"], "n": 3}
+    sample = {"json": json.dumps(content).encode(), "x.json": b'{"a": "dots"}'}
+    assert captions_of(sample, "json.a.b.c") == (("deep",), None)
+    assert captions_of(sample, "json.list") == (("one", "two"), None)
+    # A field may have dots in its own name.
+    assert captions_of({"x.json": b"itself"}, "x.json") == (("itself",), None)
+    for missing in ("json.a.b.x", "json.a.b.c.d", "json.list.0", "json.x", "other.a"):
+        assert captions_of(sample, missing) == ((), "no caption")
+    # Only text is a caption.
+    for other in ("json.a", "json.n"):
+        assert captions_of(sample, other) == ((), "empty caption")
+    # In JSON lines, a field is an object already.
+    assert captions_of({"meta": content}, "meta.a.b.c") == (("deep",), None)
+
+
+def test_each_line_of_txt_is_a_caption_unless_json_or_the_key_says_otherwise():
+    sample = {"txt": b" one\r\n\ntwo \n", "json": b'{"caption": null}'}
+    assert captions_of(sample) == (("one", "two"), None)
+    for whole in ((sample, "txt"), ({**sample, "json": b'{"caption": "one"}'},)):
+        assert captions_of(*whole) == (("one\r\n\ntwo",), None)
+    # Only files of this name.
+    assert captions_of({"caption": "one\ntwo"}) == (("one\ntwo",), None)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"\xff", b"[" * 100_000, b'"text"', b"null", b"[1]"]
+)
+def test_json_that_cannot_be_read_holds_no_caption(content):
+    assert captions_of({"json": content}, "json.caption") == ((), "no caption")
+
+
+@pytest.mark.parametrize("value", [3, 0.5, True, {"a": "b"}, [1, None, [b"x"]], [], ""])
+def test_values_other_than_text_are_empty_captions(value):
+    assert captions_of({"txt": value}) == ((), "empty caption")
+
+
+def test_bytes_that_are_no_utf_8_are_replaced():
+    assert captions_of({"txt": b"caf\xe9 \xf0\x9f\x90\x88"}) == (
+        ("caf\N{REPLACEMENT CHARACTER} \N{CAT}",),
+        None,
+    )

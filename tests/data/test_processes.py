@@ -1,6 +1,7 @@
 """Worker processes: they make the same batches, and end with the program."""
 
 import contextlib
+import functools
 import glob
 import os
 import pathlib
@@ -13,8 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import image_text_dataset
-from tests.data.reading import assert_same, keys, lengths, take
+from tests.data.reading import assert_same, keys, make_dataset, take
 
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
@@ -36,11 +36,7 @@ def mixed(image, generator):
     return image + generator.integers(0, 50, dtype="uint8")
 
 
-def make(source, training=True, **options):
-    arguments = {"batch_size": 8, "seed": 3, "format": "grain", "include_keys": True}
-    arguments.update(include_captions=True, max_skipped=0.5)
-    arguments.update(options)
-    return image_text_dataset(source, lengths, 16, training=training, **arguments)
+make = functools.partial(make_dataset, training=True, include_captions=True, seed=3)
 
 
 @pytest.fixture
@@ -52,43 +48,24 @@ def source(write_pairs):
 # === The same batches ===
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_batches_do_not_depend_on_the_number_of_workers(source, training):
-    count = 23 if training else 8
-    expected = take(make(source, training, image_transform=mixed), count)
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 23),
+        ({"batch_size": 48, "block_size": 4, "process": (1, 2)}, 6),
+        ({"training": False}, 8),
+    ],
+)
+def test_batches_do_not_depend_on_the_number_of_workers(source, options, count):
+    expected = take(make(source, image_transform=mixed, **options), count)
     assert len(expected) == count
     for workers, start in ((1, 0), (2, 5)):
         transform = lambda *arguments: mixed(*arguments)  # noqa: E731
-        dataset = make(source, training, image_transform=transform, num_workers=workers)
+        changed = {"image_transform": transform, "num_workers": workers}
+        dataset = make(source, **changed, **options)
         dataset.start = start
-        batches = take(dataset, count - start if training else None)
+        batches = take(dataset, None if "training" in options else count - start)
         assert_same(batches, expected[start:])
-
-
-def test_workers_of_several_processes_read_each_sample_once_per_epoch(source):
-    parts = []
-    for process in ((0, 2), (1, 2)):
-        options = {"batch_size": 48, "block_size": 4, "process": process}
-        part = take(make(source, num_workers=2, **options), 2)
-        # Another program resumes without workers.
-        dataset = make(source, **options)
-        dataset.start = 2
-        part += take(dataset, 2)
-        parts.append([[key.decode() for key in batch["keys"]] for batch in part])
-    assert [len(part) for part in parts] == [4, 4]
-    stream = [key for batch in zip(*parts) for keys in batch for key in keys]
-    assert len(stream) == 4 * 48
-    for epoch in range(3):
-        read = stream[60 * epoch : 60 * epoch + 60]
-        assert sorted(read) == [f"{index:04}" for index in range(60)]
-
-
-def test_workers_feed_a_tensorflow_dataset(source):
-    pytest.importorskip("tensorflow")
-    expected = take(make(source), 20)
-    dataset = make(source, format="tf", num_workers=2)
-    dataset.stream.start = 7
-    assert_same(take(dataset, 13), expected[7:])
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")
@@ -99,7 +76,7 @@ def test_workers_read_an_object_and_count_its_broken_samples():
     ]
     for row in rows[3::10]:
         row["image"] = b"broken"
-    dataset = make(rows, False, num_workers=2)
+    dataset = make(rows, training=False, num_workers=2)
     assert keys(dataset) == [str(i) for i in range(40) if i % 10 != 3]
     assert dataset.skipped.by_reason == {"the image does not decode": 4}
 
@@ -129,16 +106,17 @@ def test_workers_use_the_settings_with_which_the_dataset_was_made(
 # === Errors ===
 
 
-def test_too_little_memory_in_a_worker_ends_the_run_with_shard_and_key(source):
-    dataset = make(source, image_transform=failing, num_workers=1)
-    with pytest.raises(Exception, match=r"'0005' of .*a\.tar.*MemoryError.*too little"):
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (failing, r"'0005' of .*a\.tar.*MemoryError.*too little"),
+        (ending, "`num_workers`.*exit code 3"),
+    ],
+)
+def test_a_worker_that_fails_or_ends_is_an_error(source, transform, message):
+    dataset = make(source, image_transform=transform, num_workers=1)
+    with pytest.raises(RuntimeError, match=message):
         take(dataset, 8)
-
-
-def test_a_worker_that_ends_is_an_error(source):
-    dataset = make(source, image_transform=ending, num_workers=1)
-    with pytest.raises(RuntimeError, match=r"`num_workers`.*exit code 3"):
-        take(dataset, 1)
 
 
 # === The end of a program ===

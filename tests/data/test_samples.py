@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from keras_cluster_mask.data.pairs import Pair
+from keras_cluster_mask.data.samples import Captions
 from tests.data.reading import column, make_dataset, pairs_of, take
 
 pytestmark = [
@@ -53,6 +55,13 @@ def test_training_draws_a_caption_in_each_epoch_and_evaluation_takes_the_first(s
     for _ in range(2):
         batches = take(make(several, include_captions=True))
         assert column(batches, "captions") == [b"%d one" % i for i in range(8)]
+
+
+def test_half_letters_are_not_changed():
+    pair = Pair(b"", ("{} \ud800",), "1", "x")
+    captions = Captions(None, False, include_captions=True)
+    batch = captions.batch([pair], [None], [0])
+    assert batch["captions"].tolist() == [b"{} \xed\xa0\x80"]
 
 
 @pytest.mark.parametrize("training", [True, False])

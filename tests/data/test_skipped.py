@@ -57,29 +57,24 @@ def test_each_pass_has_a_share_of_its_own():
     skipped = SkippedSamples(max_share=0.1)
     with pytest.warns(UserWarning, match="'0'"):
         skipped.report([fault("0"), fault("1")], 10, 20)
-    skipped.report([], 10, 20)
-    skipped.report([fault("2")], 10, 20)
-    skipped.report([fault("3")], 10, 20)
-    skipped.report([], 10, 20)
+    for broken in ("", "2", "3", ""):
+        skipped.report([*map(fault, broken)], 10, 20)
     with pytest.raises(ValueError, match=r"'4' .*10 % .*0\.1, 3 broken of 20 "):
         skipped.report([fault("4"), fault("5"), fault("6")], 10, 20)
 
 
-def test_a_sample_that_a_round_of_batches_reads_twice_counts_once():
-    skipped = SkippedSamples(max_share=0.1)
-    with pytest.warns(UserWarning, match="'0'"):
-        skipped.report([fault("0"), fault("1")], 12, 20)
-    skipped.report([fault("0")], 12, 20)
-    assert skipped.count == 3
-
-
-def test_samples_that_take_the_places_of_broken_ones_count_as_read():
-    # A pass over 7 samples, of which most could not be read, reads others besides.
-    skipped = SkippedSamples(max_share=1.0)
-    with pytest.warns(UserWarning, match="'0'"):
-        skipped.report([fault(str(number)) for number in range(5)], 6, 7)
-    skipped.report([fault(str(number)) for number in range(5, 8)], 3, 7)
-    assert skipped.count == 8
+# A round of batches reads a sample twice. If most samples of a pass are lost, the pass
+# reads others besides.
+@pytest.mark.filterwarnings("ignore:A sample is broken")
+@pytest.mark.parametrize(
+    ("share", "total", "reports"),
+    [(0.1, 20, [("01", 12), ("0", 12)]), (1.0, 7, [("01234", 6), ("567", 3)])],
+)
+def test_samples_that_are_read_twice_or_besides_are_not_too_many(share, total, reports):
+    skipped = SkippedSamples(max_share=share)
+    for broken, read in reports:
+        skipped.report([*map(fault, broken)], read, total)
+    assert skipped.count == sum(len(broken) for broken, _ in reports)
 
 
 # === Of a dataset ===

@@ -1,5 +1,6 @@
 """Batches as a stream: its length, its start, and what it reads."""
 
+import functools
 import multiprocessing
 import os
 import threading
@@ -9,29 +10,25 @@ import grain
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import (
-    CLIPTokenizer,
-    ImageTextDataset,
-    files,
-    image_text_dataset,
-    samples,
-    stream,
+from keras_cluster_mask.data import ImageTextDataset, files, samples, stream
+from tests.data.reading import (
+    TOKENIZER,
+    Counted,
+    assert_same,
+    column,
+    make_dataset,
+    pairs_of,
+    take,
 )
-from tests.data.reading import Counted, assert_same, column, pairs_of, take
 
 pytestmark = [
     pytest.mark.any_backend,
     pytest.mark.filterwarnings("ignore:.*skipped"),
 ]
 
-TOKENIZER = CLIPTokenizer.train([f"no {i}" for i in range(200)], 600, context_length=9)
-
-
-def make(source, training, **options):
-    arguments = {"batch_size": 8, "include_keys": True, "include_captions": True}
-    arguments.update(seed=3, format="grain", max_skipped=0.5)
-    arguments.update(options)
-    return image_text_dataset(source, TOKENIZER, 16, training=training, **arguments)
+make = functools.partial(
+    make_dataset, tokenizer=TOKENIZER, include_captions=True, seed=3
+)
 
 
 def keys(batches):
@@ -132,7 +129,8 @@ def test_an_iterator_gives_its_state_back(shards):
 
 @pytest.mark.usefixtures("data_format")
 def test_batches_are_as_their_spec_says(shards):
-    dataset = make(shards, True, label_key="txt", class_names=names())
+    names = [f"no {index}" for index in range(200)]
+    dataset = make(shards, True, label_key="txt", class_names=names)
     spec = dataset.element_spec
     assert sorted(spec) == ["captions", "images", "keys", "labels", "token_ids"]
     for batch in take(dataset, 5):
@@ -140,10 +138,6 @@ def test_batches_are_as_their_spec_says(shards):
         for name, (shape, dtype) in spec.items():
             assert batch[name].shape == shape
             assert batch[name].dtype == ("object" if dtype == "string" else dtype)
-
-
-def names():
-    return [f"no {index}" for index in range(200)]
 
 
 def test_the_description_tells_other_data_and_other_orders(shards):

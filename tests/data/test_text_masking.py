@@ -1,5 +1,6 @@
 """Text maskings against their references, and in `image_text_dataset`."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -12,10 +13,9 @@ from keras_cluster_mask.data import (
     RandomTextMasking,
     Sampling,
     TextMasking,
-    image_text_dataset,
 )
 from keras_cluster_mask.data.text_masking import check_text_masking
-from tests.data.reading import take
+from tests.data.reading import make_dataset, take
 
 pytestmark = pytest.mark.any_backend
 
@@ -308,12 +308,13 @@ def shard(write_tar, noise):
     return write_tar("texts.tar", members)
 
 
-def make(source, training=True, **options):
-    arguments = {"tokenizer": TOKENIZERS[10], "text_masking": RandomTextMasking()}
-    arguments |= {"format": "grain", "include_captions": True, "include_keys": True}
-    return image_text_dataset(
-        source, image_size=16, batch_size=8, training=training, **arguments | options
-    )
+make = functools.partial(
+    make_dataset,
+    training=True,
+    tokenizer=TOKENIZERS[10],
+    text_masking=RandomTextMasking(),
+    include_captions=True,
+)
 
 
 @pytest.mark.parametrize("name", MASKINGS)

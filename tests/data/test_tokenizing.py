@@ -1,12 +1,17 @@
+import functools
+
 import keras
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import CLIPTokenizer, image_text_dataset
-from keras_cluster_mask.data.tokenizing import tokenize
-from tests.data.reading import keras_hub_tokenizer, lengths, take
-
-TOKENIZER = CLIPTokenizer.train([f"no {i}" for i in range(200)], 600, context_length=9)
+from keras_cluster_mask.data.tokenizing import length_of, tokenize, vocabulary_size_of
+from tests.data.reading import (
+    TOKENIZER,
+    keras_hub_tokenizer,
+    lengths,
+    make_dataset,
+    take,
+)
 
 
 @pytest.fixture
@@ -14,10 +19,7 @@ def shard(write_pairs):
     return write_pairs("a.tar", 0, 20)
 
 
-def make(source, tokenizer, **options):
-    arguments = {"training": False, "format": "grain", "include_captions": True}
-    arguments.update(options)
-    return image_text_dataset(source, tokenizer, 16, 8, **arguments)
+make = functools.partial(make_dataset, include_captions=True, include_keys=False)
 
 
 def first(dataset):
@@ -29,13 +31,16 @@ def first(dataset):
 def test_any_callable_tokenizes_str(write_tar, noise, format):
     files = [("a.png", noise(0)), ("a.txt", "é no".encode()), ("b.png", noise(1))]
     shard = write_tar("a.tar", [*files, ("b.txt", b"a\xff")])
-    batch = first(make(shard, lengths, format=format))
+    batch = first(make(shard, tokenizer=lengths, format=format))
     np.testing.assert_array_equal(batch["token_ids"], [[4], [2]])
     assert batch["token_ids"].dtype == "int32"
 
 
 def test_a_tokenizer_may_return_tensors(shard):
-    batch = first(make(shard, lambda texts: keras.ops.ones((len(texts), 3), "int32")))
+    def tokenizer(texts):
+        return keras.ops.ones((len(texts), 3), "int32")
+
+    batch = first(make(shard, tokenizer=tokenizer))
     np.testing.assert_array_equal(batch["token_ids"], np.ones((8, 3)))
 
 
@@ -51,14 +56,14 @@ def test_a_tokenizer_may_return_tensors(shard):
 )
 def test_a_tokenizer_that_returns_no_rows_is_an_error(shard, tokenizer):
     with pytest.raises(Exception, match=r"`tokenizer`.*Received: "):
-        first(make(shard, tokenizer))
+        first(make(shard, tokenizer=tokenizer))
 
 
 @pytest.mark.any_backend
 def test_without_a_tokenizer_captions_are_not_needed(write_tar, noise, shard):
     images = write_tar("images.tar", [(f"{i}.png", noise(i)) for i in range(8)])
-    assert [*first(make(images, None, include_captions=False))] == ["images"]
-    assert [*first(make(shard, None))] == ["images", "captions"]
+    assert [*first(make(images, tokenizer=None, include_captions=False))] == ["images"]
+    assert [*first(make(shard, tokenizer=None))] == ["images", "captions"]
 
 
 @pytest.fixture
@@ -74,7 +79,7 @@ def layer():
 @pytest.mark.parametrize("training", [True, False])
 def test_a_keras_layer_can_tokenize(shard, layer, format, training):
     options = {"training": training, "format": format, "include_captions": False}
-    dataset = make(shard, layer, include_keys=True, **options)
+    dataset = make(shard, tokenizer=layer, include_keys=True, **options)
     names = {"images", "token_ids", "keys"}
     assert {*dataset.element_spec} == names
     batch = first(dataset)
@@ -90,10 +95,10 @@ def test_a_keras_hub_preprocessor_gives_the_ids_of_a_clip_tokenizer(shard, tmp_p
     keras_hub = pytest.importorskip("keras_hub")
     tokenizer = keras_hub_tokenizer(TOKENIZER, tmp_path)
     preprocessor = keras_hub.models.CLIPPreprocessor(tokenizer, sequence_length=9)
-    batch = first(make(shard, preprocessor))
+    batch = first(make(shard, tokenizer=preprocessor))
     np.testing.assert_array_equal(batch["token_ids"], TOKENIZER(batch["captions"]))
     with pytest.raises(ValueError, match=r"`tokenizer`.*Received: "):
-        make(shard, tokenizer)
+        make(shard, tokenizer=tokenizer)
 
 
 # === Tokenizers of other libraries ===
@@ -129,8 +134,9 @@ def hugging_face():
 def test_tokenizers_of_hugging_face_pad_and_truncate(hugging_face):
     tokenizer, ids = hugging_face(model_max_length=7)
     found = tokenize(tokenizer, [text.encode() for text in TEXTS])
-    assert found.shape == (3, 7)
+    assert found.shape == (3, length_of(tokenizer)) == (3, 7)
     assert found.dtype == "int32"
+    assert vocabulary_size_of(tokenizer) == len(ids)
     words = ["[CLS]", "a", "photo", "of", "a", "cat", "[SEP]"]
     assert found[0].tolist() == [ids[word] for word in words]
     words = ["[CLS]", "café", "&amp;", "bar", "[SEP]", "[PAD]", "[PAD]"]
@@ -158,30 +164,16 @@ def test_a_processor_of_hugging_face_is_not_a_tokenizer(shard, hugging_face):
         transformers.CLIPImageProcessor(), hugging_face()[0]
     )
     with pytest.raises(ValueError, match=r"`processor.tokenizer`.*Received: CLIPProc"):
-        make(shard, processor)
+        make(shard, tokenizer=processor)
 
 
 @pytest.mark.any_backend
 def test_tokenizers_of_open_clip_are_taken_as_they_are():
     open_clip = pytest.importorskip("open_clip")
+    assert length_of(open_clip.get_tokenizer("ViT-B-32")) == 77
     for tokenizer in (open_clip.get_tokenizer("ViT-B-32"), open_clip.tokenize):
         expected = tokenizer(TEXTS).numpy()
         found = tokenize(tokenizer, [text.encode() for text in TEXTS])
         np.testing.assert_array_equal(found, expected)
         found = tokenize(tokenizer, TEXTS, context_length=5)
         np.testing.assert_array_equal(found, tokenizer(TEXTS, 5).numpy())
-
-
-@pytest.mark.any_backend
-def test_a_dataset_takes_tokenizers_of_other_libraries(shard, hugging_face):
-    open_clip = pytest.importorskip("open_clip")
-    for tokenizer, length in (
-        (open_clip.get_tokenizer("ViT-B-32"), 77),
-        (hugging_face(model_max_length=7)[0], 7),
-    ):
-        dataset = make(shard, tokenizer)
-        batch = first(dataset)
-        assert batch["token_ids"].shape == (8, length)
-        assert dataset.element_spec["token_ids"].shape[1] == length
-        expected = tokenize(tokenizer, list(batch["captions"]))
-        np.testing.assert_array_equal(batch["token_ids"], expected)

@@ -16,8 +16,8 @@ UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 class Entry(typing.NamedTuple):
     """A sample of a shard: its key, its position, and the fields that it has.
 
-    `Format.scan` finds the entries of a shard. An index keeps less of each entry, and
-    returns entries with hashes and names in place of keys and contents.
+    `Format.scan` finds the entries of a shard. An index returns entries with hashes in
+    place of keys and fields.
 
     Attributes:
         key: String. The key of the sample. From an index: integer, the hash of the key.
@@ -27,7 +27,7 @@ class Entry(typing.NamedTuple):
             of the row within its row group.
         fields: Dictionary from the name of each field that is not empty to the content
             or the size of the field. The entries of a JSON field are named, too, such
-            as `"json.caption"`, with the value `None`. From an index: the names alone.
+            as `"json.caption"`, with the value `None`. From an index: empty.
         fault: String. The reason why the sample is broken. `None` if the sample is
             intact.
         content: Bytes. The sample itself, if its format has `in_index`, such as a
@@ -39,7 +39,7 @@ class Entry(typing.NamedTuple):
     key: str | int
     offset: int
     size: int
-    fields: typing.Collection
+    fields: typing.Collection = ()
     fault: str | None = None
     content: bytes | None = None
     checksum: int | None = None

@@ -94,18 +94,13 @@ def _samples(archive, length):
             sample.fields[field] = member.size
         if field == "json":
             archive.fileobj.seek(member.offset_data)
-            content = archive.fileobj.read(member.size)
-            sample.fields.update(dict.fromkeys(_entries(content)))
+            entries = json_object(archive.fileobj.read(member.size)) or {}
+            names = [f"json.{name}" for name in entries if not is_empty(entries[name])]
+            # With more names, nearly every sample might need its own layout.
+            if len(names) <= MAX_ENTRIES:
+                sample.fields.update(dict.fromkeys([entries_of("json"), *names]))
     if sample is not None:
         yield sample
-
-
-def _entries(content):
-    """Returns the names of the entries of `KEY.json` that are not empty."""
-    entries = json_object(content) or {}
-    names = [f"json.{name}" for name in entries if not is_empty(entries[name])]
-    # With more names, nearly every sample might need its own layout in the index.
-    return [entries_of("json"), *names] if len(names) <= MAX_ENTRIES else []
 
 
 class _Header(tarfile.TarInfo):
