@@ -1,15 +1,20 @@
-"""Which functions of the package one training step enters, by file.
+"""Which functions of the package a user enters, by file.
 
     KERAS_BACKEND=torch python benchmarks/trace_step.py
 
-A step that few files explain can be read and debugged. The second step of a small CLIP
-with random masking on one device is traced, on torch, which runs a step eagerly.
-Comprehensions and lambdas are not counted.
+What few files explain can be read and debugged. Three ways through the package are
+traced, each with a small CLIP and random masking on one device: `from_backbone`; `fit`
+on an `image_text_dataset` of a table, from its call until the first step begins, with
+the threads that read; and a step. Torch runs a step eagerly. Comprehensions are not
+counted.
 """
 
 import collections
+import contextlib
 import os
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -17,73 +22,100 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 import keras
 import numpy as np
 import reporting
+from PIL import Image
 
 import keras_cluster_mask as kcm
 
 FOLDER = Path(kcm.__file__).parent
+CAPTIONS = [f"a photo of thing {index}" for index in range(12)]
 
 
 def main(arguments=None):
     parser = reporting.parser(__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"))
     options = parser.parse_args(arguments)
-    calls = trace_step()
-    by_file = collections.defaultdict(list)
-    for (file, function), count in sorted(calls.items()):
-        by_file[file].append(function if count == 1 else f"{function} ({count} times)")
-    rows = [
-        {"file": file, "functions": len(names), "names": ", ".join(names)}
-        for file, names in by_file.items()
-    ]
-    title = (
-        f"A training step enters {len(by_file)} files and {len(calls)} functions, in "
-        f"{sum(calls.values())} calls"
-    )
-    reporting.publish(options.results / "trace_step.json", title, rows)
-
-
-def trace_step():
-    """Counts the calls of each function in the second step of a `fit`.
-
-    Returns:
-        A `Counter` by `(file, name)` of the function.
-    """
     if keras.backend.backend() != "torch":
         raise SystemExit(
             "Steps are traced on torch, which runs them eagerly: set "
             f"KERAS_BACKEND=torch. Received: {keras.backend.backend()}"
         )
-    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    rows, titles = [], []
+    for name, calls in trace().items():
+        by_file = collections.defaultdict(list)
+        for (file, function, _), count in sorted(calls.items()):
+            by_file[file].append(function if count == 1 else f"{function} ({count})")
+        titles.append(f"{name} {len(by_file)} files and {len(calls)} functions")
+        rows += [
+            {"way": name, "file": file, "functions": len(found), "names": found}
+            for file, found in by_file.items()
+        ]
+    title = f"Files and functions that are entered: {'; '.join(titles)}"
+    rows = [{**row, "names": ", ".join(row["names"])} for row in rows]
+    reporting.publish(options.results / "trace_step.json", title, rows)
+
+
+def trace():
+    """Counts the calls of each function in each way through the package.
+
+    Returns:
+        A dictionary of `Counter`s by `(file, name, line)` of the function.
+    """
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=600)
     masking = kcm.RandomMasking(0.5)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
+    with counted() as making:
+        model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     model.compile(keras.optimizers.AdamW(1e-3))
-    rng = np.random.default_rng(0)
-    pairs = {
-        "images": rng.integers(0, 256, (12, 32, 32, 3)).astype("uint8"),
-        "token_ids": rng.integers(1, 100, (12, 12)).astype("int32"),
-    }
-    calls, train_step, steps = collections.Counter(), model.train_step, []
+    train_step, steps = model.train_step, []
+
+    def traced(*data):
+        sys.setprofile(None)
+        steps.append(collections.Counter())
+        with counted(steps[-1]):
+            return train_step(*data)
+
+    model.train_step = traced
+    with tempfile.TemporaryDirectory() as folder:
+        data = dataset(Path(folder))
+        with counted() as starting:
+            model.fit(data, steps_per_epoch=2, verbose=0)
+    return {"from_backbone": making, "fit": starting, "step": steps[1]}
+
+
+@contextlib.contextmanager
+def counted(calls=None):
+    """Counts calls, also those in threads that start within, until a profile ends."""
+    calls = collections.Counter() if calls is None else calls
 
     def profile(frame, event, argument):
         code = frame.f_code
-        is_ours = Path(code.co_filename).is_relative_to(FOLDER)
-        if event == "call" and is_ours and not code.co_name.startswith("<"):
-            file = Path(code.co_filename).relative_to(FOLDER)
-            calls[str(file), code.co_qualname] += 1
+        is_function = not code.co_name.startswith("<") or code.co_name == "<lambda>"
+        path = Path(code.co_filename)
+        if event == "call" and is_function and path.is_relative_to(FOLDER):
+            file = str(path.relative_to(FOLDER))
+            calls[file, code.co_qualname, code.co_firstlineno] += 1
 
-    def traced(*data):
-        steps.append(data)
-        if len(steps) != 2:
-            return train_step(*data)
-        sys.setprofile(profile)
-        try:
-            return train_step(*data)
-        finally:
-            sys.setprofile(None)
+    threading.setprofile(profile)
+    sys.setprofile(profile)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
 
-    model.train_step = traced
-    model.fit(pairs, batch_size=4, verbose=0)
-    return calls
+
+def dataset(folder):
+    """A table of images, as a dataset for training."""
+    rng = np.random.default_rng(0)
+    lines = ["image,caption"]
+    for index, caption in enumerate(CAPTIONS):
+        pixels = rng.integers(0, 256, (40, 40, 3)).astype("uint8")
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        lines.append(f"{index}.png,{caption}")
+    (folder / "pairs.csv").write_text("\n".join(lines))
+    tokenizer = kcm.data.CLIPTokenizer.train(CAPTIONS, 600)
+    return kcm.data.image_text_dataset(
+        folder / "pairs.csv", tokenizer, image_size=32, batch_size=4, training=True
+    )
 
 
 if __name__ == "__main__":

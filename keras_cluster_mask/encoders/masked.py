@@ -18,8 +18,13 @@ from keras_cluster_mask.encoders.surgery import (
     split_at,
 )
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.selection import PutMask, keep_patches, split_tokens
-from keras_cluster_mask.masking.step_noise import StepNoise, noise_of_model
+from keras_cluster_mask.masking.selection import (
+    PutMask,
+    StepNoise,
+    keep_patches,
+    noise_of_model,
+    split_tokens,
+)
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.types import Tensor
 

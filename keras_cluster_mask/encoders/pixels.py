@@ -1,15 +1,12 @@
-"""Normalization of pixels, and checks of means and deviations."""
+"""Checks of means and deviations of pixels."""
 
 import warnings
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import tree
 
-from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.encoders.surgery import image_shape_of
-from keras_cluster_mask.masking.patch_grid import is_channels_first
-from keras_cluster_mask.training.input_rules import is_float
 from keras_cluster_mask.training.layers import all_layers
 
 
@@ -57,38 +54,3 @@ def pixel_range(mean, std):
         return None
     mean, std = np.array(mean), np.array(std)
     return float(np.min(-mean / std)), float(np.max((1.0 - mean) / std))
-
-
-def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
-    """Scales and normalizes uint8 images, and returns float images unchanged.
-
-    This runs on the device, in the compiled step, because uint8 takes a quarter of the
-    memory and of the transfer of float32.
-
-    Args:
-        images: `(batch, H, W, C)` tensor, or channels first.
-        mean: Three floats, one per channel. Their average is used if there are not
-            three channels. `None` returns all images unchanged.
-        std: Three floats, one per channel, averaged like `mean`.
-        data_format: `"channels_last"` or `"channels_first"`. Defaults to
-            `keras.config.image_data_format()`.
-
-    Returns:
-        A float32 tensor for uint8 images; any other tensor unchanged.
-
-    Raises:
-        ValueError: For integers other than uint8, whose range is not known.
-    """
-    images = ops.convert_to_tensor(images)
-    dtype = keras.backend.standardize_dtype(images.dtype)
-    # `is_float` raises an error for other integers.
-    if mean is None or (dtype != "uint8" and is_float(images)):
-        return images
-    axis, shape = (1, (-1, 1, 1)) if is_channels_first(data_format) else (-1, -1)
-    if images.shape[axis] != 3:
-        mean, std = [sum(mean) / 3], [sum(std) / 3]
-    # Tensors of Python numbers: torch compiles and exports no NumPy arrays.
-    mean, std = (
-        ops.reshape(ops.convert_to_tensor(x, "float32"), shape) for x in (mean, std)
-    )
-    return (ops.cast(images, "float32") / 255.0 - mean) / std

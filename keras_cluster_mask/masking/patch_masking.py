@@ -17,9 +17,9 @@ from keras_cluster_mask.masking.selection import (
     best_patches,
     keep_patches,
     noise_by_view,
+    noise_of_model,
     split_tokens,
 )
-from keras_cluster_mask.masking.step_noise import noise_of_model
 from keras_cluster_mask.types import Tensor
 
 

@@ -1,6 +1,13 @@
-"""Selects the patches that are kept, by the noise of a step and a strategy's scores."""
+"""Selects the patches that are kept, by the noise of a step and a strategy's scores.
 
+A model passes the noise of a step to a `MaskedEncoder`. To the maskings inside of any
+other encoder it is given by a context, because the layers between the model and a
+masking forward only arguments that they know.
+"""
+
+import contextlib
 import math
+import threading
 
 import keras
 import numpy as np
@@ -8,10 +15,67 @@ from keras import ops
 
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.distribution.replicas import take_rows
-from keras_cluster_mask.masking.step_noise import StepNoise, noise_of_model, step_of
 
 # More tokens before the patches than any usual model has: a class token and registers.
 MAX_PREFIX = 8
+# Thread-local, because TensorFlow traces the step of each replica in its own thread.
+_context = threading.local()
+
+
+class StepNoise:
+    """Draws the noise of a step, for some rows of the whole batch.
+
+    A masking gets its rows of the noise of the whole batch, so a mask does not depend
+    on the number of devices or micro-batches.
+
+    Args:
+        size: Integer, the number of images in the whole batch.
+        views: Integer, the number of masks of each image.
+        take: Function from a `(size, ...)` tensor to the rows that are seen. `None`
+            takes all.
+    """
+
+    def __init__(self, size, views=1, take=None):
+        self.size = size
+        self.views = views
+        self.take = take
+
+    def draw(self, masking, num_patches):
+        """Draws the noise of a masking, a list of `(rows, N)` tensors, one per view."""
+        # `draw`, which a strategy may override, treats each view as an image.
+        noise = masking.draw(self.size * self.views, num_patches)
+        noise = ops.reshape(noise, (-1, self.views, num_patches))
+        return ops.unstack(noise if self.take is None else self.take(noise), axis=1)
+
+    @contextlib.contextmanager
+    def given(self):
+        """A context in which maskings mask with this noise."""
+        before = noise_of_model()
+        _context.noise = self
+        try:
+            yield
+        finally:
+            _context.noise = before
+
+
+@contextlib.contextmanager
+def step_of(maskings, size, views=1, take=None):
+    """A context of one training step of maskings, at whose end their state advances.
+
+    Args:
+        maskings: List of `PatchMasking` layers.
+        size: See `StepNoise`, like the next arguments.
+        views: Integer.
+        take: Function or `None`.
+    """
+    yield StepNoise(size, views, take)
+    for masking in maskings:
+        masking.advance()
+
+
+def noise_of_model():
+    """Returns the `StepNoise` of the model whose step is running, or `None`."""
+    return getattr(_context, "noise", None)
 
 
 def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, int]:

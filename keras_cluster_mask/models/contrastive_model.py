@@ -21,7 +21,7 @@ from keras_cluster_mask.encoders.towers import ImageTower, TextTower, encode
 from keras_cluster_mask.losses import batch_loss, caption_labels, row_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_masking import join
-from keras_cluster_mask.masking.step_noise import StepNoise, step_of
+from keras_cluster_mask.masking.selection import StepNoise, step_of
 from keras_cluster_mask.models.backbones import parts_of_backbone
 from keras_cluster_mask.models.head import ContrastiveHead, as_head
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
@@ -43,11 +43,13 @@ FIXED = (
     "backbone",
     "head",
     "image_encoder",
+    "image_tower",
     "masking",
     "maskings",
     "pixel_mean",
     "pixel_std",
     "text_encoder",
+    "text_tower",
 )
 
 
@@ -202,7 +204,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         self.views = views
         self.tokenizer_fingerprint = tokenizer_fingerprint
         for masking in self.maskings:
-            join(masking, self.image_tower.prepare)
+            join(masking, self._towers.image.prepare)
         # Everything is built, unless an encoder learns its width when it is called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
         self._is_made = True
@@ -378,7 +380,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         return self._embed_texts(given, training)
 
     def _embed_images(self, images, training=False, noise=None):
-        tower = self.image_tower
+        tower = self._towers.image
         encoder = tower.encoder if noise is None else self.image_encoder
         features = encode(encoder, tower.prepare(images), training, noise)
         embeddings = tower.project(features, training)
@@ -388,13 +390,14 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         return ops.reshape(embeddings, shape)
 
     def _embed_texts(self, inputs, training=False):
-        tower = self.text_tower
+        tower = self._towers.text
         features = encode(tower.encoder, tower.prepare(inputs), training)
         return tower.project(features, training)
 
     def _embed(self, inputs, training=False, noise=None):
         """Embeds a batch, or a micro-batch, of images and texts."""
-        texts = {k: inputs[k] for k in self.text_tower.input_names if k in inputs}
+        names = self._towers.text.input_names
+        texts = {name: inputs[name] for name in names if name in inputs}
         return {
             "image_embeddings": self._embed_images(inputs["images"], training, noise),
             "text_embeddings": self._embed_texts(texts, training),
@@ -418,15 +421,16 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         if not training:
             return self._embed(inputs)
         # A replica's rows get the same masks as in the global batch.
-        size = ops.shape(inputs["images"])[0] * replicas.num_replicas()
-        with step_of(self.maskings, size, self.views) as noise:
+        count = replicas.num_replicas()
+        size = ops.shape(inputs["images"])[0] * count
+        take = replicas.local_rows if count > 1 else None
+        with step_of(self.maskings, size, self.views, take) as noise:
             if self.micro_batch_size:
                 embeddings, extra_losses = embed_in_micro_batches(
                     self, self._embed, inputs, noise, self.micro_batch_size
                 )
                 self.add_loss(extra_losses)
             else:
-                noise = noise.rows(replicas.local_rows)
                 embeddings = self._embed(inputs, training, noise)
         return embeddings
 

@@ -10,6 +10,7 @@ from keras_cluster_mask.distribution.chunks import (
     take_chunk,
 )
 from keras_cluster_mask.distribution.replicas import local_rows, num_replicas
+from keras_cluster_mask.masking.selection import StepNoise
 from keras_cluster_mask.training.layers import state_variables
 
 
@@ -57,7 +58,7 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
             return take_chunk(local_rows(noise), index, num_chunks)
 
         outputs, extra_losses, after = call_statelessly(
-            lambda: embed(chunk, True, noise.rows(chunk_rows)),
+            lambda: embed(chunk, True, StepNoise(noise.size, noise.views, chunk_rows)),
             variables,
             [*values, *seed_values],
         )

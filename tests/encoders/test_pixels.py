@@ -7,7 +7,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD
-from keras_cluster_mask.encoders.pixels import normalize_pixels
+from keras_cluster_mask.encoders.towers import normalize_pixels
 from tests.helpers import random_pairs, text_bag, to_numpy
 
 

@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.encoders.pixels import normalize_pixels
+from keras_cluster_mask.encoders.towers import normalize_pixels
 from tests.helpers import (
     FAST,
     assert_close,

@@ -10,7 +10,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
 from keras_cluster_mask.encoders.towers import encode
-from keras_cluster_mask.masking.step_noise import StepNoise
+from keras_cluster_mask.masking.selection import StepNoise
 from keras_cluster_mask.training.micro_batches import (
     check_micro_batches,
     embed_in_micro_batches,
