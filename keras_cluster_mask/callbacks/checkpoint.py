@@ -5,8 +5,8 @@ from typing import Any
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import all_gather_object, is_main_process
 from keras_cluster_mask.training.checkpoints import CheckpointFiles
+from keras_cluster_mask.training.fitting import RunCallback
 from keras_cluster_mask.training.run_state import find_non_finite, read_state
-from keras_cluster_mask.training.training_run import RunCallback
 
 # The number of steps between two checks of the loss. A check of each step would keep
 # the device waiting.

@@ -21,7 +21,7 @@ FREE_OPTIONS = ("name", "micro_batch_size")
 
 def read_state(model) -> dict[str, np.ndarray]:
     """Returns weights, seeds, learning rates and optimizer state as NumPy arrays."""
-    variables = {**_variables(model), **_learning_rates(model)}
+    variables = {**_variables(model), **learning_rates(model)}
     return {key: np.array(to_numpy(variable)) for key, variable in variables.items()}
 
 
@@ -31,33 +31,18 @@ def write_state(model, state):
         variable.assign(state[key])
 
 
-def learning_rates(model) -> dict[str, float]:
-    """Returns the learning rates of a model's optimizers, except those of schedules."""
+def learning_rates(model) -> dict[str, keras.Variable]:
+    """Returns the learning rates that are variables, by their keys in `read_state`."""
     if not model.compiled or model.optimizer is None:
         return {}
-    return {key: float(to_numpy(v)) for key, v in _learning_rates(model).items()}
-
-
-def restore_learning_rates(model, state, first_rates) -> dict[str, float]:
-    """Restores learning rates that callbacks changed during the saved run.
-
-    A rate that the user has changed since then is kept.
-
-    Args:
-        model: A `ContrastiveModel`.
-        state: Arrays of `read_state`.
-        first_rates: The result of `learning_rates` at the start of the saved run.
-
-    Returns:
-        The same dictionary for the resumed run, without changes by callbacks.
-    """
-    found = learning_rates(model)
-    for key, variable in _learning_rates(model).items():
-        # If the saved run was in this process, the rate still has the callback's value.
-        if key in state and found[key] in (first_rates[key], float(state[key])):
-            variable.assign(state[key])
-            found[key] = first_rates[key]
-    return found
+    # A `MultiOptimizer` made from a function has no optimizers until it is built.
+    build(model)
+    rates = [part.learning_rate for part in optimizer_parts(model.optimizer)]
+    return {
+        f"learning_rate/{index}": rate
+        for index, rate in enumerate(rates)
+        if isinstance(rate, keras.Variable)
+    }
 
 
 def find_non_finite(model, state) -> str | None:
@@ -113,22 +98,10 @@ def differences(saved: dict, wanted: dict) -> list[str]:
 
 def _variables(model):
     """Returns all variables but learning rates, by their keys in `read_state`."""
-    rates = {id(variable) for variable in _learning_rates(model).values()}
+    rates = {id(variable) for variable in learning_rates(model).values()}
     others = [v for v in model.optimizer.variables if id(v) not in rates]
     return {
         f"{group}/{index}": variable
         for group, variables in (("model", model.variables), ("optimizer", others))
         for index, variable in enumerate(variables)
-    }
-
-
-def _learning_rates(model):
-    """Returns the learning rates that are variables, by their keys in `read_state`."""
-    # A `MultiOptimizer` made from a function has no optimizers until it is built.
-    build(model)
-    rates = [part.learning_rate for part in optimizer_parts(model.optimizer)]
-    return {
-        f"learning_rate/{index}": rate
-        for index, rate in enumerate(rates)
-        if isinstance(rate, keras.Variable)
     }

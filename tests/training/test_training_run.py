@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.training.training_data import TrainingData
-from keras_cluster_mask.training.training_run import (
+from keras_cluster_mask.training.fitting import (
     STEPS_AHEAD,
     ProgressBar,
     TrainingRun,
 )
+from keras_cluster_mask.training.training_data import TrainingData
 from tests.helpers import (
     compiled_model,
     masked_vit,
@@ -60,7 +60,6 @@ def test_few_steps_begin_before_others_end():
     model = small_model()
     run = TrainingRun(model, TrainingData(random_pairs(8), model.input_rules, 4))
     run.set_model(model)
-    run.on_epoch_begin(0)
     for step in range(STEPS_AHEAD):
         run.on_train_batch_begin(step)
     one_more = threading.Thread(target=run.on_train_batch_begin, args=(STEPS_AHEAD,))
