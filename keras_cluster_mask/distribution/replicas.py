@@ -36,8 +36,7 @@ def index_and_count():
 
 def batch_is_split(training):
     """Returns whether several replicas have different rows of one batch."""
-    alone = keras.backend.backend() == "torch" and not training
-    return num_replicas() > 1 and not alone
+    return num_replicas() > 1 and (training or keras.backend.backend() != "torch")
 
 
 def parts_of_batch():
