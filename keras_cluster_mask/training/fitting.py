@@ -14,9 +14,10 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.backends import (
-    StartValues,
     copy_values,
+    put_back,
     read_rng_state,
+    start_values,
     write_rng_state,
 )
 from keras_cluster_mask.distribution.gradients import check_batch_size
@@ -169,8 +170,7 @@ def _train(model, keras_fit, run, options):
                 **options,
             )
     except BaseException:
-        if run.start_values is not None:
-            run.start_values.put_back()
+        put_back(run.start_values)
         raise
     finally:
         for each in followers:
@@ -216,6 +216,11 @@ class RunCallback(keras.callbacks.Callback):
                 f"`ContrastiveModel`. Received: `fit` of a {type(self.model).__name__}"
             )
 
+    def _is_due(self, epoch: int, every: int) -> bool:
+        """Returns whether an epoch is the last or one of every so many epochs."""
+        is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
+        return is_last or (epoch + 1) % every == 0
+
 
 class TrainingRun(keras.callbacks.Callback):
     """Tracks the progress of `fit`, as the first callback of a `ContrastiveModel`.
@@ -235,7 +240,7 @@ class TrainingRun(keras.callbacks.Callback):
         is_partial: Boolean. Whether a callback stopped the last epoch early.
         rng_state: Dictionary of arrays, the random state at the end of the last epoch.
         first_rates: Dictionary of floats, the learning rates at the start of the run.
-        start_values: `StartValues`, until the first step ends; then `None`.
+        start_values: List, the `start_values` of the model until a step ends.
     """
 
     # Keras reports the end of a step in a background thread, see `Throughput`.
@@ -254,13 +259,13 @@ class TrainingRun(keras.callbacks.Callback):
         callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
         self.callbacks = [each for each in callbacks if each is not None]
         self.data = data
-        self.epoch = data.first_epoch
+        self.epoch, *_ = data.origin
         self.history = []
         self.is_partial = False
         self.rng_state = {}
         rates = learning_rates(model)
         self.first_rates = {k: float(ops.convert_to_numpy(v)) for k, v in rates.items()}
-        self.start_values = None
+        self.start_values = []
 
     def facts(self, model) -> dict[str, Any]:
         """Returns the part of a checkpoint without arrays, as JSON values."""
@@ -308,7 +313,7 @@ class TrainingRun(keras.callbacks.Callback):
                 self.first_rates[key] = first
         self.rng_state = {k: v for k, v in arrays.items() if "generators/" in k}
         self.epoch, self.history = facts["epoch"], facts["history"]
-        self.data.origin = tuple(facts["data_origin"])
+        self.data.origin = facts["data_origin"]
         if verbose:
             print(f"Resuming from {path}: epoch {self.epoch + 1}.")
 
@@ -317,7 +322,7 @@ class TrainingRun(keras.callbacks.Callback):
             # Keras begins a step before it knows whether there is another batch, so the
             # last one of an epoch does not end. Each epoch gets new slots.
             self._slots = threading.Semaphore(STEPS_AHEAD)
-            self.start_values = StartValues(self.model)
+            self.start_values = start_values(self.model)
             self.model.check_options()
             # Layers without a seed draw from the global generator of torch, and so do
             # iterators over data when they start. A resumed run starts other iterators,
@@ -333,7 +338,7 @@ class TrainingRun(keras.callbacks.Callback):
         self._slots.acquire(timeout=10)
 
     def on_train_batch_end(self, batch, logs=None):
-        self.start_values = None
+        self.start_values = []
         self._slots.release()
 
     def on_epoch_end(self, epoch, logs=None):
