@@ -146,13 +146,22 @@ class InputRules:
             batch: Dictionary of arrays. Images may be missing if they are uint8.
         """
         # Weights have a rule of their own, and scalars belong to no pair.
-        paired = {k: v for k, v in batch.items() if getattr(v, "shape", None) != ()}
-        paired.pop("sample_weight", None)
+        paired = {
+            name: values
+            for name, values in batch.items()
+            if name != "sample_weight" and getattr(values, "shape", None) != ()
+        }
         check_equal_lengths(paired)
         self.check_ids(batch["token_ids"], has_mask="padding_mask" in batch)
         rows = len(batch["token_ids"])
         if "sample_weight" in batch:
-            check_weights(batch["sample_weight"], rows)
+            weights = as_array(batch["sample_weight"])
+            is_valid = np.isfinite(weights) & (weights >= 0)
+            if weights.shape != (rows,) or not np.all(is_valid):
+                raise ValueError(
+                    f"`sample_weight` must hold {rows} finite numbers of at least 0, "
+                    f"one a pair. Received: sample_weight={weights}"
+                )
         if self.training and rows < 2:
             raise ValueError(f"{LONELY} Received: a batch of {rows}")
         # A batch of bright normalized images may look like pixels. Once a batch shows
@@ -266,16 +275,6 @@ def _raise_for_rows(wrong, message):
         raise ValueError(
             f"{message} Received: {rows.size} such rows, "
             f"the first of them row {rows[0]}"
-        )
-
-
-def check_weights(weights, pairs: int):
-    """Raises an error if sample weights cannot be used."""
-    weights = as_array(weights)
-    if weights.shape != (pairs,) or not np.all(np.isfinite(weights) & (weights >= 0)):
-        raise ValueError(
-            f"`sample_weight` must hold {pairs} finite numbers of at least 0, one a "
-            f"pair. Received: sample_weight={weights}"
         )
 
 

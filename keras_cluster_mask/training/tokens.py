@@ -103,20 +103,19 @@ def _fingerprint(model, *ids):
         if part is None:
             continue
         is_end = family.is_pooled(part)
-        ends = [None] * len(part)
         if is_end is not None:
+            # The text tower is causal, so ids after the pooled token have no influence.
+            # Only the first ids count, since another length truncates the same texts at
+            # another place.
             ends = ops.convert_to_numpy(is_end).argmax(axis=1)
-        for row, end in zip(part, ends):
-            if end is None and hides_padding:
-                # Only the first ids, since another length truncates the texts.
-                rows.append(row[row != family.padding_id][:NUM_TOKENS].tolist())
-            elif end is None:
-                rows.append(row.tolist())
-            else:
-                # The text tower is causal, so ids after the pooled token have no
-                # influence. Only the first ids count, since another length truncates
-                # the same texts at another place.
+            for row, end in zip(part, ends):
                 rows.append([*row[: min(end, NUM_TOKENS)].tolist(), int(row[end])])
+        elif hides_padding:
+            # Only the first ids, since another length truncates the texts.
+            for row in part:
+                rows.append(row[row != family.padding_id][:NUM_TOKENS].tolist())
+        else:
+            rows += part.tolist()
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 

@@ -57,6 +57,9 @@ class TrainingData:
         first_epoch: Integer, the first epoch to train.
 
     Attributes:
+        origin: A tuple: the first epoch; the number of batches of the stream before its
+            first step, since a stream continues where the last `fit` on it ended; and,
+            for arrays, the seed of their order, otherwise `None`.
         spec: Dictionary with the shape and dtype of each entry of a batch; `None` if
             they are not known before a batch is read.
         stream: The endless stream that the data is from, or `None`.
@@ -76,7 +79,7 @@ class TrainingData:
         steps_per_epoch=None,
         first_epoch=0,
     ):
-        self.first_epoch = check_integer("initial_epoch", first_epoch, 0)
+        first_epoch = check_integer("initial_epoch", first_epoch, 0)
         steps = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
         rules = dataclasses.replace(rules, training=True)
         is_sequence = isinstance(data, keras.utils.PyDataset)
@@ -94,7 +97,11 @@ class TrainingData:
         self.stream = stream_of(data)
         # Of a single pass, Keras would repeat the first batches in later epochs.
         self._checked = checked(data, rules, passes_once=self.stream is not None)
-        self._first_batch = getattr(self.stream, "start", 0)
+        self.origin = (
+            first_epoch,
+            getattr(self.stream, "start", 0),
+            getattr(self.stream, "shuffle_seed", None),
+        )
         self.steps_per_epoch = steps or getattr(self.stream, "steps_per_epoch", None)
         self.description = {
             **getattr(self.stream, "description", {}),
@@ -118,22 +125,6 @@ class TrainingData:
                 f"pass the same `seed`. Received here: {found}"
             )
 
-    @property
-    def origin(self) -> tuple[int, ...]:
-        """An epoch; the number of batches of the stream before its first step, since a
-        stream continues where the last `fit` on it ended; and, for arrays, the seed of
-        their order.
-        """
-        seed = getattr(self.stream, "shuffle_seed", None)
-        origin = self.first_epoch, self._first_batch
-        return origin if seed is None else (*origin, seed)
-
-    @origin.setter
-    def origin(self, origin):
-        self.first_epoch, self._first_batch, *seed = origin
-        if seed:
-            (self.stream.shuffle_seed,) = seed
-
     def check_resumable(self):
         """Raises an error if the data cannot be read from the start of an epoch."""
         can_start = self.stream is not None or self.spec is not None
@@ -151,9 +142,12 @@ class TrainingData:
         Returns:
             The data for Keras, from that epoch on.
         """
-        step = (epoch - self.first_epoch) * (self.steps_per_epoch or 0)
+        first_epoch, first_batch, seed = self.origin
+        step = (epoch - first_epoch) * (self.steps_per_epoch or 0)
         if self.stream is not None:
-            self.stream.start = self._first_batch + step
+            self.stream.start = first_batch + step
+            if seed is not None:
+                self.stream.shuffle_seed = seed
         elif step:
             self.check_resumable()
             return self._checked.skip(step)
