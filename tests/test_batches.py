@@ -71,18 +71,18 @@ def test_arrays_are_cut_into_batches(whole):
 
 
 @pytest.mark.any_backend
-def test_images_alone_are_batches():
-    (batch,) = read_batches([IMAGES])
+@pytest.mark.parametrize(
+    "data",
+    [
+        [IMAGES],
+        IMAGES[:9],
+        [(IMAGES, None)],
+        [{"images": IMAGES, "token_ids": None}],
+    ],
+)
+def test_images_alone_are_batches_and_entries_that_are_none_are_left_out(data):
+    (batch,) = read_batches(data)
     assert list(batch) == ["images"]
-    (batch,) = read_batches(IMAGES, batch_size=100)
-    assert list(batch) == ["images"]
-
-
-@pytest.mark.any_backend
-def test_entries_that_are_none_are_left_out():
-    for batch in ((IMAGES, None), {"images": IMAGES, "token_ids": None}):
-        (found,) = read_batches([batch])
-        assert list(found) == ["images"]
 
 
 @pytest.mark.any_backend

@@ -356,15 +356,17 @@ def test_a_tokenizer_without_a_length_makes_rows_of_the_towers():
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_towers_that_pool_at_the_end_take_rows_of_any_length_and_padding(family):
-    end = FAMILIES[family][1]
-    if family == "clip":
-        model = make_clip(length=12)
-    else:
-        model = kcm.ContrastiveModel.from_backbone(tiny_metaclip())
-    longest = model.input_rules.context_length
-    lengths = (longest, 8) if family == "clip" else (longest,)
+@pytest.mark.parametrize(
+    ("backbone", "end", "lengths"),
+    [
+        (lambda: kcm.models.clip_backbone("tiny", 16, VOCABULARY, 12, 4), END, (12, 8)),
+        (tiny_metaclip, METACLIP_END, (CONTEXT,)),
+    ],
+)
+def test_towers_that_pool_at_the_end_take_rows_of_any_length_and_padding(
+    backbone, end, lengths
+):
+    model = kcm.ContrastiveModel.from_backbone(backbone())
     tokenizers = [
         make_tokenizer(end=end, length=length, padding=padding)
         for length in lengths
