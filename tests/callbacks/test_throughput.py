@@ -100,12 +100,12 @@ def test_of_data_of_unknown_batches_nothing_is_reported():
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("kind", ["throughput", "checkpoint"])
-def test_a_callback_of_an_interrupted_fit_does_not_keep_the_data(kind, tmp_path):
+@pytest.mark.parametrize(
+    "make", [lambda folder: kcm.callbacks.Throughput(), kcm.callbacks.Checkpoint]
+)
+def test_a_callback_of_an_interrupted_fit_does_not_keep_the_data(make, tmp_path):
     data = pairs(8)
-    callback = kcm.callbacks.Throughput()
-    if kind == "checkpoint":
-        callback = kcm.callbacks.Checkpoint(tmp_path)
+    callback = make(tmp_path)
     with contextlib.suppress(KeyboardInterrupt):
         fit(callback, StopAfter(1), x=data, batch_size=4)
     images = weakref.ref(data["images"])

@@ -138,9 +138,8 @@ def test_what_a_step_does_in_another_way_may_change(tmp_path):
 def shards(tmp_path_factory, write_pairs_to):
     folder = tmp_path_factory.mktemp("shards")
     return [
-        write_pairs_to(folder / "a.tar", 0, 16),
-        write_pairs_to(folder / "b.tar", 16, 11),
-        write_pairs_to(folder / "c.tar", 27, 3),
+        write_pairs_to(folder / f"{first}.tar", first, count)
+        for first, count in ((0, 16), (16, 11), (27, 3))
     ]
 
 
