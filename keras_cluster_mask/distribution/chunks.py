@@ -165,7 +165,7 @@ def take_chunk(x, index, num_chunks):
 
 def as_tensor(x):
     """Returns the current value of a variable or tensor."""
-    x = x.value if isinstance(x, keras.Variable) else ops.convert_to_tensor(x)
+    x = ops.convert_to_tensor(x)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 

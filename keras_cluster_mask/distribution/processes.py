@@ -131,5 +131,6 @@ def progress_bar(
     total: int | None, verbose: str | int, unit_name: str
 ) -> keras.utils.Progbar:
     """Returns a progress bar, which only the main process shows."""
-    verbose = verbosity(bool(verbose))
-    return keras.utils.Progbar(total, verbose=verbose, unit_name=unit_name)
+    return keras.utils.Progbar(
+        total, verbose=verbosity(bool(verbose)), unit_name=unit_name
+    )

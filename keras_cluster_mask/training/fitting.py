@@ -153,8 +153,9 @@ def _train(model, keras_fit, run, options):
         known = steps or getattr(x, "num_batches", None) or operator.length_hint(x)
         _warn_of_rate_zero(model.optimizer, (options["epochs"] - run.epoch) * known)
     callbacks = [run, *run.callbacks]
-    bars = [isinstance(each, keras.callbacks.ProgbarLogger) for each in callbacks]
-    if options["verbose"] and not any(bars):
+    if options["verbose"] and not any(
+        isinstance(each, keras.callbacks.ProgbarLogger) for each in callbacks
+    ):
         callbacks.append(ProgressBar())
     followers = [each for each in callbacks if isinstance(each, RunCallback)]
     for each in followers:

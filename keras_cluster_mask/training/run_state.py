@@ -47,10 +47,9 @@ def learning_rates(model) -> dict[str, keras.Variable]:
 
 def find_non_finite(model, state) -> str | None:
     """Returns the path of a variable with a NaN or infinite saved value, or `None`."""
-    for key, variable in _variables(model).items():
-        if not np.isfinite(state[key]).all():
-            return variable.path
-    return None
+    variables = _variables(model).items()
+    wrong = (v.path for key, v in variables if not np.isfinite(state[key]).all())
+    return next(wrong, None)
 
 
 def describe(model) -> dict:

@@ -89,9 +89,9 @@ def _warn_of_sizes(of_tokenizer, of_model):
 
 def check_tokenizer_of(model, data):
     """Checks the tokenizer of an `image_text_dataset` or of `TowerFeatures`, if any."""
-    if getattr(data, "tokenizer_fingerprint", None) is not None:
-        return check_tokenizer(model, data)
     tokenizer = getattr(getattr(data, "stream", None), "tokenizer", None)
+    if getattr(data, "tokenizer_fingerprint", None) is not None:
+        tokenizer = data
     return None if tokenizer is None else check_tokenizer(model, tokenizer)
 
 
@@ -122,12 +122,12 @@ def _fingerprint(model, *ids):
 def _has_special_tokens(ids):
     """Returns whether sentences start with the same id and end with the highest id."""
     ends = ids.argmax(axis=1)
-    same = [len(np.unique(tokens)) == 1 for tokens in (ids[:, 0], ids.max(axis=1))]
+    are_same = not np.ptp(ids[:, 0]) and not np.ptp(ids.max(axis=1))
     # Only padding, all of one id, may follow the end token.
     after = np.concatenate([row[end + 1 :] for row, end in zip(ids, ends)])
     # The first text is a single word, so ids that repeat before its end token are
     # padding.
     is_filled = ends[0] > 1 and ids[0, ends[0] - 1] == ids[0, ends[0] - 2]
     return bool(
-        all(same) and ends.all() and len(np.unique(after)) <= 1 and not is_filled
+        are_same and ends.all() and len(np.unique(after)) <= 1 and not is_filled
     )
