@@ -36,7 +36,7 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
         data = os.fspath(data)
     if _is_whole(data):
         whole = _dictionary(data)
-        for start in range(0, _length(whole["images"]), batch_size):
+        for start in range(0, len(whole["images"]), batch_size):
             yield _arrays({k: v[start : start + batch_size] for k, v in whole.items()})
         return
     # A `PyDataset`'s own iterator never ends.
@@ -94,7 +94,7 @@ def num_images(data: Any) -> int | None:
     where it includes broken images.
     """
     if _is_whole(data):
-        return _length(_dictionary(data)["images"])
+        return len(_dictionary(data)["images"])
     return getattr(getattr(data, "stream", None), "num_images", None)
 
 
@@ -135,20 +135,18 @@ def _dictionary(batch):
 
 def check_equal_lengths(batch: dict[str, Any]) -> None:
     """Raises an error unless all entries of a batch have one row per image."""
-    lengths = {name: _length(values) for name, values in batch.items()}
+    lengths = {}
+    for name, values in batch.items():
+        if hasattr(values, "shape"):
+            lengths[name] = values.shape[0] if len(values.shape) else None
+        else:
+            lengths[name] = len(values) if hasattr(values, "__len__") else None
     if len({*lengths.values()}) > 1:
         raise ValueError(
             "All entries of a batch, and all arrays, must have equal lengths. "
             "Received: "
             + ", ".join(f"{name} of {length}" for name, length in lengths.items())
         )
-
-
-def _length(values):
-    """Returns the length of an array, a tensor or a list, or `None` if it has none."""
-    if hasattr(values, "shape"):
-        return values.shape[0] if len(values.shape) else None
-    return len(values) if hasattr(values, "__len__") else None
 
 
 def _arrays(batch):

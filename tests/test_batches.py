@@ -39,6 +39,9 @@ def as_tf_dataset():
 KINDS = {
     "list": in_batches,
     "generator": lambda: iter(in_batches()),
+    "dictionary": lambda: WHOLE,
+    "dictionary_of_tensors": lambda: as_tensors(WHOLE),
+    "pair": lambda: (IMAGES, LABELS),
     "py_dataset": lambda: Batches(in_batches()),
     "tf_dataset": as_tf_dataset,
     "tensors": lambda: [*map(as_tensors, in_batches())],
@@ -51,7 +54,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_data_of_any_kind_gives_dictionaries_of_numpy_arrays(kind):
-    found = [*read_batches(KINDS[kind]())]
+    # Other data than arrays keeps its own batches.
+    found = [*read_batches(KINDS[kind](), batch_size=30)]
     assert [len(batch["images"]) for batch in found] == [*SIZES]
     for name, values in WHOLE.items():
         parts = [batch[name] for batch in found]
@@ -59,28 +63,19 @@ def test_data_of_any_kind_gives_dictionaries_of_numpy_arrays(kind):
         np.testing.assert_array_equal(np.concatenate(parts), values)
 
 
-@pytest.mark.one_case
-@pytest.mark.parametrize("whole", [WHOLE, as_tensors(WHOLE), (IMAGES, LABELS)])
-def test_arrays_are_cut_into_batches(whole):
-    found = [*read_batches(whole, batch_size=30)]
-    assert [len(batch["labels"]) for batch in found] == [*SIZES]
-    np.testing.assert_array_equal(
-        np.concatenate([batch["images"] for batch in found]), IMAGES
-    )
-
-
 @pytest.mark.any_backend
-def test_images_alone_are_batches():
-    for data in (IMAGES, [IMAGES]):
-        (batch,) = read_batches(data, batch_size=100)
-        assert list(batch) == ["images"]
-
-
-@pytest.mark.any_backend
-def test_entries_that_are_none_are_left_out():
-    for batch in ((IMAGES, None), {"images": IMAGES, "token_ids": None}):
-        (found,) = read_batches([batch])
-        assert list(found) == ["images"]
+@pytest.mark.parametrize(
+    "data",
+    [
+        [IMAGES],
+        IMAGES[:9],
+        [(IMAGES, None)],
+        [{"images": IMAGES, "token_ids": None}],
+    ],
+)
+def test_images_alone_are_batches_and_entries_that_are_none_are_left_out(data):
+    (batch,) = read_batches(data)
+    assert list(batch) == ["images"]
 
 
 @pytest.mark.any_backend

@@ -5,8 +5,8 @@ from typing import Any
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import all_gather_object, is_main_process
 from keras_cluster_mask.training.checkpoints import CheckpointFiles
+from keras_cluster_mask.training.fitting import RunCallback
 from keras_cluster_mask.training.run_state import find_non_finite, read_state
-from keras_cluster_mask.training.training_run import RunCallback
 
 # The number of steps between two checks of the loss. A check of each step would keep
 # the device waiting.
@@ -90,7 +90,13 @@ class Checkpoint(RunCallback):
         super().on_train_begin(logs)
         run = self.run
         run.data.check_resumable()
-        self._check_no_swaps()
+        if any(getattr(x, "swap_on_epoch", False) for x in run.callbacks):
+            raise ValueError(
+                "`callbacks` must not hold a `Checkpoint` together with "
+                "`SwapEMAWeights(swap_on_epoch=True)`, which exchanges weights and "
+                "averages while they are saved: pass `swap_on_epoch=False`. Received: "
+                f"callbacks of types {[type(x).__name__ for x in run.callbacks]}"
+            )
         # All processes raise the error, even if some do not see the file.
         last = max(all_gather_object(self.files.last_epoch()))
         if last > run.epoch:
@@ -116,41 +122,25 @@ class Checkpoint(RunCallback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._check_loss((logs or {}).get("loss", 0.0), "the end")
-        is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
-        is_due = is_last or (epoch + 1) % self.save_every == 0
-        if is_due and not self.run.is_partial:
-            self._save()
-
-    def _save(self):
-        run, model = self.run, self.model
+        if not self._is_due(epoch, self.save_every) or self.run.is_partial:
+            return
         # In all processes, since the weights may be sharded over them.
-        state = read_state(model)
-        self._check_state(state)
+        state = read_state(self.model)
+        # NaN or infinity is possible even if the loss is finite.
+        path = find_non_finite(self.model, state)
+        # All processes must stop, or the others would wait for one that has stopped.
+        if any(all_gather_object(int(path is not None))):
+            path = path or "a weight of another process"
+            self._stop("The weights and the optimizer's state", f"{path} at the end")
         if is_main_process():
-            self.files.write({**state, **run.rng_state}, run.facts(model))
-
-    def _check_no_swaps(self):
-        if any(getattr(x, "swap_on_epoch", False) for x in self.run.callbacks):
-            raise ValueError(
-                "`callbacks` must not hold a `Checkpoint` together with "
-                "`SwapEMAWeights(swap_on_epoch=True)`, which exchanges weights and "
-                "averages while they are saved: pass `swap_on_epoch=False`. Received: "
-                f"callbacks of types {[type(x).__name__ for x in self.run.callbacks]}"
-            )
+            facts = self.run.facts(self.model)
+            self.files.write({**state, **self.run.rng_state}, facts)
 
     def _check_loss(self, loss, last):
         """Raises an error if the mean loss of the epoch up to a step is not finite."""
         if not math.isfinite(loss):
             place = f"between step {self._checked + 1} and {last}"
             self._stop("The loss", f"loss={loss} {place}")
-
-    def _check_state(self, state):
-        """Raises an error for NaN or infinity, possible even if the loss is finite."""
-        path = find_non_finite(self.model, state)
-        # All processes must stop, or the others would wait for one that has stopped.
-        if any(all_gather_object(int(path is not None))):
-            path = path or "a weight of another process"
-            self._stop("The weights and the optimizer's state", f"{path} at the end")
 
     def _stop(self, what, found):
         last = self.files.paths()

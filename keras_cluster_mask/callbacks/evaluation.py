@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.batches import read_batches
+from keras_cluster_mask.batches import check_not_empty, read_batches
 from keras_cluster_mask.checks import check_integer, is_number
 from keras_cluster_mask.distribution.backends import copy_values
 from keras_cluster_mask.distribution.processes import all_gather_object
-from keras_cluster_mask.training.training_run import RunCallback
+from keras_cluster_mask.training.fitting import RunCallback
 from keras_cluster_mask.types import Templates
 
 
@@ -100,8 +100,7 @@ class Evaluate(RunCallback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
-        is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
-        if self._is_first or is_last or (epoch + 1) % self.every == 0:
+        if self._is_first or self._is_due(epoch, self.every):
             self._metrics = self._evaluate_epoch(logs.get("loss", 0.0))
         self._is_first = False
         self._add(self._metrics, logs)
@@ -182,10 +181,7 @@ class EvaluateData(Evaluate):
         super().on_train_begin(logs)
         batches = read_batches(self.data)
         batch = next((each for each in batches if len(each["images"])), None)
-        if batch is None:
-            raise ValueError(
-                f"`data` must hold at least one image. Received: data={self.data}"
-            )
+        check_not_empty(batch is not None, self.data)
         self._metrics = self._evaluate(data=[batch])
         self._add(self._metrics, {} if logs is None else logs)
 

@@ -95,8 +95,8 @@ def write_rng_state(state: dict[str, np.ndarray]) -> None:
         write[name.removeprefix("generators/")](torch.from_numpy(value.copy()))
 
 
-class StartValues:
-    """The values of a model's variables before Keras removes them.
+def start_values(model: keras.Model) -> list[tuple]:
+    """Returns the variables of a model and their values before Keras removes them.
 
     On JAX, Keras removes the values of variables while it trains or evaluates. If the
     first step fails, it does not restore them, and the variables would get new random
@@ -105,21 +105,20 @@ class StartValues:
     Args:
         model: A built `keras.Model`.
     """
+    if keras.backend.backend() != "jax":
+        return []
+    variables = [*model.variables, *model.metrics_variables]
+    if (optimizer := getattr(model, "optimizer", None)) is not None:
+        variables += optimizer.variables
+    return [(variable, variable.value) for variable in variables]
 
-    def __init__(self, model: keras.Model):
-        self._values = []
-        if keras.backend.backend() == "jax":
-            variables = [*model.variables, *model.metrics_variables]
-            if (optimizer := getattr(model, "optimizer", None)) is not None:
-                variables += optimizer.variables
-            self._values = [(variable, variable.value) for variable in variables]
 
-    def put_back(self) -> None:
-        """Restores the values of the variables."""
-        for variable, value in self._values:
-            # A step that started to run may have reused the memory of its inputs.
-            if not value.is_deleted():
-                variable.assign(value)
+def put_back(values: list[tuple]) -> None:
+    """Restores the values of `start_values`."""
+    for variable, value in values:
+        # A step that started to run may have reused the memory of its inputs.
+        if not value.is_deleted():
+            variable.assign(value)
 
 
 @contextlib.contextmanager
@@ -127,15 +126,15 @@ def keeping_weights(model: keras.Model) -> Iterator[None]:
     """A context in which a model keeps its weights if its evaluation fails.
 
     Keras's `fit` restores the values of the last step that ended, and needs
-    `StartValues` only for its first step. Its `evaluate` and `predict` restore none.
+    `start_values` only for its first step. Its `evaluate` and `predict` restore none.
     """
-    start = StartValues(model)
+    values = start_values(model)
     try:
         yield
     except BaseException as error:
         if keras.backend.backend() == "jax":
             model.jax_state_sync()
-        start.put_back()
+        put_back(values)
         if type(error).__name__ == "IndivisibleError":
             raise ValueError(
                 "The number of devices must divide every batch, also the last one: "

@@ -29,12 +29,10 @@ def map_chunks(function, num_chunks, weights, state, rows):
         A tuple: the outputs, stacked over chunks along a new first axis, and the last
         state. `merge_chunks` restores the order of the rows.
     """
-
     weights, state, rows = tree.map_structure(as_tensor, (weights, state, rows))
     state = tree.map_structure(ops.stop_gradient, state)
 
-    tensorflow = keras.backend.backend() == "tensorflow"
-    if tensorflow:
+    if keras.backend.backend() == "tensorflow":
         recomputed = functools.partial(_recompute_on_tensorflow, function)
     else:
         recomputed = keras.remat(function)
@@ -44,18 +42,12 @@ def map_chunks(function, num_chunks, weights, state, rows):
         outputs, state = recomputed(weights, state, index, chunk)
         return tree.map_structure(ops.stop_gradient, state), outputs
 
-    if keras.backend.backend() == "jax":
+    if keras.backend.backend() == "tensorflow":
+        state, outputs = _scan_on_tensorflow(one, state, num_chunks)
+    else:
         # XLA would hold the activations of all chunks of an unrolled loop.
         state, outputs = ops.scan(one, state, ops.arange(num_chunks))
-        return outputs, state
-    if tensorflow:
-        state, outputs = _scan_on_tensorflow(one, state, num_chunks)
-        return outputs, state
-    columns = []
-    for index in range(num_chunks):
-        state, outputs = one(state, ops.convert_to_tensor(index, "int32"))
-        columns.append(outputs)
-    return tree.map_structure(lambda *column: ops.stack(column), *columns), state
+    return outputs, state
 
 
 def _scan_on_tensorflow(function, carry, length):
@@ -65,11 +57,11 @@ def _scan_on_tensorflow(function, carry, length):
     """
     import tensorflow as tf
 
-    of_carry, of_outputs = tree.map_structure(lambda x: None, carry), []
+    structure = []
 
-    def step(index, carry, columns=None):
-        after, outputs = function(tree.pack_sequence_as(of_carry, carry), index)
-        of_outputs[:] = [tree.map_structure(lambda x: None, outputs)]
+    def step(index, flat, columns=None):
+        after, outputs = function(tree.pack_sequence_as(carry, flat), index)
+        structure[:] = [outputs]
         outputs = tree.flatten(outputs)
         columns = columns or [
             tf.TensorArray(x.dtype, length, element_shape=x.shape) for x in outputs
@@ -78,7 +70,7 @@ def _scan_on_tensorflow(function, carry, length):
         return index + 1, tree.flatten(after), columns
 
     # The first step runs outside of the loop, to find the shapes of the outputs.
-    _, carry, columns = tf.while_loop(
+    _, flat, columns = tf.while_loop(
         lambda index, *_: index < length,
         step,
         step(tf.constant(0), tree.flatten(carry)),
@@ -89,8 +81,8 @@ def _scan_on_tensorflow(function, carry, length):
     )
     columns = [column.stack() for column in columns]
     return (
-        tree.pack_sequence_as(of_carry, carry),
-        tree.pack_sequence_as(of_outputs[0], columns),
+        tree.pack_sequence_as(carry, flat),
+        tree.pack_sequence_as(structure[0], columns),
     )
 
 
@@ -107,7 +99,7 @@ def _recompute_on_tensorflow(function, *arguments):
     @tf.custom_gradient
     def run(*flat):
         outputs = function(*tree.pack_sequence_as(arguments, flat))
-        structure[:] = [tree.map_structure(lambda x: None, outputs)]
+        structure[:] = [outputs]
         outputs = tree.flatten(outputs)
 
         def gradient(*upstream):
@@ -173,7 +165,7 @@ def take_chunk(x, index, num_chunks):
 
 def as_tensor(x):
     """Returns the current value of a variable or tensor."""
-    x = x.value if isinstance(x, keras.Variable) else ops.convert_to_tensor(x)
+    x = ops.convert_to_tensor(x)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 

@@ -33,13 +33,18 @@ def prepare_replicas(model, optimizers) -> None:
             devices, if a part of the model was not made in the scope of the strategy,
             or if the torch processes train different weights.
     """
-    if strategy_replicas(model) > 1:
-        _check_strategy(model.distribute_strategy, model, optimizers)
-    elif keras.backend.backend() == "torch" and num_replicas() > 1:
+    backend = keras.backend.backend()
+    if backend == "tensorflow" and model.distribute_strategy.num_replicas_in_sync > 1:
+        _check_strategy(model, optimizers)
+        for each in optimizers:
+            # `reduce_gradients` sums the gradients, so Keras must not sum them again.
+            each._all_reduce_sum_gradients = list
+    elif backend == "torch" and num_replicas() > 1:
         data_parallel.check_and_broadcast(model)
 
 
-def _check_strategy(strategy, model, optimizers):
+def _check_strategy(model, optimizers):
+    strategy = model.distribute_strategy
     accumulated = max(each.gradient_accumulation_steps or 1 for each in optimizers)
     for name, value in (
         ("steps_per_execution", model.steps_per_execution),
@@ -69,13 +74,6 @@ def strategy_scope(model):
     if keras.backend.backend() != "tensorflow":
         return contextlib.nullcontext()
     return model.distribute_strategy.scope()
-
-
-def strategy_replicas(model) -> int:
-    """Returns the replicas of a model's TensorFlow strategy; 1 on other backends."""
-    if keras.backend.backend() != "tensorflow":
-        return 1
-    return model.distribute_strategy.num_replicas_in_sync
 
 
 def waits_for_data(train_step):
@@ -176,10 +174,6 @@ def apply_global_gradients(model, optimizers, record=None) -> None:
             record(gradients)
         return apply(optimizer_variables, gradients, variables)
 
-    if strategy_replicas(model) > 1:
-        # They are already summed, so Keras must not sum them again.
-        for each in optimizers:
-            each._all_reduce_sum_gradients = list
     if backend == "tensorflow" or num_replicas() > 1 or record is not None:
         wrapped = record_and_apply if backend == "jax" else reduce_and_apply
         setattr(optimizer, name, wrapped)
@@ -216,11 +210,13 @@ def check_batch_size(model, batch_size: int | None) -> None:
         model: A compiled model.
         batch_size: Integer or `None`, the batch size of this process.
     """
-    replicas = strategy_replicas(model)
-    is_unknown = batch_size is None and replicas > 1
-    if keras.backend.backend() == "jax":
+    backend, replicas = keras.backend.backend(), 1
+    if backend == "tensorflow":
+        replicas = model.distribute_strategy.num_replicas_in_sync
+    elif backend == "jax":
         replicas = parts_of_batch() // process_index_and_count(training=True)[1]
-    if is_unknown or (replicas > 1 and (batch_size or 0) % replicas):
+    is_unknown = backend == "tensorflow" and batch_size is None
+    if replicas > 1 and (is_unknown or (batch_size or 0) % replicas):
         raise ValueError(
             "The number of replicas must divide the batch size, which must be known: "
             "use a dataset with full batches, `dataset.batch(batch_size, "

@@ -8,7 +8,7 @@ import os
 import keras
 from keras import ops
 
-from keras_cluster_mask.distribution.replicas import num_replicas, replica_index
+from keras_cluster_mask.distribution.replicas import index_and_count, num_replicas
 
 # Seconds without a heartbeat after which JAX gives up a process, and seconds that torch
 # waits for other processes, which may be writing or filling a buffer. torch notices a
@@ -96,7 +96,7 @@ def process_index_and_count(training):
 
         return jax.process_index(), jax.process_count()
     if keras.backend.backend() == "torch" and training:
-        return replica_index(), num_replicas()
+        return index_and_count()
     return 0, 1
 
 
@@ -131,5 +131,6 @@ def progress_bar(
     total: int | None, verbose: str | int, unit_name: str
 ) -> keras.utils.Progbar:
     """Returns a progress bar, which only the main process shows."""
-    verbose = verbosity(bool(verbose))
-    return keras.utils.Progbar(total, verbose=verbose, unit_name=unit_name)
+    return keras.utils.Progbar(
+        total, verbose=verbosity(bool(verbose)), unit_name=unit_name
+    )

@@ -15,15 +15,16 @@ if keras.backend.backend() == "torch":
 
 def num_replicas() -> int:
     """Returns the number of replicas that train together on the rows of a batch."""
-    return _index_and_count()[1]
+    return index_and_count()[1]
 
 
 def replica_index():
     """Returns the index of this replica."""
-    return _index_and_count()[0]
+    return index_and_count()[0]
 
 
-def _index_and_count():
+def index_and_count():
+    """Returns the index of this replica, and the number of replicas."""
     backend = keras.backend.backend()
     if backend == "tensorflow" and (context := tensorflow_replica()) is not None:
         return context.replica_id_in_sync_group, context.num_replicas_in_sync
@@ -35,8 +36,7 @@ def _index_and_count():
 
 def batch_is_split(training):
     """Returns whether several replicas have different rows of one batch."""
-    alone = keras.backend.backend() == "torch" and not training
-    return num_replicas() > 1 and not alone
+    return num_replicas() > 1 and (training or keras.backend.backend() != "torch")
 
 
 def parts_of_batch():

@@ -132,12 +132,11 @@ class AttentiveMasking(PatchMasking):
         return [v for v in self.variables if id(v) not in theirs]
 
     def settings(self) -> dict[str, Any]:
-        # The configuration of the teacher's encoder is omitted, because it contains
-        # numbered layer names. The shapes of the teacher's weights are compared
-        # instead.
-        teacher = self.teacher.get_config()
-        kept = ("momentum", "final_momentum", "steps", "image_size")
-        return {**self.get_config(), "teacher": {key: teacher[key] for key in kept}}
+        # Without the teacher's encoder, whose configuration has numbered names of
+        # layers. The shapes of the teacher's weights are compared instead.
+        names = "momentum", "final_momentum", "steps", "image_size"
+        own = {f"teacher.{name}": getattr(self.teacher, name) for name in names}
+        return {**self.get_config(), **own}
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -1,39 +1,57 @@
 """Trains a `ContrastiveModel`: checks data, resumes, and calls Keras's own `fit`."""
 
 import contextlib
-import dataclasses
 import inspect
 import operator
 import os
+import threading
 import types
 import warnings
+from typing import Any
 
 import keras
+from keras import ops
 
 from keras_cluster_mask.checks import check_integer, check_range
-from keras_cluster_mask.distribution.backends import copy_values
+from keras_cluster_mask.distribution.backends import (
+    copy_values,
+    put_back,
+    read_rng_state,
+    start_values,
+    write_rng_state,
+)
 from keras_cluster_mask.distribution.gradients import check_batch_size
-from keras_cluster_mask.distribution.processes import verbosity
+from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.distribution.replicas import num_replicas
 from keras_cluster_mask.training.checkpoints import read_resumable
 from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import optimizer_parts
-from keras_cluster_mask.training.tokens import remembered_tokenizer
+from keras_cluster_mask.training.run_state import (
+    describe,
+    differences,
+    learning_rates,
+    write_state,
+)
+from keras_cluster_mask.training.step_metrics import DIRECTIONS
+from keras_cluster_mask.training.tokens import check_tokenizer_of
 from keras_cluster_mask.training.training_data import (
     TrainingData,
     evaluation_data,
     until_the_end,
 )
-from keras_cluster_mask.training.training_run import ProgressBar, TrainingRun
+
+# The maximum number of steps that have started on the device but not finished. Queued
+# steps keep the device busy, but each holds its batch in device memory.
+STEPS_AHEAD = 4
 
 
 def fit(model, keras_fit, resume_from, *args, **kwargs):
-    """Trains a model, from a checkpoint if there is one, in three parts.
+    """Trains a model, from a checkpoint if there is one.
 
-    The data is checked and made readable from any epoch; the run finds out where it
-    starts; then Keras's `fit` trains to the end.
+    `TrainingData` checks the data and reads it from any epoch on. `TrainingRun` finds
+    out where to start, and follows Keras's `fit` as its first callback.
 
     Args:
         model: A `ContrastiveModel`.
@@ -50,14 +68,12 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     bound.arguments.setdefault("shuffle", None)
     bound.apply_defaults()
     options = bound.arguments
-    batch_size = options.pop("batch_size")
-    batch_size = check_integer("batch_size", 32 if batch_size is None else batch_size)
-    callbacks = options.pop("callbacks")
-    callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
-    callbacks = [each for each in callbacks if each is not None]
-    options["verbose"] = verbosity(options["verbose"])
+    if not is_main_process():
+        options["verbose"] = 0
 
     # === The data ===
+    batch_size = options.pop("batch_size")
+    batch_size = check_integer("batch_size", 32 if batch_size is None else batch_size)
     x = as_dictionary(
         x=options.pop("x"),
         y=options.pop("y"),
@@ -68,35 +84,42 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     options["validation_batch_size"] = options["validation_batch_size"] or batch_size
     if isinstance(x, dict) and split and held_out is None:
         # Keras splits arrays alone, and gets batches.
-        x, options["validation_data"] = _split(model.input_rules.check_keys(x), split)
-    data = _prepare_data(
-        model,
+        x, held_out = _split(model.input_rules.check_keys(x), split)
+    is_features = isinstance(x, TowerFeatures)
+    if is_features:
+        x.check_model(model, training=True)
+    data = TrainingData(
         x,
+        model.input_rules,
         batch_size=batch_size,
         shuffle=options.pop("shuffle"),
         steps_per_epoch=options.pop("steps_per_epoch"),
         first_epoch=options.pop("initial_epoch"),
     )
+    check_batch_size(model, data.rows)
+    if data.batch_size and model.micro_batch_size and not is_features:
+        check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
 
     # === The run ===
-    run = TrainingRun(model, data, callbacks)
-    with remembered_tokenizer(model, x, run):
-        options["validation_data"] = evaluation_data(
-            model,
-            options["validation_data"],
-            steps=options["validation_steps"],
-            passes_once=False,
-        )
-        _resume(run, model, resume_from, options["verbose"])
-
-        # === Training ===
-        if run.epoch < options["epochs"]:
-            history = _train(model, keras_fit, run, options)
-        else:
-            history = keras.callbacks.History()
-            if run.history:
-                # As at the end of the fit that finished the run.
-                model.optimizer.finalize_variable_values(model.trainable_weights)
+    run = TrainingRun(model, data, options.pop("callbacks"))
+    # Projections keep the scaling that they were trained with first.
+    if model.compiled:
+        model.head.set_scaling(x.statistics if is_features else None)
+    fingerprint = model.tokenizer_fingerprint
+    try:
+        model.tokenizer_fingerprint = check_tokenizer_of(model, x) or fingerprint
+        if held_out is not None:
+            options["validation_data"] = evaluation_data(
+                model, held_out, steps=options["validation_steps"], passes_once=False
+            )
+        if resume_from is not None:
+            run.resume(model, resume_from, options["verbose"])
+        history = _train(model, keras_fit, run, options)
+    except Exception:
+        if not run.history:
+            # Nothing was trained, so another tokenizer may still be used.
+            model.tokenizer_fingerprint = fingerprint
+        raise
     if any(getattr(x, "use_ema", False) for x in optimizer_parts(model.optimizer)):
         # Weights and averages are the same arrays now.
         copy_values(model.trainable_variables)
@@ -108,88 +131,53 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     return history
 
 
-def _prepare_data(model, x, batch_size, shuffle, steps_per_epoch, first_epoch):
-    """Checks training data, and returns it as `TrainingData`."""
-    first_epoch = check_integer("initial_epoch", first_epoch, 0)
-    steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
-    rules = dataclasses.replace(model.input_rules, training=True)
-    is_features = isinstance(x, TowerFeatures)
-    if is_features:
-        x.check_model(model, training=True)
-    data = TrainingData(
-        x,
-        rules,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        steps_per_epoch=steps_per_epoch,
-        first_epoch=first_epoch,
-    )
-    data.check_same_everywhere()
-    check_batch_size(model, data.rows)
-    if data.batch_size and model.micro_batch_size and not is_features:
-        check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
-    _check_executions(model.steps_per_execution, data.steps_per_epoch)
-    # Projections keep the scaling that they were trained with first.
-    if model.compiled:
-        model.head.set_scaling(x.statistics if is_features else None)
-    return data
-
-
-def _resume(run, model, resume_from, verbose):
-    """Resumes a run from a checkpoint, if there is one."""
-    if resume_from is None:
-        return
-    found = read_resumable(resume_from)
-    if found is not None:
-        run.resume(model, found)
-    if verbose and found is None:
-        print(f"No checkpoint in {os.fspath(resume_from)}: starting at the beginning.")
-    elif verbose:
-        print(f"Resuming from {found[0]}: epoch {run.epoch + 1}.")
+def _split(x, validation_split):
+    """Splits arrays as Keras does: the last ones are held out."""
+    check_range("validation_split", validation_split, 0, 1, "[)")
+    first = int(len(x["token_ids"]) * (1.0 - validation_split))
+    return {k: v[:first] for k, v in x.items()}, {k: v[first:] for k, v in x.items()}
 
 
 def _train(model, keras_fit, run, options):
-    """Calls Keras's `fit` from where a run is to the end, and returns its history."""
-    x = run.data.from_step(run.data.steps_before(run.epoch))
+    """Calls Keras's `fit` from where a run is to the end, and returns its history.
+
+    If training fails in its first step, the weights are restored.
+    """
+    if run.epoch >= options["epochs"]:
+        if run.history:
+            # As at the end of the fit that finished the run.
+            model.optimizer.finalize_variable_values(model.trainable_weights)
+        return keras.callbacks.History()
+    x, steps = run.data.start_at(run.epoch), run.data.steps_per_epoch
     if model.compiled:
-        steps = run.data.steps_per_epoch or getattr(x, "num_batches", None)
-        steps = steps or operator.length_hint(x)
-        epochs = options["epochs"] - run.epoch
-        _warn_of_rate_zero(model.optimizer, epochs * steps)
-    options["callbacks"] = [run, *run.callbacks]
-    bars = [isinstance(each, keras.callbacks.ProgbarLogger) for each in run.callbacks]
-    if options["verbose"] and not any(bars):
-        options["callbacks"].append(ProgressBar())
-    steps, no_end = run.data.steps_per_epoch, contextlib.nullcontext()
+        known = steps or getattr(x, "num_batches", None) or operator.length_hint(x)
+        _warn_of_rate_zero(model.optimizer, (options["epochs"] - run.epoch) * known)
+    callbacks = [run, *run.callbacks]
+    if options["verbose"] and not any(
+        isinstance(each, keras.callbacks.ProgbarLogger) for each in callbacks
+    ):
+        callbacks.append(ProgressBar())
+    followers = [each for each in callbacks if isinstance(each, RunCallback)]
+    for each in followers:
+        each.run = run
     try:
-        with run.followed(), until_the_end() if steps is None else no_end:
+        with until_the_end() if steps is None else contextlib.nullcontext():
             return keras_fit(
                 x=x,
                 initial_epoch=run.epoch,
                 steps_per_epoch=steps,
                 shuffle=run.data.shuffle,
+                callbacks=callbacks,
                 **options,
             )
+    except BaseException:
+        put_back(run.start_values)
+        raise
     finally:
+        for each in followers:
+            each.run = None
         if isinstance(x, types.GeneratorType):
             x.close()
-
-
-def _check_executions(steps_per_execution, steps_per_epoch):
-    """Raises if an epoch would end within an execution, which takes steps of the next.
-
-    Args:
-        steps_per_execution: Integer.
-        steps_per_epoch: Integer, of data that continues over the ends of epochs, or
-            `None`.
-    """
-    if steps_per_epoch is not None and steps_per_epoch % steps_per_execution:
-        raise ValueError(
-            "`steps_per_execution` must divide the steps of an epoch, or it would take "
-            "steps of the next one: pass another to `compile`, or `steps_per_epoch` to "
-            f"`fit`. Received: steps_per_execution={steps_per_execution}, epochs of "
-            f"{steps_per_epoch} steps"
-        )
 
 
 def _warn_of_rate_zero(optimizer, steps):
@@ -213,8 +201,194 @@ def _warn_of_rate_zero(optimizer, steps):
             return
 
 
-def _split(x, validation_split):
-    """Splits arrays as Keras does: the last ones are held out."""
-    check_range("validation_split", validation_split, 0, 1, "[)")
-    first = int(len(x["token_ids"]) * (1.0 - validation_split))
-    return {k: v[:first] for k, v in x.items()}, {k: v[first:] for k, v in x.items()}
+class RunCallback(keras.callbacks.Callback):
+    """A callback for the `fit` of a `ContrastiveModel`.
+
+    Attributes:
+        run: `TrainingRun`, which `fit` sets until it ends: a run holds the data.
+    """
+
+    run = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        if self.run is None:
+            raise ValueError(
+                f"`{type(self).__name__}` must be in the `callbacks` of the `fit` of a "
+                f"`ContrastiveModel`. Received: `fit` of a {type(self.model).__name__}"
+            )
+
+    def _is_due(self, epoch: int, every: int) -> bool:
+        """Returns whether an epoch is the last or one of every so many epochs."""
+        is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
+        return is_last or (epoch + 1) % every == 0
+
+
+class TrainingRun(keras.callbacks.Callback):
+    """Tracks the progress of `fit`, as the first callback of a `ContrastiveModel`.
+
+    It also lets steps start while earlier ones run, but limits their number.
+
+    Args:
+        model: A `ContrastiveModel`.
+        data: `TrainingData`, which knows the first epoch.
+        callbacks: The other callbacks, as `fit` takes them.
+
+    Attributes:
+        data: `TrainingData`.
+        callbacks: List of the other callbacks.
+        epoch: Integer, the current epoch; between epochs, the next one.
+        history: List with a dictionary of `"epoch"` and `"logs"` for each epoch.
+        is_partial: Boolean. Whether a callback stopped the last epoch early.
+        rng_state: Dictionary of arrays, the random state at the end of the last epoch.
+        first_rates: Dictionary of floats, the learning rates at the start of the run.
+        start_values: List, the `start_values` of the model until a step ends.
+    """
+
+    # Keras reports the end of a step in a background thread, see `Throughput`.
+    async_safe = True
+
+    def __init__(self, model, data, callbacks=()):
+        super().__init__()
+        steps, executions = data.steps_per_epoch, model.steps_per_execution
+        if steps is not None and steps % executions:
+            raise ValueError(
+                "`steps_per_execution` must divide the steps of an epoch, or it would "
+                "take steps of the next one: pass another to `compile`, or "
+                "`steps_per_epoch` to `fit`. Received: "
+                f"steps_per_execution={executions}, epochs of {steps} steps"
+            )
+        callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
+        self.callbacks = [each for each in callbacks if each is not None]
+        self.data = data
+        self.epoch, *_ = data.origin
+        self.history = []
+        self.is_partial = False
+        self.rng_state = {}
+        rates = learning_rates(model)
+        self.first_rates = {k: float(ops.convert_to_numpy(v)) for k, v in rates.items()}
+        self.start_values = []
+
+    def facts(self, model) -> dict[str, Any]:
+        """Returns the part of a checkpoint without arrays, as JSON values."""
+        return {
+            "epoch": self.epoch,
+            "data_origin": self.data.origin,
+            "history": [
+                {**row, "logs": {k: float(v) for k, v in row["logs"].items()}}
+                for row in self.history
+            ],
+            "first_rates": self.first_rates,
+            "description": {**describe(model), **self.data.description},
+        }
+
+    def resume(self, model, path, verbose):
+        """Resumes from a checkpoint, if there is one."""
+        found = read_resumable(path)
+        if found is None:
+            if verbose:
+                print(f"No checkpoint in {os.fspath(path)}: starting at the beginning.")
+            return
+        if not model.built or not model.compiled:
+            raise ValueError(
+                "`resume_from` needs a compiled and built model: compile it with an "
+                "optimizer, and call it on a batch. "
+                f"Received: built={model.built}, compiled={model.compiled}"
+            )
+        path, arrays, facts = found
+        wanted = {**describe(model), **self.data.description}
+        differing = differences(facts["description"], wanted)
+        if differing:
+            raise ValueError(
+                "`resume_from` must be a checkpoint of the same model and data. Use "
+                "another folder, or make model and data as they were. Received: "
+                f"resume_from={path}, {len(differing)} differences, with "
+                + "; ".join(differing[:10])
+            )
+        write_state(model, arrays)
+        for key, rate in learning_rates(model).items():
+            first = facts["first_rates"].get(key)
+            # A rate that the user changed after the saved run is kept. If that run was
+            # in this process, the rate still has the value that a callback gave it.
+            if key in arrays and self.first_rates[key] in (first, float(arrays[key])):
+                rate.assign(arrays[key])
+                self.first_rates[key] = first
+        self.rng_state = {k: v for k, v in arrays.items() if "generators/" in k}
+        self.epoch, self.history = facts["epoch"], facts["history"]
+        self.data.origin = facts["data_origin"]
+        if verbose:
+            print(f"Resuming from {path}: epoch {self.epoch + 1}.")
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 0:
+            # Keras begins a step before it knows whether there is another batch, so the
+            # last one of an epoch does not end. Each epoch gets new slots.
+            self._slots = threading.Semaphore(STEPS_AHEAD)
+            self.start_values = start_values(self.model)
+            self.model._check_options()
+            # Layers without a seed draw from the global generator of torch, and so do
+            # iterators over data when they start. A resumed run starts other iterators,
+            # so the state at the end of the last epoch is restored before the first
+            # step. Data whose batches are not known may be a `DataLoader`, which
+            # shuffles by this generator: with the restored state, it would repeat its
+            # order.
+            if self.rng_state and self.data.spec is not None:
+                write_rng_state(self.rng_state)
+        self._last = batch
+        # With a timeout, since a step that fails does not end either; Keras raises its
+        # error after the next step.
+        self._slots.acquire(timeout=10)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.start_values = []
+        self._slots.release()
+
+    def on_epoch_end(self, epoch, logs=None):
+        begun = self._last + self.model.steps_per_execution
+        steps = self.params["steps"]
+        self.is_partial = self.model.stop_training and (steps is None or begun < steps)
+        # Later callbacks add to these logs.
+        self.history.append({"epoch": epoch, "logs": {} if logs is None else logs})
+        self.epoch = epoch + 1
+        skipped = getattr(self.data.stream, "skipped", None)
+        if skipped and (count := skipped.take_new()) and self.params["verbose"]:
+            print(f"\nEpoch {self.epoch}: {count} broken samples, {skipped}")
+        if self.data.stream is not None:
+            # The next pass may be one of another `fit`.
+            self.data.start_at(self.epoch)
+        self.rng_state = read_rng_state()
+
+
+class ProgressBar(keras.callbacks.ProgbarLogger):
+    """Shows finished steps while the program prepares the next ones.
+
+    To fit on a line, it shows the mean of both accuracies, as `acc`. It leaves out the
+    temperature, and a `mask_ratio` that does not change.
+    """
+
+    # See `Throughput`.
+    async_safe = True
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self._lock = threading.Lock()
+        # Once, as in `Throughput`.
+        hides_tokens = any(masking.hides_tokens for masking in self.model.maskings)
+        self._left_out = "temperature", *([] if hides_tokens else ["mask_ratio"])
+
+    def on_train_batch_end(self, batch, logs=None):
+        with self._lock:
+            # A later step may have been reported first.
+            if batch >= self.seen:
+                super().on_train_batch_end(batch, self._shown(logs))
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, self._shown(logs))
+
+    def _shown(self, logs):
+        logs = logs or {}
+        shown = {k: v for k, v in logs.items() if not k.endswith(self._left_out)}
+        for prefix in ("", "val_"):
+            both = [shown.pop(f"{prefix}{x}_accuracy", None) for x in DIRECTIONS]
+            if None not in both:
+                shown[f"{prefix}acc"] = sum(both) / 2
+        return shown

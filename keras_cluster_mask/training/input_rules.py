@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 
 import keras
@@ -66,12 +67,9 @@ class InputRules:
     pixel_range: tuple[float, float] | None = None
     training: bool = False
     is_normalized: bool = False
-    warns: np.ndarray = dataclasses.field(default_factory=lambda: np.array(True))
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The entries that a batch must have."""
-        return ("images", *(x for x in self.text_inputs if x not in MADE))
+    warns: np.ndarray = dataclasses.field(
+        default_factory=functools.partial(np.array, True)
+    )
 
     def check(self, batch) -> tuple:
         """Checks a batch, and returns it in the form that Keras takes from any data.
@@ -80,7 +78,7 @@ class InputRules:
             batch: See `as_dictionary`.
 
         Returns:
-            A tuple of one dictionary; see `numbers_of`.
+            A tuple of one dictionary; see `check_keys`.
         """
         batch = self.check_keys(as_dictionary(batch))
         self.check_values(batch)
@@ -93,41 +91,23 @@ class InputRules:
             batch: Dictionary, from the names of the entries to anything.
 
         Returns:
-            `numbers_of(batch)`.
+            The batch without what no input takes, such as captions. A warning names
+            such entries once.
         """
         is_dictionary = isinstance(batch, dict)
         if is_dictionary and "sample_weights" in batch:
             raise ValueError(
                 f"Weights of pairs are named 'sample_weight'. Received: {sorted(batch)}"
             )
-        missing = [x for x in self.keys if not is_dictionary or x not in batch]
+        keys = "images", *(x for x in self.text_inputs if x not in MADE)
+        missing = [x for x in keys if not is_dictionary or x not in batch]
         if missing:
             found = f"keys={sorted(batch)}" if is_dictionary else f"{type(batch)}"
             raise ValueError(
                 "`inputs`, and each batch of data, must be a dictionary with the keys "
-                f"{' and '.join(map(repr, self.keys))}; missing: {missing}. "
+                f"{' and '.join(map(repr, keys))}; missing: {missing}. "
                 f"Received: {found}"
             )
-        batch = self.numbers_of(batch)
-        self.check_texts(batch)
-        return batch
-
-    def check_texts(self, batch):
-        """Raises an error for an entry that looks like an input of the text encoder.
-
-        Other numbers may be used by a `compute_loss` of the user's own.
-        """
-        shape, names = _shape(batch["token_ids"]), self.text_inputs
-        wrong = [k for k, v in batch.items() if _shape(v) == shape and k not in names]
-        if wrong and len(shape) == 2:
-            raise ValueError(
-                "An entry of the shape of 'token_ids' must have the name of an input "
-                f"of the text encoder, one of {[*names]}: rename it, or "
-                f"remove it from the batch. Received: {wrong} of shape {shape}"
-            )
-
-    def numbers_of(self, batch):
-        """Returns a batch without what no input takes, such as captions; warns once."""
         known = {"images", "sample_weight", *self.text_inputs}
         numbers = {k: v for k, v in batch.items() if k in known or _is_numeric(v)}
         if self.warns and len(numbers) < len(batch):
@@ -137,7 +117,27 @@ class InputRules:
                 f"model. Received: {sorted(batch.keys() - numbers.keys())}",
                 stacklevel=2,
             )
+        self.check_texts(numbers)
         return numbers
+
+    def check_texts(self, batch):
+        """Raises an error for an entry that looks like an input of the text encoder.
+
+        Other numbers may be used by a `compute_loss` of the user's own.
+        """
+        shapes = {}
+        for name, values in batch.items():
+            # Lists have no shape, and that of a TensorFlow tensor may be unknown.
+            with contextlib.suppress(AttributeError, ValueError):
+                shapes[name] = tuple(values.shape)
+        shape, inputs = shapes.get("token_ids", ()), self.text_inputs
+        wrong = [k for k in shapes if k not in inputs and shapes[k] == shape]
+        if wrong and len(shape) == 2:
+            raise ValueError(
+                "An entry of the shape of 'token_ids' must have the name of an input "
+                f"of the text encoder, one of {[*inputs]}: rename it, or "
+                f"remove it from the batch. Received: {wrong} of shape {shape}"
+            )
 
     def check_values(self, batch):
         """Raises an error if the model cannot use the values of a batch.
@@ -146,13 +146,22 @@ class InputRules:
             batch: Dictionary of arrays. Images may be missing if they are uint8.
         """
         # Weights have a rule of their own, and scalars belong to no pair.
-        paired = {k: v for k, v in batch.items() if getattr(v, "shape", None) != ()}
-        paired.pop("sample_weight", None)
+        paired = {
+            name: values
+            for name, values in batch.items()
+            if name != "sample_weight" and getattr(values, "shape", None) != ()
+        }
         check_equal_lengths(paired)
         self.check_ids(batch["token_ids"], has_mask="padding_mask" in batch)
         rows = len(batch["token_ids"])
         if "sample_weight" in batch:
-            check_weights(batch["sample_weight"], rows)
+            weights = as_array(batch["sample_weight"])
+            is_valid = np.isfinite(weights) & (weights >= 0)
+            if weights.shape != (rows,) or not np.all(is_valid):
+                raise ValueError(
+                    f"`sample_weight` must hold {rows} finite numbers of at least 0, "
+                    f"one a pair. Received: sample_weight={weights}"
+                )
         if self.training and rows < 2:
             raise ValueError(f"{LONELY} Received: a batch of {rows}")
         # A batch of bright normalized images may look like pixels. Once a batch shows
@@ -161,16 +170,6 @@ class InputRules:
         is_unknown = "images" in batch and not self.is_normalized
         if is_unknown and self.check_images(batch["images"]):
             self.is_normalized = True
-
-    def check_image_shape(self, images):
-        """Raises an error for images of a shape that the encoder does not take."""
-        expected, shape = self.image_shape, tuple(images.shape)
-        if expected is not None and not fits_shape(shape, (None, *expected)):
-            raise ValueError(
-                f"`images` must have shape {(None, *expected)}: the `image_size` of "
-                "the data must be that of the encoder, which "
-                f"`kcm.models.with_image_size` changes. Received: images.shape={shape}"
-            )
 
     def check_ids(self, ids, has_mask=False):
         """Raises an error if a text encoder cannot take the token ids.
@@ -216,14 +215,26 @@ class InputRules:
             )
 
     def check_images(self, images):
-        """Raises an error for `(batch, ...)` images that are not normalized.
+        """Raises an error for images that the encoder does not take.
+
+        Args:
+            images: `(batch, ...)` images, or a spec with their shape and dtype.
 
         Returns:
             Whether they have values that pixels cannot have.
         """
         images = images if hasattr(images, "dtype") else as_array(images)
-        self.check_image_shape(images)
+        expected, shape = self.image_shape, tuple(images.shape)
+        if expected is not None and not fits_shape(shape, (None, *expected)):
+            raise ValueError(
+                f"`images` must have shape {(None, *expected)}: the `image_size` of "
+                "the data must be that of the encoder, which "
+                f"`kcm.models.with_image_size` changes. Received: images.shape={shape}"
+            )
         if self.pixel_range is None or not is_float(images):
+            return False
+        # A spec has no values.
+        if not hasattr(images, "__array__"):
             return False
         images = as_array(images)
         if not images.size:
@@ -267,16 +278,6 @@ def _raise_for_rows(wrong, message):
         )
 
 
-def check_weights(weights, pairs: int):
-    """Raises an error if sample weights cannot be used."""
-    weights = as_array(weights)
-    if weights.shape != (pairs,) or not np.all(np.isfinite(weights) & (weights >= 0)):
-        raise ValueError(
-            f"`sample_weight` must hold {pairs} finite numbers of at least 0, one a "
-            f"pair. Received: sample_weight={weights}"
-        )
-
-
 def as_weights(weights):
     """Returns the sample weights of a step as `(batch,)` float32."""
     if len(weights.shape) != 1:
@@ -302,7 +303,8 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
 
     Args:
         x: Data, or a tuple of data and the labels and sample weights after it, as in
-            Keras. Data other than arrays is returned as it is.
+            Keras. Of other data, only a `tf.data.Dataset` of tuples becomes one of
+            dictionaries.
         y: Must be `None`.
         sample_weight: `(pairs,)` floats, for arrays only.
         class_weight: Must be `None`.
@@ -324,27 +326,23 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
                 f"{type(x).__name__}"
             )
         x = {**x, "sample_weight": sample_weight}
+    if not isinstance(getattr(x, "element_spec", {}), dict):
+        # A `tf.data.Dataset` of tuples.
+        return x.map(lambda *batch: as_dictionary(batch))
     if not isinstance(x, dict):
         return x
-    return {name: _as_array_of(v) for name, v in x.items() if v is not None}
-
-
-def _as_array_of(values):
-    if isinstance(values, list | tuple):
-        # Rows of different lengths make no array.
-        with contextlib.suppress(ValueError):
-            return np.asarray(values)
-    return values
+    arrays = {}
+    for name, values in x.items():
+        if isinstance(values, list | tuple):
+            # Rows of different lengths make no array.
+            with contextlib.suppress(ValueError):
+                values = np.asarray(values)
+        if values is not None:
+            arrays[name] = values
+    return arrays
 
 
 def _is_numeric(values):
     dtype = getattr(values, "dtype", "string")
     # TensorFlow's dtype has no `kind`, but equals its name.
     return dtype != "string" and getattr(dtype, "kind", None) not in (*"SUOMm",)
-
-
-def _shape(values):
-    # A tensor of TensorFlow may have an unknown rank.
-    with contextlib.suppress(AttributeError, ValueError):
-        return tuple(values.shape)
-    return ()

@@ -13,15 +13,13 @@ from keras_cluster_mask.training.optimizers import (
     optimizer_parts,
 )
 
-# Entries of a layer's configuration that do not affect what it computes.
-INCIDENTAL = ("name", "trainable", "dtype", "seed", "build_config")
-# Options that may change when a run is resumed.
-FREE_OPTIONS = ("name", "micro_batch_size")
+# Entries of a configuration that may change when a run is resumed.
+INCIDENTAL = "name", "trainable", "dtype", "seed", "micro_batch_size"
 
 
 def read_state(model) -> dict[str, np.ndarray]:
     """Returns weights, seeds, learning rates and optimizer state as NumPy arrays."""
-    variables = {**_variables(model), **_learning_rates(model)}
+    variables = {**_variables(model), **learning_rates(model)}
     return {key: np.array(to_numpy(variable)) for key, variable in variables.items()}
 
 
@@ -31,41 +29,25 @@ def write_state(model, state):
         variable.assign(state[key])
 
 
-def learning_rates(model) -> dict[str, float]:
-    """Returns the learning rates of a model's optimizers, except those of schedules."""
+def learning_rates(model) -> dict[str, keras.Variable]:
+    """Returns the learning rates that are variables, by their keys in `read_state`."""
     if not model.compiled or model.optimizer is None:
         return {}
-    return {key: float(to_numpy(v)) for key, v in _learning_rates(model).items()}
-
-
-def restore_learning_rates(model, state, first_rates) -> dict[str, float]:
-    """Restores learning rates that callbacks changed during the saved run.
-
-    A rate that the user has changed since then is kept.
-
-    Args:
-        model: A `ContrastiveModel`.
-        state: Arrays of `read_state`.
-        first_rates: The result of `learning_rates` at the start of the saved run.
-
-    Returns:
-        The same dictionary for the resumed run, without changes by callbacks.
-    """
-    found = learning_rates(model)
-    for key, variable in _learning_rates(model).items():
-        # If the saved run was in this process, the rate still has the callback's value.
-        if key in state and found[key] in (first_rates[key], float(state[key])):
-            variable.assign(state[key])
-            found[key] = first_rates[key]
-    return found
+    # A `MultiOptimizer` made from a function has no optimizers until it is built.
+    build(model)
+    rates = [part.learning_rate for part in optimizer_parts(model.optimizer)]
+    return {
+        f"learning_rate/{index}": rate
+        for index, rate in enumerate(rates)
+        if isinstance(rate, keras.Variable)
+    }
 
 
 def find_non_finite(model, state) -> str | None:
     """Returns the path of a variable with a NaN or infinite saved value, or `None`."""
-    for key, variable in _variables(model).items():
-        if not np.isfinite(state[key]).all():
-            return variable.path
-    return None
+    variables = _variables(model).items()
+    wrong = (v.path for key, v in variables if not np.isfinite(state[key]).all())
+    return next(wrong, None)
 
 
 def describe(model) -> dict:
@@ -79,15 +61,15 @@ def describe(model) -> dict:
         "layers": settings_of(model),
         "frozen weights": frozen,
     }
-    for key, value in model.get_config().items():
-        if key not in FREE_OPTIONS and not isinstance(value, dict):
-            fields[key] = value
+    configs = {"": model.get_config(), "head.": model.head.get_config()}
+    fields["head.dtype"] = model.head.dtype_policy.name
     for index, masking in enumerate(model.maskings):
-        prefix = f"maskings[{index}]"
-        fields[f"{prefix}.class"] = type(masking).__name__
-        for key, value in masking.settings().items():
-            if key not in INCIDENTAL:
-                fields[f"{prefix}.{key}"] = value
+        configs[f"maskings[{index}]."] = masking.settings()
+        fields[f"maskings[{index}].class"] = type(masking).__name__
+    for prefix, config in configs.items():
+        for key, value in config.items():
+            if key not in INCIDENTAL and not isinstance(value, dict):
+                fields[f"{prefix}{key}"] = value
     # Last, as there may be hundreds of differences.
     for key, v in variables.items():
         path = f"{key.replace('/', '.')} ({v.path})"
@@ -113,22 +95,10 @@ def differences(saved: dict, wanted: dict) -> list[str]:
 
 def _variables(model):
     """Returns all variables but learning rates, by their keys in `read_state`."""
-    rates = {id(variable) for variable in _learning_rates(model).values()}
+    rates = {id(variable) for variable in learning_rates(model).values()}
     others = [v for v in model.optimizer.variables if id(v) not in rates]
     return {
         f"{group}/{index}": variable
         for group, variables in (("model", model.variables), ("optimizer", others))
         for index, variable in enumerate(variables)
-    }
-
-
-def _learning_rates(model):
-    """Returns the learning rates that are variables, by their keys in `read_state`."""
-    # A `MultiOptimizer` made from a function has no optimizers until it is built.
-    build(model)
-    rates = [part.learning_rate for part in optimizer_parts(model.optimizer)]
-    return {
-        f"learning_rate/{index}": rate
-        for index, rate in enumerate(rates)
-        if isinstance(rate, keras.Variable)
     }

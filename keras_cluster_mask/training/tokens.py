@@ -1,6 +1,5 @@
 """Checks that a tokenizer matches the text tower and the training of a model."""
 
-import contextlib
 import functools
 import hashlib
 import warnings
@@ -21,7 +20,8 @@ def check_tokenizer(model, tokenizer, context_length=None):
 
     Args:
         model: A `ContrastiveModel`.
-        tokenizer: See `image_text_dataset`.
+        tokenizer: See `image_text_dataset`; or `TowerFeatures`, which know the
+            fingerprint of their tokenizer.
         context_length: Integer, the length of token rows, for a tokenizer that supports
             any length. `None` uses the tokenizer's own length.
 
@@ -32,86 +32,69 @@ def check_tokenizer(model, tokenizer, context_length=None):
     # Imported here: it needs packages that `import keras` does not.
     from keras_cluster_mask.data.tokenizing import VARIANTS, probe, vocabulary_size_of
 
-    ids = probe(tokenizer, context_length)
-    if ids is None:
-        return None
-    try:
-        model.input_rules.check_ids(ids)
-    except ValueError as error:
-        raise ValueError(f"`tokenizer` returns ids that do not fit: {error}") from None
-    if model.text_tower.family.pooling == "highest id" and not _has_special_tokens(ids):
-        raise ValueError(
-            "`tokenizer` must add a start token to each text, and an end token that "
-            "has the highest id, at which a CLIP text encoder pools. Pass a "
-            "`kcm.data.CLIPTokenizer`, or `keras_hub.models.CLIPPreprocessor("
-            "tokenizer)` for a tokenizer of keras_hub. "
-            f"Received: tokenizer={tokenizer}, which starts with the ids "
-            f"{ids[:, 0].tolist()}, and has the highest ids {ids.max(1).tolist()} at "
-            f"{ids.argmax(1).tolist()}, for three sentences"
-        )
-    # Shorter rows would not hold all tokens that the fingerprint depends on.
-    length = max(ids.shape[1], NUM_TOKENS + 2)
-    if hasattr(tokenizer, "with_context_length"):
-        tokenizer = tokenizer.with_context_length(length)
-    # A tokenizer with a small vocabulary may support plain words only.
-    variants = probe(tokenizer, length, VARIANTS)
-    found = _fingerprint(model, probe(tokenizer, length), variants)
-    _check_fingerprint(model, found, tokenizer)
-    _warn_of_sizes(vocabulary_size_of(tokenizer), model.input_rules.vocabulary_size)
-    return found
-
-
-def _check_fingerprint(model, found, source):
-    """Raises an error if a model was trained with another tokenizer."""
+    found = getattr(tokenizer, "tokenizer_fingerprint", None)
+    if found is None:
+        ids = probe(tokenizer, context_length)
+        if ids is None:
+            return None
+        try:
+            model.input_rules.check_ids(ids)
+        except ValueError as error:
+            raise ValueError(
+                f"`tokenizer` returns ids that do not fit: {error}"
+            ) from None
+        if model.text_tower.family.pooling == "highest id" and not _has_special_tokens(
+            ids
+        ):
+            raise ValueError(
+                "`tokenizer` must add a start token to each text, and an end token "
+                "that has the highest id, at which a CLIP text encoder pools. Pass a "
+                "`kcm.data.CLIPTokenizer`, or `keras_hub.models.CLIPPreprocessor("
+                "tokenizer)` for a tokenizer of keras_hub. "
+                f"Received: tokenizer={tokenizer}, which starts with the ids "
+                f"{ids[:, 0].tolist()}, and has the highest ids {ids.max(1).tolist()} "
+                f"at {ids.argmax(1).tolist()}, for three sentences"
+            )
+        sizes = vocabulary_size_of(tokenizer), model.input_rules.vocabulary_size
+        if None not in sizes and sizes[0] != sizes[1]:
+            _warn_of_sizes(*sizes)
+        # Shorter rows would not hold all tokens that the fingerprint depends on.
+        length = max(ids.shape[1], NUM_TOKENS + 2)
+        if hasattr(tokenizer, "with_context_length"):
+            tokenizer = tokenizer.with_context_length(length)
+        # A tokenizer with a small vocabulary may support plain words only.
+        texts = probe(tokenizer, length), probe(tokenizer, length, VARIANTS)
+        found = _fingerprint(model, *texts)
     expected = model.tokenizer_fingerprint
     if expected is not None and found != expected:
         raise ValueError(
             "`tokenizer` must be the one that the model was trained with; to change it "
             "on purpose, set `model.tokenizer_fingerprint = None`. Received: tokenizer="
-            f"{source} with the fingerprint {found}, and a model trained with "
+            f"{tokenizer} with the fingerprint {found}, and a model trained with "
             f"{expected}"
         )
+    return found
 
 
 @functools.cache
 def _warn_of_sizes(of_tokenizer, of_model):
-    """Warns, once, if the sizes of two vocabularies are known and differ."""
-    if None not in (of_tokenizer, of_model) and of_tokenizer != of_model:
-        warnings.warn(
-            "`tokenizer` has another number of ids than the text encoder, so it may "
-            "not be the one of the model. Make a new model with `vocabulary_size="
-            "tokenizer.vocabulary_size`; a trained one needs the tokenizer that it was "
-            f"trained with. Received: a tokenizer of {of_tokenizer} ids, a text "
-            f"encoder of {of_model}",
-            stacklevel=5,
-        )
+    """Warns once of a tokenizer and a text encoder."""
+    warnings.warn(
+        "`tokenizer` has another number of ids than the text encoder, so it may not be "
+        "the one of the model. Make a new model with `vocabulary_size="
+        "tokenizer.vocabulary_size`; a trained one needs the tokenizer that it was "
+        f"trained with. Received: a tokenizer of {of_tokenizer} ids, a text encoder of "
+        f"{of_model}",
+        stacklevel=6,
+    )
 
 
 def check_tokenizer_of(model, data):
     """Checks the tokenizer of an `image_text_dataset` or of `TowerFeatures`, if any."""
-    known = getattr(data, "tokenizer_fingerprint", None)
-    if known is not None:
-        _check_fingerprint(model, known, data)
-        return known
     tokenizer = getattr(getattr(data, "stream", None), "tokenizer", None)
+    if getattr(data, "tokenizer_fingerprint", None) is not None:
+        tokenizer = data
     return None if tokenizer is None else check_tokenizer(model, tokenizer)
-
-
-@contextlib.contextmanager
-def remembered_tokenizer(model, data, run):
-    """A context that stores the fingerprint of the training data's tokenizer.
-
-    If an error ends the first epoch of a `TrainingRun`, the previous fingerprint is
-    restored, so that other data can be tried.
-    """
-    before = model.tokenizer_fingerprint
-    model.tokenizer_fingerprint = check_tokenizer_of(model, data) or before
-    try:
-        yield
-    except Exception:
-        if not run.history:
-            model.tokenizer_fingerprint = before
-        raise
 
 
 def _fingerprint(model, *ids):
@@ -122,32 +105,31 @@ def _fingerprint(model, *ids):
         if part is None:
             continue
         is_end = family.is_pooled(part)
-        ends = [None] * len(part)
         if is_end is not None:
+            # The text tower is causal, so ids after the pooled token have no influence.
+            # Only the first ids count, since another length truncates the same texts at
+            # another place.
             ends = ops.convert_to_numpy(is_end).argmax(axis=1)
-        for row, end in zip(part, ends):
-            if end is None and hides_padding:
-                # Only the first ids, since another length truncates the texts.
-                rows.append(row[row != family.padding_id][:NUM_TOKENS].tolist())
-            elif end is None:
-                rows.append(row.tolist())
-            else:
-                # The text tower is causal, so ids after the pooled token have no
-                # influence. Only the first ids count, since another length truncates
-                # the same texts at another place.
+            for row, end in zip(part, ends):
                 rows.append([*row[: min(end, NUM_TOKENS)].tolist(), int(row[end])])
+        elif hides_padding:
+            # Only the first ids, since another length truncates the texts.
+            for row in part:
+                rows.append(row[row != family.padding_id][:NUM_TOKENS].tolist())
+        else:
+            rows += part.tolist()
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
 
 
 def _has_special_tokens(ids):
     """Returns whether sentences start with the same id and end with the highest id."""
     ends = ids.argmax(axis=1)
-    same = [len(np.unique(tokens)) == 1 for tokens in (ids[:, 0], ids.max(axis=1))]
+    are_same = not np.ptp(ids[:, 0]) and not np.ptp(ids.max(axis=1))
     # Only padding, all of one id, may follow the end token.
     after = np.concatenate([row[end + 1 :] for row, end in zip(ids, ends)])
     # The first text is a single word, so ids that repeat before its end token are
     # padding.
     is_filled = ends[0] > 1 and ids[0, ends[0] - 1] == ids[0, ends[0] - 2]
     return bool(
-        all(same) and ends.all() and len(np.unique(after)) <= 1 and not is_filled
+        are_same and ends.all() and len(np.unique(after)) <= 1 and not is_filled
     )

@@ -19,6 +19,7 @@ start at any step can still start at any epoch if each epoch is one pass over th
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import types
@@ -29,13 +30,14 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.batches import stream_of
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import (
     all_gather_object,
     process_index_and_count,
 )
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.features import FeatureBatches, TowerFeatures
-from keras_cluster_mask.training.input_rules import KEYS, as_dictionary, is_float
+from keras_cluster_mask.training.input_rules import KEYS, as_dictionary
 from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 # === The data of `fit`, `evaluate` and `predict` ===
@@ -46,7 +48,7 @@ class TrainingData:
 
     Args:
         data: The user's data, from `as_dictionary`.
-        rules: The `InputRules` for its batches.
+        rules: The `InputRules` of the model.
         batch_size: Integer, the batch size of arrays.
         shuffle: Boolean, whether to shuffle arrays, or the batches of a `PyDataset`.
             `None` shuffles.
@@ -55,13 +57,17 @@ class TrainingData:
         first_epoch: Integer, the first epoch to train.
 
     Attributes:
-        origin: A tuple of integers: an epoch; the number of batches before its first
-            step, since a stream continues where the last `fit` on it ended; and, for
-            arrays, the seed of their order.
+        origin: A tuple: the first epoch; the number of batches of the stream before its
+            first step, since a stream continues where the last `fit` on it ended; and,
+            for arrays, the seed of their order, otherwise `None`.
         spec: Dictionary with the shape and dtype of each entry of a batch; `None` if
             they are not known before a batch is read.
         stream: The endless stream that the data is from, or `None`.
         shuffle: Boolean. Whether Keras must shuffle the data. It warns if it cannot.
+        rows: Integer, the number of pairs that this process reads per step, or `None`.
+        batch_size: Integer, the number of pairs per step on all devices, or `None`.
+        description: Dictionary. The settings that must be the same when a run is
+            resumed.
     """
 
     def __init__(
@@ -73,6 +79,9 @@ class TrainingData:
         steps_per_epoch=None,
         first_epoch=0,
     ):
+        first_epoch = check_integer("initial_epoch", first_epoch, 0)
+        steps = check_integer("steps_per_epoch", steps_per_epoch, or_none=True)
+        rules = dataclasses.replace(rules, training=True)
         is_sequence = isinstance(data, keras.utils.PyDataset)
         self.shuffle = is_sequence if shuffle is None else shuffle
         if isinstance(data, dict | TowerFeatures):
@@ -84,52 +93,27 @@ class TrainingData:
                 data = FeatureBatches(data, batch_size, is_shuffled)
             rules = None
         self._type = type(data)
-        self.spec = spec_of(data)
+        self.spec = getattr(data, "element_spec", None)
         self.stream = stream_of(data)
         # Of a single pass, Keras would repeat the first batches in later epochs.
         self._checked = checked(data, rules, passes_once=self.stream is not None)
-        default = getattr(self.stream, "steps_per_epoch", None)
-        self.steps_per_epoch = steps_per_epoch or default
-        self.first_epoch = first_epoch
-        self._first_batch = getattr(self.stream, "start", 0)
-
-    @property
-    def origin(self) -> tuple[int, ...]:
-        seed = getattr(self.stream, "shuffle_seed", None)
-        origin = self.first_epoch, self._first_batch
-        return origin if seed is None else (*origin, seed)
-
-    @origin.setter
-    def origin(self, origin):
-        self.first_epoch, self._first_batch, *seed = origin
-        if seed:
-            (self.stream.shuffle_seed,) = seed
-
-    @property
-    def rows(self) -> int | None:
-        """The number of pairs that this process reads per step, or `None`."""
-        return None if self.spec is None else self.spec["token_ids"].shape[0]
-
-    @property
-    def batch_size(self) -> int | None:
-        """The number of pairs per step on all devices, or `None` if it is unknown."""
-        _, processes = process_index_and_count(training=True)
-        return None if self.rows is None else self.rows * processes
-
-    @property
-    def description(self) -> dict:
-        """The settings that must be the same when a run is resumed."""
-        return {
-            **({} if self.stream is None else self.stream.description),
+        self.origin = (
+            first_epoch,
+            getattr(self.stream, "start", 0),
+            getattr(self.stream, "shuffle_seed", None),
+        )
+        self.steps_per_epoch = steps or getattr(self.stream, "steps_per_epoch", None)
+        self.description = {
+            **getattr(self.stream, "description", {}),
             "data.steps_per_epoch": self.steps_per_epoch,
         }
-
-    def check_same_everywhere(self):
-        """Raises an error unless all processes read equal batches of one stream."""
+        _, processes = process_index_and_count(training=True)
+        self.rows = None if self.spec is None else self.spec["token_ids"].shape[0]
+        self.batch_size = None if self.rows is None else self.rows * processes
         found = {**self.description, "data.rows": self.rows}
         content = json.dumps(found, sort_keys=True).encode()
         # 31 bits, since JAX's integers have no more.
-        if len({*all_gather_object(zlib.crc32(content) >> 1)}) > 1:
+        if processes > 1 and len({*all_gather_object(zlib.crc32(content) >> 1)}) > 1:
             raise ValueError(
                 "`x` must be the same data, in the same order and in batches of the "
                 "same size, in all processes: check that all see the same shards, and "
@@ -138,8 +122,7 @@ class TrainingData:
 
     def check_resumable(self):
         """Raises an error if the data cannot be read from the start of an epoch."""
-        can_start = self.stream is not None or self.spec is not None
-        if self.steps_per_epoch is not None and not can_start:
+        if self.steps_per_epoch is not None and self.spec is None:
             raise ValueError(
                 "`steps_per_epoch` needs data that can be read from the end of an "
                 "epoch on: an `image_text_dataset` or another `tf.data.Dataset`. "
@@ -147,19 +130,19 @@ class TrainingData:
                 f"{self._type.__name__}"
             )
 
-    def steps_before(self, epoch) -> int:
-        """Returns the first step of an epoch, for `seek` and `from_step`."""
-        return (epoch - self.first_epoch) * (self.steps_per_epoch or 0)
+    def start_at(self, epoch):
+        """Makes the next pass over a stream start at an epoch.
 
-    def seek(self, step):
-        """Makes the next pass over a stream start at a step."""
+        Returns:
+            The data for Keras, from that epoch on.
+        """
+        first_epoch, first_batch, seed = self.origin
+        step = (epoch - first_epoch) * (self.steps_per_epoch or 0)
         if self.stream is not None:
-            self.stream.start = self._first_batch + step
-
-    def from_step(self, step):
-        """Returns the data for Keras, from a step of the first epoch, or later, on."""
-        self.seek(step)
-        if step and self.stream is None:
+            self.stream.start = first_batch + step
+            if seed is not None:
+                self.stream.shuffle_seed = seed
+        elif step:
             self.check_resumable()
             return self._checked.skip(step)
         return self._checked
@@ -170,15 +153,13 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
 
     Args:
         model: A `ContrastiveModel`.
-        x: The user's data, or `None`.
+        x: The user's data.
         y: Must be `None`.
         sample_weight: `(pairs,)` floats, for arrays only.
         steps: Integer, the number of batches to read, or `None` for all.
         passes_once: See `checked`.
     """
     data = as_dictionary(x, y, sample_weight)
-    if data is None:
-        return None
     if steps is None and stream_of(data) is not None:
         raise ValueError(
             "Data that is evaluated or predicted must end: pass `training=False` to "
@@ -227,12 +208,10 @@ def checked(data, rules, passes_once=True):
         if hasattr(data, "stream"):
             # The captions and keys of an `image_text_dataset` are for evaluation.
             rules.warns[...] = False
-        if (spec := spec_of(data)) is not None:
+        if (spec := getattr(data, "element_spec", None)) is not None:
             rules.check_keys(spec)
-            rules.check_image_shape(spec["images"])
-            if rules.pixel_range is not None:
-                is_float(spec["images"])
-    is_stream = hasattr(data, "stream") and data.stream is data
+            rules.check_images(spec["images"])
+    is_stream = getattr(data, "stream", None) is data
     if is_stream and keras.backend.backend() == "tensorflow":
         # Imported here: it needs packages that `import keras` does not.
         from keras_cluster_mask.data.tensorflow import as_dataset
@@ -263,14 +242,6 @@ def checked(data, rules, passes_once=True):
     )
 
 
-def spec_of(data):
-    """Returns the dictionary of specs of a batch, or `None` if it is not known."""
-    spec = getattr(data, "element_spec", None)
-    if spec is None or isinstance(spec, dict):
-        return spec
-    return data.map(lambda *batch: as_dictionary(batch)).element_spec
-
-
 def _read_once(stream, rules):
     with contextlib.closing(iter(stream)) as batches:
         for batch in batches:
@@ -280,12 +251,12 @@ def _read_once(stream, rules):
 def _checked_dataset(data, rules):
     import tensorflow as tf
 
-    def check(*batch):
+    def check(batch):
         def check_arrays(*arrays):
             rules.check_values(dict(zip(names, arrays)))
             return np.False_
 
-        batch = rules.numbers_of(as_dictionary(batch))
+        batch = rules.check_keys(batch)
         # Images that are not floats are checked by their type alone, since copies take
         # time.
         names = {*KEYS, "sample_weight", "padding_mask"} & batch.keys()

@@ -12,7 +12,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.data import stream
 from tests.helpers import Batches
 
-from .training_run import make_dataset, make_model, pairs
+from .training_run import StopAfter, make_dataset, make_model, pairs
 
 BACKEND = keras.backend.backend()
 
@@ -100,18 +100,14 @@ def test_of_data_of_unknown_batches_nothing_is_reported():
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("kind", ["throughput", "checkpoint"])
-def test_a_callback_of_an_interrupted_fit_does_not_keep_the_data(kind, tmp_path):
-    class Interrupt(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            raise KeyboardInterrupt
-
+@pytest.mark.parametrize(
+    "make", [lambda folder: kcm.callbacks.Throughput(), kcm.callbacks.Checkpoint]
+)
+def test_a_callback_of_an_interrupted_fit_does_not_keep_the_data(make, tmp_path):
     data = pairs(8)
-    callback = kcm.callbacks.Throughput()
-    if kind == "checkpoint":
-        callback = kcm.callbacks.Checkpoint(tmp_path)
+    callback = make(tmp_path)
     with contextlib.suppress(KeyboardInterrupt):
-        fit(callback, Interrupt(), x=data, batch_size=4)
+        fit(callback, StopAfter(1), x=data, batch_size=4)
     images = weakref.ref(data["images"])
     del data
     gc.collect()

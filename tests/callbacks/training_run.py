@@ -15,10 +15,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import keras
 import numpy as np
-from keras import ops
 
 import keras_cluster_mask as kcm
-from tests.helpers import CONTEXT, MASKINGS, masked_vit, random_pairs
+from tests.helpers import CONTEXT, MASKINGS, masked_vit, random_pairs, values
 
 PROGRAM = pathlib.Path(__file__)
 VOCABULARY = 300
@@ -59,8 +58,7 @@ def make_dataset(shards, seed=7, **options):
 
 
 def weights_of(model):
-    variables = *model.variables, *model.optimizer.variables
-    return [np.array(ops.convert_to_numpy(variable)) for variable in variables]
+    return values([*model.variables, *model.optimizer.variables])
 
 
 def pairs(count=12, seed=0):

@@ -117,16 +117,19 @@ def test_what_replicas_cannot_do_is_refused(options, data, message, strategy):
         model.fit(data(), verbose=0)
 
 
-@pytest.mark.parametrize("kind", ["alone", "scaled", "tower"])
-def test_an_optimizer_that_accumulates_gradients_is_refused(kind, strategy):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda optimizer: optimizer,
+        keras.optimizers.LossScaleOptimizer,
+        lambda optimizer: kcm.TowerOptimizer("sgd", text=optimizer),
+    ],
+    ids=["alone", "scaled", "tower"],
+)
+def test_an_optimizer_that_accumulates_gradients_is_refused(wrap, strategy):
     with strategy.scope():
-        optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)
-        if kind == "scaled":
-            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
-        if kind == "tower":
-            optimizer = kcm.TowerOptimizer("sgd", text=optimizer)
         model = small_model()
-        model.compile(optimizer)
+        model.compile(wrap(keras.optimizers.SGD(gradient_accumulation_steps=2)))
     message = "`gradient_accumulation_steps` must be 1 on several.*Received: .*=2"
     with pytest.raises(ValueError, match=message):
         model.fit(as_dataset(random_pairs(16)), verbose=0)

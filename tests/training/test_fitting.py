@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import threading
 
 import keras
 import numpy as np
@@ -10,13 +11,22 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.distribution import processes
+from keras_cluster_mask.training.fitting import (
+    STEPS_AHEAD,
+    TrainingRun,
+)
+from keras_cluster_mask.training.step_metrics import DIRECTIONS
+from keras_cluster_mask.training.training_data import TrainingData
+from tests.callbacks.training_run import StopAfter
 from tests.helpers import (
     FAST,
     assert_same_values,
     compiled_model,
+    masked_vit,
     random_pairs,
     small_model,
     stream,
+    text_bag,
     values,
 )
 from tests.training.processes import NoteProcess
@@ -32,13 +42,12 @@ def compiled():
 
 @pytest.mark.any_backend
 def test_arguments_have_the_order_of_keras():
-    found, expected = compiled(), compiled()
-    pairs, log = random_pairs(8), []
-    callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=lambda *x: log.append(x))]
-    found.fit(pairs, None, 4, 2, 0, callbacks, 0.0, pairs, False)
-    expected.fit(pairs, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    found, expected, pairs = compiled(), compiled(), random_pairs(8)
+    callbacks = [kcm.callbacks.Throughput()]
+    history = found.fit(pairs, None, 4, 2, 0, callbacks, 0.0, pairs, False).history
+    expected.fit(pairs, epochs=2, **FIT)
     assert_same_values(found.weights, expected.weights)
-    assert [epoch for epoch, logs in log if "val_loss" in logs] == [0, 1]
+    assert len(history["val_loss"]) == len(history["samples_per_second"]) == 2
 
 
 def test_a_model_whose_first_step_fails_keeps_its_weights(monkeypatch):
@@ -158,9 +167,7 @@ def test_averages_of_weights_can_be_trained_again(several):
     model = small_model()
     optimizer = keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.5)
     if several:
-        towers = {".*image_mlp.*": keras.optimizers.SGD(0.01)}
-        optimizers = keras.optimizers.OptimizerMap(optimizer, towers)
-        optimizer = keras.optimizers.MultiOptimizer(optimizers)
+        optimizer = kcm.TowerOptimizer(optimizer, image=keras.optimizers.SGD(0.01))
     model.compile(optimizer, **FAST)
     for _ in range(2):
         model.fit(random_pairs(8), **FIT)
@@ -269,14 +276,11 @@ def test_executions_that_do_not_divide_an_epoch_are_refused():
 
 
 def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing(recwarn):
-    def compile_for_four_steps(model):
-        schedule = keras.optimizers.schedules.CosineDecay(
-            0.0, 3, warmup_target=0.1, warmup_steps=1
-        )
-        model.compile(keras.optimizers.SGD(schedule), **FAST)
-
     model = small_model()
-    compile_for_four_steps(model)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, 3, warmup_target=0.1, warmup_steps=1
+    )
+    model.compile(keras.optimizers.SGD(schedule), **FAST)
     model.fit(random_pairs(16), **FIT)
     # The warm-up starts at 0, too.
     assert not [x for x in recwarn if "reaches 0" in str(x.message)]
@@ -289,20 +293,12 @@ def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing(recwar
 @pytest.mark.any_backend
 @pytest.mark.parametrize(("steps", "warns"), [(9, True), (12, False), (20_000, False)])
 def test_a_schedule_of_fewer_steps_than_the_fit_warns_before_it(steps, warns, recwarn):
-    class Begun(Exception):
-        pass
-
-    def stop(logs):
-        raise Begun
-
     model = small_model()
     schedule = keras.optimizers.schedules.CosineDecay(0.1, steps)
     model.compile(kcm.TowerOptimizer("sgd", image=keras.optimizers.SGD(schedule)))
-    callbacks = [keras.callbacks.LambdaCallback(on_train_begin=stop)]
-    with pytest.raises(Begun):
-        model.fit(
-            random_pairs(16), **FIT, epochs=max(3, steps // 4), callbacks=callbacks
-        )
+    fit = {**FIT, "epochs": max(3, steps // 4), "callbacks": [StopAfter(1)]}
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(random_pairs(16), **fit)
     found = [x for x in recwarn if "reaches 0 before the end" in str(x.message)]
     assert len(found) == warns
 
@@ -310,10 +306,98 @@ def test_a_schedule_of_fewer_steps_than_the_fit_warns_before_it(steps, warns, re
 @pytest.mark.one_case
 def test_a_dataset_for_evaluation_is_read_as_a_whole_in_each_epoch(write_pairs):
     data = stream(write_pairs("a.tar", 0, 12), training=False)
-    model, steps = compiled(), []
-    count = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: steps.append(batch)
-    )
-    model.fit(data, epochs=3, verbose=0, callbacks=[count])
-    assert len(data) == 3
-    assert len(steps) == 9
+    model = compiled()
+    # Of three batches.
+    model.fit(data, epochs=3, verbose=0)
+    assert int(model.optimizer.iterations) == 9
+
+
+# === Steps that begin before others end, and the progress bar ===
+
+
+class Note(keras.callbacks.Callback):
+    """Notes in which threads it is told of the ends of steps."""
+
+    async_safe = True
+
+    def __init__(self):
+        super().__init__()
+        self.threads = set()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.threads.add(threading.current_thread().name)
+
+
+def fit_20_steps(*callbacks, verbose):
+    callbacks = [kcm.callbacks.Throughput(), *callbacks]
+    fit = dict(batch_size=2, epochs=2, verbose=verbose)
+    compiled_model().fit(random_pairs(40), callbacks=callbacks, **fit)
+
+
+@pytest.mark.one_case
+@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize("verbose", [0, 1, 2])
+def test_no_step_is_waited_for_whatever_is_shown_and_saved(verbose, saves, tmp_path):
+    note = Note()
+    others = [kcm.callbacks.Checkpoint(tmp_path)] if saves else []
+    fit_20_steps(note, *others, verbose=verbose)
+    main = threading.main_thread().name
+    # Keras for TensorFlow reads the logs of each step.
+    assert (main in note.threads) == (keras.backend.backend() == "tensorflow")
+
+
+@pytest.mark.any_backend
+def test_few_steps_begin_before_others_end():
+    model = small_model()
+    run = TrainingRun(model, TrainingData(random_pairs(8), model.input_rules, 4))
+    run.set_model(model)
+    for step in range(STEPS_AHEAD):
+        run.on_train_batch_begin(step)
+    one_more = threading.Thread(target=run.on_train_batch_begin, args=(STEPS_AHEAD,))
+    one_more.start()
+    one_more.join(0.2)
+    assert one_more.is_alive()
+    run.on_train_batch_end(0)
+    one_more.join(5)
+    assert not one_more.is_alive()
+
+
+@pytest.mark.any_backend
+def test_progress_shows_all_steps_and_metrics(capsys):
+    fit_20_steps(verbose=1)
+    shown = capsys.readouterr().out
+    for text in ("Epoch 2/2", "20/20", "loss:", "samples_per_second:"):
+        assert text in shown
+    assert shown.count("\n") == 4
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("varies", [False, True])
+def test_progress_with_validation_fits_120_characters(varies, capsys):
+    hides = dict(min_mask_ratio=0.25, threshold=0.1) if varies else {}
+    masking = kcm.ClusterMasking(4, **hides)
+    model = kcm.ContrastiveModel(masked_vit(masking), text_bag())
+    model.compile("sgd", **FAST)
+    pairs = random_pairs(8)
+    history = model.fit(pairs, validation_data=pairs, verbose=1).history
+    shown = dict(re.findall(r"(\w+): (\S+)", capsys.readouterr().out))
+    assert {*shown} == {"loss", "acc", "val_loss", "val_acc", *["mask_ratio"] * varies}
+    both = [history[f"val_{x}_accuracy"][0] for x in DIRECTIONS]
+    assert float(shown["val_acc"]) == pytest.approx(np.mean(both), abs=1e-4)
+    if not varies:
+        longest = "1234/1234 ━━━━━━━━━━━━━━━━━━━━ 1234s 1234ms/step"
+        longest += "".join(f" - {name}: 1.2345" for name in shown)
+        assert len(longest) <= 120
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("name", ["Throughput", "Checkpoint", "Retrieval"])
+def test_callbacks_refuse_the_fit_of_another_model(name, tmp_path):
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    arguments = {"Checkpoint": [tmp_path], "Retrieval": [random_pairs(4)]}
+    callback = getattr(kcm.callbacks, name)(*arguments.get(name, []))
+    with pytest.raises(
+        ValueError, match=f"`{name}` must be in.*Received: `fit` of a Sequential"
+    ):
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[callback])

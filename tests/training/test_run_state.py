@@ -1,6 +1,7 @@
 """What of a saved run a new one takes over, and what must be equal."""
 
 import keras
+import numpy as np
 import pytest
 from keras import ops
 
@@ -48,11 +49,11 @@ def decay(steps):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (dict(), dict(learning_rate=0.1)),
-        (dict(), dict(weight_decay=0.3)),
-        (dict(), dict(learning_rate=decay(9))),
-        (dict(learning_rate=decay(9)), dict()),
-        (dict(learning_rate=decay(9)), dict(learning_rate=decay(8))),
+        ({}, {"learning_rate": 0.1}),
+        ({}, {"weight_decay": 0.3}),
+        ({}, {"learning_rate": decay(9)}),
+        ({"learning_rate": decay(9)}, {}),
+        ({"learning_rate": decay(9)}, {"learning_rate": decay(8)}),
     ],
 )
 def test_a_resumed_run_takes_the_options_that_it_is_given(before, after, tmp_path):
@@ -118,8 +119,7 @@ def test_learning_rates_of_several_optimizers_are_each_their_own(tmp_path):
     fit_epochs(tmp_path, 1, optimizer(0.1), decay_vectors=True)
     resumed = fit_epochs(tmp_path, 1, optimizer(0.2), decay_vectors=True)
     rates = [each.learning_rate for each in resumed.optimizer.optimizers]
-    rates = {round(float(ops.convert_to_numpy(rate)), 5) for rate in rates}
-    assert rates == {0.2, 0.01}
+    assert np.unique(values(rates)) == pytest.approx([0.01, 0.2])
 
 
 @pytest.mark.any_backend
@@ -138,9 +138,8 @@ def test_what_a_step_does_in_another_way_may_change(tmp_path):
 def shards(tmp_path_factory, write_pairs_to):
     folder = tmp_path_factory.mktemp("shards")
     return [
-        write_pairs_to(folder / "a.tar", 0, 16),
-        write_pairs_to(folder / "b.tar", 16, 11),
-        write_pairs_to(folder / "c.tar", 27, 3),
+        write_pairs_to(folder / f"{first}.tar", first, count)
+        for first, count in ((0, 16), (16, 11), (27, 3))
     ]
 
 

@@ -14,6 +14,7 @@ from keras_cluster_mask.evaluation import (
     evaluate_retrieval,
     evaluate_zero_shot,
 )
+from keras_cluster_mask.training import tokens
 from keras_cluster_mask.training.tokens import check_tokenizer
 from tests.data.reading import keras_hub_tokenizer
 from tests.encoders.test_pooled import bert, make_model
@@ -75,19 +76,19 @@ def evaluations(model, shard, tokenizer):
     captions = ["a cat", "no dog"]
     images = random_pairs(2)["images"]
     data = stream(shard, tokenizer, training=False, format="grain")
-    return {
-        "embed": lambda: embed(
+    return [
+        lambda: embed(
             model, {"images": images, "captions": captions}, tokenizer, verbose=0
         ),
-        "embed_texts": lambda: embed_texts(model, captions, tokenizer, verbose=0),
-        "zero-shot": lambda: evaluate_zero_shot(
+        lambda: embed_texts(model, captions, tokenizer, verbose=0),
+        lambda: evaluate_zero_shot(
             model, (images, [0, 1]), captions, tokenizer, verbose=0
         ),
-        "embed a dataset": lambda: embed(model, data, verbose=0),
-        "retrieval of a dataset": lambda: evaluate_retrieval(model, data, verbose=0),
-        "evaluate": lambda: model.evaluate(data, verbose=0),
-        "predict": lambda: model.predict(data, verbose=0),
-    }
+        lambda: embed(model, data, verbose=0),
+        lambda: evaluate_retrieval(model, data, verbose=0),
+        lambda: model.evaluate(data, verbose=0),
+        lambda: model.predict(data, verbose=0),
+    ]
 
 
 def embed_cat(model, tokenizer):
@@ -110,7 +111,7 @@ def test_a_tokenizer_is_checked_wherever_it_is_used(clip, shard):
     bad = BAD["bare"]
     held_out = stream(shard, bad, training=False)
     for call in (
-        *evaluations(clip, shard, bad).values(),
+        *evaluations(clip, shard, bad),
         lambda: clip.fit(stream(shard, bad), verbose=0),
         lambda: clip.fit(random_pairs(4), validation_data=held_out, verbose=0),
     ):
@@ -199,7 +200,7 @@ def test_a_trained_model_and_its_copies_refuse_another_tokenizer(
 def test_a_trained_model_takes_its_tokenizer_however_it_fills_rows_up(trained, shard):
     for padding in (0, END):
         tokenizer = make_tokenizer(padding=padding)
-        for evaluate in evaluations(trained, shard, tokenizer).values():
+        for evaluate in evaluations(trained, shard, tokenizer):
             evaluate()
         trained.fit(stream(shard, tokenizer), verbose=0)
 
@@ -274,35 +275,35 @@ def test_towers_that_hide_padding_take_rows_of_any_length():
 # === Sizes of vocabularies ===
 
 
-@pytest.mark.parametrize("kind", ["ours", "Hugging Face", "keras_hub", "open_clip"])
-def test_a_vocabulary_of_another_size_is_warned_of_once(kind, tmp_path, recwarn):
-    ours = kcm.data.CLIPTokenizer.train(["a cat", "a dog"] * 5, 520, CONTEXT)
-    if kind == "keras_hub":
-        pytest.importorskip("tensorflow")
-    tokenizer, size = {
-        "ours": lambda: (ours, 518),
-        "Hugging Face": lambda: (hugging_face(END), VOCABULARY),
-        "keras_hub": lambda: (keras_hub_preprocessor(ours, tmp_path), 518),
-        "open_clip": lambda: (
-            pytest.importorskip("open_clip").get_tokenizer("ViT-B-32"),
-            49408,
-        ),
-    }[kind]()
-    backbones = [
-        kcm.models.clip_backbone("tiny", 16, vocabulary, CONTEXT, 4)
-        for vocabulary in (size, size + len(kind))
-    ]
-    for backbone in [*backbones, backbones[-1]]:
-        embed_cat(backbone, tokenizer)
-    found = [str(x.message) for x in recwarn if "number of ids" in str(x.message)]
-    assert len(found) == 1
-    assert found[0].endswith(f"{size} ids, a text encoder of {size + len(kind)}")
-
-
 def keras_hub_preprocessor(tokenizer, folder):
+    pytest.importorskip("tensorflow")
     keras_hub = pytest.importorskip("keras_hub")
     tokenizer = keras_hub_tokenizer(tokenizer, folder)
     return keras_hub.models.CLIPPreprocessor(tokenizer, sequence_length=CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda ours, folder: ours, 518),
+        (lambda ours, folder: hugging_face(END), VOCABULARY),
+        (keras_hub_preprocessor, 518),
+        (
+            lambda *_: pytest.importorskip("open_clip").get_tokenizer("ViT-B-32"),
+            49408,
+        ),
+    ],
+    ids=["ours", "Hugging Face", "keras_hub", "open_clip"],
+)
+def test_a_vocabulary_of_another_size_is_warned_of_once(make, size, tmp_path, recwarn):
+    tokens._warn_of_sizes.cache_clear()
+    ours = kcm.data.CLIPTokenizer.train(["a cat", "a dog"] * 5, 520, CONTEXT)
+    tokenizer = make(ours, tmp_path)
+    for vocabulary in (size, size + 1, size + 1):
+        backbone = kcm.models.clip_backbone("tiny", 16, vocabulary, CONTEXT, 4)
+        embed_cat(backbone, tokenizer)
+    (found,) = [str(x.message) for x in recwarn if "number of ids" in str(x.message)]
+    assert found.endswith(f"{size} ids, a text encoder of {size + 1}")
 
 
 # === A tokenizer of its own length ===
@@ -327,14 +328,12 @@ def hugging_face(end, **options):
     )
 
 
-FAMILIES = {"clip": (tiny_clip, END), "metaclip": (tiny_metaclip, METACLIP_END)}
-
-
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    ("backbone", "end"), [(tiny_clip, END), (tiny_metaclip, METACLIP_END)]
+)
 def test_a_trained_model_takes_its_tokenizer_of_a_length_below_the_towers(
-    shard, family
+    shard, backbone, end
 ):
-    backbone, end = FAMILIES[family]
     tokenizer = hugging_face(end, model_max_length=4)
     model = kcm.ContrastiveModel.from_backbone(backbone())
     model.compile("sgd", **FAST)
@@ -356,15 +355,17 @@ def test_a_tokenizer_without_a_length_makes_rows_of_the_towers():
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_towers_that_pool_at_the_end_take_rows_of_any_length_and_padding(family):
-    end = FAMILIES[family][1]
-    if family == "clip":
-        model = make_clip(length=12)
-    else:
-        model = kcm.ContrastiveModel.from_backbone(tiny_metaclip())
-    longest = model.input_rules.context_length
-    lengths = (longest, 8) if family == "clip" else (longest,)
+@pytest.mark.parametrize(
+    ("backbone", "end", "lengths"),
+    [
+        (lambda: kcm.models.clip_backbone("tiny", 16, VOCABULARY, 12, 4), END, (12, 8)),
+        (tiny_metaclip, METACLIP_END, (CONTEXT,)),
+    ],
+)
+def test_towers_that_pool_at_the_end_take_rows_of_any_length_and_padding(
+    backbone, end, lengths
+):
+    model = kcm.ContrastiveModel.from_backbone(backbone())
     tokenizers = [
         make_tokenizer(end=end, length=length, padding=padding)
         for length in lengths

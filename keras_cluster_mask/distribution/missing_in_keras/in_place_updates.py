@@ -76,8 +76,7 @@ def global_norm(gradients: list):
     Args:
         gradients: List of torch tensors for which `can_update` is true.
     """
-    with torch.no_grad():
-        return torch.nn.utils.get_total_norm(gradients)
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def clip_by_global_norm(gradients: list, max_norm: float) -> bool:
