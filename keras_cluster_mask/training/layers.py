@@ -89,71 +89,54 @@ def omitted_settings(layer: keras.layers.Layer) -> dict[str, list]:
     Returns:
         A dictionary of lists:
 
-        - `"counts"`: the number of all layers, and the number of all weights.
-        - `"layers"`: the indices of frozen layers in `all_layers`.
-        - `"weights"`: the indices in `saved_weights` of weights that are frozen in a
-          layer that is trained.
-        - `"trained"`: the indices in `saved_weights` of weights that are trained in a
-          frozen layer.
+        - `"layers"`: whether each of `all_layers` is trained.
+        - `"weights"`: whether each weight is an exception, trained in a frozen layer or
+          frozen in one that is trained. A head shares the temperature of a backbone.
         - `"epsilons"`: the epsilon of each `LayerNormalization`.
     """
-    layers, weights = all_layers(layer), saved_weights(layer)
-    trained, frozen = weights_by_layers(layer)
+    layers = all_layers(layer)
     return {
-        "counts": [len(layers), len(weights)],
-        "layers": [i for i, x in enumerate(layers) if not x.trainable],
-        "weights": [
-            i for i, v in enumerate(weights) if id(v) in trained and not v.trainable
-        ],
-        # A head shares the temperature of a backbone.
-        "trained": [
-            i for i, v in enumerate(weights) if id(v) in frozen and v.trainable
-        ],
+        "layers": [x.trainable for x in layers],
+        "weights": [v.trainable != x.trainable for x, v in _weights_of(layers)],
         "epsilons": [x.epsilon for x in layers if isinstance(x, NORMALIZATION)],
     }
 
 
 def restore_settings(layer: keras.layers.Layer, omitted: dict[str, list]):
     """Applies the result of `omitted_settings` to a layer of the same parts."""
-    weights = saved_weights(layer)
-    found = [len(all_layers(layer)), len(weights)]
-    has_layers = found[0] == omitted["counts"][0]
-    has_weights = found == omitted["counts"]
+    layers = all_layers(layer)
+    weights = _weights_of(layers)
+    has_layers = len(layers) == len(omitted["layers"])
+    has_weights = has_layers and len(weights) == len(omitted["weights"])
     if has_layers:
-        layers = [x for x in all_layers(layer) if isinstance(x, NORMALIZATION)]
-        for part, epsilon in zip(layers, omitted["epsilons"]):
+        normalizations = [x for x in layers if isinstance(x, NORMALIZATION)]
+        for part, epsilon in zip(normalizations, omitted["epsilons"]):
             part.epsilon = epsilon
         # Setting `trainable` also sets it on nested layers, so a second pass is needed.
-        for _ in range(2):
-            for index, part in enumerate(all_layers(layer)):
-                trainable = index not in omitted["layers"]
-                if part.trainable != trainable:
-                    part.trainable = trainable
+        for part, is_trained in [*zip(layers, omitted["layers"])] * 2:
+            if part.trainable != is_trained:
+                part.trainable = is_trained
     if has_weights:
-        trained, _ = weights_by_layers(layer)
-        for index, weight in enumerate(weights):
-            if index in omitted["trained"] or id(weight) in trained:
-                weight.trainable = index not in omitted["weights"]
-    restored = {"layers": has_layers, "weights": has_weights}
-    lost = [name for name, has in restored.items() if omitted[name] and not has]
+        for (part, weight), is_exception in zip(weights, omitted["weights"]):
+            weight.trainable = part.trainable != is_exception
+    lost = [] if has_layers or all(omitted["layers"]) else ["layers"]
+    lost += [] if has_weights or not any(omitted["weights"]) else ["weights"]
     if lost:
         # A subclassed encoder may create its layers only when it is called.
         warnings.warn(
             f"Frozen {' and '.join(lost)} could not be restored, because the loaded "
             "model has other layers or weights than the saved one: set "
             "`trainable = False` on them again. Received: a model of "
-            f"{found[0]} layers and {found[1]} weights, saved with "
-            f"{omitted['counts'][0]} and {omitted['counts'][1]}",
+            f"{len(layers)} layers and {len(weights)} weights, saved with "
+            f"{len(omitted['layers'])} and {len(omitted['weights'])}",
             stacklevel=3,
         )
 
 
-def weights_by_layers(layer):
-    """Returns ids of weights, without other state: of trained and of frozen layers."""
-    ids = {True: set(), False: set()}
-    for part in all_layers(layer):
-        ids[part.trainable] |= {id(v) for v in part._trainable_variables}
-    return ids[True] - ids[False], ids[False]
+def _weights_of(layers):
+    """Returns pairs of a layer and a weight of it, without state and LoRA."""
+    weights = [(x, v) for x in layers for v in x._trainable_variables]
+    return [(x, v) for x, v in weights if not v.name.startswith("lora_")]
 
 
 class MadeOfParts:
