@@ -71,46 +71,21 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     if not is_main_process():
         options["verbose"] = 0
 
-    # === The data ===
-    batch_size = options.pop("batch_size")
-    batch_size = check_integer("batch_size", 32 if batch_size is None else batch_size)
-    x = as_dictionary(
-        x=options.pop("x"),
-        y=options.pop("y"),
-        sample_weight=options.pop("sample_weight"),
-        class_weight=options.pop("class_weight"),
-    )
-    split, held_out = options["validation_split"], options["validation_data"]
-    options["validation_batch_size"] = options["validation_batch_size"] or batch_size
-    if isinstance(x, dict) and split and held_out is None:
-        # Keras splits arrays alone, and gets batches.
-        x, held_out = _split(model.input_rules.check_keys(x), split)
-    is_features = isinstance(x, TowerFeatures)
-    if is_features:
-        x.check_model(model, training=True)
-    data = TrainingData(
-        x,
-        model.input_rules,
-        batch_size=batch_size,
-        shuffle=options.pop("shuffle"),
-        steps_per_epoch=options.pop("steps_per_epoch"),
-        first_epoch=options.pop("initial_epoch"),
-    )
-    check_batch_size(model, data.rows)
-    if data.batch_size and model.micro_batch_size and not is_features:
-        check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
-
-    # === The run ===
+    x, data = _take_data(model, options)
     run = TrainingRun(model, data, options.pop("callbacks"))
     # Projections keep the scaling that they were trained with first.
     if model.compiled:
+        is_features = isinstance(x, TowerFeatures)
         model.head.set_scaling(x.statistics if is_features else None)
     fingerprint = model.tokenizer_fingerprint
     try:
         model.tokenizer_fingerprint = check_tokenizer_of(model, x) or fingerprint
-        if held_out is not None:
+        if options["validation_data"] is not None:
             options["validation_data"] = evaluation_data(
-                model, held_out, steps=options["validation_steps"], passes_once=False
+                model,
+                options["validation_data"],
+                steps=options["validation_steps"],
+                passes_once=False,
             )
         if resume_from is not None:
             run.resume(model, resume_from, options["verbose"])
@@ -129,6 +104,43 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
         for name, value in row["logs"].items():
             history.history.setdefault(name, []).append(value)
     return history
+
+
+def _take_data(model, options):
+    """Takes the data out of the arguments of Keras's `fit`, and checks it.
+
+    Returns:
+        A tuple: the user's training data, with arrays in a dictionary, and the
+        `TrainingData` made of it. Validation data stays in `options`.
+    """
+    batch_size = options.pop("batch_size")
+    batch_size = check_integer("batch_size", 32 if batch_size is None else batch_size)
+    x = as_dictionary(
+        x=options.pop("x"),
+        y=options.pop("y"),
+        sample_weight=options.pop("sample_weight"),
+        class_weight=options.pop("class_weight"),
+    )
+    split = options["validation_split"]
+    options["validation_batch_size"] = options["validation_batch_size"] or batch_size
+    if isinstance(x, dict) and split and options["validation_data"] is None:
+        # Keras splits arrays alone, and gets batches.
+        x, options["validation_data"] = _split(model.input_rules.check_keys(x), split)
+    is_features = isinstance(x, TowerFeatures)
+    if is_features:
+        x.check_model(model, training=True)
+    data = TrainingData(
+        x,
+        model.input_rules,
+        batch_size=batch_size,
+        shuffle=options.pop("shuffle"),
+        steps_per_epoch=options.pop("steps_per_epoch"),
+        first_epoch=options.pop("initial_epoch"),
+    )
+    check_batch_size(model, data.rows)
+    if data.batch_size and model.micro_batch_size and not is_features:
+        check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
+    return x, data
 
 
 def _split(x, validation_split):
