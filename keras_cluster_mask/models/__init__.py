@@ -1,4 +1,4 @@
-"""Image encoders with patch masking, and models that train them."""
+"""Models that `fit` trains: their encoders, head and training."""
 
 from keras_cluster_mask.encoders.architecture import clip_backbone
 from keras_cluster_mask.encoders.masked import MaskedEncoder, with_masking
