@@ -237,7 +237,7 @@ def text_family_of(model: keras.layers.Layer) -> TextFamily:
     if isinstance(family := getattr(model, "text_family", None), TextFamily):
         return family
     parts = *all_layers(model), getattr(model, "backbone", model)
-    layers = {type(part).__name__: part for part in parts}
+    layers = {kind.__name__: x for x in parts for kind in type(x).__mro__}
     for name, family in TEXT_FAMILIES.items():
         if found := layers.get(family.layer or name):
             end = getattr(found, "eos_token_id", family.end_id)

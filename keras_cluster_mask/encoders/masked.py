@@ -88,8 +88,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
     Call arguments:
         inputs: Images, in the form that `encoder` takes: a tensor, or a dictionary with
             it.
-        training: Python boolean. Patches are left out if it is true, or if `noise` is
-            given.
+        training: Python boolean. Patches are left out only if it is true.
         noise: `(batch, N)` float32 tensor for the masking. Drawn if not given. Or
             `(batch, v, N)` for `v` views of each image: the patches are embedded once,
             and the output has `batch * v` rows, with the views of an image in
@@ -175,7 +174,9 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         training: bool | None = None,
         noise: Tensor | StepNoise | None = None,
     ) -> Any:
-        if not training and noise is None and noise_of_model() is None:
+        of_model = isinstance(noise, StepNoise) or noise_of_model() is not None
+        # A model trains on kept patches also where its encoder is frozen.
+        if not training and not of_model:
             return self.encoder(inputs, training=False)
         models = self._models
         tokens = models.stem(inputs, training=training)

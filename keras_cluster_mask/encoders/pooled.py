@@ -49,7 +49,7 @@ def pretrained_towers(
     if masking is not None and family.embedding is None:
         raise ValueError(
             "`masking` must be None for an image encoder without patch tokens, which "
-            f"reads whole images. Received: masking={masking.name}, image_backbone of "
+            f"reads whole images. Received: masking={masking}, image_backbone of "
             f"type {type(image_backbone).__name__}"
         )
     images = PooledEncoder(image_backbone, of_images or family.pooling)
@@ -118,6 +118,15 @@ class PooledEncoder(MadeOfParts, keras.Model):
         if hasattr(backbone, "vocab_size"):
             # ELECTRA's name for it.
             self.vocabulary_size = backbone.vocab_size
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        if type(self.backbone).__name__ == "EfficientNetBackbone":
+            # keras_hub's configuration omits the number of channels.
+            first = data_format_of(self.backbone) == "channels_first"
+            channels = self.backbone.output.shape[1 if first else -1]
+            config["backbone"]["config"]["num_features"] = channels
+        return config
 
     @property
     def backbone(self) -> keras.Model:

@@ -66,7 +66,7 @@ def with_image_size(
     """
     encoder = getattr(model, "vision_encoder", model)
     known = {name: x for name, x in IMAGE_FAMILIES.items() if x.resizable}
-    family_of("model", encoder, known, "Or a backbone with one of them. ")
+    family_of("model", encoder, known, "Or pass its backbone. ")
     embedding = find_embedding_layer(encoder)
     data_format = data_format_of(encoder)
     shape = tuple(encoder.image_shape)
@@ -135,7 +135,7 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
     """
     encoder = getattr(model, "text_encoder", model)
     known = {name: x for name, x in TEXT_FAMILIES.items() if x.of_pair}
-    family_of("model", encoder, known, "Or a backbone with one of them. ")
+    family_of("model", encoder, known, "Or pass its backbone. ")
     length = check_integer("length", length, 3)
     copy = copy_with(model, "text_encoder", {"max_sequence_length": length})
     for old, new in zip(model.weights, copy.weights):

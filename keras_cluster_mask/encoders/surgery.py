@@ -49,13 +49,13 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
             "`encoder` must be a built functional Keras model. "
             f"Received: encoder={encoder} of type {type(encoder).__name__}"
         )
-    known = IMAGE_FAMILIES | BLOCKS
-    kinds = [type(encoder).__name__, *(type(x).__name__ for x in encoder.layers)]
-    if any(known[x].embedding is None for x in kinds if x in known):
+    own = IMAGE_FAMILIES.get(type(encoder).__name__)
+    blocks = [BLOCKS.get(type(layer).__name__) for layer in encoder.layers]
+    if any(x is not None and x.embedding is None for x in (own, *blocks)):
         raise ValueError(
-            "`encoder` must embed the patches in a layer before its blocks, and its "
-            f"blocks must take any number of tokens. Received: encoder={encoder.name} "
-            f"of type {type(encoder).__name__}"
+            "`encoder` must have patch tokens, embedded in a layer before its blocks, "
+            "and blocks that take any number of tokens. Received: encoder="
+            f"{encoder.name} of type {type(encoder).__name__}"
         )
     candidates = [layer for layer in encoder.layers if _makes_tokens(layer)]
     if name is None:

@@ -153,8 +153,9 @@ def load_model(
         if entry.path != BIAS:
             # Converted one at a time, since half-precision arrays double in size.
             entry.write(backbone, as_float32(state[entry.name]))
-    # A head has a loss of its own.
-    fields = ["pixel_mean", "pixel_std", *([] if "head" in options else ["loss"])]
+    fields = ["pixel_mean", "pixel_std"]
+    if getattr(options.get("head"), "loss", None) is None:
+        fields.append("loss")
     options = {name: getattr(architecture, name) for name in fields} | options
     model = ContrastiveModel.from_backbone(backbone, **options)
     # `from_backbone` starts a sigmoid loss at another temperature and bias, which only

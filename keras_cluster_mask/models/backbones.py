@@ -36,17 +36,15 @@ def parts_of_backbone(
     images, texts = _encoders(backbone)
     if masking is not None:
         images = with_masking(images, masking)
-    if head == "linear":
-        limit = family.max_logit_scale
-        loss = loss or family.loss
-        head = ContrastiveHead(loss, max_logit_scale=limit, name="head")
+    head = ContrastiveHead(name="head") if head == "linear" else head
     if not isinstance(head, ContrastiveHead) or head.projection_dim is not None:
         raise ValueError(
             "`head` must be 'linear', or a `ContrastiveHead` without `projection_dim`, "
             f"for a backbone, which has projections of its own. Received: head={head}"
         )
-    # Raises an error before the backbone is changed.
+    # These raise their errors before the backbone is changed.
     as_head(head, loss)
+    head.settle(family.loss, family.max_logit_scale)
     scalars = getattr(backbone, family.head)
     if not head.built:
         _share(head, backbone, scalars)
@@ -57,6 +55,7 @@ def parts_of_backbone(
     return {
         "image_encoder": images,
         "text_encoder": texts,
+        "backbone": backbone,
         "head": head,
         "pixel_mean": family.pixel_mean,
         "pixel_std": family.pixel_std,
@@ -104,7 +103,7 @@ def _share(head, backbone, scalars):
     is_fresh = bias is not None and not any(map(ops.convert_to_numpy, (scale, bias)))
     temperature = head.initial_temperature
     if temperature is None and (is_fresh or (bias is None and head.loss == "sigmoid")):
-        temperature = INITIAL_TEMPERATURE["sigmoid"]
+        temperature = INITIAL_TEMPERATURE[head.loss]
     if temperature is not None:
         scale.assign(-math.log(temperature))
     given = head.initial_logit_bias
@@ -115,7 +114,7 @@ def _share(head, backbone, scalars):
             # keras_hub initializes it with a Python number, which is weakly typed on
             # JAX. The second step would be compiled again.
             scalar.assign(np.array(ops.convert_to_numpy(scalar)))
-    head.share(
+    head.adopt(
         logit_scale=scale,
         logit_bias=bias,
         image_projection=getattr(backbone, "vision_projection", None),

@@ -1,5 +1,6 @@
 """The model for contrastive training on image-text pairs."""
 
+import inspect
 import os
 import types
 from collections.abc import Mapping, Sequence
@@ -102,8 +103,9 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             share it. Sharing is not saved: a loaded model has its own head.
         micro_batch_size: Integer that divides the batch size. Encodes this many pairs
             at a time, with the memory of a batch of that size. The loss and its
-            gradients are those of the whole batch (gradient caching, as in GradCache).
-            Costs a second forward pass. `None` encodes the batch at once.
+            gradients are those of the whole batch (gradient caching, as in GradCache),
+            except for batch normalization, which takes the statistics of each
+            micro-batch. Costs a second forward pass. `None` encodes the batch at once.
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
             accuracies. The softmax loss is the same for texts with equal embeddings.
@@ -125,8 +127,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     Attributes:
         image_encoder: The Keras model from images to features, with its masking.
         text_encoder: The Keras model from token ids to features.
-        image_tower: The model from images to embeddings, without masking, for
-            prediction and export.
+        image_tower: The model from images to embeddings, without the masking of
+            `kcm.with_masking`, for prediction and export.
         text_tower: The model from token ids to embeddings.
         head: The `ContrastiveHead`.
         maskings: List of the `PatchMasking` layers in the image encoder.
@@ -170,6 +172,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         # Each part casts its own inputs. With a mixed policy, the model would cast all
         # weights that it passes to micro-batches. A masking must see pixels in full
         # precision.
+        backbone = kwargs.pop("backbone", None)
         super().__init__(dtype="float32", **kwargs)
         self.autocast = False
 
@@ -177,7 +180,15 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         self.image_encoder = as_functional(image_encoder)
         self.text_encoder = as_functional(text_encoder)
         self.head = head = as_head(head, loss, projection_dim, dtype)
-        self.backbone = None
+        # From `from_backbone` alone.
+        self.backbone = backbone
+        is_borrowed = head.projection_dim is None and head.image_projection is not None
+        if backbone is None and is_borrowed:
+            raise ValueError(
+                "`head` must not be that of a backbone, whose projections it has: pass "
+                "it to `from_backbone`, with that backbone. "
+                f"Received: head={head.name}"
+            )
         number_positions(self.image_encoder)
         # In an object that Keras does not look into: each layer belongs to the model.
         self._towers = types.SimpleNamespace(
@@ -263,17 +274,15 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         Raises:
             ValueError: If the backbone is not supported.
         """
-        if "dtype" in kwargs:
-            raise ValueError(
-                "`dtype` must be given to the backbone, which has all the layers that "
-                f"compute. Received: dtype={kwargs['dtype']!r}"
-            )
         parts = parts_of_backbone(backbone, masking, loss, head)
-        model = cls(**{**parts, **kwargs})
-        model._is_made = False
-        model.backbone = backbone
-        model._is_made = True
-        return model
+        own = {*parts, "projection_dim", "dtype"} - {"pixel_mean", "pixel_std"}
+        for name in sorted(own & {*kwargs}):
+            raise ValueError(
+                f"`{name}` must be left out, since the backbone has all the layers "
+                f"that compute: make the backbone with it. Received: {name}="
+                f"{kwargs[name]!r}"
+            )
+        return cls(**{**parts, **kwargs})
 
     @classmethod
     def from_preset(
@@ -296,13 +305,13 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         cls,
         image_backbone: keras.Model,
         text_backbone: keras.Model,
-        projection_dim: int = 512,
+        projection_dim: int | None = None,
         masking: PatchMasking | None = None,
         head: str | ContrastiveHead = "linear",
         pooling: tuple[str | None, str | None] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Makes a model from two encoders that were pre-trained apart.
+        """Makes a model from two encoders that were pre-trained separately.
 
         Set `trainable = False` on both to train only the projections.
 
@@ -313,8 +322,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             text_backbone: A keras_hub `BertBackbone`, `DistilBertBackbone`,
                 `RobertaBackbone`, `XLMRobertaBackbone`, `AlbertBackbone`,
                 `ElectraBackbone` or `DebertaV3Backbone`, or a `TextEmbedder` of one.
-            projection_dim: Integer. The width of the shared embedding space. A
-                `ContrastiveHead` has its own.
+            projection_dim: Integer. The width of the shared embedding space. Defaults
+                to 512, or to that of a `ContrastiveHead`.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             head: `"linear"`, `"mlp"` or a `ContrastiveHead`, see `ContrastiveModel`.
             pooling: Two strings, for images and for texts: `"class"`, `"mean"`, or
@@ -330,13 +339,14 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
               https://arxiv.org/abs/2111.07991)
         """
-        if isinstance(head, ContrastiveHead) and projection_dim == 512:
-            projection_dim = head.projection_dim
+        if projection_dim is None and not isinstance(head, ContrastiveHead):
+            projection_dim = 512
         towers = pretrained_towers(
             image_backbone, text_backbone, masking=masking, pooling=pooling
         )
+        images, texts = towers.pop("image_encoder"), towers.pop("text_encoder")
         options = {**towers, **kwargs}
-        return cls(projection_dim=projection_dim, head=head, **options)
+        return cls(images, texts, projection_dim=projection_dim, head=head, **options)
 
     # === From inputs to embeddings ===
 
@@ -346,7 +356,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         Args:
             images: `(batch, H, W, C)` tensor, uint8 or normalized floats.
             training: Python boolean. If true, the masking leaves out parts of the
-                images.
+                images. The state of a masking advances in training calls of the model
+                alone.
 
         Returns:
             `(batch, d)` float32 tensor, L2-normalized. In training with several
@@ -562,8 +573,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
         Raises:
             ValueError: If the image encoder has a masking that `kcm.with_masking` did
-                not insert, or if a subclass has weights of its own, which the new model
-                would not share.
+                not insert, or if a subclass has arguments that its `get_config` omits,
+                or weights of its own, which the new model would not share.
 
         Reference:
             - [Scaling Language-Image Pre-training via Masking](
@@ -573,6 +584,17 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         config = {**self.get_config(), **parts, "views": 1, "omitted": None}
         if self.backbone is not None:
             config["masking"] = None
+        known = {*config, *inspect.signature(ContrastiveModel.__init__).parameters}
+        omitted = [
+            key
+            for key, x in inspect.signature(self.__init__).parameters.items()
+            if key not in known and x.kind not in (x.VAR_POSITIONAL, x.VAR_KEYWORD)
+        ]
+        if omitted:
+            raise ValueError(
+                f"`get_config` of `{type(self).__name__}` must return all arguments, "
+                f"of which the new model is made. Received: {omitted} are left out"
+            )
         whole = type(self).from_config(config)
         masks = {id(v) for masking in self.maskings for v in masking.weights}
         if {id(v) for v in self.weights} - masks != {id(v) for v in whole.weights}:

@@ -29,12 +29,13 @@ class ContrastiveHead(keras.layers.Layer):
 
     ```python
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-    head = kcm.models.ContrastiveHead("softmax", initial_temperature=0.05)
+    head = kcm.models.ContrastiveHead(initial_temperature=0.05)
     model = kcm.ContrastiveModel.from_backbone(backbone, head=head)
     ```
 
     Args:
-        loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP).
+        loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP). `None` is the loss of a
+            backbone's family, and `"softmax"` in other models.
         projection_dim: Integer, the width of the shared embedding space. `None` uses
             the features without a projection, or the projections of a backbone.
         projection: `"linear"`, without a bias, or `"mlp"`: a `Standardization`, one
@@ -42,8 +43,9 @@ class ContrastiveHead(keras.layers.Layer):
         initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid; a
             pre-trained backbone keeps its own.
         initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
-        max_logit_scale: Float. The scale never exceeds it. If the scale of a backbone
-            is higher, that is the limit.
+        max_logit_scale: Float. The scale never exceeds it. Defaults to 100, and to 1000
+            for a SigLIP backbone. If the scale of a backbone is higher, that is the
+            limit.
         **kwargs: Arguments of `keras.layers.Layer`. `dtype` is the dtype policy of the
             projections.
 
@@ -63,36 +65,27 @@ class ContrastiveHead(keras.layers.Layer):
 
     def __init__(
         self,
-        loss: str = "softmax",
+        loss: str | None = None,
         projection_dim: int | None = None,
         projection: str = "linear",
         initial_temperature: float | None = None,
         initial_logit_bias: float | None = None,
-        max_logit_scale: float = 100.0,
+        max_logit_scale: float | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         # Projections cast their own inputs.
         self.autocast = False
-        check_choice("loss", loss, tuple(INITIAL_TEMPERATURE))
-        if not is_positive(max_logit_scale):
-            raise ValueError(
-                "`max_logit_scale` must be greater than 0. "
-                f"Received: max_logit_scale={max_logit_scale}"
-            )
-        smallest = 1 / (max_logit_scale * TOLERANCE)
-        if initial_temperature is not None and not initial_temperature >= smallest:
-            raise ValueError(
-                "`initial_temperature` must be at least 1 / `max_logit_scale`, below "
-                "which the temperature cannot fall. Received: "
-                f"initial_temperature={initial_temperature}, "
-                f"max_logit_scale={max_logit_scale}"
-            )
-        if initial_logit_bias is not None and loss == "softmax":
-            raise ValueError(
-                "`initial_logit_bias` is for loss='sigmoid'. "
-                f"Received: initial_logit_bias={initial_logit_bias}, loss='softmax'"
-            )
+        check_choice("loss", loss, (None, *INITIAL_TEMPERATURE))
+        for name, value in (
+            ("initial_temperature", initial_temperature),
+            ("max_logit_scale", max_logit_scale),
+        ):
+            if value is not None and not is_positive(value):
+                raise ValueError(
+                    f"`{name}` must be a number greater than 0. "
+                    f"Received: {name}={value!r}"
+                )
         check_choice("projection", projection, ("linear", "mlp"))
         if projection != "linear" and projection_dim is None:
             raise ValueError(
@@ -108,7 +101,7 @@ class ContrastiveHead(keras.layers.Layer):
         self.projection = projection
         self.initial_temperature = initial_temperature
         self.initial_logit_bias = initial_logit_bias
-        self.max_logit_scale = float(max_logit_scale)
+        self.max_logit_scale = max_logit_scale
 
         # === Layers ===
         self.image_projection = self.text_projection = None
@@ -119,7 +112,29 @@ class ContrastiveHead(keras.layers.Layer):
             )
         self.logit_scale = self.logit_bias = None
 
-    def share(
+    def settle(self, loss: str = "softmax", max_logit_scale: float = 100.0) -> None:
+        """Sets the loss and the limit of the scale, unless they were given.
+
+        Raises:
+            ValueError: If the initial temperature or bias do not fit them.
+        """
+        self.loss = self.loss or loss
+        self.max_logit_scale = float(self.max_logit_scale or max_logit_scale)
+        smallest = 1 / (self.max_logit_scale * TOLERANCE)
+        if self.initial_temperature is not None and self.initial_temperature < smallest:
+            raise ValueError(
+                "`initial_temperature` must be at least 1 / `max_logit_scale`, below "
+                "which the temperature cannot fall. Received: "
+                f"initial_temperature={self.initial_temperature}, "
+                f"max_logit_scale={self.max_logit_scale}"
+            )
+        if self.initial_logit_bias is not None and self.loss == "softmax":
+            raise ValueError(
+                "`initial_logit_bias` is for loss='sigmoid'. Received: "
+                f"initial_logit_bias={self.initial_logit_bias}, loss='softmax'"
+            )
+
+    def adopt(
         self,
         logit_scale: keras.Variable,
         logit_bias: keras.Variable | None,
@@ -148,8 +163,10 @@ class ContrastiveHead(keras.layers.Layer):
             if None not in (projection, shape[-1]) and not projection.built:
                 projection.build((None, shape[-1]))
         if self.built:
-            # The head of another model.
+            # The head of another model: Keras compares the widths.
+            self(*(keras.KerasTensor((None, shape[-1])) for shape in shapes))
             return
+        self.settle()
         if self.logit_scale is None:
             temperature = self.initial_temperature or INITIAL_TEMPERATURE[self.loss]
             self.logit_scale = self._add_scalar("logit_scale", -math.log(temperature))
@@ -275,18 +292,21 @@ class Standardization(keras.layers.Layer):
 def as_head(head, loss, projection_dim=None, dtype=None):
     """Returns a `ContrastiveHead`: a new one, or one that fits the other arguments."""
     if not isinstance(head, ContrastiveHead):
-        check_choice("head", head, ("linear", "mlp"))
-        loss = "softmax" if loss is None else loss
+        if head not in ("linear", "mlp"):
+            raise ValueError(
+                "`head` must be 'linear', 'mlp' or a `ContrastiveHead`. "
+                f"Received: head={head!r}"
+            )
         return ContrastiveHead(loss, projection_dim, head, dtype=dtype, name="head")
-    for name, value in (("loss", loss), ("projection_dim", projection_dim)):
+    given = {"projection_dim": projection_dim, "dtype": dtype}
+    if head.loss is not None:
+        given["loss"] = loss
+    for name, value in given.items():
         own = getattr(head, name)
         if value not in (None, own):
             raise ValueError(
                 f"`{name}` must be that of `head`, or None. "
                 f"Received: {name}={value!r}, head.{name}={own!r}"
             )
-    if dtype is not None:
-        raise ValueError(
-            f"`dtype` must be given to `head`, which exists. Received: dtype={dtype!r}"
-        )
+    head.loss = head.loss or loss
     return head

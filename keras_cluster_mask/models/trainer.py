@@ -16,7 +16,6 @@ from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.encoders.surgery import freeze_mask_tokens
 from keras_cluster_mask.training import layers, optimizers
-from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.input_rules import check_unused
 from keras_cluster_mask.training.step_metrics import DIRECTIONS, GradientNorm, StepMean
@@ -36,7 +35,7 @@ class ContrastiveTrainer:
       `image_tower` and `text_tower`, which embed;
     - `maskings`, the list of `PatchMasking` layers;
     - `input_rules`, the rules for batches;
-    - `tokenizer_fingerprint`, which it also sets;
+    - `tokenizer_fingerprint`, which it also sets, `pixel_mean` and `pixel_std`;
     - the options of a step, `OPTIONS`.
 
     The model defines `call`, and `compute_loss`, which returns the result of
@@ -46,7 +45,7 @@ class ContrastiveTrainer:
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._gradient_norm: GradientNorm | None = None
-        self._is_evaluating = self._is_on_features = False
+        self._is_evaluating = False
         self._compiled_with: dict[str, Any] = {}
         self._accuracies = [StepMean(name=f"{x}_accuracy") for x in DIRECTIONS]
         self._temperature = StepMean(name="temperature")
@@ -104,6 +103,8 @@ class ContrastiveTrainer:
         for metric, values in zip(self._accuracies, hits):
             metric.update_state(values, sample_weight)
         self._temperature.update_state(temperature)
+        # Not in the logs of a step on features, where nothing is masked.
+        self._mask_ratio.is_updated = False
         for masking in maskings:
             ratio = masking.last_mask_ratio
             ratio = replicas.replica_mean(ratio) if is_split else ratio
@@ -198,8 +199,8 @@ class ContrastiveTrainer:
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
         metrics = super().metrics
-        if self._is_evaluating or self._is_on_features:
-            # No patches are masked, and evaluation computes no gradients.
+        if self._is_evaluating:
+            # No patches are masked, and no gradients are computed.
             metrics = [x for x in metrics if x is not self._mask_ratio]
         if self._gradient_norm is not None and not self._is_evaluating:
             # In the order of the logs.
@@ -351,7 +352,6 @@ class ContrastiveTrainer:
                 tokenizer of an `image_text_dataset` is not the one that the model was
                 trained with, or lacks the special tokens that the text encoder needs.
         """
-        self._is_on_features = isinstance(x, TowerFeatures)
         args = (x, y, batch_size, epochs, *args)
         return fit(self, super().fit, resume_from, *args, **kwargs)
 

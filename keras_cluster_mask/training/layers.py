@@ -162,7 +162,7 @@ class MadeOfParts:
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
         config = dict(config)
-        omitted = config.pop("omitted")
+        omitted = config.pop("omitted", None)
         # Parts that already exist are given as they are.
         described = {key: x for key, x in config.items() if isinstance(x, dict)}
         parts = keras.saving.deserialize_keras_object(described, custom_objects)

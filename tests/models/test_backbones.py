@@ -20,10 +20,12 @@ from tests.helpers import (
     assert_close,
     assert_same_values,
     ids_of,
+    image_mlp,
     options_of,
     random_images,
     random_pairs,
     reloaded,
+    text_bag,
     tiny_clip,
     tiny_metaclip,
     tiny_siglip,
@@ -446,9 +448,11 @@ def test_a_subclass_makes_models_of_its_own():
         (lambda: tiny_clip().vision_encoder, {}, "`backbone`"),
         (lambda: "clip_vit_base_patch16", {}, "`backbone`"),
         (tiny_clip, {"dtype": "mixed_bfloat16"}, "`dtype`"),
+        (tiny_clip, {"projection_dim": 8}, "`projection_dim`"),
+        (tiny_clip, {"image_encoder": None}, "`image_encoder`"),
         (tiny_clip, {"head": "mlp"}, "`head`"),
         (tiny_clip, {"head": ContrastiveHead(projection_dim=8)}, "`head`"),
-        (tiny_clip, {"head": ContrastiveHead(), "loss": "sigmoid"}, "`loss`"),
+        (tiny_clip, {"head": ContrastiveHead("softmax"), "loss": "sigmoid"}, "`loss`"),
     ],
 )
 def test_what_fits_no_backbone_is_refused(make, options, match):
@@ -465,13 +469,31 @@ def test_models_share_a_head_of_the_same_backbone_alone(make):
     assert of_backbone(backbone, head=head).head is head
     with pytest.raises(ValueError, match=r"`head` must be .*Received: "):
         of_backbone(backbone, head=of_backbone(make()).head)
+    if make is tiny_clip:
+        # A file of it would not have the projections.
+        with pytest.raises(ValueError, match=r"`head` must not be .*Received: "):
+            kcm.ContrastiveModel(image_mlp(), text_bag(), head=head)
+
+
+@pytest.mark.any_backend
+def test_a_head_has_the_loss_and_the_limit_of_the_family_unless_given():
+    for make, loss, limit in (
+        (tiny_clip, "softmax", 100),
+        (tiny_siglip, "sigmoid", 1000),
+    ):
+        head = ContrastiveHead(initial_temperature=0.5)
+        found = kcm.ContrastiveModel.from_backbone(make(), head=head).head
+        assert (found.loss, found.max_logit_scale) == (loss, limit)
+        assert scalar(found.scale) == pytest.approx(2.0)
+    model = kcm.ContrastiveModel.from_backbone(tiny_siglip(), loss="softmax")
+    assert scalar(model.head.scale) == pytest.approx(1 / 0.07)
 
 
 @pytest.mark.any_backend
 def test_an_invalid_option_leaves_the_backbone_as_it_was():
     backbone = tiny_clip()
     before = to_numpy(backbone.clip_head.logit_scale)
-    head = ContrastiveHead(initial_temperature=0.5)
+    head = ContrastiveHead("softmax", initial_temperature=0.5)
     with pytest.raises(ValueError, match=r"`loss`.*Received: "):
         kcm.ContrastiveModel.from_backbone(backbone, loss="sigmoid", head=head)
     assert to_numpy(backbone.clip_head.logit_scale) == before

@@ -12,6 +12,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.encoders.towers import normalize_pixels
+from keras_cluster_mask.models import ContrastiveHead
 from tests.helpers import (
     FAST,
     assert_close,
@@ -98,7 +99,7 @@ def test_a_ragged_last_batch_is_predicted_and_a_batch_of_one_is_evaluated(fitted
 def test_the_loss_of_a_step_is_the_one_written_out(kind, duplicates, given):
     model = compiled_model(
         keras.optimizers.SGD(0.1),
-        head=kcm.models.ContrastiveHead(kind, initial_temperature=given),
+        head=ContrastiveHead(kind, initial_temperature=given),
         duplicates=duplicates,
     )
     # Texts that are equal, which are positives of one another unless told otherwise.
@@ -123,7 +124,7 @@ def test_the_loss_of_a_step_is_the_one_written_out(kind, duplicates, given):
 
 
 def test_the_scale_is_clipped_and_passes_gradients():
-    model = small_model(head=kcm.models.ContrastiveHead(max_logit_scale=20.0))
+    model = small_model(head=ContrastiveHead(max_logit_scale=20.0))
     model.head.logit_scale.assign(math.log(50.0))
     scale, (gradient,) = value_and_gradients(
         lambda: (model.head.scale, model.head.scale), [model.head.logit_scale]
@@ -137,9 +138,7 @@ def test_the_scale_is_clipped_and_passes_gradients():
 
 
 def test_an_update_never_leaves_the_weight_above_its_limit():
-    head = kcm.models.ContrastiveHead(
-        max_logit_scale=20.0, initial_temperature=1 / 19.9
-    )
+    head = ContrastiveHead(max_logit_scale=20.0, initial_temperature=1 / 19.9)
     model = compiled_model(keras.optimizers.SGD(0.01), head=head)
     # Learned pairs ask for an ever higher scale.
     model.head.logit_scale.assign(5.0)
@@ -506,7 +505,7 @@ def shared_masking():
     ("make", "match"),
     [
         *(
-            (functools.partial(kcm.models.ContrastiveHead, **options), f"`{name}`")
+            (lambda x=options: small_model(head=ContrastiveHead(**x)), f"`{name}`")
             for name, options in (
                 ("loss", dict(loss="hinge")),
                 ("projection", dict(projection="cubic", projection_dim=4)),
@@ -523,8 +522,8 @@ def shared_masking():
             for name, options in (
                 ("duplicates", dict(duplicates="drop")),
                 ("head", dict(head="cubic")),
-                ("loss", dict(head=kcm.models.ContrastiveHead(), loss="sigmoid")),
-                ("dtype", dict(head=kcm.models.ContrastiveHead(), dtype="float32")),
+                ("loss", dict(head=ContrastiveHead("softmax"), loss="sigmoid")),
+                ("dtype", dict(head=ContrastiveHead(), dtype="mixed_bfloat16")),
                 ("views", dict(views=0)),
                 # Without a masking.
                 ("views", dict(views=2)),
@@ -651,7 +650,5 @@ def test_the_projections_have_the_dtype_policy_of_the_model(tmp_path):
 def test_the_lowest_temperature_may_be_the_initial_one():
     for limit in (49, 100, 103, 197):
         small_model(
-            head=kcm.models.ContrastiveHead(
-                initial_temperature=1 / limit, max_logit_scale=limit
-            )
+            head=ContrastiveHead(initial_temperature=1 / limit, max_logit_scale=limit)
         )

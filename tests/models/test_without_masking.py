@@ -131,6 +131,18 @@ class Owner(Scaled):
         self.extra.build((None, 3))
 
 
+class Forgetful(Scaled):
+    def get_config(self):
+        return kcm.ContrastiveModel.get_config(self)
+
+
+@pytest.mark.any_backend
+def test_a_subclass_whose_config_omits_an_argument_keeps_its_masking():
+    model = Forgetful(masked_vit(kcm.RandomMasking()), text_bag(), factor=3.0)
+    with pytest.raises(ValueError, match=r"`Forgetful` must.*Received: .*factor"):
+        model.without_masking()
+
+
 @pytest.mark.any_backend
 def test_a_subclass_with_weights_of_its_own_keeps_its_masking():
     model = Owner(masked_vit(kcm.RandomMasking()), text_bag())
