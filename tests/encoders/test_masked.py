@@ -133,7 +133,10 @@ def test_training_takes_the_prefix_and_half_of_the_patches(kind):
     assert tokens.shape[1] == prefix + num_patches
     assert kept.shape[1] == prefix + num_patches // 2
     assert visible.all()
-    trained = to_numpy(masked(inputs_of(masked, images), training=True, noise=noise))
+    inputs = inputs_of(masked, images)
+    whole = to_numpy(masked(inputs, noise=noise))
+    np.testing.assert_array_equal(whole, to_numpy(masked.encoder(inputs)))
+    trained = to_numpy(masked(inputs, training=True, noise=noise))
     if trained.ndim == 3:
         assert trained.shape[1] == prefix + num_patches // 2
     chosen = ops.take_along_axis(tokens, kept[:, :, None], axis=1)

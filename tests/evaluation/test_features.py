@@ -369,3 +369,5 @@ def test_a_masked_model_trains_on_features_without_a_step_of_its_masking(tmp_pat
     assert model.fit(images, batch_size=4, verbose=0).history["mask_ratio"] == [0.5]
     assert int(to_numpy(masking.step)) == 1
     assert "mask_ratio" not in model.fit(features, **options).history
+    assert "mask_ratio" in model.train_on_batch(images, return_dict=True)
+    assert "mask_ratio" not in model.train_on_batch(batch, return_dict=True)

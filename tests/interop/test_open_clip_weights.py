@@ -187,6 +187,7 @@ def test_open_clips_temperature_and_bias_are_loaded_whatever_their_shape():
         )
         assert_starts_at(load(head=head).head, 2.0, -1.0)
         assert load(loss="softmax").head.logit_bias is None
+        assert load(head="linear").head.loss == "sigmoid"
 
 
 @pytest.mark.any_backend

@@ -95,6 +95,14 @@ def test_parts_are_fixed_and_options_are_checked_when_assigned():
 
 
 @pytest.mark.any_backend
+def test_a_shared_head_fits_the_widths_of_the_encoders():
+    head = small_model(projection_dim=5).head
+    assert small_model(head=head).head is head
+    with pytest.raises(ValueError, match="image_projection"):
+        kcm.ContrastiveModel(image_mlp(12), text_bag(), head=head)
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "make",
     [
