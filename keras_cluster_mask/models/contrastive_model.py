@@ -177,6 +177,13 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         self.autocast = False
 
         # === Layers ===
+        encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder}
+        for name, encoder in encoders.items():
+            if not isinstance(encoder, keras.layers.Layer):
+                raise ValueError(
+                    f"`{name}` must be a Keras model that returns features. "
+                    f"Received: {name}={encoder!r}"
+                )
         self.image_encoder = as_functional(image_encoder)
         self.text_encoder = as_functional(text_encoder)
         self.head = head = as_head(head, loss, projection_dim, dtype)

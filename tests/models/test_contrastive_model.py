@@ -535,6 +535,7 @@ def shared_masking():
             "`views` must be 1",
         ),
         (shared_masking, "part of another model"),
+        (lambda: kcm.ContrastiveModel("vit", text_bag()), "`image_encoder`"),
         (
             lambda: kcm.ContrastiveModel(own_masking(), text_bag()).without_masking(),
             "with_masking",
