@@ -55,7 +55,7 @@ def parts_of_backbone(
     return {
         "image_encoder": images,
         "text_encoder": texts,
-        "backbone": backbone,
+        "_backbone": backbone,
         "head": head,
         "pixel_mean": family.pixel_mean,
         "pixel_std": family.pixel_std,

@@ -169,10 +169,11 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
+        # `from_backbone` passes it.
+        backbone = kwargs.pop("_backbone", None)
         # Each part casts its own inputs. With a mixed policy, the model would cast all
         # weights that it passes to micro-batches. A masking must see pixels in full
         # precision.
-        backbone = kwargs.pop("backbone", None)
         super().__init__(dtype="float32", **kwargs)
         self.autocast = False
 
@@ -187,7 +188,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         self.image_encoder = as_functional(image_encoder)
         self.text_encoder = as_functional(text_encoder)
         self.head = head = as_head(head, loss, projection_dim, dtype)
-        # From `from_backbone` alone.
         self.backbone = backbone
         is_borrowed = head.projection_dim is None and head.image_projection is not None
         if backbone is None and is_borrowed:
