@@ -79,6 +79,25 @@ def test_processes_read_each_sample_once_per_epoch_also_after_a_stop(
     check_epochs(together(parts), count, 2 * broken)
 
 
+@pytest.mark.parametrize("order", [PLAIN, BLOCKS])
+def test_another_number_of_processes_resumes_where_the_first_stopped(
+    write_shards, order
+):
+    shards = write_shards(3)
+    batch_size = order[0][1]
+    steps = -(-EPOCHS * GOOD // batch_size)
+    stream = []
+    # Each number of processes reads two batches, the last the rest.
+    for turn, (processes, *options) in enumerate(order):
+        last = steps if turn == len(order) - 1 else min(2 * turn + 2, steps)
+        parts = [
+            batches(make(shards, (index, processes), *options), 2 * turn, last)
+            for index in range(processes)
+        ]
+        stream += together(parts)
+    check_epochs(stream)
+
+
 @pytest.mark.parametrize(("processes", "batch_size", "block_size"), PLAIN + BLOCKS)
 def test_no_sample_is_lost_where_reading_fails_now_and_then(
     write_shards, storage, monkeypatch, processes, batch_size, block_size
