@@ -440,7 +440,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             return self._embed(inputs)
         # A replica's rows get the same masks as in the global batch.
         count = replicas.num_replicas()
-        size = ops.shape(inputs["images"])[0] * count
+        # TensorFlow may know the number of texts where it does not know that of images.
+        size = ops.shape(inputs["token_ids"])[0] * count
         take = replicas.local_rows if count > 1 else None
         with step_of(self.maskings, size, self.views, take) as noise:
             if self.micro_batch_size:
