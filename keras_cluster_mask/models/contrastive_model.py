@@ -136,7 +136,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         backbone: The keras_hub backbone of `from_backbone`, or `None`.
 
     These attributes, `pixel_mean` and `pixel_std` are fixed. `views`, `duplicates` and
-    `micro_batch_size` can be assigned between two calls of `fit`.
+    `micro_batch_size` can be assigned between two calls of `fit`. In a training loop of
+    your own, each `model(batch, training=True)` is a step of the maskings.
 
     Metrics: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy` within the
     batch, and `temperature`; in training also `mask_ratio`, the fraction of patches
@@ -283,11 +284,12 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         """
         parts = parts_of_backbone(backbone, masking, loss, head)
         own = {*parts, "projection_dim", "dtype"} - {"pixel_mean", "pixel_std"}
-        for name in sorted(own & {*kwargs}):
+        given = sorted(own & kwargs.keys())
+        if given:
             raise ValueError(
-                f"`{name}` must be left out, since the backbone has all the layers "
-                f"that compute: make the backbone with it. Received: {name}="
-                f"{kwargs[name]!r}"
+                f"`{'` and `'.join(given)}` must be left out, since the backbone has "
+                "all the layers that compute: make the backbone with what you need. "
+                f"Received: {', '.join(f'{name}={kwargs[name]!r}' for name in given)}"
             )
         return cls(**{**parts, **kwargs})
 

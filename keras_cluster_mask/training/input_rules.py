@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import warnings
 
 import keras
@@ -67,9 +66,7 @@ class InputRules:
     pixel_range: tuple[float, float] | None = None
     training: bool = False
     is_normalized: bool = False
-    warns: np.ndarray = dataclasses.field(
-        default_factory=functools.partial(np.array, True)
-    )
+    warns: np.ndarray = dataclasses.field(default_factory=lambda: np.array(True))
 
     def check(self, batch) -> tuple:
         """Checks a batch, and returns it in the form that Keras takes from any data.
