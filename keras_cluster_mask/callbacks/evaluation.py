@@ -91,7 +91,7 @@ class Evaluate(RunCallback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         # Imported here: evaluation needs packages that `import keras` does not.
-        from keras_cluster_mask.evaluation.embedding import Embedder
+        from keras_cluster_mask.encoders.embedder import Embedder
 
         super().on_train_begin(logs)
         self._is_first = True

@@ -13,7 +13,11 @@ from keras_cluster_mask.evaluation.checks import (
     check_matrix,
     read_labeled,
 )
-from keras_cluster_mask.evaluation.embedding import Embedder, embed_batches, embed_texts
+from keras_cluster_mask.evaluation.embedding import (
+    embed_batches,
+    embed_texts,
+    embedder_of,
+)
 from keras_cluster_mask.types import Templates
 
 TEMPLATES = ("a photo of a {}.",)
@@ -180,7 +184,7 @@ def evaluate_zero_shot(
     ks = check_ks(ks)
     prompts = _prompts(class_names, templates)
     batches = read_labeled("data", data, class_names, may_rename=True)
-    embedder = Embedder.of(model)
+    embedder = embedder_of(model)
     weights, columns = _weights(embedder, prompts, tokenizer, verbose)
     found = embed_batches(embedder, data, batches, None, verbose)
     # Equal columns are computed once, so that rounding cannot decide between them.

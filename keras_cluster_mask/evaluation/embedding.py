@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from PIL import Image
 
@@ -12,16 +11,14 @@ from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
 from keras_cluster_mask.data.images import cut_middle, squash
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.data.tokenizing import length_of, tokenize
-from keras_cluster_mask.distribution.backends import needs_xla
 from keras_cluster_mask.distribution.processes import progress_bar
+from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.training.tokens import check_tokenizer, check_tokenizer_of
 
 # The number of texts embedded at a time.
 BATCH_SIZE = 64
-# The maximum number of rows passed to a model at a time.
-MAX_SIZE = 1024
 
 
 def embed(
@@ -77,7 +74,7 @@ def embed(
             needs.
     """
     check_read_once("data", data)
-    embedder = Embedder.of(model)
+    embedder = embedder_of(model)
     if tokenizer is None:
         check_tokenizer_of(embedder.model, data)
     return embed_batches(embedder, data, read_batches(data), tokenizer, verbose)
@@ -95,7 +92,7 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
     """
     of_texts = embedder.model.text_tower.input_names
     if tokenizer is not None:
-        tokenizer = embedder.tokenizer(tokenizer)
+        tokenizer = tokenizer_of(embedder.model, tokenizer)
     rows, numbers = {}, {}
     count = 0
     progress = progress_bar(num_images(data), verbose, "image")
@@ -175,8 +172,8 @@ def embed_texts(
         raise ValueError(
             f"`texts` must be a list of at least one str. Received: texts={texts!r}"
         )
-    embedder = Embedder.of(model)
-    tokenizer = embedder.tokenizer(tokenizer)
+    embedder = embedder_of(model)
+    tokenizer = tokenizer_of(embedder.model, tokenizer)
     progress = progress_bar(len(texts), verbose, "text")
     found = []
     for start in range(0, len(texts), BATCH_SIZE):
@@ -186,107 +183,26 @@ def embed_texts(
     return np.concatenate(found)
 
 
-class Embedder:
-    """Embeds images and texts with a model, compiled for a few batch sizes.
+def embedder_of(model):
+    """Returns the `Embedder` of a model; an embedder is returned as it is."""
+    return (
+        model if isinstance(model, Embedder) else Embedder(as_contrastive_model(model))
+    )
 
-    It reads the model's current weights in each call, so one embedder serves a whole
-    training run.
 
-    Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, the path of one that was saved, or another embedder.
-        features: Boolean. Whether to return the features that the head projects, in
-            place of embeddings.
-    """
-
-    def __init__(self, model, features=False):
-        if isinstance(model, Embedder):
-            model = model.model
-        self.model = model = as_contrastive_model(model)
-        self._images = _Encoder(model.image_tower, features, "images")
-        self._texts = _Encoder(model.text_tower, features, "texts")
-
-    @classmethod
-    def of(cls, model):
-        """Returns an embedder of a model; an embedder is returned as it is."""
-        return model if isinstance(model, cls) else cls(model)
-
-    def tokenizer(self, tokenizer):
-        """Returns a function from texts to token ids, after checking the tokenizer."""
-        if tokenizer is None:
-            raise ValueError(
-                "`tokenizer` must be a callable from a list of str to ints, such as "
-                "a `CLIPTokenizer`. Received: tokenizer=None"
-            )
-        # The tokenizer's own length is the one used in training, which may be shorter
-        # than the text tower's.
-        lengths = [length_of(tokenizer), self.model.input_rules.context_length]
-        length = min((x for x in lengths if x is not None), default=None)
-        check_tokenizer(self.model, tokenizer, length)
-        return functools.partial(tokenize, tokenizer, context_length=length)
-
-    def images(self, images):
-        """Embeds images into a `(batch, d)` array."""
-        images = np.asarray(images)
-        self.model.input_rules.check_images(images)
-        return self._embedded(self._images, images)
-
-    def texts(self, token_ids):
-        """Embeds token ids, or a dictionary of a text encoder's inputs.
-
-        Args:
-            token_ids: `(batch, T)` array, as `ContrastiveModel.encode_text` takes it.
-
-        Returns:
-            `(batch, d)` array.
-        """
-        given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
-        self.model.input_rules.check_ids(
-            given["token_ids"], has_mask="padding_mask" in given
+def tokenizer_of(model, tokenizer):
+    """Returns a function from texts to token ids, after checking the tokenizer."""
+    if tokenizer is None:
+        raise ValueError(
+            "`tokenizer` must be a callable from a list of str to ints, such as "
+            "a `CLIPTokenizer`. Received: tokenizer=None"
         )
-        return self._embedded(self._texts, token_ids)
-
-    def _embedded(self, encoder, inputs):
-        arrays = [np.asarray(x) for x in keras.tree.flatten(inputs)]
-        count = len(arrays[0])
-        found = []
-        for start in range(0, max(count, 1), MAX_SIZE):
-            rows = min(count - start, MAX_SIZE)
-            extra = encoder.size_for(rows) - rows
-            chunk = [
-                np.pad(x[start : start + rows], [(0, extra)] + [(0, 0)] * (x.ndim - 1))
-                for x in arrays
-            ]
-            chunk = keras.tree.pack_sequence_as(inputs, chunk)
-            found.append(encoder.predict_on_batch(chunk)[:rows])
-        return np.concatenate(found)
-
-
-class _Encoder(keras.Model):
-    """Embeds with a tower, or computes its features, compiled by Keras."""
-
-    def __init__(self, tower, features, name):
-        # Keras's default name would start with an underscore, which TensorFlow refuses.
-        super().__init__(name=name)
-        self.autocast = False
-        self.tower = tower
-        self.function = tower.features if features else tower.call
-        self.sizes = []
-        self.built = True
-        if needs_xla(getattr(tower, "data_format", None)):
-            self.jit_compile = True
-
-    def call(self, inputs):
-        return self.function(inputs)
-
-    def size_for(self, count):
-        """Returns the batch size to which this number of rows is padded."""
-        # Each size is compiled, so an existing one is reused down to a quarter of it.
-        fitting = [size for size in self.sizes if count <= size <= 4 * max(count, 1)]
-        if not fitting:
-            fitting = [count if count > 8 else 1 << max(count - 1, 0).bit_length()]
-            self.sizes = [*self.sizes, *fitting]
-        return min(fitting)
+    # The tokenizer's own length is the one used in training, which may be shorter
+    # than the text tower's.
+    lengths = [length_of(tokenizer), model.input_rules.context_length]
+    length = min((x for x in lengths if x is not None), default=None)
+    check_tokenizer(model, tokenizer, length)
+    return functools.partial(tokenize, tokenizer, context_length=length)
 
 
 def texts_of(batch):

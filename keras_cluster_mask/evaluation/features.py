@@ -14,8 +14,9 @@ import numpy as np
 from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
 from keras_cluster_mask.data.files import replacing
 from keras_cluster_mask.distribution.processes import progress_bar
+from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_whole
-from keras_cluster_mask.evaluation.embedding import Embedder, texts_of
+from keras_cluster_mask.evaluation.embedding import embedder_of, texts_of, tokenizer_of
 from keras_cluster_mask.training.features import (
     ARRAYS,
     PROGRESS,
@@ -57,8 +58,8 @@ def compute_features(
             known by its first batch, and an iterator not at all.
     """
     check_whole("data", data)
+    model = embedder_of(model).model
     embedder = Embedder(model, features=True)
-    model = embedder.model
     description = {
         "towers": describe_towers(model),
         "data": _describe_data(data),
@@ -66,7 +67,7 @@ def compute_features(
             model, tokenizer, model.input_rules.context_length
         ),
     }
-    tokenizer = embedder.tokenizer(tokenizer)
+    tokenizer = tokenizer_of(model, tokenizer)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     found = read_progress(folder) or {

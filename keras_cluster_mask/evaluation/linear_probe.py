@@ -14,7 +14,7 @@ from keras_cluster_mask.evaluation.checks import (
     read_labeled,
 )
 from keras_cluster_mask.evaluation.classification import classification_accuracy
-from keras_cluster_mask.evaluation.embedding import Embedder, embed_batches
+from keras_cluster_mask.evaluation.embedding import embed_batches, embedder_of
 
 # The grid of the protocol. Of equal scores, scikit-learn chooses the first.
 STRENGTHS = np.logspace(6, -6, 96)
@@ -213,7 +213,7 @@ def evaluate_linear_probe(
     if validation is not None:
         given["validation"] = validation
     batches = {name: read_labeled(name, data, names) for name, data in given.items()}
-    embedder = Embedder.of(model)
+    embedder = embedder_of(model)
     items = {}
     for name, data in given.items():
         found = embed_batches(

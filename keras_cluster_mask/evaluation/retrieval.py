@@ -14,7 +14,11 @@ from keras_cluster_mask.evaluation.checks import (
     check_matrix,
     read_entries,
 )
-from keras_cluster_mask.evaluation.embedding import Embedder, embed_batches, texts_of
+from keras_cluster_mask.evaluation.embedding import (
+    embed_batches,
+    embedder_of,
+    texts_of,
+)
 from keras_cluster_mask.training.tokens import check_tokenizer_of
 
 # The number of similarities that are in memory at a time.
@@ -143,7 +147,7 @@ def evaluate_retrieval(
     """
     check_choice("duplicates", duplicates, ("positive", "negative"))
     ks = check_ks(ks)
-    embedder = Embedder.of(model)
+    embedder = embedder_of(model)
     keys = ["captions"]
     if tokenizer is None:
         keys = ["token_ids", *embedder.model.text_tower.input_names]

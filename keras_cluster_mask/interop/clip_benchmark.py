@@ -90,7 +90,7 @@ def adapt(
         and rules.vocabulary_size == CLIP_SIZE
     ):
         tokenizer = embedding.clip_tokenizer(rules.context_length)
-    tokenize = adapter.embedder.tokenizer(tokenizer)
+    tokenize = embedding.tokenizer_of(model, tokenizer)
     if resize is None:
         resize = "squash" if pooling == "last token" else "crop"
     return (
@@ -138,7 +138,7 @@ class Adapter:
     """
 
     def __init__(self, model: Any):
-        self.embedder = embedding.Embedder(model)
+        self.embedder = embedding.embedder_of(model)
         image_encoder = self.embedder.model.image_encoder
         self.channels_first = is_channels_first(data_format_of(image_encoder))
 

@@ -5,6 +5,7 @@ from keras import ops
 from PIL import Image
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation import (
     embed,
     embed_texts,
@@ -12,7 +13,7 @@ from keras_cluster_mask.evaluation import (
     evaluate_retrieval,
     evaluate_zero_shot,
 )
-from keras_cluster_mask.evaluation.embedding import Embedder, resize_image
+from keras_cluster_mask.evaluation.embedding import resize_image
 from tests.helpers import random_pairs, split, to_numpy
 
 
@@ -127,7 +128,7 @@ def test_few_sizes_of_batches_are_compiled(model, pairs, expected, monkeypatch):
         np.testing.assert_allclose(found, expected_rows, atol=2e-6)
     # One that is there already serves down to a quarter of it.
     assert sizes == [64, 8, 8, 70, 1, 64, 64]
-    monkeypatch.setattr("keras_cluster_mask.evaluation.embedding.MAX_SIZE", 32)
+    monkeypatch.setattr("keras_cluster_mask.encoders.embedder.MAX_SIZE", 32)
     assert embedder.images(pairs["images"]).shape == (70, 96)
     assert sizes[-3:] == [64, 64, 8]
 
