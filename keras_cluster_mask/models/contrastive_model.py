@@ -117,6 +117,11 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             normalized with this mean. Defaults to CLIP's. `None` passes images to the
             encoder unchanged.
         pixel_std: Three floats, one per channel. Defaults to CLIP's.
+        resize: `"crop"` or `"squash"`. How images of another size are fitted to the
+            encoder: their center is cropped (CLIP), or the whole image is squashed
+            (SigLIP).
+        tokenizer: The tokenizer of the text encoder, of any kind that
+            `kcm.data.image_text_dataset` takes.
         tokenizer_fingerprint: String that identifies the tokenizer that the model was
             trained with. The first `fit` on an `image_text_dataset` sets it. Then `fit`
             and `evaluate` raise an error for another tokenizer, unless you set the
@@ -166,6 +171,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         views: int = 1,
         pixel_mean: Sequence[float] | None = CLIP_MEAN,
         pixel_std: Sequence[float] = CLIP_STD,
+        resize: str = "crop",
+        tokenizer: Any = None,
         tokenizer_fingerprint: str | None = None,
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
@@ -198,7 +205,9 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 f"Received: head={head.name}"
             )
         number_positions(self.image_encoder)
-        # In an object that Keras does not look into: each layer belongs to the model.
+        # Objects that Keras does not look into. Each layer of a tower belongs to the
+        # model, and a tokenizer may be a layer.
+        self._text = types.SimpleNamespace()
         self._towers = types.SimpleNamespace(
             image=ImageTower(
                 unmasked(self.image_encoder),
@@ -221,6 +230,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         self.micro_batch_size = micro_batch_size
         self.duplicates = duplicates
         self.views = views
+        self.resize = resize
+        self.tokenizer = tokenizer
         self.tokenizer_fingerprint = tokenizer_fingerprint
         for masking in self.maskings:
             join(masking, self._towers.image.prepare)
@@ -238,6 +249,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             check_choice("duplicates", value, ("positive", "negative"))
         elif name == "micro_batch_size":
             value = check_integer("micro_batch_size", value, or_none=True)
+        elif name == "resize":
+            check_choice("resize", value, ("crop", "squash"))
         elif name == "views":
             value = check_integer("views", value)
             _check_views(value, self.maskings)
@@ -524,6 +537,15 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     # === Inputs, and other models that share the weights ===
 
     @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the text encoder, or `None` if it is not known."""
+        return self._text.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._text.tokenizer = tokenizer
+
+    @property
     def input_rules(self) -> InputRules:
         """The `InputRules` for images and token ids."""
         texts, family = self.text_tower, self.text_tower.family
@@ -651,6 +673,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             "views": self.views,
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,
+            "resize": self.resize,
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
         }
 
