@@ -117,6 +117,15 @@ def write_tar_to():
     return write_tar_to
 
 
+@pytest.fixture(params=["channels_last", "channels_first"])
+def data_format(request):
+    """Sets the order of the axes of images, and resets it after the test."""
+    config = importlib.import_module("keras").config
+    config.set_image_data_format(request.param)
+    yield request.param
+    config.set_image_data_format("channels_last")
+
+
 @pytest.fixture
 def write_tar(tmp_path, write_tar_to):
     def write_tar(name, files, mode="w"):

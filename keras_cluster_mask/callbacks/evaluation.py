@@ -178,8 +178,10 @@ class EvaluateData(Evaluate):
         super().__init__(evaluate, every=every, name=name)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        from keras_cluster_mask.evaluation.embedding import pairs_of
+
         super().on_train_begin(logs)
-        batches = read_batches(self.data)
+        batches = read_batches(pairs_of(self.model, self.data))
         batch = next((each for each in batches if len(each["images"])), None)
         check_not_empty(batch is not None, self.data)
         self._metrics = self._evaluate(data=[batch])
@@ -304,7 +306,7 @@ class ZeroShot(EvaluateData):
         self,
         data: Any,
         class_names: Sequence[str],
-        tokenizer: Any,
+        tokenizer: Any = None,
         templates: Templates = ("a photo of a {}.",),
         every: int = 1,
         ks: int | Sequence[int] = (1, 5),

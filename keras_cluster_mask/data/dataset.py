@@ -19,9 +19,9 @@ from keras_cluster_mask.data.text_masking import TextMasking
 def image_text_dataset(
     source: Any,
     tokenizer: Any,
-    image_size: int | tuple[int, int],
-    batch_size: int,
-    training: bool,
+    image_size: int | tuple[int, int] | None = None,
+    batch_size: int = 64,
+    training: bool = True,
     *,
     format: str | None = None,
     seed: int = 0,
@@ -29,7 +29,7 @@ def image_text_dataset(
     caption_key: str | Sequence[str] | None = None,
     label_key: str | Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
-    resize: str = "crop",
+    resize: str | None = None,
     crop_scale: tuple[float, float] | None = None,
     image_transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]
     | None = None,
@@ -126,10 +126,15 @@ def image_text_dataset(
             whose rows are padded and truncated to its `model_max_length`; or a Keras
             layer, such as a KerasHub `CLIPPreprocessor`, which does not clean captions,
             may split numbers differently from CLIP, and needs TensorFlow. With `None`,
-            batches have no `"token_ids"`, and samples need no caption.
-        image_size: Integer or `(height, width)`, in pixels.
+            batches have no `"token_ids"`, and samples need no caption. Or a
+            `ContrastiveModel`, of which the dataset takes the tokenizer, the image size
+            and `resize`; if `label_key` is given without `caption_key`, no tokenizer.
+        image_size: Integer or `(height, width)`, in pixels. Must be `None` for a model,
+            unless its image encoder takes images of any size.
         batch_size: Integer. The global batch size, over all processes and devices.
+            Defaults to `64`.
         training: Boolean. Whether to shuffle, to repeat, and to take random crops.
+            Defaults to `True`.
         format: String. `"grain"` for a `grain.IterDataset` of NumPy arrays, or `"tf"`
             for a `tf.data.Dataset`. Defaults to `None`: `"tf"` on the TensorFlow
             backend, unless `include_captions="all"`; else `"grain"`.
@@ -158,7 +163,7 @@ def image_text_dataset(
             sorted names of the folders with images.
         resize: String. `"crop"`: random crops in training, and CLIP's center crop in
             evaluation. `"squash"`: the whole image with a changed aspect ratio, as for
-            SigLIP. Defaults to `"crop"`.
+            SigLIP. Defaults to `None`: as the model does, or `"crop"` without one.
         crop_scale: Pair of floats. The range of the area of random crops, as a fraction
             of the image's area. Must be `None` for `resize="squash"`. Defaults to
             `None`: `(0.4, 1.0)`.
@@ -218,6 +223,17 @@ def image_text_dataset(
     """
     import keras
 
+    # A model: `data` imports no models, and worker processes must not receive one.
+    if (of_model := getattr(tokenizer, "preprocessing", None)) is not None:
+        tokenizer, image_size, resize = _of_model(of_model, image_size, resize)
+        if label_key is not None and caption_key is None:
+            tokenizer = None
+        elif tokenizer is None:
+            raise ValueError(
+                "`tokenizer` must be a model with a tokenizer: set `model.tokenizer` "
+                "to the one that the model was trained with. "
+                "Received: a model with tokenizer=None"
+            )
     has_tuples = include_captions == "all"
     if format is None:
         on_tensorflow = keras.backend.backend() == "tensorflow"
@@ -231,7 +247,7 @@ def image_text_dataset(
     images = Images(
         image_size=image_size,
         training=training,
-        resize=resize,
+        resize=resize or "crop",
         crop_scale=crop_scale,
         image_transform=image_transform,
         data_format=keras.config.image_data_format(),
@@ -267,3 +283,18 @@ def image_text_dataset(
     )
     dataset = ImageTextDataset(samples)
     return dataset.as_dataset() if format == "tf" else dataset
+
+
+def _of_model(preprocessing, image_size, resize):
+    """Returns the tokenizer, the image size and the resizing for a model."""
+    size, own = preprocessing["image_size"], preprocessing["resize"]
+    for name, given, expected in (
+        ("image_size", image_size, None if None in size else size),
+        ("resize", resize, own),
+    ):
+        if given is not None and expected is not None:
+            raise ValueError(
+                f"`{name}` must be None for a model, which defines it. "
+                f"Received: {name}={given!r}, a model with {name}={expected!r}"
+            )
+    return preprocessing["tokenizer"], image_size or size, own

@@ -49,7 +49,8 @@ class Architecture:
         loss: `"softmax"`, or `"sigmoid"` for a model with a bias of the logits.
         pixel_mean: Three floats, by channel.
         pixel_std: Three floats, by channel.
-        resize_mode: String, open_clip's name for the way in which images become square.
+        resize: String, see `ContrastiveModel`; or the name of another way in which
+            images became square.
     """
 
     image_width: int
@@ -70,7 +71,7 @@ class Architecture:
     loss: str = "softmax"
     pixel_mean: tuple[float, ...] = CLIP_MEAN
     pixel_std: tuple[float, ...] = CLIP_STD
-    resize_mode: str = "shortest"
+    resize: str = "crop"
 
     @classmethod
     def of(cls, model: Any) -> Self:
@@ -113,6 +114,7 @@ class Architecture:
             loss="softmax" if bias is None else "sigmoid",
             pixel_mean=tuple(map(float, mean)),
             pixel_std=tuple(map(float, std)),
+            resize=getattr(model, "resize", "crop"),
         )
 
     def make(self, dtype: Any = None) -> keras.Model:

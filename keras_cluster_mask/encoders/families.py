@@ -111,6 +111,7 @@ class PairFamily:
         max_logit_scale: Float, the limit of the scale.
         pixel_mean: Three floats, by channel.
         pixel_std: Three floats, by channel.
+        resize: String. How images were resized, see `ContrastiveModel`.
     """
 
     head: str
@@ -118,6 +119,7 @@ class PairFamily:
     max_logit_scale: float = 100.0
     pixel_mean: tuple[float, ...] = CLIP_MEAN
     pixel_std: tuple[float, ...] = CLIP_STD
+    resize: str = "crop"
 
 
 # By the name of keras_hub's class.
@@ -202,6 +204,7 @@ PAIR_FAMILIES = {
         max_logit_scale=1000.0,
         pixel_mean=SIGLIP_MEAN,
         pixel_std=SIGLIP_STD,
+        resize="squash",
     ),
 }
 

@@ -94,7 +94,7 @@ def read_entries(name, data, keys):
         name: String, the name of the argument in errors.
         data: See `embed`. A dataset for training, or for one of several processes, is
             refused before anything is read.
-        keys: List of str. The first must be in each batch.
+        keys: List of str. One of those in `REMEDIES` must be in each batch.
 
     Returns:
         An iterator of dictionaries of arrays.
@@ -102,7 +102,8 @@ def read_entries(name, data, keys):
     check_whole(name, data)
 
     def select(batch):
-        check_entry(name, batch, keys[0])
+        if not {*keys} & {*REMEDIES} & {*batch}:
+            check_entry(name, batch, keys[0])
         return {key: batch[key] for key in ("images", *keys) if key in batch}
 
     return map(select, read_batches(data))

@@ -1,6 +1,6 @@
 """Computes the embeddings of a dataset."""
 
-import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,14 +8,14 @@ import numpy as np
 from PIL import Image
 
 from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
+from keras_cluster_mask.data.dataset import image_text_dataset
 from keras_cluster_mask.data.images import cut_middle, squash
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
-from keras_cluster_mask.data.tokenizing import length_of, tokenize
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
 from keras_cluster_mask.models.loading import as_contrastive_model
-from keras_cluster_mask.training.tokens import check_tokenizer, check_tokenizer_of
+from keras_cluster_mask.training.tokens import check_tokenizer_of, tokenizer_of
 
 # The number of texts embedded at a time.
 BATCH_SIZE = 64
@@ -57,7 +57,8 @@ def embed(
             a `CLIPTokenizer`; or a tokenizer of open_clip or Hugging Face, which pads
             and truncates to its own length or the model's, whichever is shorter. It
             reads the `"captions"` of the batches: one per image, or a tuple of several.
-            `None` embeds their `"token_ids"`, if there are any.
+            Defaults to that of the model. Batches without captions have their
+            `"token_ids"` embedded, if there are any.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -90,9 +91,10 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
         tokenizer: See `embed`.
         verbose: See `embed`.
     """
-    of_texts = embedder.model.text_tower.input_names
+    model = embedder.model
+    of_texts = model.text_tower.input_names
     if tokenizer is not None:
-        tokenizer = tokenizer_of(embedder.model, tokenizer)
+        tokenizer = tokenizer_of(model, tokenizer)
     rows, numbers = {}, {}
     count = 0
     progress = progress_bar(num_images(data), verbose, "image")
@@ -100,8 +102,10 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
         size = len(batch["images"])
         if not size:
             continue
+        if tokenizer is None and model.tokenizer is not None and "captions" in batch:
+            tokenizer = tokenizer_of(model)
         if tokenizer is None and "token_ids" in batch:
-            embedder.model.input_rules.check_texts(batch)
+            model.input_rules.check_texts(batch)
         found = {
             **{k: v for k, v in batch.items() if k not in ("images", *of_texts)},
             "image_embeddings": embedder.images(batch["images"]),
@@ -116,9 +120,7 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
             found["text_embeddings"] = embedder.texts(inputs)
             found["image_of_text"] = count + owners
             # Batches may be padded to different lengths.
-            shifted = (
-                np.asarray(ids, "int32") - embedder.model.text_tower.family.padding_id
-            )
+            shifted = np.asarray(ids, "int32") - model.text_tower.family.padding_id
             texts = [np.trim_zeros(row, "b").tobytes() for row in shifted]
             found["text_numbers"] = np.array(
                 [numbers.setdefault(text, len(numbers)) for text in texts], "int64"
@@ -140,10 +142,10 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
 def embed_texts(
     model: Any,
     texts: Sequence[str | bytes],
-    tokenizer: Any,
+    tokenizer: Any = None,
     verbose: str | int = "auto",
 ) -> np.ndarray:
-    """Embeds texts.
+    """Embeds texts, with progress; see also `ContrastiveModel.encode_text`.
 
     Example:
 
@@ -158,7 +160,7 @@ def embed_texts(
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of one that was saved.
         texts: List of str or bytes.
-        tokenizer: As for `embed`.
+        tokenizer: As for `embed`. Defaults to that of the model.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -190,19 +192,21 @@ def embedder_of(model):
     )
 
 
-def tokenizer_of(model, tokenizer):
-    """Returns a function from texts to token ids, after checking the tokenizer."""
-    if tokenizer is None:
-        raise ValueError(
-            "`tokenizer` must be a callable from a list of str to ints, such as "
-            "a `CLIPTokenizer`. Received: tokenizer=None"
-        )
-    # The tokenizer's own length is the one used in training, which may be shorter
-    # than the text tower's.
-    lengths = [length_of(tokenizer), model.input_rules.context_length]
-    length = min((x for x in lengths if x is not None), default=None)
-    check_tokenizer(model, tokenizer, length)
-    return functools.partial(tokenize, tokenizer, context_length=length)
+def pairs_of(model, data):
+    """Returns a dataset of the images and captions of a source; other data as it is."""
+    if not isinstance(data, str | os.PathLike):
+        return data
+    size, resize = (model.preprocessing[name] for name in ("image_size", "resize"))
+    return image_text_dataset(
+        data,
+        None,
+        image_size=size,
+        training=False,
+        format="grain",
+        resize=resize,
+        include_captions="all",
+        process=(0, 1),
+    )
 
 
 def texts_of(batch):

@@ -16,7 +16,7 @@ from keras_cluster_mask.data.files import replacing
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_whole
-from keras_cluster_mask.evaluation.embedding import embedder_of, texts_of, tokenizer_of
+from keras_cluster_mask.evaluation.embedding import embedder_of, pairs_of, texts_of
 from keras_cluster_mask.training.features import (
     ARRAYS,
     PROGRESS,
@@ -25,14 +25,14 @@ from keras_cluster_mask.training.features import (
     describe_towers,
     read_progress,
 )
-from keras_cluster_mask.training.tokens import check_tokenizer
+from keras_cluster_mask.training.tokens import check_tokenizer, tokenizer_of
 
 
 def compute_features(
     model: Any,
     data: Any,
-    tokenizer: Any,
     folder: str | os.PathLike,
+    tokenizer: Any = None,
     verbose: str | int = "auto",
 ) -> TowerFeatures:
     """Runs both towers of a model once over a dataset, and stores their features.
@@ -42,11 +42,12 @@ def compute_features(
 
     Args:
         model: A `ContrastiveModel`.
-        data: As for `embed`, with `"captions"`: one or several for each image. An
+        data: A source of images and captions, such as a path; see `image_text_dataset`.
+            Or data as for `embed`, with `"captions"`: one or several for each image. An
             `image_text_dataset` needs `include_captions="all"` to have several, and
             causes a warning without it.
-        tokenizer: As for `embed`.
         folder: str or path. The folder to write to.
+        tokenizer: As for `embed`. Defaults to that of the model.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -57,9 +58,12 @@ def compute_features(
             or of other data. Data other than arrays and an `image_text_dataset` is
             known by its first batch, and an iterator not at all.
     """
-    check_whole("data", data)
     model = embedder_of(model).model
+    data = pairs_of(model, data)
+    check_whole("data", data)
     embedder = Embedder(model, features=True)
+    tokenize = tokenizer_of(model, tokenizer)
+    tokenizer = model.tokenizer if tokenizer is None else tokenizer
     description = {
         "towers": describe_towers(model),
         "data": _describe_data(data),
@@ -67,7 +71,6 @@ def compute_features(
             model, tokenizer, model.input_rules.context_length
         ),
     }
-    tokenizer = tokenizer_of(model, tokenizer)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     found = read_progress(folder) or {
@@ -90,7 +93,7 @@ def compute_features(
                     "`data` must have a caption for each image. Received: "
                     f"{int(np.sum(counts == 0))} images of a batch without"
                 )
-            token_ids = tokenizer(texts)
+            token_ids = tokenize(texts)
             arrays = {
                 "image_features": embedder.images(batch["images"]),
                 "text_features": embedder.texts(token_ids),

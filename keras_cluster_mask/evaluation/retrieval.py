@@ -17,6 +17,7 @@ from keras_cluster_mask.evaluation.checks import (
 from keras_cluster_mask.evaluation.embedding import (
     embed_batches,
     embedder_of,
+    pairs_of,
     texts_of,
 )
 from keras_cluster_mask.training.tokens import check_tokenizer_of
@@ -128,9 +129,10 @@ def evaluate_retrieval(
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of one that was saved.
-        data: See `embed`. Batches hold `"images"`, and `"token_ids"` or, with a
-            `tokenizer`, `"captions"`. A text matches the image in its row.
-        tokenizer: See `embed`.
+        data: A source of images and captions, such as a path; see `image_text_dataset`.
+            Or data as for `embed`. Batches hold `"images"`, and `"captions"` or, if
+            there is no tokenizer, `"token_ids"`. A text matches the image in its row.
+        tokenizer: See `embed`. Defaults to that of the model.
         ks: See `retrieval_recall`.
         duplicates: `"positive"`: a text also matches the images of equal texts, which
             have the same token ids, as in `ContrastiveModel`. Or `"negative"`: such
@@ -148,9 +150,12 @@ def evaluate_retrieval(
     check_choice("duplicates", duplicates, ("positive", "negative"))
     ks = check_ks(ks)
     embedder = embedder_of(model)
-    keys = ["captions"]
+    data = pairs_of(embedder.model, data)
+    keys = []
+    if tokenizer is not None or embedder.model.tokenizer is not None:
+        keys = ["captions"]
     if tokenizer is None:
-        keys = ["token_ids", *embedder.model.text_tower.input_names]
+        keys += ["token_ids", *embedder.model.text_tower.input_names]
         check_tokenizer_of(embedder.model, data)
     batches = read_entries("data", data, keys)
     found = embed_batches(embedder, data, batches, tokenizer, verbose)

@@ -36,6 +36,7 @@ from keras_cluster_mask.encoders.surgery import data_format_of
 from keras_cluster_mask.evaluation import embedding
 from keras_cluster_mask.masking.patch_grid import is_channels_first
 from keras_cluster_mask.models.loading import image_size_of
+from keras_cluster_mask.training.tokens import tokenizer_of
 from keras_cluster_mask.types import Tensor
 
 # The number of ids of CLIP's tokenizer.
@@ -57,11 +58,9 @@ def adapt(
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of a file with one of them that `save` wrote,
             or the path of a folder with a keras_hub preset.
-        tokenizer: See `kcm.evaluation.embed`. Defaults to CLIP's tokenizer for a CLIP
-            with CLIP's 49,408 ids, and is required for any other model.
-        resize: `"crop"` or `"squash"`. Defaults to `None`: `"squash"` for SigLIP, and
-            `"crop"` for all others. Pass `"squash"` for a CLIP that was trained so, of
-            which `load_open_clip` warns.
+        tokenizer: See `kcm.evaluation.embed`. Defaults to that of the model, or to
+            CLIP's for a CLIP with CLIP's 49,408 ids. Any other model needs one.
+        resize: `"crop"` or `"squash"`. Defaults to `None`: as the model resizes images.
 
     Returns:
         Tuple of an `Adapter`; a function from a `PIL.Image.Image` to a `(3, H, W)`
@@ -82,17 +81,14 @@ def adapt(
             "`model` must have an image encoder that takes images of one size. "
             f"Received: an encoder of images of {image_size}"
         )
-    pooling = model.text_tower.family.pooling
     rules = model.input_rules
-    if (
-        tokenizer is None
-        and pooling == "highest id"
-        and rules.vocabulary_size == CLIP_SIZE
-    ):
+    if tokenizer is None:
+        tokenizer = model.tokenizer
+    is_clip = model.text_tower.family.pooling == "highest id"
+    if tokenizer is None and is_clip and rules.vocabulary_size == CLIP_SIZE:
         tokenizer = embedding.clip_tokenizer(rules.context_length)
-    tokenize = embedding.tokenizer_of(model, tokenizer)
-    if resize is None:
-        resize = "squash" if pooling == "last token" else "crop"
+    tokenize = tokenizer_of(model, tokenizer)
+    resize = model.resize if resize is None else resize
     return (
         adapter,
         functools.partial(_pixels, image_size=image_size, resize=resize),

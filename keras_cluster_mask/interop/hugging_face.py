@@ -107,10 +107,9 @@ def load_hugging_face(
     transformers, such as `Siglip2Model`, and models that keras_hub's backbones cannot
     compute are refused. Half-precision weights become float32.
 
-    Resize images in the dataset as in training: squash them for SigLIP
-    (`resize="squash"`), crop them for the others. A warning is issued if the model was
-    not trained with a center crop. Files that state another size of images than the
-    model's are refused.
+    The model resizes images as in its training: it squashes them for SigLIP, and crops
+    them for the others. A warning is issued if the files state another way. Files that
+    state another size of images than the model's are refused.
 
     Example:
 
@@ -233,13 +232,13 @@ def _read_preprocessing(folder, of_model):
     side = of_model["image_size"]
     size = given.get("size", side)
     has_height = isinstance(size, Mapping) and "height" in size
-    fields["resize_mode"] = "squash" if has_height or is_siglip else "shortest"
+    fields["resize"] = "squash" if has_height or is_siglip else "crop"
     key = "crop_size" if given.get("do_center_crop", not is_siglip) else "size"
     if not _is_side(given.get(key, side), side):
         reasons.append(f"{key}={given[key]} is not the image size {side}")
     elif not _is_side(size, side):
         # A margin is cropped.
-        fields["resize_mode"] = f"size={size}"
+        fields["resize"] = f"size={size}"
     return fields, [f"{path.name}: {reason}" for reason in reasons]
 
 

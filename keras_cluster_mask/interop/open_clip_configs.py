@@ -46,6 +46,10 @@ READ = {
     "preprocess_cfg.std": Entry("pixel_std", CLIP_STD, "deviation of 3 channels"),
 }
 
+# open_clip's names for the ways in which images become square, and back.
+RESIZE = {"shortest": "crop", "squash": "squash"}
+MODES = {name: mode for mode, name in RESIZE.items()}
+
 # Options that keras_hub's models do not have, and other entries of which they support
 # some values only.
 _OPTIONS = {
@@ -127,12 +131,13 @@ def read_config(config: Any) -> Architecture:
             f"{'; '.join(sorted(reasons))}. `load_hugging_face` reads models of "
             f"transformers. Received: config={config!r}"
         )
+    mode = given.get("preprocess_cfg.resize_mode", "shortest")
     fields.update(
         image_heads=fields["image_width"] // fields["image_heads"],
         image_hidden=int(fields["image_width"] * fields["image_hidden"]),
         text_hidden=int(fields["text_width"] * fields["text_hidden"]),
         loss="softmax" if given.get("init_logit_bias") is None else "sigmoid",
-        resize_mode=given.get("preprocess_cfg.resize_mode", "shortest"),
+        resize=RESIZE.get(mode, mode),
     )
     return Architecture(**fields)
 
@@ -157,6 +162,7 @@ def write_config(architecture: Architecture, logit_bias: Any) -> dict:
         "vision_cfg.mlp_ratio": _ratio(architecture.image_hidden, image_width),
         "text_cfg.mlp_ratio": _ratio(architecture.text_hidden, text_width),
         "text_cfg.pool_type": "argmax",
+        "preprocess_cfg.resize_mode": MODES[architecture.resize],
     }
     if architecture.family == "MetaCLIP2":
         end_id = TEXT_FAMILIES["MetaCLIP2TextEncoder"].end_id

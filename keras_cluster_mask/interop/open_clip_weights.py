@@ -39,8 +39,8 @@ def load_open_clip(
     layer scale, or with another end token (`ViT-L-14-worldwide*`). Half-precision
     weights become float32.
 
-    The config also states how images were resized. Resize them the same way in the
-    dataset. A warning is issued for anything except a center crop.
+    The config also states how images were resized, and the model resizes them in the
+    same way. A warning is issued for anything except a center crop and squashed images.
 
     keras_hub cannot save the epsilon of the text tower's last normalization. A saved
     `ContrastiveModel` keeps it. A backbone or a tower that is saved by itself is loaded
@@ -161,9 +161,9 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
 def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     """Writes the weights of a CLIP model and its config to files that open_clip reads.
 
-    The config states what the weights do not: attention heads, activation, and the mean
-    and deviation of pixels. It is written to a file beside the weights:
-    `open_clip_config.json` for the name that open_clip reads,
+    The config states what the weights do not: attention heads, activation, the mean and
+    deviation of pixels, and how images are resized. It is written to a file beside the
+    weights: `open_clip_config.json` for the name that open_clip reads,
     `open_clip_model.safetensors`, and otherwise one named after the weights, such as
     `clip.safetensors.open_clip_config.json`. So a folder can hold several models.
     Existing files are replaced.
@@ -178,10 +178,6 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
 
     open_clip then loads the folder: `open_clip.create_model("local-dir:clip")`. For a
     MetaCLIP 2, put the files of its tokenizer, `facebook/xlm-v-base`, in the folder.
-    The config does not say how images are resized, which is open_clip's default: to the
-    shorter side. For a model trained on squashed images, set `"resize_mode"` in its
-    `"preprocess_cfg"` to `"squash"`.
-
     Args:
         model: A model that `open_clip_state_dict` takes. A backbone by itself is saved
             with the mean and deviation of CLIP.

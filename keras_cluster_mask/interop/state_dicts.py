@@ -140,11 +140,13 @@ def load_model(
             f"{architecture.image_layers} image blocks and {architecture.text_layers} "
             f"text blocks. Received: {label}, with\n  " + "\n  ".join(faults)
         )
-    if architecture.resize_mode != "shortest":
+    fields = ["pixel_mean", "pixel_std"]
+    if architecture.resize in ("crop", "squash"):
+        fields.append("resize")
+    elif "resize" not in options:
         warnings.warn(
-            "The model was trained on images resized by "
-            f"{architecture.resize_mode!r}. `image_text_dataset` resizes by 'shortest' "
-            "and a center crop, or with resize='squash' by 'squash'.",
+            f"The model was trained on images resized by {architecture.resize!r}. Here "
+            "their center is cropped: pass `resize='squash'` if that is nearer.",
             stacklevel=3,
         )
     if architecture.family != "SigLIP":
@@ -153,7 +155,6 @@ def load_model(
         if entry.path != BIAS:
             # Converted one at a time, since half-precision arrays double in size.
             entry.write(backbone, as_float32(state[entry.name]))
-    fields = ["pixel_mean", "pixel_std"]
     if getattr(options.get("head"), "loss", None) is None:
         fields.append("loss")
     options = {name: getattr(architecture, name) for name in fields} | options

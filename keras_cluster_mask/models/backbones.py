@@ -59,6 +59,7 @@ def parts_of_backbone(
         "head": head,
         "pixel_mean": family.pixel_mean,
         "pixel_std": family.pixel_std,
+        "resize": family.resize,
     }
 
 

@@ -1,5 +1,6 @@
 """The model for contrastive training on image-text pairs."""
 
+import functools
 import inspect
 import os
 import types
@@ -7,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import replicas
 from keras_cluster_mask.distribution.backends import import_keras_hub, is_traced
+from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.encoders.masked import MaskedEncoder, unmasked
@@ -21,11 +24,13 @@ from keras_cluster_mask.encoders.surgery import image_shape_of, number_positions
 from keras_cluster_mask.encoders.towers import ImageTower, TextTower, encode
 from keras_cluster_mask.losses import batch_loss, caption_labels, row_labels
 from keras_cluster_mask.masking import PatchMasking
+from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.masking.patch_masking import join
 from keras_cluster_mask.masking.selection import StepNoise, step_of
 from keras_cluster_mask.models.backbones import parts_of_backbone
 from keras_cluster_mask.models.head import ContrastiveHead, as_head
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
+from keras_cluster_mask.training.image_files import read_images
 from keras_cluster_mask.training.input_rules import (
     KEYS,
     LONELY,
@@ -36,7 +41,7 @@ from keras_cluster_mask.training.input_rules import (
 )
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.training.micro_batches import embed_in_micro_batches
-from keras_cluster_mask.training.tokens import check_tokenizer
+from keras_cluster_mask.training.tokens import check_tokenizer, tokenizer_of
 from keras_cluster_mask.types import Tensor
 
 # Parts and options that others depend on once the model is made.
@@ -286,8 +291,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 SigLIP, by default. A fresh SigLIP, and a CLIP with the sigmoid loss,
                 start at a temperature of 0.1 and a bias of -10.
             **kwargs: Arguments of `ContrastiveModel`, without the encoders,
-                `projection_dim` and `dtype`. `pixel_mean` and `pixel_std` default to
-                those of the backbone's family.
+                `projection_dim` and `dtype`. `pixel_mean`, `pixel_std` and `resize`
+                default to those of the backbone's family.
 
         Returns:
             A model of this class, with the attribute `backbone`.
@@ -296,7 +301,11 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             ValueError: If the backbone is not supported.
         """
         parts = parts_of_backbone(backbone, masking, loss, head)
-        own = {*parts, "projection_dim", "dtype"} - {"pixel_mean", "pixel_std"}
+        own = {*parts, "projection_dim", "dtype"} - {
+            "pixel_mean",
+            "pixel_std",
+            "resize",
+        }
         given = sorted(own & kwargs.keys())
         if given:
             raise ValueError(
@@ -372,42 +381,75 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
     # === From inputs to embeddings ===
 
-    def encode_image(self, images: Tensor, training: bool | None = None) -> Tensor:
+    def encode_image(self, images: Any, training: bool | None = None) -> Any:
         """Embeds images.
 
+        Example:
+
+        ```python
+        backbone = kcm.models.clip_backbone("tiny", image_size=32)
+        model = kcm.ContrastiveModel.from_backbone(backbone)
+        photos = [np.zeros((120, 80, 3), "uint8"), np.zeros((60, 90, 3), "uint8")]
+        model.encode_image(photos).shape  # (2, 96)
+        ```
+
         Args:
-            images: `(batch, H, W, C)` tensor, uint8 or normalized floats.
+            images: `(batch, H, W, C)` tensor, uint8 or normalized floats. Or a list of
+                images of any size: paths, `PIL.Image.Image` and uint8 arrays
+                `(height, width, 3)`, which are resized as `resize` says.
             training: Python boolean. If true, the masking leaves out parts of the
                 images. The state of a masking advances in training calls of the model
                 alone.
 
         Returns:
             `(batch, d)` float32 tensor, L2-normalized. In training with several
-            `views`, `(batch, views, d)`.
+            `views`, `(batch, views, d)`. A NumPy array for a list.
+
+        Raises:
+            ValueError: If an image cannot be read, or is not valid for the encoder.
         """
+        if (listed := _as_list("images", images)) is not None:
+            read = read_images(listed, self.preprocessing["image_size"], self.resize)
+            if not training:
+                return np.concatenate([*map(self._embedder.images, read)])
+            images = np.concatenate([*read])
         if not is_traced(images):
             self.input_rules.check_images(images)
         noise = StepNoise(ops.shape(images)[0], self.views) if training else None
         return self._embed_images(images, training, noise)
 
-    def encode_text(
-        self, token_ids: Tensor | dict[str, Tensor], training: bool | None = None
-    ) -> Tensor:
+    def encode_text(self, texts: Any, training: bool | None = None) -> Any:
         """Embeds texts.
 
+        Example:
+
+        ```python
+        tokenizer = kcm.data.CLIPTokenizer.train(["a dog in the snow"], 600)
+        backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size)
+        model = kcm.ContrastiveModel.from_backbone(backbone, tokenizer=tokenizer)
+        model.encode_text(["a dog", "snow"]).shape  # (2, 96)
+        ```
+
         Args:
-            token_ids: `(batch, T)` int tensor, or a dictionary of tensors if the text
+            texts: List of strings, for the `tokenizer` of the model. Or token ids,
+                a `(batch, T)` int tensor, or a dictionary of tensors if the text
                 encoder has further inputs: `{"token_ids": ..., "padding_mask": ...}`.
             training: Python boolean, passed to the text encoder.
 
         Returns:
-            `(batch, d)` float32 tensor, L2-normalized.
+            `(batch, d)` float32 tensor, L2-normalized. A NumPy array for strings.
 
         Raises:
-            ValueError: If the ids are not valid for the text encoder, or the dictionary
-                does not match its inputs.
+            ValueError: If the model has no tokenizer for strings, if the ids are not
+                valid for the text encoder, or if the dictionary does not match its
+                inputs.
         """
-        given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
+        words = _as_list("texts", texts)
+        if words is not None and isinstance(words[0], str | bytes):
+            texts = tokenizer_of(self)(words)
+            if not training:
+                return self._embedder.texts(texts)
+        given = texts if isinstance(texts, dict) else {"token_ids": texts}
         if "token_ids" in given and not is_traced(given["token_ids"]):
             self.input_rules.check_ids(given["token_ids"], "padding_mask" in given)
         return self._embed_texts(given, training)
@@ -535,6 +577,27 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         )
 
     # === Inputs, and other models that share the weights ===
+
+    @functools.cached_property
+    def _embedder(self):
+        # Made once, because it compiles both towers.
+        return Embedder(self)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How data becomes inputs: `"tokenizer"`, `"image_size"` and `"resize"`.
+
+        The image size is `(height, width)`. Each is `None` if the image encoder accepts
+        any size or does not define one.
+        """
+        size, tower = (None, None), self.image_tower
+        if (shape := image_shape_of(tower.encoder)) is not None:
+            size = height_and_width(shape, tower.data_format)
+        return {
+            "tokenizer": self.tokenizer,
+            "image_size": size,
+            "resize": self.resize,
+        }
 
     @property
     def tokenizer(self) -> Any:
@@ -707,6 +770,20 @@ def _check_views(views, maskings):
             f"so all views would be alike. Received: views={views}, maskings="
             f"{[masking.name for masking in maskings]}"
         )
+
+
+def _as_list(name, values):
+    """Returns a list of what is to be read, or `None` for an array or a tensor."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "OSU":
+        values = values.tolist()
+    is_list = isinstance(values, list | tuple)
+    is_single = isinstance(values, str | bytes | os.PathLike)
+    if is_single or (is_list and not values):
+        raise ValueError(
+            f"`{name}` must be a list of at least one, or an array. "
+            f"Received: {name}={values!r}"
+        )
+    return [*values] if is_list else None
 
 
 def _features_shape(encoder):

@@ -7,8 +7,6 @@ from typing import Any
 import keras
 
 from keras_cluster_mask.distribution.backends import import_keras_hub
-from keras_cluster_mask.encoders.surgery import data_format_of, image_shape_of
-from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 
 
@@ -56,8 +54,4 @@ def image_size_of(model: Any) -> tuple[int | None, int | None]:
         `(height, width)`. Each is `None` if the image encoder accepts any size or does
         not define one.
     """
-    encoder = as_contrastive_model(model).image_tower.encoder
-    shape = image_shape_of(encoder)
-    if shape is None:
-        return None, None
-    return height_and_width(shape, data_format_of(encoder))
+    return as_contrastive_model(model).preprocessing["image_size"]

@@ -41,7 +41,7 @@ class TowerFeatures:
     images = np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8")
     data = {"images": images, "captions": [("a dog", "a cat")] * 8}
     tokenizer = kcm.data.CLIPTokenizer.train(["a dog", "a cat"], 600)
-    kcm.evaluation.compute_features(model, data, tokenizer, "features")
+    kcm.evaluation.compute_features(model, data, "features", tokenizer)
     features = kcm.TowerFeatures("features")
     model.image_encoder.trainable = model.text_encoder.trainable = False
     model.compile("adam")

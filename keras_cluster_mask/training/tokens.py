@@ -89,6 +89,31 @@ def _warn_of_sizes(of_tokenizer, of_model):
     )
 
 
+def tokenizer_of(model, tokenizer=None):
+    """Returns a function from texts to token ids, after checking the tokenizer.
+
+    Args:
+        model: A `ContrastiveModel`.
+        tokenizer: See `image_text_dataset`. Defaults to that of the model.
+    """
+    from keras_cluster_mask.data.tokenizing import length_of, tokenize
+
+    if tokenizer is None:
+        tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ValueError(
+            "`tokenizer` must be given to embed words, because the model has none: set "
+            "`model.tokenizer` to the one that the model was trained with. A model is "
+            "saved with its tokenizer. Received: tokenizer=None"
+        )
+    # The tokenizer's own length is the one used in training, which may be shorter than
+    # the text tower's.
+    lengths = [length_of(tokenizer), model.input_rules.context_length]
+    length = min((x for x in lengths if x is not None), default=None)
+    check_tokenizer(model, tokenizer, length)
+    return functools.partial(tokenize, tokenizer, context_length=length)
+
+
 def check_tokenizer_of(model, data):
     """Checks the tokenizer of an `image_text_dataset` or of `TowerFeatures`, if any."""
     tokenizer = getattr(getattr(data, "stream", None), "tokenizer", None)

@@ -8,7 +8,6 @@ import re
 import threading
 
 import fsspec
-import keras
 import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
@@ -23,14 +22,6 @@ def noise(encode):
         return encode(generator.integers(0, 256, (*size, 3), "uint8"), format)
 
     return noise
-
-
-@pytest.fixture(params=["channels_last", "channels_first"])
-def data_format(request):
-    """Sets the order of the axes of images, and resets it after the test."""
-    keras.config.set_image_data_format(request.param)
-    yield request.param
-    keras.config.set_image_data_format("channels_last")
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import collections
 import functools
 import inspect
 import pathlib
+import pickle
+import threading
 
 import keras
 import numpy as np
@@ -196,3 +198,56 @@ def test_the_documentation_names_each_argument():
     documented = inspect.getdoc(image_text_dataset)
     for name in inspect.signature(image_text_dataset).parameters:
         assert f"    {name}: " in documented
+
+
+# === A dataset for a model ===
+
+
+class Model:
+    """What the data reads of a model."""
+
+    def __init__(self, tokenizer=TOKENIZER, image_size=(12, 16), resize="crop"):
+        self.preprocessing = dict(
+            tokenizer=tokenizer, image_size=image_size, resize=resize
+        )
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_a_model_gives_tokenizer_size_and_resizing(shards, resize):
+    model = Model(resize=resize)
+    options = dict(training=False, format="grain")
+    found = image_text_dataset(shards, model, **options)
+    expected = image_text_dataset(
+        shards, TOKENIZER, (12, 16), 64, resize=resize, **options
+    )
+    assert found.tokenizer is TOKENIZER
+    for first, second in zip(found, expected, strict=True):
+        for name in ("images", "token_ids"):
+            np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_worker_processes_do_not_receive_the_model(shards):
+    model = Model()
+    model.lock = threading.Lock()  # No pickle holds it.
+    dataset = image_text_dataset(shards, model, batch_size=8, format="grain")
+    assert pickle.loads(pickle.dumps(dataset._samples)).images.image_size == (12, 16)
+
+
+def test_labels_of_a_model_need_no_captions(shards):
+    labeled = dict(label_key="txt", class_names=["a"], max_skipped=1)
+    with pytest.raises(ValueError, match="unknown label"):
+        image_text_dataset(shards, Model(None), training=False, **labeled)
+    with pytest.raises(ValueError, match=r"set `model.tokenizer`.*tokenizer=None"):
+        image_text_dataset(shards, Model(None), training=False)
+
+
+def test_what_a_model_defines_is_not_given_twice(shards):
+    with pytest.raises(ValueError, match=r"`image_size` must be None.*\(12, 16\)"):
+        image_text_dataset(shards, Model(), 16)
+    with pytest.raises(ValueError, match=r"`resize` must be None.*squash"):
+        image_text_dataset(shards, Model(), resize="squash")
+    free = Model(image_size=(None, None))
+    with pytest.raises(ValueError, match=r"`image_size` must be .*None"):
+        image_text_dataset(shards, free)
+    dataset = image_text_dataset(shards, free, 16, training=False, format="grain")
+    assert dataset.element_spec["images"].shape[1:] == (16, 16, 3)

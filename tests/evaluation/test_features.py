@@ -61,7 +61,7 @@ def frozen_model(**options):
 
 def computed(model, folder, **options):
     data = dataset(**options)
-    return compute_features(model, data, tokenizer, folder, verbose=0), data
+    return compute_features(model, data, folder, tokenizer, verbose=0), data
 
 
 @pytest.mark.slow_to_compile
@@ -166,12 +166,12 @@ def test_an_interrupted_run_resumes_with_the_next_batch(tmp_path):
 
     data, folder = dataset(150, 2), tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        compute_features(model, data, interrupted, folder, verbose=0)
+        compute_features(model, data, folder, interrupted, verbose=0)
     assert json.loads((folder / "features.json").read_text())["rows"]["images"] == 64
     with pytest.raises(ValueError, match=r"`folder` must hold .*Received: "):
         kcm.TowerFeatures(folder)
     calls.clear()
-    found = compute_features(model, data, interrupted, folder, verbose=0)
+    found = compute_features(model, data, folder, interrupted, verbose=0)
     assert sum(calls) < 300
     assert_same_values(*(x.pairs(slice(None)) for x in (found, expected)))
 
@@ -271,7 +271,7 @@ def test_features_of_other_settings_are_refused(make, tmp_path):
 def test_data_of_one_of_several_processes_is_refused(tmp_path, write_pairs):
     part = stream(write_pairs("a.tar", 0, 8), training=False, process=(0, 2))
     with pytest.raises(ValueError, match=r"`data` must hold all.*process=\(0, 1\)"):
-        compute_features(small_model(), part, None, tmp_path)
+        compute_features(small_model(), part, tmp_path)
 
 
 @pytest.mark.any_backend
@@ -288,10 +288,10 @@ def test_other_batches_and_other_captions_are_refused(tmp_path, write_pairs):
     ):
         folder = tmp_path / str(number)
         for _ in range(2):
-            compute_features(model, data, tokenizer, folder, verbose=0)
+            compute_features(model, data, folder, tokenizer, verbose=0)
         for each in others:
             with pytest.raises(ValueError, match=r"`features` .*data.*Received: "):
-                compute_features(model, each, tokenizer, folder, verbose=0)
+                compute_features(model, each, folder, tokenizer, verbose=0)
 
 
 @pytest.mark.any_backend
@@ -304,7 +304,7 @@ def test_captions_that_are_left_out_are_counted(tmp_path, included, expected):
     options = {"training": False, "include_captions": included, "format": "grain"}
     data = kcm.data.image_text_dataset(source, None, 16, 8, **options)
     with warnings.catch_warnings(record=True) as found:
-        compute_features(frozen_model(), data, tokenizer, tmp_path, verbose=0)
+        compute_features(frozen_model(), data, tmp_path, tokenizer, verbose=0)
     # Of the first batch, to tell early, and of all.
     assert [str(each.message).split()[0] for each in found] == expected
 
@@ -314,7 +314,7 @@ def test_the_tokenizer_is_part_of_the_features(tmp_path):
     model = frozen_model()
     features, data = computed(model, tmp_path)
     with pytest.raises(ValueError, match=r"`features` .*tokenizer.*Received: "):
-        compute_features(model, data, lambda x: tokenizer(x) + 1, tmp_path, verbose=0)
+        compute_features(model, data, tmp_path, lambda x: tokenizer(x) + 1, verbose=0)
     model.fit(features, batch_size=5, verbose=0)
     assert model.tokenizer_fingerprint == features.tokenizer_fingerprint is not None
 
@@ -325,11 +325,11 @@ def test_empty_batches_are_left_out(tmp_path):
     expected, data = computed(model, tmp_path / "whole", images=6)
     empty, (first, second) = {name: x[:0] for name, x in data.items()}, split(data, 3)
     batches = [empty, first, empty, second]
-    found = compute_features(model, batches, tokenizer, tmp_path / "parts", verbose=0)
+    found = compute_features(model, batches, tmp_path / "parts", tokenizer, verbose=0)
     rows = [x.pairs(slice(None))["image_features"] for x in (found, expected)]
     np.testing.assert_allclose(*rows, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"`data` must hold at least one image"):
-        compute_features(model, [empty], tokenizer, tmp_path / "none", verbose=0)
+        compute_features(model, [empty], tmp_path / "none", tokenizer, verbose=0)
 
 
 @pytest.mark.any_backend
@@ -337,7 +337,7 @@ def test_an_image_without_a_caption_is_refused(tmp_path):
     data = dataset(4, captions=2)
     data["captions"][1] = ()
     with pytest.raises(ValueError, match=r"`data` must have a caption.*Received: 1"):
-        compute_features(frozen_model(), data, tokenizer, tmp_path, verbose=0)
+        compute_features(frozen_model(), data, tmp_path, tokenizer, verbose=0)
 
 
 @pytest.mark.any_backend

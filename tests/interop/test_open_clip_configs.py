@@ -132,12 +132,17 @@ def test_a_named_config_needs_open_clip(monkeypatch):
         load_open_clip({}, "ViT-B-32")
 
 
-def test_a_warning_says_that_images_were_resized_otherwise(recwarn):
+def test_a_model_resizes_images_as_its_config_says(recwarn, tmp_path):
     state = open_clip_model(CONFIG).state_dict()
-    with pytest.warns(UserWarning, match="resize='squash'"):
-        load_open_clip(state, preprocessed(resize_mode="squash"))
+    with pytest.warns(UserWarning, match="'longest'.*resize='squash'"):
+        model = load_open_clip(state, preprocessed(resize_mode="longest"))
+    assert model.resize == "crop"
     recwarn.clear()
     load_open_clip(state, preprocessed(interpolation="bicubic", resize_mode=None))
+    model = load_open_clip(state, preprocessed(resize_mode="squash"))
+    assert model.resize == "squash"
+    save_open_clip(model, tmp_path / "clip.safetensors")
+    assert load_open_clip(tmp_path / "clip.safetensors").resize == "squash"
     assert not [x for x in recwarn if x.category is UserWarning]
 
 

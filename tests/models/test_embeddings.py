@@ -18,6 +18,7 @@ from tests.helpers import (
     clip_vision_encoder,
     functional_vit,
     image_mlp,
+    letters_as_tokens,
     masked_vit,
     random_images,
     random_pairs,
@@ -152,9 +153,34 @@ def test_a_zero_feature_has_a_finite_embedding_and_gradient():
 
 
 @pytest.mark.any_backend
-def test_texts_that_are_not_ids_are_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"`tokenizer\(texts\)`.*Received: .*<U"):
-        small_model().encode_text(["a red heart"])
+def test_words_need_a_list_and_a_tokenizer():
+    model = small_model()
+    with pytest.raises(ValueError, match=r"set `model.tokenizer`.*Received"):
+        model.encode_text(["a red heart"])
+    for texts in ("a red heart", []):
+        with pytest.raises(ValueError, match=r"`texts` must be a list.*Received"):
+            model.encode_text(texts)
+    for images in ("a.png", []):
+        with pytest.raises(ValueError, match=r"`images` must be a list.*Received"):
+            model.encode_image(images)
+
+
+@pytest.mark.one_case
+@pytest.mark.parametrize("make", [list, tuple, np.array])
+def test_words_and_images_of_any_size_become_arrays_of_embeddings(make):
+    words = ["a red heart", "b"]
+    model = small_model(tokenizer=letters_as_tokens)
+    found = model.encode_text(make(words))
+    assert isinstance(found, np.ndarray)
+    expected = to_numpy(model.encode_text(letters_as_tokens(words)))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert ops.is_tensor(model.encode_text(words, training=True))
+    images = random_pairs(3)["images"]
+    found = model.encode_image([*images])
+    assert isinstance(found, np.ndarray)
+    expected = to_numpy(model.encode_image(images))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert ops.is_tensor(model.encode_image([*images], training=True))
 
 
 @pytest.mark.any_backend

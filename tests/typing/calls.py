@@ -32,7 +32,7 @@ dataset = kcm.data.image_text_dataset(
 )
 found = kcm.data.check(["a.tar", pathlib.Path("b.tar")], num_workers=8)
 kcm.data.image_text_dataset("a.tar", tokenizer, 224, "256", True)  # type: ignore[arg-type]
-kcm.data.image_text_dataset("a.tar", tokenizer, 224, 256)  # type: ignore[call-arg]
+kcm.data.image_text_dataset("a.tar")  # type: ignore[call-arg]
 
 # === Maskings ===
 
