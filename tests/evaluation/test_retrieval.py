@@ -1,7 +1,10 @@
+import pathlib
+
 import numpy as np
 import pytest
 from sklearn.preprocessing import normalize
 
+from keras_cluster_mask.data import image_text_dataset
 from keras_cluster_mask.evaluation import (
     chance_recall,
     embed,
@@ -212,3 +215,47 @@ def test_bad_data_is_refused_by_name(model, tokenizer):
     data = {"images": images, "captions": [["a"], ["c"]]}
     with pytest.raises(ValueError, match=r"`duplicates`.*Received: "):
         evaluate_retrieval(model, data, tokenizer, duplicates="x")
+
+
+@pytest.fixture
+def reads_words(model, tokenizer, monkeypatch):
+    """The model with a tokenizer."""
+    monkeypatch.setattr(model, "tokenizer", tokenizer)
+    return model
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("make", [str, pathlib.Path])
+def test_a_source_is_read_as_the_model_says(
+    reads_words, tokenizer, tmp_path, encode, monkeypatch, make
+):
+    rng = np.random.default_rng(0)
+    for number, texts in enumerate(("a\nb", "c\nd", "e\nf")):
+        image = rng.integers(0, 256, (20, 30, 3)).astype("uint8")
+        (tmp_path / f"{number}.png").write_bytes(encode(image))
+        (tmp_path / f"{number}.txt").write_text(texts)
+    monkeypatch.setattr(reads_words, "resize", "squash")
+    read = image_text_dataset(
+        tmp_path,
+        None,
+        16,
+        training=False,
+        format="grain",
+        resize="squash",
+        include_captions="all",
+    )
+    expected = evaluate_retrieval(reads_words, read, tokenizer)
+    assert evaluate_retrieval(reads_words, make(tmp_path)) == expected
+
+
+@pytest.mark.any_backend
+def test_captions_are_read_before_ids_if_the_model_can(reads_words, tokenizer):
+    captions = [("a", "b"), ("c", "d")]
+    data = {"images": random_pairs(2)["images"], "captions": captions}
+    expected = evaluate_retrieval(reads_words, data, tokenizer)
+    first = {**data, "token_ids": tokenizer([texts[0] for texts in captions])}
+    assert evaluate_retrieval(reads_words, first) == expected
+    del first["captions"]
+    assert evaluate_retrieval(reads_words, first) != expected
+    with pytest.raises(ValueError, match=r"`data` must hold 'captions'.*Received"):
+        evaluate_retrieval(reads_words, data["images"])
