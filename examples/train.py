@@ -53,10 +53,10 @@ def devices():
     return contextlib.nullcontext()
 
 
-def read(args, source, tokenizer, **options):
+def read(source, model, **options):
     """Data to evaluate, all of it in every process."""
     return kcm.data.image_text_dataset(
-        source, tokenizer, args.image_size, 64, False, process=(0, 1), **options
+        source, model, training=False, process=(0, 1), **options
     )
 
 
@@ -80,11 +80,14 @@ def make_model(args, tokenizer, masking):
         tokenizer.context_length,
     )
     return kcm.ContrastiveModel.from_backbone(
-        backbone, masking=masking, micro_batch_size=args.micro_batch_size
+        backbone,
+        masking=masking,
+        micro_batch_size=args.micro_batch_size,
+        tokenizer=tokenizer,
     )
 
 
-def fit(model, train, tokenizer, args, stage, epochs, learning_rate):
+def fit(model, train, args, stage, epochs, learning_rate):
     """Trains. Each epoch of `fit`, of about 1,000 steps, ends with a checkpoint."""
     parts = 1 + len(train) // 1000
     epochs, steps_per_epoch = epochs * parts, len(train) // parts
@@ -101,13 +104,13 @@ def fit(model, train, tokenizer, args, stage, epochs, learning_rate):
     )
     callbacks = [kcm.callbacks.Throughput()]
     if args.validation:
-        held_out = read(args, args.validation, tokenizer)
+        held_out = read(args.validation, model)
         callbacks.append(kcm.callbacks.Retrieval(held_out))
     if args.classes:
         names = sorted(path.name for path in args.classes.iterdir())
         labels = dict(label_key="folder", class_names=names)
-        images = read(args, args.classes, None, **labels)
-        callbacks.append(kcm.callbacks.ZeroShot(images, names, tokenizer))
+        images = read(args.classes, model, **labels)
+        callbacks.append(kcm.callbacks.ZeroShot(images, names))
     return model.fit(
         train,
         epochs=epochs,
@@ -140,16 +143,15 @@ def main(args):
         masking = make_masking(args.masking, args.epochs * len(train))
         model = make_model(args, tokenizer, masking)
         if args.masking in ("threshold", "embedding"):
-            model.masking.adapt(read(args, args.train, None))
+            model.masking.adapt(read(args.train, model))
         rate = args.learning_rate
-        history = fit(model, train, tokenizer, args, "main", args.epochs, rate)
+        history = fit(model, train, args, "main", args.epochs, rate)
         if args.whole_epochs:
             stage = "whole", args.whole_epochs, rate / 10
             model = model.without_masking()
-            history = fit(model, train, tokenizer, args, *stage)
+            history = fit(model, train, args, *stage)
     if kcm.distribution.is_main_process():
         model.save(args.results / "model.keras")
-        tokenizer.save(args.results / "tokenizer.json")
         for name, values in history.history.items():
             print(f"{name:35} {values[-1]:.4f}")
 

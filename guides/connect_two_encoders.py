@@ -85,32 +85,23 @@ for table, content in rows.items():
 # ## Two encoders, one model
 #
 # `from_encoders` pools each encoder in the way of its family: for DINOv2, the class token and the
-# mean of the patches. The preprocessor of the text encoder is the tokenizer.
+# mean of the patches. The preprocessor of the text encoder is the tokenizer of the model.
 
 
 # %%
 def connect(masking=None):
-    """A model of fresh copies of the pre-trained encoders, and its tokenizer."""
+    """A model of fresh copies of the pre-trained encoders."""
     keras.utils.set_random_seed(1)
     image = keras_hub.models.DINOV2Backbone.from_preset(
         IMAGE_ENCODER, image_shape=(IMAGE_SIZE, IMAGE_SIZE, 3)
     )
     text = keras_hub.models.TextEmbedder.from_preset(TEXT_ENCODER)
-    text.preprocessor.sequence_length = 24
-    model = kcm.ContrastiveModel.from_encoders(
+    return kcm.ContrastiveModel.from_encoders(
         image, text, projection_dim=256, masking=masking
     )
-    return model, text.preprocessor
 
 
-def dataset(table, tokenizer, training=False, **options):
-    return kcm.data.image_text_dataset(
-        table, tokenizer, IMAGE_SIZE, BATCH_SIZE, training=training, seed=1, **options
-    )
-
-
-model, tokenizer = connect()
-test = dataset(TEST, tokenizer)
+model = connect()
 
 # %% [markdown]
 # ## Features, and projections trained on them
@@ -120,16 +111,14 @@ test = dataset(TEST, tokenizer)
 
 # %%
 model.image_encoder.trainable = model.text_encoder.trainable = False
-images = dataset(TRAIN, None, include_captions=True)
-features = kcm.evaluation.compute_features(
-    model, images, tokenizer, RESULTS / "features", verbose=0
-)
+folder = RESULTS / "features"
+features = kcm.evaluation.compute_features(model, TRAIN, folder, verbose=0)
 print(features.num_images, "images,", features.num_texts, "captions")
 model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
 start = time.perf_counter()
 model.fit(features, batch_size=BATCH_SIZE, epochs=30, verbose=0)
 seconds = {"projections": time.perf_counter() - start}
-results = {"projections": kcm.evaluation.evaluate_retrieval(model, test, verbose=0)}
+results = {"projections": kcm.evaluation.evaluate_retrieval(model, TEST, verbose=0)}
 
 # %% [markdown]
 # ## Search in your photographs
@@ -138,11 +127,13 @@ results = {"projections": kcm.evaluation.evaluate_retrieval(model, test, verbose
 # only, so some of the photographs rank behind drawings.
 
 # %%
+options = dict(training=False, format="grain")
+test = kcm.data.image_text_dataset(TEST, model, **options)
 pixels = np.concatenate([batch["images"] for batch in test])
 embeddings = kcm.evaluation.embed(model, pixels, verbose=0)["image_embeddings"]
 queries = ["a cat", "a cup of coffee", "a rocket", "a flag", "a person", "food"]
-texts = kcm.evaluation.embed_texts(model, queries, tokenizer, verbose=0)
-figure = kcm.visualization.plot_retrieval(queries, pixels, texts @ embeddings.T, k=6)
+similarity = model.encode_text(queries) @ embeddings.T
+figure = kcm.visualization.plot_retrieval(queries, pixels, similarity, k=6)
 figure.savefig(RESULTS / "own_photographs.png", dpi=80)
 figure
 
@@ -156,9 +147,11 @@ figure
 
 # %%
 def tune(masking, epochs):
-    tuned, tokenizer = connect(masking)
+    tuned = connect(masking)
     tuned.head.set_weights(model.head.get_weights())
-    data = dataset(TRAIN, tokenizer, training=True, crop_scale=(0.6, 1.0))
+    data = kcm.data.image_text_dataset(
+        TRAIN, tuned, batch_size=BATCH_SIZE, crop_scale=(0.6, 1.0), seed=1
+    )
     recipe = kcm.small_data_recipe(epochs, len(data), tune_encoders=True)
     tuned.compile(recipe.optimizer)
     start = time.perf_counter()
@@ -169,7 +162,7 @@ def tune(masking, epochs):
 ways = {"whole images": (None, 1), "random half": (kcm.RandomMasking(0.5), 2)}
 for name, (masking, factor) in ways.items():
     tuned, seconds[name] = tune(masking, factor * EPOCHS)
-    results[name] = kcm.evaluation.evaluate_retrieval(tuned, test, verbose=0)
+    results[name] = kcm.evaluation.evaluate_retrieval(tuned, TEST, verbose=0)
 
 # %% [markdown]
 # ## Recall

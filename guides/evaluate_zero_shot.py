@@ -35,11 +35,9 @@ import keras_cluster_mask as kcm
 
 IMAGES = kcm.data.example_images()
 RESULTS = Path(os.environ.get("RESULTS", "results"))
-MODEL, TOKENIZER = RESULTS / "model.keras", RESULTS / "tokenizer.json"
 
 keras.utils.set_random_seed(1)
-model = keras.saving.load_model(MODEL)
-tokenizer = kcm.data.CLIPTokenizer.from_file(TOKENIZER)
+model = keras.saving.load_model(RESULTS / "model.keras")
 
 
 def show(figure, name):
@@ -50,15 +48,15 @@ def show(figure, name):
 
 # %% [markdown]
 # For evaluation, `image_text_dataset` gives every image once, in order, with the center crop of
-# open_clip. `format="grain"` gives NumPy arrays on every backend.
+# open_clip. It takes the tokenizer and the image size of the model. `format="grain"` gives NumPy
+# arrays on every backend.
 
 
 # %%
 def dataset(split, training=False):
     return kcm.data.image_text_dataset(
         IMAGES / f"{split}-*.tar",
-        tokenizer,
-        image_size=kcm.models.image_size_of(model),
+        model,
         batch_size=64,
         training=training,
         format="grain",
@@ -71,11 +69,10 @@ def dataset(split, training=False):
 #
 # Recall@k on held-out pairs, in both directions, with its 95 % interval and beside the recall of
 # a random ranking. Equal captions match the images of one another, as in training; with
-# `duplicates="negative"` these images count as wrong. For images with several captions, read them
-# with `include_captions="all"` and pass `tokenizer=tokenizer`.
+# `duplicates="negative"` these images count as wrong. All captions of an image are read.
 
 # %%
-recall = kcm.evaluation.evaluate_retrieval(model, dataset("test"), verbose=0)
+recall = kcm.evaluation.evaluate_retrieval(model, IMAGES / "test-*.tar", verbose=0)
 count = len(kcm.data.read_captions(IMAGES / "test-*.tar"))
 chance = recall.pop("chance")
 print(f"{'':26}recall   95 % interval   chance")
@@ -109,9 +106,8 @@ def labeled(split):
             yield {"images": batch["images"][rows], "labels": labels}
 
 
-prompts = NAMES, tokenizer, TEMPLATES
 zero_shot = kcm.evaluation.evaluate_zero_shot(
-    model, labeled("test"), *prompts, ks=(1, 2), verbose=0
+    model, labeled("test"), NAMES, templates=TEMPLATES, ks=(1, 2), verbose=0
 )
 labels = np.concatenate([batch["labels"] for batch in labeled("test")])
 print(f"Always the most frequent class: {np.bincount(labels).max() / len(labels):.1%}")
@@ -123,7 +119,9 @@ for name, value in zero_shot.items():
 
 # %%
 images = np.concatenate([batch["images"] for batch in labeled("test")])
-classifier = kcm.evaluation.zero_shot_classifier(model, *prompts, verbose=0)
+classifier = kcm.evaluation.zero_shot_classifier(
+    model, NAMES, templates=TEMPLATES, verbose=0
+)
 embeddings = kcm.evaluation.embed(model, images, verbose=0)["image_embeddings"]
 found = (embeddings @ np.asarray(classifier)).argmax(axis=1)
 figure, axis = plt.subplots(figsize=(5.5, 5), layout="constrained")

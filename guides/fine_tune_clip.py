@@ -25,7 +25,6 @@ import csv
 from pathlib import Path
 
 import keras
-import keras_hub
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
@@ -37,13 +36,11 @@ import keras_cluster_mask as kcm
 #
 # `PRESET` is a folder, here the one that the first guide saved, or the name of a CLIP, SigLIP or
 # MetaCLIP 2 of [KerasHub](https://keras.io/keras_hub/presets/), which is downloaded. For
-# `"clip_vit_base_patch32"` set `TOKENIZER = None`, which is the tokenizer of the preset, and
-# `LEARNING_RATE = 1e-5`: a high rate destroys what it knows.
+# `"clip_vit_base_patch32"` set `LEARNING_RATE = 1e-5`: a high rate destroys what it knows.
 
 # %%
 RESULTS = Path(os.environ.get("RESULTS", "results"))
 PRESET = str(RESULTS / "clip")
-TOKENIZER = RESULTS / "tokenizer.json"
 LEARNING_RATE = 1e-3
 EPOCHS = int(os.environ.get("EPOCHS", 20))
 BATCH_SIZE = 64
@@ -92,33 +89,18 @@ show(figure, "archive")
 # %% [markdown]
 # ## Recall before
 #
-# `load` gives a fresh copy of the pre-trained model.
+# `load` gives a fresh copy of the pre-trained model, with its tokenizer.
+
 
 # %%
-if TOKENIZER is None:
-    tokenizer = kcm.data.CLIPTokenizer.from_preset(PRESET)
-else:
-    tokenizer = kcm.data.CLIPTokenizer.from_file(TOKENIZER)
-
-
 def load(masking=None):
     keras.utils.set_random_seed(1)
-    backbone = keras_hub.models.Backbone.from_preset(PRESET)
-    return kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
+    return kcm.ContrastiveModel.from_preset(PRESET, masking)
 
 
-def dataset(source, training):
-    return kcm.data.image_text_dataset(
-        source, tokenizer, IMAGE_SIZE, BATCH_SIZE, training=training, seed=1
-    )
-
-
-pretrained = load()
-IMAGE_SIZE = kcm.models.image_size_of(pretrained)
-test = dataset(TEST, training=False)
 results = {
     "chance": kcm.evaluation.chance_recall(kcm.data.read_captions(TEST)),
-    "before": kcm.evaluation.evaluate_retrieval(pretrained, test, verbose=0),
+    "before": kcm.evaluation.evaluate_retrieval(load(), TEST, verbose=0),
 }
 
 # %% [markdown]
@@ -133,9 +115,9 @@ results = {
 
 # %%
 def fine_tune(is_masked):
-    data = dataset(TRAIN, True)
+    model = load(kcm.RandomMasking(0.5, seed=1) if is_masked else None)
+    data = kcm.data.image_text_dataset(TRAIN, model, batch_size=BATCH_SIZE, seed=1)
     recipe = kcm.small_data_recipe(EPOCHS, len(data), LEARNING_RATE, seed=1)
-    model = load(recipe.masking if is_masked else None)
     model.compile(recipe.optimizer)
     speed = kcm.callbacks.Throughput()
     history = model.fit(data, epochs=EPOCHS, callbacks=[speed]).history
@@ -146,7 +128,7 @@ speeds, models = {}, {}
 for name, is_masked in {"no masking": False, "random half": True}.items():
     print(f"\n{name}")
     models[name], speeds[name] = fine_tune(is_masked)
-    recall = kcm.evaluation.evaluate_retrieval(models[name], test, verbose=0)
+    recall = kcm.evaluation.evaluate_retrieval(models[name], TEST, verbose=0)
     results[f"after, {name}"] = recall
 
 # %% [markdown]
@@ -164,7 +146,7 @@ for name, recall in results.items():
     speed = speeds.get(name.removeprefix("after, "))
     print("" if speed is None else f"{speed:10.0f}")
 
-models["random half"].save_to_preset(RESULTS / "fine_tuned", tokenizer)
+models["random half"].save_to_preset(RESULTS / "fine_tuned")
 colors = ["black", "C2", "gray", "C0"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
 for axis, direction in zip(axes, ("image_to_text", "text_to_image")):

@@ -128,7 +128,9 @@ recipe = kcm.small_data_recipe(EPOCHS, len(train), LEARNING_RATE, seed=1)
 backbone = kcm.models.clip_backbone(
     MODEL, IMAGE_SIZE, tokenizer.vocabulary_size, CONTEXT_LENGTH, PATCH_SIZE
 )
-model = kcm.ContrastiveModel.from_backbone(backbone, masking=recipe.masking)
+model = kcm.ContrastiveModel.from_backbone(
+    backbone, masking=recipe.masking, tokenizer=tokenizer
+)
 model.compile(recipe.optimizer)
 
 # %% [markdown]
@@ -173,20 +175,19 @@ for name, value in recall.items():
 QUERIES = ["flag", "face", "woman"]
 images = np.concatenate([batch["images"] for batch in test])
 image_embeddings = kcm.evaluation.embed(model, images, verbose=0)["image_embeddings"]
-text_embeddings = kcm.evaluation.embed_texts(model, QUERIES, tokenizer, verbose=0)
-similarity = text_embeddings @ image_embeddings.T
+similarity = model.encode_text(QUERIES) @ image_embeddings.T
 show(kcm.visualization.plot_retrieval(QUERIES, images, similarity), "search")
 
 # %% [markdown]
 # ## Save
 #
-# With this library, `model.keras` can be loaded and trained further. The preset is the CLIP alone:
-# keras_hub loads it with `CLIPBackbone.from_preset(path)`, without this library.
+# With this library, `model.keras` can be loaded, reads texts, and can be trained further. The preset
+# holds the CLIP and its tokenizer: keras_hub loads them with `CLIPBackbone.from_preset(path)` and
+# `CLIPTokenizer.from_preset(path)`, without this library.
 
 # %%
 model.save(RESULTS / "model.keras")
-backbone.save_to_preset(RESULTS / "clip")
-tokenizer.save(RESULTS / "tokenizer.json")
+model.save_to_preset(RESULTS / "clip")
 
 # %% [markdown]
 # ## Next steps

@@ -45,13 +45,14 @@ def folder_of_data(tmp_path_factory, copy_pairs, encode, write_tar_to):
         captions = json.dumps({"captions": [f"a {i}", f"the {i}"]}).encode()
         several += [(f"{i}.png", encoded(i)), (f"{i}.json", captions)]
     write_tar_to(shards / "coco-00000.tar", several)
-    lines = [f"{i}.png\tnumber {i}\n" for i in range(128)]
+    lines = [f"{i}.jpg\tnumber {i}\n" for i in range(128)]
     table = "photo_file\talt_text\n" + "".join(lines[:8])
     write("photos/table.tsv", table.encode())
     captions = "file_name,caption\n" + "".join(lines).replace("\t", ",")
     write("photos/captions.csv", captions.encode())
     for i in range(128):
-        write(f"photos/{i}.png", encoded(i))
+        photo = Image.new("RGB", (60, 48), (2 * i, 0, 128))
+        write(f"photos/{i}.jpg", encode(photo, "JPEG"))
     for i in range(6):
         for place, name in enumerate(("daisy", "rose", "tulip")):
             for part in ("train", "test"):
@@ -110,7 +111,7 @@ def quickstart(in_folder):
 
     def dataset(split, training):
         return kcm.data.image_text_dataset(
-            folder / f"{split}-*.tar", tokenizer, 48, 64, training
+            folder / f"{split}-*.tar", tokenizer, 48, training=training
         )
 
     train = dataset("train", True)
@@ -118,7 +119,9 @@ def quickstart(in_folder):
         "tiny", 48, tokenizer.vocabulary_size, tokenizer.context_length
     )
     recipe = kcm.small_data_recipe(9, steps_per_epoch=len(train), learning_rate=1.5e-3)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking=recipe.masking)
+    model = kcm.ContrastiveModel.from_backbone(
+        backbone, masking=recipe.masking, tokenizer=tokenizer
+    )
     model.compile(recipe.optimizer)
     return {
         "__name__": "__main__",

@@ -47,4 +47,4 @@ def test_a_run_trains_evaluates_and_saves(shard, encode, tmp_path):
     assert len(measured) == 6 + 2
     assert "zero_shot_top_1" in measured
     found = {path.name for path in (tmp_path / "results").iterdir()}
-    assert found == {"main", "whole", "model.keras", "tokenizer.json"}
+    assert found == {"main", "whole", "model.keras"}
