@@ -1,6 +1,7 @@
 """Training steps of CLIP models with different maskings."""
 
 import dataclasses
+import functools
 
 import keras
 import numpy as np
@@ -8,8 +9,12 @@ from flops import training_flops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.encoders.architecture import SIZES
+from keras_cluster_mask.encoders.text_lengths import rounded_up
 
 VOCABULARY_SIZE, CONTEXT_LENGTH = 49408, 77
+# After the name of a method: texts are padded to `CONTEXT_LENGTH`, and not cut to the
+# longest of their batch.
+PADDED = ", 77 tokens"
 
 
 def threshold(beta):
@@ -28,12 +33,14 @@ MASKINGS = {
     "threshold, beta 0.3": threshold(0.3),
     "resized": lambda patch_size: None,
     "random, two views": lambda patch_size: kcm.RandomMasking(0.5),
+    f"none{PADDED}": lambda patch_size: None,
+    f"random{PADDED}": lambda patch_size: kcm.RandomMasking(0.5),
 }
 VIEWS = {"random, two views": 2}
 OPEN_CLIP = {"open_clip, none": 0.0, "open_clip, patch dropout 0.5": 0.5}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Setting:
     """What is trained, and how; the same for every method.
 
@@ -45,6 +52,9 @@ class Setting:
         optimizer: `"adamw"`, or `"sgd"` without momentum, which costs next to nothing
             and so leaves the models alone to be compared.
         jit: Whether to compile on torch too, open_clip's model as well.
+        captions: A source of captions, which `kcm.data.read_captions` takes; or `None`
+            for texts of random ids that fill the context.
+        caption_key: The field of the captions.
     """
 
     size: str = "vit_b_16"
@@ -53,6 +63,8 @@ class Setting:
     dtype: str = "float32"
     optimizer: str = "adamw"
     jit: bool = False
+    captions: str | None = None
+    caption_key: str = "json.captions"
 
     @classmethod
     def of(cls, options, **others):
@@ -76,6 +88,33 @@ class Setting:
         half = (self.image_size // self.patch_size) ** 2 / 2
         return round(half**0.5) * self.patch_size
 
+    @functools.cached_property
+    def token_ids(self):
+        """The ids of the first captions of the source, or random ones."""
+        if self.captions is None:
+            rng = np.random.default_rng(1)
+            shape = self.batch_size, CONTEXT_LENGTH
+            token_ids = rng.integers(1, VOCABULARY_SIZE - 1, shape)
+            token_ids[:, -1] = VOCABULARY_SIZE - 1
+            return token_ids
+        captions = kcm.data.read_captions(self.captions, self.caption_key)
+        # One caption of each photograph, which has five.
+        captions = captions[:: len(captions) // self.batch_size][: self.batch_size]
+        return kcm.data.CLIPTokenizer.from_open_clip(CONTEXT_LENGTH)(captions)
+
+    def text_tokens(self, name):
+        """How many tokens of each text the text tower reads."""
+        if name in OPEN_CLIP or name.endswith(PADDED):
+            return CONTEXT_LENGTH
+        longest = 1 + self.token_ids.argmax(axis=1).max()
+        return min(rounded_up(int(longest)), CONTEXT_LENGTH)
+
+    def batch(self, name):
+        """A batch of a method."""
+        images = photographs(self.batch_size, self.side(name))
+        ids = self.token_ids[:, : self.text_tokens(name)]
+        return {"images": images, "token_ids": ids}
+
     def masking(self, name):
         """A method's masking, or `None`."""
         if name in OPEN_CLIP:
@@ -94,7 +133,7 @@ class Setting:
         return training_flops(
             self.size,
             self.side(name),
-            CONTEXT_LENGTH,
+            self.text_tokens(name),
             masking=self.masking(name),
             views=VIEWS.get(name, 1),
         )
@@ -110,6 +149,8 @@ def add_step_arguments(parsed):
     add("--dtype", default="float32", help="Keras dtype policy")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw")
     add("--jit", action="store_true", help="compile on torch too")
+    add("--captions", help="source of captions; else random ids fill the context")
+    add("--caption-key", default="json.captions", help="field of the captions")
 
 
 def step_methods(options):
@@ -125,13 +166,6 @@ def photographs(batch_size, side):
     images = np.repeat(np.repeat(coarse, side // 8, 1), side // 8, 2)
     noisy = images + rng.integers(-20, 20, images.shape)
     return np.clip(noisy, 0, 255).astype("uint8")
-
-
-def batch(batch_size, side):
-    rng = np.random.default_rng(1)
-    token_ids = rng.integers(1, VOCABULARY_SIZE - 1, (batch_size, CONTEXT_LENGTH))
-    token_ids[:, -1] = VOCABULARY_SIZE - 1
-    return {"images": photographs(batch_size, side), "token_ids": token_ids}
 
 
 def training_steps(names, setting):
@@ -158,8 +192,9 @@ def training_steps(names, setting):
                 setting.size, image_size=side, dtype=setting.dtype
             )
             optimizer = keras_optimizer(setting.optimizer)
-            shared[side] = backbone, optimizer, batch(setting.batch_size, side)
-        backbone, optimizer, data = shared[side]
+            shared[side] = backbone, optimizer
+        backbone, optimizer = shared[side]
+        data = setting.batch(name)
         model = kcm.ContrastiveModel.from_backbone(
             backbone, masking=setting.masking(name), views=VIEWS.get(name, 1)
         )
@@ -195,7 +230,7 @@ def open_clip_step(patch_dropout, setting):
         optimizer = torch.optim.AdamW(model.parameters(), 1e-5, weight_decay=0.2)
     loss_of = ClipLoss()
     half = "bfloat16" in setting.dtype
-    data = batch(setting.batch_size, setting.image_size)
+    data = setting.batch("open_clip, none")
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=device)[:, None, None]
     std = torch.tensor(open_clip.OPENAI_DATASET_STD, device=device)[:, None, None]
 

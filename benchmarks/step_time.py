@@ -70,6 +70,7 @@ def table_row(name, setting, seconds, memory, peak):
         "batch": setting.batch_size,
         "method": name,
         "image tokens": setting.image_tokens(name),
+        "text tokens": setting.text_tokens(name),
         "arithmetic / none": (
             f"{setting.arithmetic(name) / setting.arithmetic('none'):.3f}"
         ),
@@ -79,7 +80,7 @@ def table_row(name, setting, seconds, memory, peak):
     step = statistics.median(seconds[name])
     row["step (ms)"] = round(1000 * step)
     row["images/s"] = f"{setting.batch_size / step:.4g}"
-    for other in ("none", "random", "open_clip, patch dropout 0.5"):
+    for other in ("none", "random", "open_clip, patch dropout 0.5", "none, 77 tokens"):
         if other in seconds:
             row[f"/ {other}"] = f"{ratio(seconds, name, other):.3f}"
     if memory[name] is not None:
