@@ -53,6 +53,7 @@ def test_images_stay_on_one_side_whatever_else_a_source_holds(format, write):
     assert sorted(train + test) == sorted(levels(source))
     assert {*train}.isdisjoint(test)
     assert [{*map(int, read_captions(x))} for x in parts] == [{*train}, {*test}]
+    assert sorted(itertools.chain(*map(levels, split(parts[0])))) == sorted(train)
     # Other samples in another order.
     other = split(write(format, "c", [*range(100, 130), *range(40)[::-1]]), 0.4)
     assert all({*side} < {*levels(x)} for side, x in zip((train, test), other))
