@@ -44,9 +44,10 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
 
 
 def check_range(name: str, value: Any, low: float, high: float, ends="[]") -> None:
-    """Raises an error for a value outside of a range. "[)" and "(]" exclude an end."""
+    """Raises an error for a value outside of a range. "[)", "(]", "()" exclude ends."""
+    excluded = {"[)": [high], "(]": [low], "()": [low, high]}
     is_inside = is_number(value) and low <= value <= high
-    if not is_inside or value == {"[)": high, "(]": low}.get(ends):
+    if not is_inside or value in excluded.get(ends, ()):
         interval = f"{ends[0]}{low}, {high:g}{ends[1]}"
         raise ValueError(f"`{name}` must be in {interval}. Received: {name}={value!r}")
 

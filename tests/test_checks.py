@@ -35,6 +35,7 @@ def test_none_may_be_allowed():
             [-0.1, 1, True, "0.5", None],
         ),
         (lambda *x: check_range(*x, 0, 1, "(]"), [0.1, 1.0], [0, 1.1, None]),
+        (lambda *x: check_range(*x, 0, 1, "()"), [0.1], [0, 1.0]),
         (
             lambda *x: check_range(*x, -1, 1),
             [-1, 0.0, 1, np.float64(0.5)],

@@ -1,28 +1,25 @@
 """Indexes shards, counts samples and faults, and optionally decodes all images."""
 
+import functools
 import os
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
-import grain
 from PIL import Image
-from tqdm import tqdm
 
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
-from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.index import open_index, read_all
 from keras_cluster_mask.data.objects import ObjectIndex
 from keras_cluster_mask.data.pairs import Fault, PairReader
-from keras_cluster_mask.data.parts import SHORT
 from keras_cluster_mask.data.skipped import SkippedSamples
 
-# The number of samples that are read together.
-TOGETHER = 16
 # Decoding to a small size is fast, and still reads a JPEG to its last byte.
 TINY = 8, 8
 
 
 def check(
-    source: str | os.PathLike | Sequence,
+    source: Any,
     *,
     image_keys: str | Sequence[str] | None = None,
     caption_key: str | Sequence[str] | None = None,
@@ -49,7 +46,7 @@ def check(
     ```
 
     Args:
-        source: String or path, or a list of them; see `list_shards`.
+        source: See `image_text_dataset`, but no dictionary.
         image_keys: String or sequence of strings; see `image_text_dataset`.
         caption_key: String or sequence of strings; see `image_text_dataset`.
         label_key: String or sequence of strings; see `image_text_dataset`. Such as
@@ -82,7 +79,8 @@ def check(
     # The samples of an object have no index, and must be read to find broken ones.
     if decode or isinstance(index, ObjectIndex):
         captions = 0 if wants_caption else None
-        for sample in _checked(index, decode):
+        checked = functools.partial(_checked, decode=decode)
+        for sample in read_all(index, checked, "check"):
             if isinstance(sample, Fault):
                 broken.add(sample)
                 count -= 1
@@ -116,31 +114,16 @@ def check(
     }
 
 
-def _checked(index, decode):
-    """Reads all samples in threads; yields a `Fault` or the number of captions of each.
-
-    The samples are in order.
-    """
-
-    def read(first):
-        found = []
-        for sample in index.read(range(first, min(first + TOGETHER, len(index)))):
-            result = sample
-            if not isinstance(sample, Fault):
-                result = len(sample.captions)
-                try:
-                    if decode:
-                        image = EncodedImage(sample.image, Image.MAX_IMAGE_PIXELS)
-                        # Evaluation decodes a JPEG at its full size.
-                        image.check_pixels()
-                        image.part((0, 0, *image.size), TINY)
-                except UnreadableImage as error:
-                    result = Fault(sample.shard, sample.key, str(error))
-            found.append(result)
-        return found
-
-    groups = grain.MapDataset.range(0, len(index), TOGETHER).map(read)
-    with tqdm(total=len(index), desc="check", unit=" samples", delay=SHORT) as bar:
-        for group in groups.to_iter_dataset():
-            bar.update(len(group))
-            yield from group
+def _checked(sample, decode):
+    """Returns the number of captions of a sample, or a `Fault`."""
+    if isinstance(sample, Fault):
+        return sample
+    try:
+        if decode:
+            image = EncodedImage(sample.image, Image.MAX_IMAGE_PIXELS)
+            # Evaluation decodes a JPEG at its full size.
+            image.check_pixels()
+            image.part((0, 0, *image.size), TINY)
+    except UnreadableImage as error:
+        return Fault(sample.shard, sample.key, str(error))
+    return len(sample.captions)

@@ -119,8 +119,9 @@ def image_text_dataset(
             dictionaries, such as a `Dataset` of the package `datasets`; an image is
             bytes, a file name, a `PIL.Image.Image`, or a uint8 array. Only one thread
             at a time reads items of objects and decodes their images, unless the object
-            has the attribute `thread_safe = True`. Or a dictionary from several of
-            these to weights, which mixes them in these proportions.
+            has the attribute `thread_safe = True`. Or a part of these, as `split`
+            returns it. Or a dictionary from several of these to weights, which mixes
+            them in these proportions.
         tokenizer: A `CLIPTokenizer`; any callable from a list of strings to integers
             `(batch, length)`; a tokenizer of open_clip; a tokenizer of Hugging Face,
             whose rows are padded and truncated to its `model_max_length`; or a Keras

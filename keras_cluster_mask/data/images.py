@@ -52,7 +52,7 @@ class EncodedImage:
     def __init__(self, content, max_pixels):
         self._image = content
         self._max_pixels = math.inf if max_pixels is None else max_pixels
-        with _decoding():
+        with decoding():
             if not isinstance(content, Image.Image):
                 self._image = Image.open(io.BytesIO(content))
             progressive = PROGRESSIVE if "progressive" in self._image.info else 0
@@ -105,7 +105,7 @@ class EncodedImage:
 
         Transparent pixels become white.
         """
-        with _decoding():
+        with decoding():
             self.check_pixels()
             self._image.load()
             image = self._image
@@ -132,7 +132,7 @@ class EncodedImage:
 
 
 @contextlib.contextmanager
-def _decoding():
+def decoding():
     """Raises `UnreadableImage` for the many kinds of errors that decoders raise."""
     try:
         yield

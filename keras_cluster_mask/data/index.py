@@ -9,14 +9,23 @@ import operator
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import grain
 import numpy as np
+from tqdm import tqdm
 
 from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.objects import ObjectIndex
 from keras_cluster_mask.data.pairs import Fault, Pair, PairReader
-from keras_cluster_mask.data.parts import build_parts, checksum_of, digest_of, hash_of
+from keras_cluster_mask.data.parts import (
+    SHORT,
+    build_parts,
+    checksum_of,
+    digest_of,
+    hash_of,
+)
 from keras_cluster_mask.data.shards import find_shards
 
 # The number of shards with broken samples whose intact samples are cached.
@@ -29,6 +38,8 @@ GUESS = 2**20
 DAMAGED = "damaged shard"
 # The bytes that are read of a broken sample to find its key.
 GLANCE = 2**16
+# The number of samples that a thread of `read_all` reads together.
+TOGETHER = 16
 
 
 def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
@@ -36,7 +47,7 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
 
     Args:
         source: String or path, or a list of them; see `list_shards`. Or an object with
-            `__len__` and `__getitem__` whose items are dictionaries.
+            `__len__` and `__getitem__` whose items are dictionaries. Or a `SourcePart`.
         reader: `PairReader`.
         index_dir: See `build_parts`.
         num_workers: See `build_parts`.
@@ -45,6 +56,9 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
     Returns:
         `Index`, or `ObjectIndex` for an object.
     """
+    # `splitting` imports this module, so its class is known by its method.
+    if hasattr(source, "open_index"):
+        return source.open_index(reader, index_dir, num_workers, process)
     first = source[0] if isinstance(source, list | tuple) and source else ""
     has_names = isinstance(source, str | os.PathLike | list | tuple | set | Mapping)
     if not has_names or not isinstance(first, str | os.PathLike):
@@ -59,7 +73,7 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
 
 
 def read_captions(
-    source: str | os.PathLike | Sequence[str | os.PathLike],
+    source: Any,
     caption_key: str | Sequence[str] | None = None,
 ) -> list[str]:
     """Reads all captions of a source, for training a tokenizer.
@@ -72,7 +86,7 @@ def read_captions(
     ```
 
     Args:
-        source: String or path, or a list of them; see `list_shards`.
+        source: See `image_text_dataset`, but no dictionary.
         caption_key: String or sequence of strings. The field that holds captions; see
             `image_text_dataset`. Defaults to `None`: common names.
 
@@ -101,6 +115,29 @@ def read_captions(
     return captions
 
 
+def read_all(index, function, title):
+    """Reads all samples in threads, with a progress bar.
+
+    Args:
+        index: `Index` or `ObjectIndex`.
+        function: Function of a `Pair` or a `Fault`.
+        title: String. The title of the progress bar.
+
+    Yields:
+        The result of the function for each sample, in order.
+    """
+
+    def read(first):
+        numbers = range(first, min(first + TOGETHER, len(index)))
+        return [*map(function, index.read(numbers))]
+
+    groups = grain.MapDataset.range(0, len(index), TOGETHER).map(read)
+    with tqdm(total=len(index), desc=title, unit=" samples", delay=SHORT) as bar:
+        for group in groups.to_iter_dataset():
+            bar.update(len(group))
+            yield from group
+
+
 class Index:
     """The samples of shards, with random access by number.
 
@@ -113,6 +150,8 @@ class Index:
         paths: List of strings. The shards.
         parts: List of `Part`.
         reader: `PairReader`.
+        keep: List of a boolean array `(records,)` for each shard. The records that
+            belong to the index, intact or broken. Defaults to `()`: all.
 
     Attributes:
         paths: List of strings. The shards.
@@ -122,11 +161,13 @@ class Index:
         fingerprint: String. Changes with the keys of samples, with their fields, as far
             as `checksum_of` covers them, and with the names of the fields that are
             read, but not if files are moved.
+        stamps: List of strings, which change with the dates of the shards.
     """
 
-    def __init__(self, paths, parts, reader):
+    def __init__(self, paths, parts, reader, keep=()):
         self.paths, self._parts, self._reader = paths, parts, reader
-        self._shards = [_Shard(path, p, reader) for path, p in zip(paths, parts)]
+        self._keep, kept = keep, keep or itertools.repeat(True)
+        self._shards = [_Shard(*each, reader) for each in zip(paths, parts, kept)]
         counts = [shard.counts() for shard in self._shards]
         # The number of the first sample of each shard, and the total number of samples.
         self._starts = [0, *itertools.accumulate(each.pop(None, 0) for each in counts)]
@@ -136,19 +177,41 @@ class Index:
             for path, part in zip(paths, parts)
             if part.damage
         ]
-        self.fingerprint = digest_of([reader.describe(), [p.digest for p in parts]])
+        selected = [hash_of(each.tobytes()) for each in keep]
+        digests = [p.digest for p in parts]
+        self.fingerprint = digest_of([reader.describe(), digests, selected])
+        self.stamps = [p.stamp for p in parts]
         self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)
 
     def __len__(self):
         return self._starts[-1]
 
     def __reduce__(self):
-        return Index, (self.paths, self._parts, self._reader)
+        return Index, (self.paths, self._parts, self._reader, self._keep)
 
     @property
     def fields(self):
         """Set of strings. The fields of all samples."""
         return {name for p in self._parts for each in p.layouts for name in each[0]}
+
+    def select(self, keep):
+        """Returns the `Index` of those records that `keep` chooses, too."""
+        keep = [shard.keep & each for shard, each in zip(self._shards, keep)]
+        return Index(self.paths, self._parts, self._reader, keep)
+
+    def record_hashes(self, of_samples):
+        """Yields the hashes of all records of each shard, a uint64 array `(records,)`.
+
+        Args:
+            of_samples: uint64 array `(len,)`. The hash of each sample, for its records.
+                Other records have the hash of their key.
+        """
+        for first, shard in zip(self._starts, self._shards):
+            numbers, starts = self._intact(shard)
+            samples = of_samples[first : first + len(starts) - 1]
+            hashes = shard.part.records()["key"].copy()
+            hashes[numbers] = np.repeat(samples, np.diff(starts))
+            yield hashes
 
     def key_hashes(self):
         """Returns the hash of each key, as a uint64 array `(len,)`; see `hash_of`."""
@@ -205,7 +268,7 @@ class Index:
             which = bisect.bisect_right(self._starts, number) - 1
             shard, row = self._shards[which], number - self._starts[which]
             rows = [row]
-            if any(shard.reasons) or shard.part.has_groups:
+            if not shard.is_whole:
                 intact, starts = self._intact(shard)
                 rows = intact[starts[row] : starts[row + 1]].tolist()
             rows = [(shard.format, shard, row, shard.part.entry(row)) for row in rows]
@@ -271,20 +334,25 @@ class _Shard:
     Args:
         path: String.
         part: `Part`.
+        keep: Boolean array `(records,)`, the records that are read, or `True`: all.
         reader: `PairReader`.
     """
 
-    def __init__(self, path, part, reader):
-        self.path, self.part, self.reader = path, part, reader
+    def __init__(self, path, part, keep, reader):
+        self.path, self.part, self.keep, self.reader = path, part, keep, reader
         self.format = format_of(path)
         # For each layout, the reason why its samples are broken, or None.
         self.reasons = [fault or reader.fault_of(x) for x, fault, _ in part.layouts]
+        # Whether each record is a sample.
+        self.is_whole = not (any(self.reasons) or part.has_groups or keep is not True)
 
     def counts(self):
         """Counts broken samples by reason, and intact samples under `None`."""
         counts = collections.Counter()
         for reason, (_, _, count) in zip(self.reasons, self.part.layouts):
             counts[reason] += count
+        if self.keep is not True:
+            counts = +collections.Counter({x: len(self._numbers(x)) for x in counts})
         if self.part.damage:
             counts[DAMAGED] += 1
         if self.part.has_groups:
@@ -318,7 +386,7 @@ class _Shard:
             reason: String, or `None` for the intact records.
         """
         has_reason = np.array([each == reason for each in self.reasons], bool)
-        return np.flatnonzero(has_reason[self.part.records()["layout"]])
+        return np.flatnonzero(has_reason[self.part.records()["layout"]] & self.keep)
 
     def intact(self):
         """Returns the numbers of the intact records, sorted by sample, and the starts.

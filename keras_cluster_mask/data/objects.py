@@ -33,9 +33,11 @@ class ObjectIndex:
             array. Only one thread at a time reads an item and decodes its image, unless
             the object has the attribute `thread_safe = True`.
         reader: `PairReader`.
+        numbers: Integer array, the numbers of the items that are samples. Defaults to
+            `None`: all.
     """
 
-    def __init__(self, source, reader):
+    def __init__(self, source, reader, numbers=None):
         self._source, self._reader = source, reader
         self.paths = [type(source).__name__]
         self.faults, self.damage = collections.Counter(), []
@@ -52,6 +54,8 @@ class ObjectIndex:
                 f"source={self.paths[0]}: {error}"
             ) from error
         self.fields = set(first) if isinstance(first, Mapping) else set()
+        self.stamps = [len(source)]
+        self._numbers = range(len(source)) if numbers is None else numbers
 
     @functools.cached_property
     def fingerprint(self):
@@ -63,13 +67,23 @@ class ObjectIndex:
         return digest_of([*self.paths, *settings, *map(_facts, samples)])
 
     def __len__(self):
-        return len(self._source)
+        return len(self._numbers)
+
+    def select(self, keep):
+        """Returns the index of some samples; see `Index.select`."""
+        numbers = np.asarray(self._numbers)[keep[0]]
+        return ObjectIndex(self._source, self._reader, numbers)
+
+    def record_hashes(self, of_samples):
+        """See `Index.record_hashes`. The records are the samples of this index."""
+        yield of_samples
 
     def key_hashes(self):
         """See `Index.key_hashes`. Reads samples only if the first has `"__key__"`."""
-        keys = range(len(self))
+        keys = self._numbers
         if "__key__" in self.fields:
-            keys = [sample.key for sample in self.read(keys, with_images=False)]
+            samples = self.read(range(len(self)), with_images=False)
+            keys = [sample.key for sample in samples]
         return np.fromiter(map(hash_of, keys), "u8", len(self))
 
     def examples(self, count):
@@ -83,7 +97,7 @@ class ObjectIndex:
         """Reads samples one by one; see `Index.read`."""
         for number in numbers:
             with self._turn():
-                pair = self._pair(int(number), with_images)
+                pair = self._pair(int(self._numbers[number]), with_images)
             yield self._reader.with_images([pair])[0] if with_images else pair
 
     def _turn(self):

@@ -56,6 +56,12 @@ def find_shards(source):
     is_list = isinstance(source, list | tuple | set)
     shards = {}
     for item in source if is_list else [source]:
+        if not isinstance(item, str | os.PathLike):
+            raise ValueError(
+                "`source` must be a path, a list of paths, or an object whose items "
+                "are dicts. Split a list instead of listing parts, and pass a dict "
+                f"of weights to `image_text_dataset` only. Received: source={item!r}"
+            )
         item = os.fspath(item)
         if not files.is_address(item):
             item = os.path.normpath(os.path.expanduser(item))
