@@ -10,6 +10,7 @@ from PIL import Image
 from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
 from keras_cluster_mask.data.dataset import image_text_dataset
 from keras_cluster_mask.data.images import cut_middle, squash
+from keras_cluster_mask.data.splitting import SourcePart
 from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
@@ -194,7 +195,7 @@ def embedder_of(model):
 
 def pairs_of(model, data):
     """Returns a dataset of the images and captions of a source; other data as it is."""
-    if not isinstance(data, str | os.PathLike):
+    if not isinstance(data, str | os.PathLike | SourcePart):
         return data
     size, resize = (model.preprocessing[name] for name in ("image_size", "resize"))
     return image_text_dataset(
