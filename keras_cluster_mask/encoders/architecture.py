@@ -50,6 +50,8 @@ class Architecture:
         pixel_mean: Three floats, by channel.
         pixel_std: Three floats, by channel.
         resize_mode: String, open_clip's name for the way in which images become square.
+        tokenizer: `"clip"` for OpenAI's, `"hugging_face"` for one that Hugging Face's
+            library reads, or `None` if it is not known.
     """
 
     image_width: int
@@ -71,6 +73,7 @@ class Architecture:
     pixel_mean: tuple[float, ...] = CLIP_MEAN
     pixel_std: tuple[float, ...] = CLIP_STD
     resize_mode: str = "shortest"
+    tokenizer: str | None = None
 
     @classmethod
     def of(cls, model: Any) -> Self:

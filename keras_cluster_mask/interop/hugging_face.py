@@ -155,7 +155,7 @@ def load_hugging_face(
             f"and this one is not: {'; '.join(sorted(reasons + more_reasons))}. "
             f"Received: source={str(source)!r}"
         )
-    architecture = Architecture(**fields, **of_images)
+    architecture = Architecture(**fields, **of_images, tokenizer="hugging_face")
     return load_model(source, NAMES[architecture.family], architecture, dtype, kwargs)
 
 

@@ -188,15 +188,22 @@ def test_a_preset_has_the_tokenizer_too(tmp_path):
     tokenizer = kcm.data.CLIPTokenizer.train(["a red cat, é"] * 4, 600, 9)
     backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 9, 4)
     model, folder = kcm.ContrastiveModel.from_backbone(backbone), str(tmp_path / "clip")
-    model.save_to_preset(folder, tokenizer)
+    with pytest.raises(ValueError, match=r"`tokenizer` .*without one.*Received: "):
+        model.save_to_preset(folder)
+    model.tokenizer = tokenizer
+    model.save_to_preset(folder)
     texts = ["a red cat", "a CAT &amp; é"]
     preset = kcm.data.CLIPTokenizer.from_preset(folder)
     assert kcm.data.CLIPTokenizer.from_preset(folder, 5).context_length == 5
     np.testing.assert_array_equal(preset(texts), tokenizer(texts))
     hub = import_keras_hub().models
     theirs = hub.CLIPPreprocessor(hub.CLIPTokenizer.from_preset(folder), None, 9)
-    for path, each in ((folder, preset), (folder, theirs), (model, tokenizer)):
-        found = kcm.evaluation.embed_texts(path, texts[:1], each, verbose=0)
+    loaded = kcm.ContrastiveModel.from_preset(folder)
+    np.testing.assert_array_equal(loaded.tokenizer(texts), tokenizer(texts))
+    given = kcm.ContrastiveModel.from_preset(folder, tokenizer=theirs)
+    assert given.tokenizer is theirs
+    for each, its in ((folder, preset), (given, theirs), (model, tokenizer)):
+        found = kcm.evaluation.embed_texts(each, texts[:1], its, verbose=0)
         expected = to_numpy(model.encode_text(tokenizer(texts[:1])))
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
