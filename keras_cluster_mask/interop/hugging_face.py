@@ -127,7 +127,9 @@ def load_hugging_face(
             such a folder.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
         **kwargs: Arguments of `ContrastiveModel.from_backbone`, such as `masking`. They
-            take precedence over the files.
+            take precedence over the files. `tokenizer` defaults to the one in the
+            folder: a `CLIPTokenizer` of `vocab.json` and `merges.txt`, or a tokenizer
+            of transformers, which needs the package.
 
     Returns:
         A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`,

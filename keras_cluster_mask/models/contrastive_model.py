@@ -273,8 +273,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         """Makes a model from a two-tower keras_hub backbone.
 
         The model trains the backbone itself, including its projections, temperature and
-        bias. After `fit`, `model.save_to_preset(folder, tokenizer)` saves the trained
-        backbone and the tokenizer for keras_hub.
+        bias. After `fit`, `model.save_to_preset(folder)` saves the trained backbone and
+        the tokenizer for keras_hub.
 
         Args:
             backbone: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
