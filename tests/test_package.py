@@ -147,8 +147,9 @@ def test_everything_that_is_imported_is_required():
     # In functions alone, with an error that says what to install.
     optional = requirements(
         [entry for entries in extras.values() for entry in entries]
-        # Comes with torch for GPUs, and is passed over where it is missing.
-        + ["triton"]
+        # Comes with torch for GPUs, and is passed over where it is missing. And the
+        # library of tokenizers that a user had when a model was saved.
+        + ["triton", "transformers"]
     )
     distributions = importlib.metadata.packages_distributions()
     for path in PACKAGE.rglob("*.py"):

@@ -102,6 +102,19 @@ def clip_vocabulary(merges):
     ]
 
 
+def clip_parts(ids, lines):
+    """Returns vocabulary and merges as `CLIPTokenizer` takes them.
+
+    Args:
+        ids: Dictionary from the tokens of KerasHub and Hugging Face to their ids.
+        lines: List of strings, the lines of a file of merges.
+    """
+    names = {name: token for token, name in KERAS_HUB.items()}
+    tokens = [names.get(token, token) for token in sorted(ids, key=ids.get)]
+    merges = [line.split() for line in lines if "#version:" not in line]
+    return tokens, [merge for merge in merges if merge]
+
+
 class CLIPTokenizer:
     """Lower-cased byte-pair tokenizer that returns exactly CLIP's token ids.
 
@@ -260,16 +273,13 @@ class CLIPTokenizer:
         from keras_cluster_mask.distribution.backends import import_keras_hub
 
         source = import_keras_hub().models.CLIPTokenizer.from_preset(preset)
-        merges = [merge.split() for merge in source.merges if "#version:" not in merge]
-        names = {name: token for token, name in KERAS_HUB.items()}
-        tokens = sorted(source.vocabulary, key=source.vocabulary.get)
-        tokens = [names.get(token, token) for token in tokens]
         config = pathlib.Path(preset, "config.json")
         if context_length is None and config.exists():
             backbone = json.loads(config.read_text())["config"]
             encoder = backbone.get("text_encoder", {"config": backbone})["config"]
             context_length = encoder.get("max_sequence_length")
-        return cls(tokens, merges, context_length or 77)
+        parts = clip_parts(source.vocabulary, source.merges)
+        return cls(*parts, context_length or 77)
 
     @classmethod
     def train(

@@ -40,7 +40,7 @@ def check_tokenizer(tokenizer):
             "`tokenizer` must be a callable from a list of str to ints, or None. "
             f"Received: tokenizer={tokenizer!r}"
         )
-    is_hugging_face = "transformers" in _libraries(tokenizer)
+    is_hugging_face = "transformers" in libraries_of(tokenizer)
     if is_hugging_face and not hasattr(tokenizer, "model_max_length"):
         raise ValueError(
             "`tokenizer` must be a tokenizer, and not a processor: pass "
@@ -51,7 +51,7 @@ def check_tokenizer(tokenizer):
 def length_of(tokenizer):
     """Returns the length of the rows of a tokenizer, or `None` if it is unknown."""
     length = getattr(tokenizer, "context_length", None)
-    if length is None and "transformers" in _libraries(tokenizer):
+    if length is None and "transformers" in libraries_of(tokenizer):
         length = tokenizer.model_max_length
         length = length if length < MAX_LENGTH else None
     return length
@@ -59,7 +59,7 @@ def length_of(tokenizer):
 
 def vocabulary_size_of(tokenizer):
     """Returns the number of ids of a tokenizer, or `None` if it is unknown."""
-    if "transformers" in _libraries(tokenizer):
+    if "transformers" in libraries_of(tokenizer):
         return len(tokenizer)
     if is_layer(tokenizer):
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
@@ -88,7 +88,7 @@ def tokenize(tokenizer, captions, context_length=None):
     if is_layer(tokenizer):
         token_ids = _apply_layer(tokenizer, texts)
     else:
-        libraries, options = _libraries(tokenizer), {}
+        libraries, options = libraries_of(tokenizer), {}
         length = context_length or length_of(tokenizer)
         if "open_clip" in libraries and length:
             options = {"context_length": length}
@@ -141,7 +141,7 @@ def probe(tokenizer, context_length=None, texts=PROBES):
         return None
 
 
-def _libraries(tokenizer):
+def libraries_of(tokenizer):
     """Returns the packages that define a tokenizer's function, or class and bases."""
     modules = {x.__module__ for x in type(tokenizer).__mro__}
     # The type of a function does not tell its package.

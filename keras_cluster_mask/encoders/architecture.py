@@ -51,6 +51,8 @@ class Architecture:
         pixel_std: Three floats, by channel.
         resize: String, see `ContrastiveModel`; or the name of another way in which
             images became square.
+        tokenizer: `"clip"` for OpenAI's, `"hugging_face"` for one that Hugging Face's
+            library reads, or `None` if it is not known.
     """
 
     image_width: int
@@ -72,6 +74,7 @@ class Architecture:
     pixel_mean: tuple[float, ...] = CLIP_MEAN
     pixel_std: tuple[float, ...] = CLIP_STD
     resize: str = "crop"
+    tokenizer: str | None = None
 
     @classmethod
     def of(cls, model: Any) -> Self:

@@ -126,7 +126,9 @@ def load_hugging_face(
             such a folder.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
         **kwargs: Arguments of `ContrastiveModel.from_backbone`, such as `masking`. They
-            take precedence over the files.
+            take precedence over the files. `tokenizer` defaults to the one in the
+            folder: a `CLIPTokenizer` of `vocab.json` and `merges.txt`, or a tokenizer
+            of transformers, which needs the package.
 
     Returns:
         A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`,
@@ -154,7 +156,7 @@ def load_hugging_face(
             f"and this one is not: {'; '.join(sorted(reasons + more_reasons))}. "
             f"Received: source={str(source)!r}"
         )
-    architecture = Architecture(**fields, **of_images)
+    architecture = Architecture(**fields, **of_images, tokenizer="hugging_face")
     return load_model(source, NAMES[architecture.family], architecture, dtype, kwargs)
 
 

@@ -138,6 +138,7 @@ def read_config(config: Any) -> Architecture:
         text_hidden=int(fields["text_width"] * fields["text_hidden"]),
         loss="softmax" if given.get("init_logit_bias") is None else "sigmoid",
         resize=RESIZE.get(mode, mode),
+        tokenizer=_tokenizer(given, fields["vocabulary"]),
     )
     return Architecture(**fields)
 
@@ -176,6 +177,16 @@ def write_config(architecture: Architecture, logit_bias: Any) -> dict:
         part, _, name = key.rpartition(".")
         (model.setdefault(part, {}) if part else model)[name] = value
     return {"preprocess_cfg": model.pop("preprocess_cfg"), "model_cfg": model}
+
+
+def _tokenizer(given, vocabulary):
+    """Returns the field of `Architecture` for the tokenizer of a config."""
+    if given.get("text_cfg.tokenizer_kwargs"):
+        # They change what a tokenizer does to texts.
+        return None
+    if given.get("text_cfg.hf_tokenizer_name"):
+        return "hugging_face"
+    return "clip" if vocabulary == READ["text_cfg.vocab_size"].default else None
 
 
 def _read_named(name):

@@ -73,10 +73,14 @@ def load_open_clip(
             not trained with CLIP's. OpenAI's weights need the names that end in
             `-quickgelu`.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
-        **kwargs: Arguments of `ContrastiveModel.from_backbone`, such as `masking`. They
-            take precedence over the config, whose `pixel_mean` and `pixel_std` are the
-            defaults. `loss` defaults to `"sigmoid"` for weights with a `logit_bias`,
-            which is loaded; `loss="softmax"` leaves it out.
+        **kwargs: Arguments of `ContrastiveModel.from_backbone`, such as `masking`.
+            `tokenizer` defaults to CLIP's, from `vocab.json` and `merges.txt` in the
+            folder of the file or from the installed open_clip; to the files of Hugging
+            Face in that folder, if the config names one of its tokenizers; or to `None`
+            if there are none. Arguments take precedence over the config, whose
+            `pixel_mean` and `pixel_std` are the defaults. `loss` defaults to
+            `"sigmoid"` for weights with a `logit_bias`, which is loaded;
+            `loss="softmax"` leaves it out.
 
     Returns:
         A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`, or a

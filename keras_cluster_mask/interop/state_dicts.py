@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import re
 import warnings
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from keras_cluster_mask.interop.configs import CLIP_EPSILON
 from keras_cluster_mask.interop.tensor_names import TensorNames, rows
 from keras_cluster_mask.interop.weight_files import read_weights
 from keras_cluster_mask.models import ContrastiveModel
+from keras_cluster_mask.training.tokenizer_files import load_beside_weights
 
 # The bias of a sigmoid loss, which is not in a CLIP backbone but in the model.
 BIAS = "head.logit_bias"
@@ -125,6 +127,12 @@ def load_model(
         dtype: A dtype policy for the computations.
         options: Arguments of `ContrastiveModel.from_backbone`, which take precedence.
     """
+    if "tokenizer" not in options:
+        folder = source.parent if isinstance(source, pathlib.Path) else None
+        found = load_beside_weights(
+            folder, architecture.tokenizer, architecture.context
+        )
+        options = {**options, "tokenizer": found}
     state, label = _read_state_dict(source)
     if "logit_bias" in state:
         architecture = dataclasses.replace(architecture, loss="sigmoid")

@@ -41,7 +41,17 @@ from keras_cluster_mask.training.input_rules import (
 )
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.training.micro_batches import embed_in_micro_batches
-from keras_cluster_mask.training.tokens import check_tokenizer, tokenizer_of
+from keras_cluster_mask.training.tokenizer_files import (
+    load_from_preset,
+    load_tokenizer,
+    save_in_preset,
+    save_tokenizer,
+)
+from keras_cluster_mask.training.tokens import (
+    check_kind,
+    check_tokenizer,
+    tokenizer_of,
+)
 from keras_cluster_mask.types import Tensor
 
 # Parts and options that others depend on once the model is made.
@@ -126,11 +136,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             encoder: their center is cropped (CLIP), or the whole image is squashed
             (SigLIP).
         tokenizer: The tokenizer of the text encoder, of any kind that
-            `kcm.data.image_text_dataset` takes.
-        tokenizer_fingerprint: String that identifies the tokenizer that the model was
-            trained with. The first `fit` on an `image_text_dataset` sets it. Then `fit`
-            and `evaluate` raise an error for another tokenizer, unless you set the
-            attribute of this name to `None`.
+            `kcm.data.image_text_dataset` takes. If it is `None`, the first `fit` on an
+            `image_text_dataset` sets it. See the attribute.
         dtype: The dtype policy of new projections. Encoders have their own.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
@@ -178,7 +185,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         pixel_std: Sequence[float] = CLIP_STD,
         resize: str = "crop",
         tokenizer: Any = None,
-        tokenizer_fingerprint: str | None = None,
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
@@ -237,7 +243,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         self.views = views
         self.resize = resize
         self.tokenizer = tokenizer
-        self.tokenizer_fingerprint = tokenizer_fingerprint
         for masking in self.maskings:
             join(masking, self._towers.image.prepare)
         # Everything is built, unless an encoder learns its width when it is called.
@@ -259,6 +264,10 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         elif name == "views":
             value = check_integer("views", value)
             _check_views(value, self.maskings)
+        elif name == "tokenizer":
+            # Keras would track a layer: a preprocessor of keras_hub builds itself, and
+            # adds layers, when it is first called.
+            return object.__setattr__(self, name, value)
         super().__setattr__(name, value)
 
     @classmethod
@@ -273,8 +282,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         """Makes a model from a two-tower keras_hub backbone.
 
         The model trains the backbone itself, including its projections, temperature and
-        bias. After `fit`, `model.save_to_preset(folder, tokenizer)` saves the trained
-        backbone and the tokenizer for keras_hub.
+        bias. After `fit`, `model.save_to_preset(folder)` saves the trained backbone and
+        the tokenizer for keras_hub.
 
         Args:
             backbone: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
@@ -326,9 +335,13 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 keras_hub downloads, or a folder that `save_to_preset` wrote.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             **kwargs: As for `from_backbone`; and `dtype`, that of the backbone.
+                `tokenizer` defaults to that of the preset, if it has one: a
+                `CLIPTokenizer` for CLIP, and the preprocessor for others.
         """
         make = import_keras_hub().models.Backbone.from_preset
         backbone = make(str(preset), dtype=kwargs.pop("dtype", None))
+        if "tokenizer" not in kwargs:
+            kwargs["tokenizer"] = load_from_preset(str(preset), backbone)
         return cls.from_backbone(backbone, masking, **kwargs)
 
     @classmethod
@@ -364,7 +377,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 tokens but padding for texts. A `TextEmbedder` has its own.
             **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
                 default to those of the family of `image_backbone`; ImageNet's for
-                convolutional networks, as in most of timm's.
+                convolutional networks, as in most of timm's. `tokenizer` defaults to
+                the preprocessor of a `TextEmbedder`.
 
         Reference:
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
@@ -376,7 +390,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             image_backbone, text_backbone, masking=masking, pooling=pooling
         )
         images, texts = towers.pop("image_encoder"), towers.pop("text_encoder")
-        options = {**towers, **kwargs}
+        tokenizer = getattr(text_backbone, "preprocessor", None)
+        options = {"tokenizer": tokenizer, **towers, **kwargs}
         return cls(images, texts, projection_dim=projection_dim, head=head, **options)
 
     # === From inputs to embeddings ===
@@ -601,11 +616,21 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the text encoder, or `None` if it is not known."""
+        """The tokenizer of the text encoder, or `None` if it is not known.
+
+        `fit`, `evaluate`, `predict` and the functions for evaluation refuse a tokenizer
+        that gives other ids. Assign another one, or `None`, to change it on purpose.
+
+        `save` and `save_to_preset` save a `CLIPTokenizer`, a Keras layer such as a
+        preprocessor of keras_hub, and a tokenizer of Hugging Face. For another callable
+        they warn, and the loaded model has none.
+        """
         return self._text.tokenizer
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
+        if tokenizer is not None:
+            check_kind(tokenizer)
         self._text.tokenizer = tokenizer
 
     @property
@@ -691,6 +716,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 f"of which the new model is made. Received: {omitted} are left out"
             )
         whole = type(self).from_config(config)
+        whole.tokenizer = self.tokenizer
         masks = {id(v) for masking in self.maskings for v in masking.weights}
         if {id(v) for v in self.weights} - masks != {id(v) for v in whole.weights}:
             raise ValueError(
@@ -737,28 +763,52 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             "pixel_mean": self.pixel_mean,
             "pixel_std": self.pixel_std,
             "resize": self.resize,
-            "tokenizer_fingerprint": self.tokenizer_fingerprint,
         }
 
-    def save_to_preset(self, preset_dir: str | os.PathLike, tokenizer: Any) -> None:
+    # Keras calls both for a `.keras` file, and then saves or loads the assets of each
+    # layer that a property returns, such as those of a tokenizer.
+
+    def save_assets(self, dir_path: str) -> None:
+        """Writes the tokenizer. Keras calls it in `save`."""
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, dir_path)
+
+    def load_assets(self, dir_path: str | None) -> None:
+        """Loads the tokenizer. Keras calls it in `keras.saving.load_model`."""
+        if dir_path is not None:
+            self.tokenizer = load_tokenizer(dir_path)
+
+    def save_to_preset(
+        self, preset_dir: str | os.PathLike, tokenizer: Any = None
+    ) -> None:
         """Writes the backbone and its tokenizer as a preset, which keras_hub loads.
 
         Args:
             preset_dir: str or path of a folder.
-            tokenizer: A `CLIPTokenizer`, or a preprocessor of keras_hub.
+            tokenizer: A `CLIPTokenizer`, or a preprocessor of keras_hub. Of others,
+                `from_preset` alone loads those of Hugging Face. Defaults to that of the
+                model.
 
         Raises:
-            ValueError: If the tokenizer does not match the model, or if the model is
-                not of a backbone.
+            ValueError: If the tokenizer does not match the model, if there is none, or
+                if the model is not of a backbone.
         """
         if self.backbone is None:
             raise ValueError(
                 "`save_to_preset` is for models of `from_backbone`: save another one "
                 f"with `model.save`. Received: model={self.name} without a backbone"
             )
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "`tokenizer` must be given for a model without one. To save the "
+                "backbone alone, call `model.backbone.save_to_preset`. "
+                "Received: tokenizer=None"
+            )
         check_tokenizer(self, tokenizer)
-        self.backbone.save_to_preset(os.path.expanduser(preset_dir))
-        tokenizer.save_to_preset(os.path.expanduser(preset_dir))
+        folder = os.path.expanduser(preset_dir)
+        self.backbone.save_to_preset(folder)
+        save_in_preset(tokenizer, folder)
 
 
 def _check_views(views, maskings):

@@ -35,7 +35,7 @@ class ContrastiveTrainer:
       `image_tower` and `text_tower`, which embed;
     - `maskings`, the list of `PatchMasking` layers;
     - `input_rules`, the rules for batches;
-    - `tokenizer_fingerprint`, which it also sets, `pixel_mean` and `pixel_std`;
+    - `tokenizer`, which it also sets, `pixel_mean` and `pixel_std`;
     - the options of a step, `OPTIONS`.
 
     The model defines `call`, and `compute_loss`, which returns the result of
@@ -349,8 +349,8 @@ class ContrastiveTrainer:
             FileNotFoundError: If `resume_from` is a checkpoint that does not exist.
             ValueError: If the checkpoint is damaged, or of another model, masking,
                 optimizer, tokenizer or data seed; the differences are listed. If the
-                tokenizer of an `image_text_dataset` is not the one that the model was
-                trained with, or lacks the special tokens that the text encoder needs.
+                tokenizer of an `image_text_dataset` gives other ids than the model's
+                own, or lacks the special tokens that the text encoder needs.
         """
         args = (x, y, batch_size, epochs, *args)
         return fit(self, super().fit, resume_from, *args, **kwargs)

@@ -55,7 +55,7 @@ class TowerFeatures:
         description: Dictionary. What the features depend on: the encoders and the types
             in which they compute, the pixel mean and deviation of the model, the
             tokenizer, and the data.
-        tokenizer_fingerprint: String, or `None`. Identifies the tokenizer.
+        tokenizer_digest: String, or `None`. Identifies the tokenizer.
         num_images: Integer. The number of images.
         num_texts: Integer. The number of captions of all images.
         counts: `(num_images,)` array. The number of captions of each image.
@@ -72,7 +72,7 @@ class TowerFeatures:
                 f"Received: folder={folder}"
             )
         self.description = found["description"]
-        self.tokenizer_fingerprint = found["description"]["tokenizer"]
+        self.tokenizer_digest = found["description"]["tokenizer"]
         rows = found["rows"]
         self.num_images, self.num_texts = rows["images"], rows["texts"]
         self._arrays = {

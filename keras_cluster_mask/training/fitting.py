@@ -35,7 +35,7 @@ from keras_cluster_mask.training.run_state import (
     write_state,
 )
 from keras_cluster_mask.training.step_metrics import DIRECTIONS
-from keras_cluster_mask.training.tokens import check_tokenizer_of
+from keras_cluster_mask.training.tokens import adopt_tokenizer
 from keras_cluster_mask.training.training_data import (
     TrainingData,
     evaluation_data,
@@ -77,9 +77,9 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     if model.compiled:
         is_features = isinstance(x, TowerFeatures)
         model.head.set_scaling(x.statistics if is_features else None)
-    fingerprint = model.tokenizer_fingerprint
+    tokenizer = model.tokenizer
     try:
-        model.tokenizer_fingerprint = check_tokenizer_of(model, x) or fingerprint
+        adopt_tokenizer(model, x)
         if options["validation_data"] is not None:
             options["validation_data"] = evaluation_data(
                 model,
@@ -93,7 +93,7 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     except Exception:
         if not run.history:
             # Nothing was trained, so another tokenizer may still be used.
-            model.tokenizer_fingerprint = fingerprint
+            model.tokenizer = tokenizer
         raise
     if any(getattr(x, "use_ema", False) for x in optimizer_parts(model.optimizer)):
         # Weights and averages are the same arrays now.

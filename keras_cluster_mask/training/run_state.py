@@ -12,6 +12,7 @@ from keras_cluster_mask.training.optimizers import (
     inner_optimizer,
     optimizer_parts,
 )
+from keras_cluster_mask.training.tokens import digest_of
 
 # Entries of a configuration that may change when a run is resumed.
 INCIDENTAL = "name", "trainable", "dtype", "seed", "micro_batch_size"
@@ -60,6 +61,7 @@ def describe(model) -> dict:
         "optimizer": [type(part).__name__ for part in parts],
         "layers": settings_of(model),
         "frozen weights": frozen,
+        "tokenizer": digest_of(model, model.tokenizer),
     }
     configs = {"": model.get_config(), "head.": model.head.get_config()}
     fields["head.dtype"] = model.head.dtype_policy.name

@@ -1,4 +1,4 @@
-"""Checks that a tokenizer matches the text tower and the training of a model."""
+"""Checks that a tokenizer matches the text tower and the tokenizer of a model."""
 
 import functools
 import hashlib
@@ -7,86 +7,65 @@ import warnings
 import numpy as np
 from keras import ops
 
-# The number of tokens of each text that a fingerprint depends on.
+from keras_cluster_mask.training.tokenizer_files import file_of, warn_of_unsaved
+
+# The number of tokens of each text that a digest depends on.
 NUM_TOKENS = 6
 
 
 def check_tokenizer(model, tokenizer, context_length=None):
     """Raises an error if a tokenizer does not match a model.
 
-    The tokenizer is applied to a few fixed texts. It must be the one that the model was
-    trained with, if that is known, and must add the special tokens that the text tower
-    needs. A vocabulary of another size than the text tower's causes a warning, once.
+    The tokenizer is applied to a few fixed texts. It must give the ids that the model's
+    own tokenizer gives, and must add the special tokens that the text tower needs. For
+    a model without a tokenizer, a vocabulary of another size than the text tower's
+    causes a warning, once.
 
     Args:
         model: A `ContrastiveModel`.
-        tokenizer: See `image_text_dataset`; or `TowerFeatures`, which know the
-            fingerprint of their tokenizer.
+        tokenizer: See `image_text_dataset`.
         context_length: Integer, the length of token rows, for a tokenizer that supports
             any length. `None` uses the tokenizer's own length.
 
     Returns:
-        str, the fingerprint of the tokenizer; `None` if the tokenizer accepts only the
+        String, the digest of the tokenizer; `None` if the tokenizer accepts only the
         texts of its dataset.
     """
     # Imported here: it needs packages that `import keras` does not.
-    from keras_cluster_mask.data.tokenizing import VARIANTS, probe, vocabulary_size_of
+    from keras_cluster_mask.data.tokenizing import probe, vocabulary_size_of
 
-    found = getattr(tokenizer, "tokenizer_fingerprint", None)
-    if found is None:
-        ids = probe(tokenizer, context_length)
-        if ids is None:
-            return None
-        try:
-            model.input_rules.check_ids(ids)
-        except ValueError as error:
-            raise ValueError(
-                f"`tokenizer` returns ids that do not fit: {error}"
-            ) from None
-        if model.text_tower.family.pooling == "highest id" and not _has_special_tokens(
-            ids
-        ):
-            raise ValueError(
-                "`tokenizer` must add a start token to each text, and an end token "
-                "that has the highest id, at which a CLIP text encoder pools. Pass a "
-                "`kcm.data.CLIPTokenizer`, or `keras_hub.models.CLIPPreprocessor("
-                "tokenizer)` for a tokenizer of keras_hub. "
-                f"Received: tokenizer={tokenizer}, which starts with the ids "
-                f"{ids[:, 0].tolist()}, and has the highest ids {ids.max(1).tolist()} "
-                f"at {ids.argmax(1).tolist()}, for three sentences"
-            )
-        sizes = vocabulary_size_of(tokenizer), model.input_rules.vocabulary_size
-        if None not in sizes and sizes[0] != sizes[1]:
-            _warn_of_sizes(*sizes)
-        # Shorter rows would not hold all tokens that the fingerprint depends on.
-        length = max(ids.shape[1], NUM_TOKENS + 2)
-        if hasattr(tokenizer, "with_context_length"):
-            tokenizer = tokenizer.with_context_length(length)
-        # A tokenizer with a small vocabulary may support plain words only.
-        texts = probe(tokenizer, length), probe(tokenizer, length, VARIANTS)
-        found = _fingerprint(model, *texts)
-    expected = model.tokenizer_fingerprint
-    if expected is not None and found != expected:
+    ids = probe(tokenizer, context_length)
+    if ids is None:
+        return None
+    try:
+        model.input_rules.check_ids(ids)
+    except ValueError as error:
+        raise ValueError(f"`tokenizer` returns ids that do not fit: {error}") from None
+    if model.text_tower.family.pooling == "highest id" and not _has_special_tokens(ids):
         raise ValueError(
-            "`tokenizer` must be the one that the model was trained with; to change it "
-            "on purpose, set `model.tokenizer_fingerprint = None`. Received: tokenizer="
-            f"{tokenizer} with the fingerprint {found}, and a model trained with "
-            f"{expected}"
+            "`tokenizer` must add a start token to each text, and an end token that "
+            "has the highest id, at which a CLIP text encoder pools. Pass a "
+            "`kcm.data.CLIPTokenizer`, or `keras_hub.models.CLIPPreprocessor("
+            "tokenizer)` for a tokenizer of keras_hub. "
+            f"Received: tokenizer={tokenizer}, which starts with the ids "
+            f"{ids[:, 0].tolist()}, and has the highest ids {ids.max(1).tolist()} "
+            f"at {ids.argmax(1).tolist()}, for three sentences"
         )
-    return found
+    sizes = vocabulary_size_of(tokenizer), model.input_rules.vocabulary_size
+    if model.tokenizer is None and None not in sizes and sizes[0] != sizes[1]:
+        _warn_of_sizes(*sizes)
+    digest = digest_of(model, tokenizer)
+    if tokenizer is not model.tokenizer:
+        _check_digest(model, digest, f"tokenizer={tokenizer}")
+    return digest
 
 
-@functools.cache
-def _warn_of_sizes(of_tokenizer, of_model):
-    """Warns once of a tokenizer and a text encoder."""
-    warnings.warn(
-        "`tokenizer` has another number of ids than the text encoder, so it may not be "
-        "the one of the model. Make a new model with `vocabulary_size="
-        "tokenizer.vocabulary_size`; a trained one needs the tokenizer that it was "
-        f"trained with. Received: a tokenizer of {of_tokenizer} ids, a text encoder of "
-        f"{of_model}",
-        stacklevel=6,
-    )
+def check_kind(tokenizer):
+    """Raises an error for a tokenizer that cannot be applied to captions."""
+    # Imported here: it needs packages that `import keras` does not.
+    from keras_cluster_mask.data import tokenizing
+
+    tokenizing.check_tokenizer(tokenizer)
 
 
 def tokenizer_of(model, tokenizer=None):
@@ -115,18 +94,65 @@ def tokenizer_of(model, tokenizer=None):
 
 
 def check_tokenizer_of(model, data):
-    """Checks the tokenizer of an `image_text_dataset` or of `TowerFeatures`, if any."""
+    """Checks the tokenizer of an `image_text_dataset` or of `TowerFeatures`, if any.
+
+    Returns:
+        The tokenizer of the dataset, or `None`.
+    """
     tokenizer = getattr(getattr(data, "stream", None), "tokenizer", None)
-    if getattr(data, "tokenizer_fingerprint", None) is not None:
-        tokenizer = data
-    return None if tokenizer is None else check_tokenizer(model, tokenizer)
+    if tokenizer is not None:
+        check_tokenizer(model, tokenizer)
+    elif hasattr(data, "tokenizer_digest"):
+        _check_digest(model, data.tokenizer_digest, f"features in {data.folder}")
+    return tokenizer
 
 
-def _fingerprint(model, *ids):
-    """Hashes the token ids of fixed texts, as far as the text tower reads them."""
+def adopt_tokenizer(model, data):
+    """Checks the tokenizer of training data, and gives it to a model that has none.
+
+    A tokenizer for longer texts replaces the model's own. A tokenizer that is not saved
+    with the model causes a warning.
+    """
+    tokenizer = check_tokenizer_of(model, data)
+    lengths = [getattr(x, "context_length", 0) for x in (model.tokenizer, tokenizer)]
+    is_longer = all(lengths) and lengths[0] < lengths[1]
+    if tokenizer is not None and (
+        is_longer or digest_of(model, model.tokenizer) is None
+    ):
+        model.tokenizer = tokenizer
+    if model.tokenizer is not None and file_of(model.tokenizer) is None:
+        warn_of_unsaved(model.tokenizer)
+
+
+def digest_of(model, tokenizer):
+    """Hashes the token ids of fixed texts, as far as the text tower reads them.
+
+    Tokenizers of different kinds, versions and lengths have one digest if they give the
+    same ids.
+
+    Args:
+        model: A `ContrastiveModel`.
+        tokenizer: See `image_text_dataset`, or `None`.
+
+    Returns:
+        String, or `None` for a tokenizer that does not accept arbitrary texts.
+    """
+    if tokenizer is None:
+        return None
+    from keras_cluster_mask.data.tokenizing import VARIANTS, length_of, probe
+
+    # Shorter rows would not hold all tokens that the digest depends on.
+    lengths = length_of(tokenizer), model.input_rules.context_length, NUM_TOKENS + 2
+    length = max(x for x in lengths if x is not None)
+    if hasattr(tokenizer, "with_context_length"):
+        tokenizer = tokenizer.with_context_length(length)
+    parts = [probe(tokenizer, length), probe(tokenizer, length, VARIANTS)]
+    if parts[0] is None:
+        return None
     rows, family = [], model.text_tower.family
     hides_padding = "padding_mask" in model.text_tower.input_names
-    for part in ids:
+    for part in parts:
+        # A tokenizer with a small vocabulary may support plain words only.
         if part is None:
             continue
         is_end = family.is_pooled(part)
@@ -144,6 +170,30 @@ def _fingerprint(model, *ids):
         else:
             rows += part.tolist()
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def _check_digest(model, digest, received):
+    """Raises an error for a digest other than that of the model's tokenizer."""
+    expected = digest_of(model, model.tokenizer)
+    if None not in (digest, expected) and digest != expected:
+        raise ValueError(
+            "`tokenizer` must give the token ids that the tokenizer of the model gives;"
+            " to change it on purpose, set `model.tokenizer` to another one or to "
+            f"`None`. Received: {received}, and a model with {model.tokenizer}"
+        )
+
+
+@functools.cache
+def _warn_of_sizes(of_tokenizer, of_model):
+    """Warns once of a tokenizer and a text encoder."""
+    warnings.warn(
+        "`tokenizer` has another number of ids than the text encoder, so it may not be "
+        "the one of the model. Make a new model with `vocabulary_size="
+        "tokenizer.vocabulary_size`; a trained one needs the tokenizer that it was "
+        f"trained with. Received: a tokenizer of {of_tokenizer} ids, a text encoder of "
+        f"{of_model}",
+        stacklevel=7,
+    )
 
 
 def _has_special_tokens(ids):

@@ -1,12 +1,14 @@
 """CLIP and SigLIP of transformers, against its own models."""
 
 import json
+import sys
 
 import keras_hub
 import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.data.tokenizing import tokenize
 from keras_cluster_mask.encoders.families import CLIP_MEAN
 from keras_cluster_mask.interop import load_hugging_face
 from keras_cluster_mask.interop.configs import flatten
@@ -20,6 +22,7 @@ from tests.interop.open_clip_models import (
     our_embeddings,
     randomize,
 )
+from tests.training.test_tokens import hugging_face
 
 transformers = pytest.importorskip("transformers")
 
@@ -109,6 +112,33 @@ def folder(clip_folder, tmp_path):
     for path in clip_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
+
+
+# === Tokenizers ===
+
+
+@pytest.mark.any_backend
+def test_a_tokenizer_in_the_folder_is_that_of_the_model(folder, monkeypatch):
+    assert load_hugging_face(folder).tokenizer is None
+    texts = ["a red dog", "the sea"]
+    theirs = hugging_face(29)
+    theirs.save_pretrained(folder)
+    found = tokenize(load_hugging_face(folder).tokenizer, texts)
+    np.testing.assert_array_equal(found, tokenize(theirs, texts, CONTEXT))
+    # The files of a CLIP need no further package.
+    ours = kcm.data.CLIPTokenizer.train(texts, 516, CONTEXT)
+    ours.save_to_preset(folder / "ours")
+    assets = folder / "ours" / "assets" / "tokenizer"
+    (assets / "vocabulary.json").rename(folder / "vocab.json")
+    (assets / "merges.txt").rename(folder / "merges.txt")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found = load_hugging_face(folder).tokenizer
+    np.testing.assert_array_equal(found(texts), ours(texts))
+    # Weights are read whatever the tokenizer's files are.
+    (folder / "vocab.json").write_text("{}")
+    broken = load_hugging_face(folder).tokenizer
+    with pytest.raises((ImportError, ValueError), match=r"`model.tokenizer`.*: "):
+        broken(texts)
 
 
 # === Embeddings ===

@@ -398,3 +398,30 @@ def test_a_model_that_open_clip_cannot_hold_is_not_saved(tmp_path):
     backbone = tiny_backbone(activation="relu")
     with pytest.raises(ValueError, match=r"`model`.*activation.*Received: activation"):
         save_open_clip(backbone, tmp_path / "clip.safetensors")
+
+
+# === Tokenizers ===
+
+
+def test_a_model_of_openais_vocabulary_has_its_tokenizer(tmp_path):
+    backbone = kcm.models.clip_backbone("tiny", 16, 49408, 77, 8)
+    path, texts = tmp_path / "clip.safetensors", ["a CAT &amp; a dog"]
+    save_open_clip(backbone, path)
+    theirs = pytest.importorskip("open_clip").get_tokenizer("ViT-B-32")
+    model = load_open_clip(path)
+    np.testing.assert_array_equal(model.tokenizer(texts), theirs(texts))
+    assert load_open_clip(path, tokenizer=None).tokenizer is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ({}, "clip"),
+        ({"vocab_size": 600}, None),
+        ({"hf_tokenizer_name": "facebook/xlm-v-base"}, "hugging_face"),
+        ({"tokenizer_kwargs": {"clean": "canonicalize"}}, None),
+    ],
+)
+def test_the_config_says_which_tokenizer_a_model_has(text, expected):
+    config = {"embed_dim": 24, "vision_cfg": {}, "text_cfg": text}
+    assert read_config(config).tokenizer == expected

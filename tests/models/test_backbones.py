@@ -1,6 +1,7 @@
 """ContrastiveModel.from_backbone: it trains the backbone itself."""
 
 import functools
+import io
 import math
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.data.tokenizing import tokenize
 from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN
 from keras_cluster_mask.models import ContrastiveHead
@@ -188,17 +190,56 @@ def test_a_preset_has_the_tokenizer_too(tmp_path):
     tokenizer = kcm.data.CLIPTokenizer.train(["a red cat, é"] * 4, 600, 9)
     backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 9, 4)
     model, folder = kcm.ContrastiveModel.from_backbone(backbone), str(tmp_path / "clip")
-    model.save_to_preset(folder, tokenizer)
+    with pytest.raises(ValueError, match=r"`tokenizer` .*without one.*Received: "):
+        model.save_to_preset(folder)
+    model.tokenizer = tokenizer
+    model.save_to_preset(folder)
     texts = ["a red cat", "a CAT &amp; é"]
     preset = kcm.data.CLIPTokenizer.from_preset(folder)
     assert kcm.data.CLIPTokenizer.from_preset(folder, 5).context_length == 5
     np.testing.assert_array_equal(preset(texts), tokenizer(texts))
     hub = import_keras_hub().models
     theirs = hub.CLIPPreprocessor(hub.CLIPTokenizer.from_preset(folder), None, 9)
-    for path, each in ((folder, preset), (folder, theirs), (model, tokenizer)):
-        found = kcm.evaluation.embed_texts(path, texts[:1], each, verbose=0)
+    loaded = kcm.ContrastiveModel.from_preset(folder)
+    np.testing.assert_array_equal(loaded.tokenizer(texts), tokenizer(texts))
+    given = kcm.ContrastiveModel.from_preset(folder, tokenizer=theirs)
+    assert given.tokenizer is theirs
+    for each, its in ((folder, preset), (given, theirs), (model, tokenizer)):
+        found = kcm.evaluation.embed_texts(each, texts[:1], its, verbose=0)
         expected = to_numpy(model.encode_text(tokenizer(texts[:1])))
         np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("make", "preprocessor"),
+    [
+        (tiny_siglip, "SigLIPPreprocessor"),
+        (tiny_metaclip, "MetaCLIP2CausalLMPreprocessor"),
+    ],
+)
+def test_a_preset_has_the_preprocessor_of_its_family(make, preprocessor, tmp_path):
+    pytest.importorskip("tensorflow")
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    hub, backbone, file = import_keras_hub().models, make(), io.BytesIO()
+    pieces = {"unk_id": 2, "pad_id": 0, "eos_id": 1, "bos_id": -1}
+    pieces.update(pad_piece="<pad>", eos_piece="</s>", unk_piece="<unk>")
+    texts = ["a dog runs in the snow", "two cats sit on a mat"] * 20
+    trainer.train(
+        sentence_iterator=iter(texts), model_writer=file, vocab_size=20, **pieces
+    )
+    family = preprocessor.split("Pre")[0].removesuffix("CausalLM")
+    tokenizer = getattr(hub, f"{family}Tokenizer")(file.getvalue())
+    length = backbone.text_encoder.max_sequence_length
+    given = getattr(hub, preprocessor)(tokenizer, sequence_length=length)
+    backbone.save_to_preset(str(tmp_path))
+    assert kcm.ContrastiveModel.from_preset(tmp_path).tokenizer is None
+    given.save_to_preset(str(tmp_path))
+    model = kcm.ContrastiveModel.from_preset(tmp_path)
+    assert type(model.tokenizer) is type(given)
+    for each in (model, reloaded(model, tmp_path)):
+        found = tokenize(each.tokenizer, texts[:2])
+        np.testing.assert_array_equal(found, tokenize(given, texts[:2]))
 
 
 @pytest.mark.any_backend

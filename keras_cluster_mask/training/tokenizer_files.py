@@ -1,0 +1,192 @@
+"""Saves the tokenizer of a model with the model, and loads it.
+
+| Tokenizer | Saved as |
+| --- | --- |
+| Keras layer, such as a preprocessor of keras_hub | config; Keras saves its assets |
+| `CLIPTokenizer` | the file that its `save` writes |
+| tokenizer of Hugging Face | the files that its `save_pretrained` writes |
+| any other callable | not saved, with a warning |
+"""
+
+import json
+import os
+import pathlib
+import warnings
+from typing import Any
+
+import keras
+
+from keras_cluster_mask.distribution.backends import import_keras_hub
+
+LAYER_FILE, CLIP_FILE = "tokenizer_layer.json", "clip_tokenizer.json"
+HUGGING_FACE_FILE = "tokenizer_config.json"
+# The folder in a preset for what keras_hub does not read.
+PRESET_FOLDER = "keras_cluster_mask"
+
+
+class UnreadTokenizer:
+    """Stands for a saved tokenizer that could not be loaded, and says why when called.
+
+    A model without its tokenizer still embeds images and token ids.
+
+    Args:
+        error: Exception. Why the tokenizer could not be loaded.
+    """
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __call__(self, texts: Any, **options: Any) -> Any:
+        is_missing = isinstance(self.error, ImportError)
+        raise (ImportError if is_missing else ValueError)(
+            "The tokenizer that was saved with the model could not be loaded: install "
+            "the package that the tokenizer is from, such as transformers, and load "
+            "the model again, or set `model.tokenizer`. Received: "
+            f"{type(self.error).__name__}: {self.error}"
+        ) from self.error
+
+
+def file_of(tokenizer: Any) -> str | None:
+    """Returns the name of the file from which a tokenizer is loaded, if it is saved."""
+    # Imported here: they need packages that `import keras` does not.
+    from keras_cluster_mask.data.tokenizers import CLIPTokenizer
+    from keras_cluster_mask.data.tokenizing import is_layer, libraries_of
+
+    if is_layer(tokenizer):
+        return LAYER_FILE
+    # A subclass may do more than the vocabulary says.
+    if type(tokenizer) is CLIPTokenizer:
+        return CLIP_FILE
+    return HUGGING_FACE_FILE if "transformers" in libraries_of(tokenizer) else None
+
+
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
+    """Writes a tokenizer for `load_tokenizer`, or warns that it is not saved."""
+    folder, name = pathlib.Path(folder), file_of(tokenizer)
+    # A run must not end when it saves its model after an epoch.
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if name == LAYER_FILE:
+            config = keras.saving.serialize_keras_object(tokenizer)
+            (folder / name).write_text(json.dumps(config))
+        elif name == CLIP_FILE:
+            tokenizer.save(folder / name)
+        elif name == HUGGING_FACE_FILE:
+            tokenizer.save_pretrained(folder)
+        else:
+            warn_of_unsaved(tokenizer)
+    except Exception as error:
+        warn_of_unsaved(f"{tokenizer}, {error!r}")
+
+
+def warn_of_unsaved(received: Any) -> None:
+    """Warns that a tokenizer is not saved with its model."""
+    warnings.warn(
+        "The tokenizer is not saved with the model: set `model.tokenizer` of the "
+        "loaded model, or use a `CLIPTokenizer`, a preprocessor of keras_hub or a "
+        f"tokenizer of Hugging Face. Received: tokenizer={received}",
+        stacklevel=5,
+    )
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Any:
+    """Loads what `save_tokenizer` or Hugging Face's `save_pretrained` wrote.
+
+    The assets of a Keras layer are not loaded.
+
+    Returns:
+        The tokenizer; an `UnreadTokenizer` if it cannot be loaded; `None` if there is
+        none.
+    """
+    # Whatever the reason is, the weights of the model are intact.
+    try:
+        return _load(pathlib.Path(folder))
+    except Exception as error:
+        return UnreadTokenizer(error)
+
+
+def _load(folder):
+    if (path := folder / LAYER_FILE).is_file():
+        # It registers the classes of its layers.
+        import_keras_hub()
+        return keras.saving.deserialize_keras_object(json.loads(path.read_text()))
+    if (path := folder / CLIP_FILE).is_file():
+        from keras_cluster_mask.data.tokenizers import CLIPTokenizer
+
+        return CLIPTokenizer.from_file(path)
+    if (folder / HUGGING_FACE_FILE).is_file():
+        import transformers
+
+        # No code of the folder is run, and nothing is downloaded.
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    return None
+
+
+# === Presets of keras_hub ===
+
+
+def save_in_preset(tokenizer: Any, folder: str) -> None:
+    """Writes a tokenizer into a preset, for keras_hub if it can read the tokenizer."""
+    if hasattr(tokenizer, "save_to_preset"):
+        tokenizer.save_to_preset(folder)
+    else:
+        save_tokenizer(tokenizer, pathlib.Path(folder, PRESET_FOLDER))
+
+
+def load_from_preset(preset: str, backbone: keras.Model) -> Any:
+    """Loads the tokenizer of a preset, or returns `None` if it has none.
+
+    Args:
+        preset: String, the name of a preset or a folder.
+        backbone: The backbone of the preset.
+    """
+    found = load_tokenizer(pathlib.Path(preset, PRESET_FOLDER))
+    if found is not None:
+        return found
+    kind = import_keras_hub().models.CausalLMPreprocessor
+    if type(backbone).__name__ == "CLIPBackbone":
+        from keras_cluster_mask.data.tokenizers import CLIPTokenizer as kind
+    try:
+        return kind.from_preset(preset)
+    # The errors of keras_hub for files that a preset does not have.
+    except (FileNotFoundError, ImportError, ValueError):
+        return None
+
+
+# === Checkpoints of other libraries ===
+
+
+def load_beside_weights(
+    folder: pathlib.Path | None, kind: str | None, context_length: int
+) -> Any:
+    """Loads the tokenizer of a model of open_clip or Hugging Face.
+
+    Args:
+        folder: The folder of the weights, or `None`.
+        kind: `"clip"`: OpenAI's vocabulary, from the folder or from the package
+            open_clip. `"hugging_face"`: the folder's files of Hugging Face. Or `None`.
+        context_length: Integer, that of the text encoder.
+
+    Returns:
+        As `load_tokenizer`.
+    """
+    from keras_cluster_mask.data.tokenizers import CLIPTokenizer, clip_parts
+
+    found = None
+    try:
+        if kind and folder and (folder / "merges.txt").is_file():
+            # The files of a CLIP, which need no further package.
+            ids = json.loads((folder / "vocab.json").read_text("utf-8"))
+            merges = (folder / "merges.txt").read_text("utf-8").splitlines()
+            return CLIPTokenizer(*clip_parts(ids, merges), context_length)
+        if kind == "clip":
+            return CLIPTokenizer.from_open_clip(context_length)
+    except Exception as error:
+        found = UnreadTokenizer(error)
+    if kind and folder:
+        found = load_tokenizer(folder) or found
+    if hasattr(found, "model_max_length"):
+        found.model_max_length = min(found.model_max_length, context_length)
+    return found

@@ -1,0 +1,180 @@
+"""The tokenizer of a model: that it is saved and loaded, and left alone by Keras."""
+
+import copy
+import json
+import sys
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.data.tokenizing import tokenize
+from keras_cluster_mask.training.layers import all_layers
+from keras_cluster_mask.training.run_state import describe
+from keras_cluster_mask.training.tokens import check_tokenizer
+from tests.encoders.test_pooled import bert
+from tests.helpers import (
+    CONTEXT,
+    FAST,
+    compiled_model,
+    letters_as_tokens,
+    random_pairs,
+    reloaded,
+    run_program,
+    tiny_metaclip,
+    vit_encoder,
+)
+from tests.training.test_tokens import END, METACLIP_END, hugging_face
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"]
+
+
+def preprocessor():
+    pytest.importorskip("tensorflow")
+    models = pytest.importorskip("keras_hub").models
+    tokenizer = models.BertTokenizer(WORDS)
+    return models.BertTextEmbedderPreprocessor(tokenizer, sequence_length=CONTEXT)
+
+
+def ours():
+    return kcm.data.CLIPTokenizer.train(["a dog"], 514, CONTEXT)
+
+
+KINDS = {
+    "keras_hub": preprocessor,
+    "ours": ours,
+    "Hugging Face": lambda: hugging_face(END, model_max_length=CONTEXT),
+    "a function": lambda: letters_as_tokens,
+}
+UNSAVED = "The tokenizer is not saved with the model"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """For each kind, the text's ids, the path of a trained model, and warnings."""
+    folder, made = tmp_path_factory.mktemp("models"), {}
+    for kind, make in KINDS.items():
+        model, path = compiled_model(tokenizer=make()), folder / f"{kind}.keras"
+        # Some are saved otherwise once they have been called.
+        ids = tokenize(model.tokenizer, ["a dog"]).tolist()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            model.fit(random_pairs(4), verbose=0)
+            model.save(path)
+        texts = [str(each.message) for each in found]
+        made[kind] = ids, path, [text for text in texts if UNSAVED in text]
+    return made
+
+
+def test_another_process_reads_words_with_a_saved_model(saved):
+    paths = [path for _, path, _ in saved.values()]
+    printed = run_program("tests/programs/read_words.py", *paths).splitlines()
+    found = dict(zip(saved, map(json.loads, printed)))
+    # Hugging Face's do not fill rows up by themselves.
+    length = len(found["Hugging Face"][0])
+    for kind in ("keras_hub", "ours"):
+        assert found[kind] == saved[kind][0]
+    assert found["Hugging Face"] == [saved["Hugging Face"][0][0][:length]]
+    assert length > 2
+    # A function is not saved, which `fit` and `save` say.
+    assert found["a function"] is None
+    assert [len(texts) for *_, texts in saved.values()] == [0, 0, 0, 2]
+
+
+@pytest.mark.any_backend
+def test_a_file_grows_by_no_more_than_the_vocabulary(tmp_path):
+    tokenizer = kcm.data.CLIPTokenizer.from_open_clip()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    sizes = []
+    for each in (None, tokenizer):
+        compiled_model(tokenizer=each).save(tmp_path / "model.keras")
+        sizes.append((tmp_path / "model.keras").stat().st_size)
+    vocabulary = (tmp_path / "tokenizer.json").stat().st_size
+    assert sizes[1] - sizes[0] < vocabulary + 1000
+
+
+def test_keras_does_not_track_a_tokenizer(tmp_path):
+    def seen(model):
+        # Without paths, in which Keras numbers the layers of a process.
+        settings = {key.split(" (")[0]: x for key, x in describe(model).items()}
+        nested = [(type(x).__name__, x.trainable) for x in all_layers(model)]
+        layers = [type(x).__name__ for x in model.layers]
+        settings["tokenizer"] = None
+        return model.built, layers, nested, len(model.weights), settings
+
+    pack = preprocessor()
+    text = pytest.importorskip("keras_hub").models.BertTextEmbedder(bert(), pack)
+    model, without = (
+        kcm.ContrastiveModel.from_encoders(vit_encoder(), text, 8, **options)
+        for options in ({}, {"tokenizer": None})
+    )
+    assert (model.tokenizer, without.tokenizer) == (pack, None)
+    for each in (model, without):
+        each.text_encoder.trainable = False
+        each.compile("sgd", **FAST)
+    found = [seen(model)]
+    ids = tokenize(pack, ["a dog"])
+    # The first call has built it.
+    assert pack.built
+    found += [seen(model), seen(reloaded(model, tmp_path))]
+    model.tokenizer = pack
+    assert [*found, seen(model)] == [seen(without)] * 4
+    # Weights alone are read whatever the tokenizer is.
+    model.save_weights(tmp_path / "a.weights.h5")
+    without.load_weights(tmp_path / "a.weights.h5")
+    copied = copy.deepcopy(model)
+    np.testing.assert_array_equal(tokenize(copied.tokenizer, ["a dog"]), ids)
+    assert keras.models.clone_model(model).tokenizer is None
+
+
+@pytest.mark.any_backend
+def test_a_model_is_loaded_without_the_library_of_its_tokenizer(saved, monkeypatch):
+    _, path, _ = saved["Hugging Face"]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    model = keras.saving.load_model(path)
+    with pytest.raises(ImportError, match=r"`model.tokenizer`.*: .*transformers"):
+        model.tokenizer(["a dog"])
+    # It does not stand in the way of another.
+    check_tokenizer(model, letters_as_tokens)
+
+
+@pytest.mark.any_backend
+def test_a_tokenizer_that_cannot_be_saved_does_not_end_a_run(tmp_path, monkeypatch):
+    tokenizer = ours()
+    model = compiled_model(tokenizer=tokenizer)
+
+    def fail(path):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tokenizer, "save", fail)
+    with pytest.warns(UserWarning, match=f"{UNSAVED}.*Received: .*disk full"):
+        loaded = reloaded(model, tmp_path)
+    assert loaded.tokenizer is None
+
+
+@pytest.mark.any_backend
+def test_what_is_no_tokenizer_is_refused():
+    with pytest.raises(ValueError, match=r"`tokenizer` must be a callable.*Received: "):
+        compiled_model(tokenizer="clip")
+
+
+@pytest.mark.any_backend
+def test_a_preset_has_a_tokenizer_of_hugging_face(tmp_path):
+    tokenizer = hugging_face(METACLIP_END, model_max_length=CONTEXT)
+    model = kcm.ContrastiveModel.from_backbone(tiny_metaclip(), tokenizer=tokenizer)
+    model.save_to_preset(tmp_path)
+    loaded = kcm.ContrastiveModel.from_preset(tmp_path)
+    texts = ["two red boats"]
+    expected = tokenize(tokenizer, texts)
+    np.testing.assert_array_equal(tokenize(loaded.tokenizer, texts), expected)
+
+
+@pytest.mark.any_backend
+def test_tokenizers_of_two_kinds_that_give_the_same_ids_are_one():
+    open_clip = pytest.importorskip("open_clip")
+    backbone = kcm.models.clip_backbone("tiny", 16, 49408, 77, 4)
+    ours = kcm.data.CLIPTokenizer.from_open_clip(12)
+    model = kcm.ContrastiveModel.from_backbone(backbone, tokenizer=ours)
+    check_tokenizer(model, open_clip.get_tokenizer("ViT-B-32"))
