@@ -775,8 +775,9 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
     def load_assets(self, dir_path: str | None) -> None:
         """Loads the tokenizer. Keras calls it in `keras.saving.load_model`."""
-        if dir_path is not None:
-            self.tokenizer = load_tokenizer(dir_path)
+        found = None if dir_path is None else load_tokenizer(dir_path)
+        # A subclass may have made its own.
+        self.tokenizer = self.tokenizer if found is None else found
 
     def save_to_preset(
         self, preset_dir: str | os.PathLike, tokenizer: Any = None

@@ -11,6 +11,7 @@
 import json
 import os
 import pathlib
+import shutil
 import warnings
 from typing import Any
 
@@ -39,9 +40,9 @@ class UnreadTokenizer:
     def __call__(self, texts: Any, **options: Any) -> Any:
         is_missing = isinstance(self.error, ImportError)
         raise (ImportError if is_missing else ValueError)(
-            "The tokenizer that was saved with the model could not be loaded: install "
-            "the package that the tokenizer is from, such as transformers, and load "
-            "the model again, or set `model.tokenizer`. Received: "
+            "The tokenizer of the model could not be loaded: install the package that "
+            "the tokenizer is from, such as transformers, and load the model again, or "
+            "set `model.tokenizer`. Received: "
             f"{type(self.error).__name__}: {self.error}"
         ) from self.error
 
@@ -129,10 +130,13 @@ def _load(folder):
 
 def save_in_preset(tokenizer: Any, folder: str) -> None:
     """Writes a tokenizer into a preset, for keras_hub if it can read the tokenizer."""
+    path = pathlib.Path(folder, PRESET_FOLDER)
+    # An earlier tokenizer would be loaded in place of this one.
+    shutil.rmtree(path, ignore_errors=True)
     if hasattr(tokenizer, "save_to_preset"):
         tokenizer.save_to_preset(folder)
     else:
-        save_tokenizer(tokenizer, pathlib.Path(folder, PRESET_FOLDER))
+        save_tokenizer(tokenizer, path)
 
 
 def load_from_preset(preset: str, backbone: keras.Model) -> Any:

@@ -13,16 +13,23 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.data.tokenizing import tokenize
 from keras_cluster_mask.training.layers import all_layers
 from keras_cluster_mask.training.run_state import describe
+from keras_cluster_mask.training.tokenizer_files import (
+    PRESET_FOLDER,
+    load_tokenizer,
+    save_in_preset,
+)
 from keras_cluster_mask.training.tokens import check_tokenizer
 from tests.encoders.test_pooled import bert
 from tests.helpers import (
     CONTEXT,
     FAST,
     compiled_model,
+    image_mlp,
     letters_as_tokens,
     random_pairs,
     reloaded,
     run_program,
+    text_bag,
     tiny_metaclip,
     vit_encoder,
 )
@@ -154,6 +161,21 @@ def test_a_tokenizer_that_cannot_be_saved_does_not_end_a_run(tmp_path, monkeypat
     assert loaded.tokenizer is None
 
 
+class Reader(kcm.ContrastiveModel):
+    """A model that makes its own tokenizer."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "tokenizer": letters_as_tokens})
+
+
+@pytest.mark.any_backend
+def test_a_subclass_may_make_a_tokenizer_that_cannot_be_saved(tmp_path):
+    model = Reader(image_mlp(), text_bag())
+    with pytest.warns(UserWarning, match=UNSAVED):
+        loaded = reloaded(model, tmp_path, custom_objects={"Reader": Reader})
+    assert loaded.tokenizer is letters_as_tokens
+
+
 @pytest.mark.any_backend
 def test_what_is_no_tokenizer_is_refused():
     with pytest.raises(ValueError, match=r"`tokenizer` must be a callable.*Received: "):
@@ -169,6 +191,9 @@ def test_a_preset_has_a_tokenizer_of_hugging_face(tmp_path):
     texts = ["two red boats"]
     expected = tokenize(tokenizer, texts)
     np.testing.assert_array_equal(tokenize(loaded.tokenizer, texts), expected)
+    # Another tokenizer in the same folder replaces it.
+    save_in_preset(ours(), str(tmp_path))
+    assert load_tokenizer(tmp_path / PRESET_FOLDER) is None
 
 
 @pytest.mark.any_backend
