@@ -410,6 +410,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
         if "token_ids" in given and not is_traced(given["token_ids"]):
             self.input_rules.check_ids(given["token_ids"], "padding_mask" in given)
+            given = self.text_tower.lengths.cut_on_host(given)
         return self._embed_texts(given, training)
 
     def _embed_images(self, images, training=False, noise=None):
