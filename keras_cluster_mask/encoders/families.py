@@ -12,6 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_cluster_mask.losses import caption_labels
 from keras_cluster_mask.training.layers import all_layers
 from keras_cluster_mask.types import Tensor
 
@@ -131,6 +132,16 @@ class TextFamily:
         else:
             is_read = ids != self.padding_id
         return xp.where(is_read, ids, -1)
+
+    def caption_labels(self, batch: Mapping[str, Any]) -> Tensor:
+        """Returns labels that are equal for rows of one text, padding aside.
+
+        Args:
+            batch: Dictionary with `"token_ids"`, and the `"padding_mask"` if there is
+                one.
+        """
+        ids = self.without_padding(batch["token_ids"], batch.get("padding_mask"))
+        return caption_labels(ids)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,7 +90,8 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
         tokenizer: See `embed`.
         verbose: See `embed`.
     """
-    of_texts = embedder.model.text_tower.input_names
+    tower = embedder.model.text_tower
+    of_texts, family = tower.input_names, tower.family
     if tokenizer is not None:
         tokenizer = tokenizer_of(embedder.model, tokenizer)
     rows, numbers = {}, {}
@@ -106,20 +107,18 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
             **{k: v for k, v in batch.items() if k not in ("images", *of_texts)},
             "image_embeddings": embedder.images(batch["images"]),
         }
-        ids = batch.get("token_ids")
         owners = np.arange(size)
         inputs = {k: batch[k] for k in of_texts if k in batch}
         if tokenizer is not None:
             captions, owners = texts_of(batch)
-            ids = inputs = tokenizer(captions)
-        if ids is not None:
+            inputs = {"token_ids": tokenizer(captions)}
+        if "token_ids" in inputs:
             found["text_embeddings"] = embedder.texts(inputs)
             found["image_of_text"] = count + owners
-            # Batches may be padded to different lengths.
-            shifted = (
-                np.asarray(ids, "int32") - embedder.model.text_tower.family.padding_id
-            )
-            texts = [np.trim_zeros(row, "b").tobytes() for row in shifted]
+            # Batches may be padded to different lengths, after the texts with -1.
+            mask = inputs.get("padding_mask")
+            read = family.without_padding(inputs["token_ids"], mask, np)
+            texts = [np.trim_zeros(row, "b").tobytes() for row in read + 1]
             found["text_numbers"] = np.array(
                 [numbers.setdefault(text, len(numbers)) for text in texts], "int64"
             )

@@ -19,7 +19,7 @@ from keras_cluster_mask.encoders.pixels import pixel_range
 from keras_cluster_mask.encoders.pooled import pretrained_towers
 from keras_cluster_mask.encoders.surgery import image_shape_of, number_positions
 from keras_cluster_mask.encoders.towers import ImageTower, TextTower, encode
-from keras_cluster_mask.losses import batch_loss, caption_labels, row_labels
+from keras_cluster_mask.losses import batch_loss, row_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_masking import join
 from keras_cluster_mask.masking.selection import StepNoise, step_of
@@ -506,8 +506,12 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             sample_weight = x.get("sample_weight")
         if sample_weight is not None:
             sample_weight = as_weights(sample_weight)
-        is_positive = self.duplicates == "positive"
-        labels = (caption_labels if is_positive else row_labels)(x["token_ids"])
+        if self.duplicates == "negative":
+            labels = row_labels(texts)
+        elif "token_ids" in x:
+            labels = self.text_tower.family.caption_labels(x)
+        else:
+            labels = x["caption_labels"]
         weights = [self.head.scale]
         if self.head.logit_bias is not None:
             weights.append(self.head.logit_bias)

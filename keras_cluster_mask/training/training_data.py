@@ -15,7 +15,9 @@
 
 The check of a batch also cuts off the padding after its longest text. Two kinds of data
 keep their padding: a `PyDataset` on TensorFlow, and all data of several processes of
-JAX. Arrays are cut batch by batch in training, and once in evaluation. Float images are checked until a batch proves that they are normalized. Data that cannot
+JAX. Arrays are cut batch by batch in training, and once in evaluation.
+
+Float images are checked until a batch proves that they are normalized. Data that cannot
 start at any step can still start at any epoch if each epoch is one pass over the data.
 """
 
@@ -114,7 +116,10 @@ class TrainingData:
             "data.steps_per_epoch": self.steps_per_epoch,
         }
         _, processes = process_index_and_count(training=True)
-        self.rows = None if self.spec is None else self.spec["token_ids"].shape[0]
+        # Batches of features have labels in place of ids.
+        spec = self.spec or {}
+        texts = spec.get("token_ids", spec.get("caption_labels"))
+        self.rows = None if texts is None else texts.shape[0]
         self.batch_size = None if self.rows is None else self.rows * processes
         found = {**self.description, "data.rows": self.rows}
         content = json.dumps(found, sort_keys=True).encode()

@@ -68,10 +68,10 @@ def pairs(name="CLIP", longest=7, count=8, width=WIDTH):
     """Pairs with texts of 2 to `longest` tokens, and padding after them."""
     end, padding = ENDS.get(name, (28, int(name in test_pooled.WITH_ONE)))
     found = helpers.random_pairs(count)
-    rng = np.random.default_rng(longest)
+    words = np.random.default_rng(longest).integers(3, 28, width)
     ids = np.full((count, width), padding, "int32")
     for row, length in zip(ids, np.resize(range(longest, 1, -1), count)):
-        row[:length] = [*rng.integers(3, 28, length - 1), end]
+        row[:length] = [*words[: length - 1], end]
     return {**found, "token_ids": ids}
 
 
@@ -99,6 +99,42 @@ def test_a_step_on_cut_texts_is_that_on_full_ones(name, widths):
     assert_close(embeddings, expected[0], atol=1e-6)
     largest = max(np.abs(x).max() for x in expected[1])
     assert_close(gradients, expected[1], atol=1e-5 * largest)
+
+
+# === Captions as labels ===
+
+
+def padded_otherwise(batch, name):
+    """The texts of a batch in fewer columns, and with other padding where possible."""
+    ids = batch["token_ids"][:, : WIDTH - 3].copy()
+    if name == "CLIP":
+        # Tokenizers pad with the end token or with zeros.
+        ids[np.cumsum(ids == 29, axis=1) > 1] = 0
+        return {"token_ids": ids}
+    if name == "MetaCLIP2":
+        return {"token_ids": ids}
+    mask = ids != int(name in test_pooled.WITH_ONE)
+    return {"token_ids": np.where(mask, ids, 5), "padding_mask": mask.astype("int32")}
+
+
+@pytest.mark.one_case
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_one_text_are_one_caption_whatever_their_padding(name):
+    model, batch = FAMILIES[name](), pairs(name)
+    rows = batch, padded_otherwise(batch, name)
+    numbers = [
+        ops.convert_to_numpy(model.text_tower.family.caption_labels(x)) for x in rows
+    ]
+    assert len(np.unique(numbers[0], axis=0)) == 6
+    np.testing.assert_array_equal(*numbers)
+    batches = [{**batch, **each} for each in rows]
+    if "padding_mask" in rows[1]:
+        mask = batch["token_ids"] != int(name in test_pooled.WITH_ONE)
+        batches[0]["padding_mask"] = mask.astype("int32")
+    found = kcm.evaluation.embed(model, batches, verbose=0)
+    assert found["text_numbers"].tolist() == [*range(6), 0, 1] * 2
+    first, second = np.split(found["text_embeddings"], 2)
+    np.testing.assert_allclose(first, second, atol=1e-6)
 
 
 # === All kinds of data ===
