@@ -17,8 +17,8 @@ from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.training.tokens import check_tokenizer, check_tokenizer_of
 
-# The number of texts embedded at a time.
-BATCH_SIZE = 64
+# The number of texts that are ordered by length at a time.
+WINDOW = 4096
 
 
 def embed(
@@ -175,10 +175,9 @@ def embed_texts(
     tokenizer = tokenizer_of(embedder.model, tokenizer)
     progress = progress_bar(len(texts), verbose, "text")
     found = []
-    for start in range(0, len(texts), BATCH_SIZE):
-        chunk = [_encoded(text) for text in texts[start : start + BATCH_SIZE]]
-        found.append(embedder.texts(tokenizer(chunk)))
-        progress.add(len(chunk))
+    for start in range(0, len(texts), WINDOW):
+        chunk = [_encoded(text) for text in texts[start : start + WINDOW]]
+        found.append(embedder.texts(tokenizer(chunk), report=progress.add))
     return np.concatenate(found)
 
 
