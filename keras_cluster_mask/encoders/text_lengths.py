@@ -10,7 +10,7 @@ from keras import ops, tree
 
 from keras_cluster_mask.batches import as_array
 from keras_cluster_mask.distribution.backends import is_traced
-from keras_cluster_mask.encoders.families import TEXT_FAMILIES, TextFamily
+from keras_cluster_mask.encoders.families import TextFamily
 from keras_cluster_mask.encoders.masked import random_weights
 from keras_cluster_mask.encoders.pooled import PooledEncoder
 from keras_cluster_mask.training.layers import all_layers
@@ -18,7 +18,7 @@ from keras_cluster_mask.training.layers import all_layers
 # The smallest length to which texts are cut. JAX and TensorFlow compile a step for each
 # length, and captions of 9 to 16 tokens are in nearly all batches.
 LEAST = 8 if keras.backend.backend() == "torch" else 16
-# The lengths of the texts in the test batch of `is_exact`.
+# The lengths of the texts in the batch of `_is_exact`.
 LENGTHS = (2, 3, 5, LEAST)
 
 
@@ -70,6 +70,22 @@ class TextLengths:
         length = rounded_up(int(self.of(batch).max(initial=1)))
         return {**batch, **{name: values[:, :length] for name, values in found.items()}}
 
+    def chunked(self, batch: Mapping[str, Any], num_chunks: int):
+        """Orders texts so that those of a chunk have similar lengths.
+
+        Args:
+            batch: As for `of`.
+            num_chunks: Integer. Chunk `i` of `n` consists of the rows `i, i + n, ...`.
+
+        Returns:
+            A tuple: `(batch,)` ints, the order of the rows; and for each chunk the
+            length to which its texts are cut.
+        """
+        lengths = self.of(batch)
+        chunks = np.argsort(lengths, kind="stable").reshape(num_chunks, -1)
+        longest = lengths[chunks].max(axis=1)
+        return chunks.T.ravel(), [rounded_up(int(length)) for length in longest]
+
     def cut_on_host(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Cuts arrays and lists. Tensors are on a device, and stay as they are."""
         if any(map(ops.is_tensor, batch.values())) or is_traced(ops.zeros(())):
@@ -100,24 +116,19 @@ def lengths_of_encoder(tower: Any) -> TextLengths:
     inputs = [*inputs.values()] if isinstance(inputs, dict) else tree.flatten(inputs)
     shapes = {k: x.shape for k, x in zip(tower.input_names, inputs) if x is not None}
     names = tuple(name for name in shapes if shapes[name] == (None, None))
+    # `from_encoders` and `from_backbone` make their encoders of families of the table.
+    is_of_table = isinstance(tower.encoder, PooledEncoder)
+    is_of_table = is_of_table or hasattr(tower.encoder, "text_family")
     hides = family.pooling in ("highest id", "end token") or "padding_mask" in names
     if (
         not hides
         or family.pooling == "last token"
         or "token_ids" not in names
         or (longest is not None and longest <= LEAST)
-        or not (_is_known(tower.encoder) or _is_exact(tower, shapes, names))
+        or not (is_of_table or _is_exact(tower, shapes, names))
     ):
         return TextLengths(family)
     return TextLengths(family, names)
-
-
-def _is_known(encoder):
-    """Returns whether features of an encoder of the table cannot depend on padding."""
-    if isinstance(encoder, PooledEncoder):
-        encoder = encoder.backbone
-    is_of_table = any(x.__name__ in TEXT_FAMILIES for x in type(encoder).__mro__)
-    return is_of_table or hasattr(encoder, "text_family")
 
 
 def _is_exact(tower, shapes, names):

@@ -59,10 +59,8 @@ def test_texts_are_embedded_with_those_of_similar_lengths(with_mask, monkeypatch
         vit_encoder(), bert(max_sequence_length=width), projection_dim=4
     )
     rng = np.random.default_rng(0)
-    # Two groups of long texts, and the five shortest ones.
-    lengths = rng.permutation(
-        [2] * 5 + [LEAST] * TEXTS + [LEAST + 1, 30] * (TEXTS // 2)
-    )
+    lengths = [30] * half + [LEAST + 1] * half + [LEAST] * TEXTS + [2] * 5
+    lengths = rng.permutation(lengths)
     mask = np.arange(width) < lengths[:, None]
     ids = np.where(mask, rng.integers(3, 29, mask.shape), 0).astype("int32")
     inputs = {"token_ids": ids}
