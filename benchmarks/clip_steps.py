@@ -6,10 +6,10 @@ import functools
 import keras
 import numpy as np
 from flops import training_flops
-from keras_cluster_mask.encoders.text_lengths import rounded_up
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.encoders.architecture import SIZES
+from keras_cluster_mask.encoders.text_lengths import rounded_up
 
 VOCABULARY_SIZE, CONTEXT_LENGTH = 49408, 77
 # After the name of a method: texts are padded to `CONTEXT_LENGTH`, and not cut to the

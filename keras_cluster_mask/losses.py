@@ -172,16 +172,16 @@ def batch_loss(
     return tuple(merge_chunks(x)[:num_rows] for x in outputs)
 
 
-def row_labels(token_ids: Tensor) -> Tensor:
+def row_labels(rows: Tensor) -> Tensor:
     """Numbers the pairs of a batch, so that each is a negative of all others.
 
     Args:
-        token_ids: `(batch, T)` ints.
+        rows: `(batch, ...)` tensor.
 
     Returns:
         `(batch, 2)` int tensor: the row, and the replica, which numbers its own rows.
     """
-    rows = ops.arange(ops.shape(token_ids)[0])
+    rows = ops.arange(ops.shape(rows)[0])
     return ops.stack([rows, ops.full_like(rows, replica_index())], axis=1)
 
 
@@ -193,7 +193,9 @@ def caption_labels(token_ids: Tensor) -> Tensor:
     have the same hash with a probability of 3e-11.
 
     Args:
-        token_ids: `(batch, T)` int tensor.
+        token_ids: `(batch, T)` int tensor. Negative ids, such as those of
+            `TextFamily.without_padding`, do not count, so that a label does not depend
+            on the length to which texts are padded.
 
     Returns:
         `(batch, 2)` int32 tensor.
@@ -210,7 +212,7 @@ def caption_labels(token_ids: Tensor) -> Tensor:
         # intended.
         for shift, factor in HASH_ROUNDS:
             x = ops.bitwise_xor(x, ops.bitwise_right_shift(x, shift)) * factor
-        hashes.append(ops.sum(x, axis=1))
+        hashes.append(ops.sum(ops.where(token_ids < 0, 0, x), axis=1))
     return ops.stack(hashes, axis=1)
 
 

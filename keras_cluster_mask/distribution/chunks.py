@@ -44,6 +44,13 @@ def map_chunks(function, num_chunks, weights, state, rows):
 
     if keras.backend.backend() == "tensorflow":
         state, outputs = _scan_on_tensorflow(one, state, num_chunks)
+    elif keras.backend.backend() == "torch":
+        # The index is an integer, not a tensor for which the host would have to wait.
+        found = []
+        for index in range(num_chunks):
+            state, outputs = one(state, index)
+            found.append(outputs)
+        outputs = tree.map_structure(lambda *parts: ops.stack(parts), *found)
     else:
         # XLA would hold the activations of all chunks of an unrolled loop.
         state, outputs = ops.scan(one, state, ops.arange(num_chunks))
@@ -159,7 +166,9 @@ def merge_chunks(x):
 
 def take_chunk(x, index, num_chunks):
     """Returns the rows of one chunk, see `map_chunks`."""
-    split = ops.reshape(x, (x.shape[0] // num_chunks, num_chunks, *x.shape[1:]))
+    # TensorFlow need not know the length of texts.
+    sizes = ops.shape(x)[1:]
+    split = ops.reshape(x, (x.shape[0] // num_chunks, num_chunks, *sizes))
     return split[:, index]
 
 

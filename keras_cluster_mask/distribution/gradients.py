@@ -79,6 +79,8 @@ def strategy_scope(model):
 def waits_for_data(train_step):
     """Decorates a training step, so that on TensorFlow it runs after the data arrives.
 
+    The step also learns the number of rows of all entries of a batch.
+
     When a TensorFlow step reaches the end of a dataset, operations that do not depend
     on the batch would still run, and counters of steps and metrics would advance by
     one.
@@ -91,6 +93,12 @@ def waits_for_data(train_step):
         import tensorflow as tf
 
         tensors = [x for x in tree.flatten(data) if x is not None]
+        # If one entry of the batches has a free dimension, `tf.distribute` keeps the
+        # number of rows of this entry alone.
+        rows = {x.shape[0] for x in tensors if x.shape.rank} - {None}
+        for x in tensors if len(rows) == 1 else ():
+            if x.shape.rank:
+                x.set_shape([*rows, *x.shape[1:]])
         with tf.control_dependencies(tensors):
             return train_step(self, *data)
 

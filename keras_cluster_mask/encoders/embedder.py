@@ -7,6 +7,8 @@ from keras_cluster_mask.distribution.backends import needs_xla
 
 # The maximum number of rows passed to a model at a time.
 MAX_SIZE = 1024
+# The number of texts of similar lengths that are passed at a time.
+TEXTS = 64
 
 
 class Embedder:
@@ -32,20 +34,36 @@ class Embedder:
         self.model.input_rules.check_images(images)
         return self._embedded(self._images, images)
 
-    def texts(self, token_ids):
+    def texts(self, token_ids, report=None):
         """Embeds token ids, or a dictionary of a text encoder's inputs.
+
+        Texts of similar lengths are embedded together, each group without the padding
+        after its longest text.
 
         Args:
             token_ids: `(batch, T)` array, as `ContrastiveModel.encode_text` takes it.
+            report: Function that is called with the number of texts of each group.
 
         Returns:
             `(batch, d)` array.
         """
         given = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
+        arrays = {name: np.asarray(values) for name, values in given.items()}
         self.model.input_rules.check_ids(
-            given["token_ids"], has_mask="padding_mask" in given
+            arrays["token_ids"], has_mask="padding_mask" in arrays
         )
-        return self._embedded(self._texts, token_ids)
+        lengths = self.model.text_tower.lengths
+        # From the longest one on, so that a smaller last group has short texts.
+        order = np.argsort(-lengths.of(arrays), kind="stable")
+        found = []
+        for start in range(0, max(len(order), 1), TEXTS):
+            rows = order[start : start + TEXTS]
+            group = lengths.cut({name: x[rows] for name, x in arrays.items()})
+            found.append(self._embedded(self._texts, group))
+            if report is not None:
+                report(len(rows))
+        # The rows of the groups, in the order of the texts.
+        return np.concatenate(found)[np.argsort(order)]
 
     def _embedded(self, encoder, inputs):
         arrays = [np.asarray(x) for x in keras.tree.flatten(inputs)]

@@ -329,7 +329,7 @@ def _outputs(blocks, *inputs_of_runs, visible=None):
         ]
         if visible is not None:
             inputs[0] = PutMask()(inputs[0], mask=ops.convert_to_tensor(visible))
-        with _random_weights(blocks):
+        with random_weights(blocks):
             outputs = blocks(inputs if len(inputs) > 1 else inputs[0], training=False)
         outputs = tree.flatten(outputs)
         return [ops.convert_to_numpy(ops.cast(x, "float32")) for x in outputs]
@@ -337,7 +337,7 @@ def _outputs(blocks, *inputs_of_runs, visible=None):
     return zip(*map(run, inputs_of_runs))
 
 
-def _random_weights(model):
+def random_weights(model):
     """Returns a scope in which the weights of a model have random values.
 
     A zero weight (LayerScale, a fresh residual branch) would hide a leak that appears

@@ -13,6 +13,7 @@ from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, text_famil
 from keras_cluster_mask.encoders.masked import MaskedEncoder, call_encoder
 from keras_cluster_mask.encoders.pixels import check_statistics
 from keras_cluster_mask.encoders.surgery import context_length_of, data_format_of
+from keras_cluster_mask.encoders.text_lengths import TextLengths, lengths_of_encoder
 from keras_cluster_mask.masking.selection import StepNoise
 from keras_cluster_mask.training.input_rules import is_float
 from keras_cluster_mask.training.layers import MadeOfParts
@@ -237,6 +238,14 @@ class TextTower(Tower):
         self.input_names = names if len(names) > 1 else ("token_ids",)
         self.family = text_family_of(encoder)
         self.context_length = context_length or context_length_of(encoder)
+
+    @functools.cached_property
+    def lengths(self) -> TextLengths:
+        """The `TextLengths` of the encoder, which cuts padding off.
+
+        Read it outside of a compiled step: an unknown encoder is tested once.
+        """
+        return lengths_of_encoder(self)
 
     def prepare(self, inputs: Any) -> Any:
         """Returns ids, or a dictionary of the inputs of the encoder.

@@ -18,8 +18,8 @@ from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.training.tokens import check_tokenizer_of, tokenizer_of
 
-# The number of texts embedded at a time.
-BATCH_SIZE = 64
+# The number of texts that are ordered by length at a time.
+WINDOW = 4096
 
 
 def embed(
@@ -93,7 +93,7 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
         verbose: See `embed`.
     """
     model = embedder.model
-    of_texts = model.text_tower.input_names
+    of_texts, family = model.text_tower.input_names, model.text_tower.family
     if tokenizer is not None:
         tokenizer = tokenizer_of(model, tokenizer)
     rows, numbers = {}, {}
@@ -111,18 +111,18 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
             **{k: v for k, v in batch.items() if k not in ("images", *of_texts)},
             "image_embeddings": embedder.images(batch["images"]),
         }
-        ids = batch.get("token_ids")
         owners = np.arange(size)
         inputs = {k: batch[k] for k in of_texts if k in batch}
         if tokenizer is not None:
             captions, owners = texts_of(batch)
-            ids = inputs = tokenizer(captions)
-        if ids is not None:
+            inputs = {"token_ids": tokenizer(captions)}
+        if "token_ids" in inputs:
             found["text_embeddings"] = embedder.texts(inputs)
             found["image_of_text"] = count + owners
-            # Batches may be padded to different lengths.
-            shifted = np.asarray(ids, "int32") - model.text_tower.family.padding_id
-            texts = [np.trim_zeros(row, "b").tobytes() for row in shifted]
+            # Batches may be padded to different lengths, after the texts with -1.
+            mask = inputs.get("padding_mask")
+            read = family.without_padding(inputs["token_ids"], mask, np)
+            texts = [np.trim_zeros(row, "b").tobytes() for row in read + 1]
             found["text_numbers"] = np.array(
                 [numbers.setdefault(text, len(numbers)) for text in texts], "int64"
             )
@@ -179,10 +179,9 @@ def embed_texts(
     tokenizer = tokenizer_of(embedder.model, tokenizer)
     progress = progress_bar(len(texts), verbose, "text")
     found = []
-    for start in range(0, len(texts), BATCH_SIZE):
-        chunk = [_encoded(text) for text in texts[start : start + BATCH_SIZE]]
-        found.append(embedder.texts(tokenizer(chunk)))
-        progress.add(len(chunk))
+    for start in range(0, len(texts), WINDOW):
+        chunk = [_encoded(text) for text in texts[start : start + WINDOW]]
+        found.append(embedder.texts(tokenizer(chunk), report=progress.add))
     return np.concatenate(found)
 
 

@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
+from keras_cluster_mask.batches import (
+    as_array,
+    check_not_empty,
+    num_images,
+    read_batches,
+)
 from keras_cluster_mask.data.files import replacing
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
@@ -94,10 +99,11 @@ def compute_features(
                     f"{int(np.sum(counts == 0))} images of a batch without"
                 )
             token_ids = tokenize(texts)
+            labels = model.text_tower.family.caption_labels({"token_ids": token_ids})
             arrays = {
                 "image_features": embedder.images(batch["images"]),
                 "text_features": embedder.texts(token_ids),
-                "token_ids": token_ids,
+                "caption_labels": labels,
                 "captions_of_image": counts,
             }
             _append(folder, found, arrays)
@@ -141,12 +147,12 @@ def _append(folder, found, arrays):
     shapes = {name: [*array.shape[1:]] for name, array in arrays.items()}
     if found.setdefault("shapes", shapes) != shapes:
         raise ValueError(
-            "`tokenizer` and the towers must return rows of one length for all "
+            "The towers must return features of one width for all "
             f"batches. Received: shapes {shapes}, after {found['shapes']}"
         )
     mode = "r+b" if found["rows"]["images"] else "wb"
     for name, (dtype, kind) in ARRAYS.items():
-        array = np.ascontiguousarray(arrays[name], dtype)
+        array = np.ascontiguousarray(as_array(arrays[name]), dtype)
         with open(folder / f"{name}.bin", mode) as file:
             file.seek(found["rows"][kind] * array[:1].nbytes)
             file.write(array)

@@ -22,7 +22,7 @@ from keras_cluster_mask.encoders.pixels import pixel_range
 from keras_cluster_mask.encoders.pooled import pretrained_towers
 from keras_cluster_mask.encoders.surgery import image_shape_of, number_positions
 from keras_cluster_mask.encoders.towers import ImageTower, TextTower, encode
-from keras_cluster_mask.losses import batch_loss, caption_labels, row_labels
+from keras_cluster_mask.losses import batch_loss, row_labels
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.masking.patch_masking import join
@@ -467,6 +467,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         given = texts if isinstance(texts, dict) else {"token_ids": texts}
         if "token_ids" in given and not is_traced(given["token_ids"]):
             self.input_rules.check_ids(given["token_ids"], "padding_mask" in given)
+            given = self.text_tower.lengths.cut_on_host(given)
         return self._embed_texts(given, training)
 
     def _embed_images(self, images, training=False, noise=None):
@@ -562,8 +563,12 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             sample_weight = x.get("sample_weight")
         if sample_weight is not None:
             sample_weight = as_weights(sample_weight)
-        is_positive = self.duplicates == "positive"
-        labels = (caption_labels if is_positive else row_labels)(x["token_ids"])
+        if self.duplicates == "negative":
+            labels = row_labels(texts)
+        elif "token_ids" in x:
+            labels = self.text_tower.family.caption_labels(x)
+        else:
+            labels = x["caption_labels"]
         weights = [self.head.scale]
         if self.head.logit_bias is not None:
             weights.append(self.head.logit_bias)

@@ -41,7 +41,9 @@ class ArrayBatches:
     def __init__(self, arrays, batch_size, shuffle=True):
         self._arrays = {name: as_array(values) for name, values in arrays.items()}
         self._shuffle = shuffle
-        self._pairs = pairs = len(self._arrays["token_ids"])
+        # Batches of features have labels in place of ids.
+        texts = self._arrays.get("token_ids", self._arrays.get("caption_labels"))
+        self._pairs = pairs = len(texts)
         self._batch_size = min(batch_size, pairs)
         self.steps_per_epoch, rest = divmod(pairs, self._batch_size)
         if rest:
@@ -62,10 +64,9 @@ class ArrayBatches:
             name: keras.InputSpec(str(x.dtype), (rows, *x.shape[1:]))
             for name, x in self._arrays.items()
         }
-        token_ids = np.ascontiguousarray(self._arrays["token_ids"], "int32")
         self.description = {
             "data.pairs": pairs,
-            "data.token_ids": zlib.crc32(token_ids),
+            "data.texts": zlib.crc32(np.ascontiguousarray(texts, "int32")),
             "data.batch_size": self._batch_size,
             "data.shuffle": shuffle,
         }

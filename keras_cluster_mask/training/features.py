@@ -22,7 +22,8 @@ ROWS = 65_536
 ARRAYS = {
     "image_features": ("float32", "images"),
     "text_features": ("float32", "texts"),
-    "token_ids": ("int32", "texts"),
+    # Equal captions have equal labels, whatever they were padded with.
+    "caption_labels": ("int32", "texts"),
     "captions_of_image": ("int32", "images"),
 }
 
@@ -131,7 +132,7 @@ class TowerFeatures:
         return {
             "image_features": self._arrays["image_features"][images],
             "text_features": self._arrays["text_features"][texts],
-            "token_ids": self._arrays["token_ids"][texts],
+            "caption_labels": self._arrays["caption_labels"][texts],
         }
 
 

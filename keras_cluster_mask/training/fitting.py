@@ -39,6 +39,7 @@ from keras_cluster_mask.training.tokens import adopt_tokenizer
 from keras_cluster_mask.training.training_data import (
     TrainingData,
     evaluation_data,
+    rules_of,
     until_the_end,
 )
 
@@ -131,7 +132,7 @@ def _take_data(model, options):
         x.check_model(model, training=True)
     data = TrainingData(
         x,
-        model.input_rules,
+        rules_of(model),
         batch_size=batch_size,
         shuffle=options.pop("shuffle"),
         steps_per_epoch=options.pop("steps_per_epoch"),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -49,7 +50,9 @@ class InputRules:
             `"padding_mask"`, or `None`.
         pixel_range: Two floats, the values of a black and a white pixel after
             normalization; `None` for a model that takes images as they are.
+        lengths: The `TextLengths` of the text encoder, or `None` to cut no padding off.
         training: Boolean. Whether the batches are for training.
+        is_checked: Boolean. Whether the batches are parts of arrays that were checked.
         is_normalized: Boolean. Whether an earlier batch showed that images are
             normalized.
         warns: Boolean array of shape `()`. Whether the next entry that is left out
@@ -64,7 +67,9 @@ class InputRules:
     end_token_id: int | None = None
     padding_id: int | None = None
     pixel_range: tuple[float, float] | None = None
+    lengths: Any = None
     training: bool = False
+    is_checked: bool = False
     is_normalized: bool = False
     warns: np.ndarray = dataclasses.field(default_factory=lambda: np.array(True))
 
@@ -75,11 +80,13 @@ class InputRules:
             batch: See `as_dictionary`.
 
         Returns:
-            A tuple of one dictionary; see `check_keys`.
+            A tuple of one dictionary, with texts without the padding after the longest
+            one; see `check_keys`.
         """
-        batch = self.check_keys(as_dictionary(batch))
-        self.check_values(batch)
-        return (batch,)
+        if not self.is_checked:
+            batch = self.check_keys(as_dictionary(batch))
+            self.check_values(batch)
+        return (batch if self.lengths is None else self.lengths.cut(batch),)
 
     def check_keys(self, batch):
         """Raises an error if a batch does not have the entries that it must have.

@@ -1,8 +1,10 @@
 """Embeds a batch in micro-batches, with the same result as embedding it at once."""
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.distribution.chunks import (
     as_tensor,
     map_chunks,
@@ -36,7 +38,8 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
         A tuple: a dictionary of embeddings `(batch, d)`, and a list with the loss that
         layers added, empty if there is none.
     """
-    taken = ("images", *model.text_tower.input_names)
+    tower = model.text_tower
+    taken = ("images", *tower.input_names)
     rows = inputs["token_ids"].shape[0]
     batch_size = None if rows is None else rows * num_replicas()
     check_micro_batches(batch_size, micro_batch_size, num_replicas())
@@ -50,9 +53,21 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
     variables = [*weights, *others, *seeds]
     other_values = [as_tensor(x) for x in snapshot(model, others)]
     updated = []
+    inputs = {key: inputs[key] for key in taken if key in inputs}
+    names = order = lengths = ()
+    if keras.backend.backend() == "torch" and not is_traced(inputs["token_ids"]):
+        names = tower.lengths.names
+    if names:
+        # torch compiles nothing, so each chunk is as long as its own longest text.
+        texts = {key: x for key, x in inputs.items() if key in names}
+        order, lengths = tower.lengths.chunked(texts, num_chunks)
+        inputs |= {key: ops.take(x, order, axis=0) for key, x in texts.items()}
 
     def embed_chunk(weight_values, seed_values, index, chunk):
         values = [*weight_values, *other_values]
+
+        for key in chunk.keys() & {*names}:
+            chunk = chunk | {key: chunk[key][:, : lengths[index]]}
 
         def chunk_rows(noise):
             return take_chunk(local_rows(noise), index, num_chunks)
@@ -74,7 +89,7 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
         num_chunks,
         weights=snapshot(model, weights),
         state=snapshot(model, seeds),
-        rows={key: inputs[key] for key in taken if key in inputs},
+        rows=inputs,
     )
     for seed, value in zip(seeds, seed_values):
         seed.assign(value)
@@ -82,6 +97,9 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
         is_average = keras.backend.is_float_dtype(variable.dtype)
         variable.assign(ops.mean(values, axis=0) if is_average else values[0])
     embeddings = {name: merge_chunks(value) for name, value in embeddings.items()}
+    if names:
+        found = embeddings["text_embeddings"]
+        embeddings["text_embeddings"] = ops.take(found, np.argsort(order), axis=0)
     return embeddings, [ops.mean(values) for values in extra_losses]
 
 

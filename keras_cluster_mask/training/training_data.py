@@ -13,6 +13,10 @@
 | `DataLoader` of torch | - | no | each batch |
 | generator | - | no | each batch |
 
+The check of a batch also cuts off the padding after its longest text. Two kinds of data
+keep their padding: a `PyDataset` on TensorFlow, and all data of several processes of
+JAX. Arrays are cut batch by batch in training, and once in evaluation.
+
 Float images are checked until a batch proves that they are normalized. Data that cannot
 start at any step can still start at any epoch if each epoch is one pass over the data.
 """
@@ -21,6 +25,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import types
 import warnings
@@ -29,7 +34,7 @@ import zlib
 import keras
 import numpy as np
 
-from keras_cluster_mask.batches import stream_of
+from keras_cluster_mask.batches import as_array, stream_of
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import (
     all_gather_object,
@@ -88,10 +93,13 @@ class TrainingData:
             self.shuffle, is_shuffled = False, shuffle is None or shuffle
             if isinstance(data, dict):
                 # Arrays are checked once, as a whole.
-                data = ArrayBatches(*rules.check(data), batch_size, is_shuffled)
+                data = rules.check_keys(data)
+                rules.check_values(data)
+                data = ArrayBatches(data, batch_size, is_shuffled)
             else:
                 data = FeatureBatches(data, batch_size, is_shuffled)
-            rules = None
+                rules.lengths = None
+            rules.is_checked = True
         self._type = type(data)
         self.spec = getattr(data, "element_spec", None)
         self.stream = stream_of(data)
@@ -108,7 +116,10 @@ class TrainingData:
             "data.steps_per_epoch": self.steps_per_epoch,
         }
         _, processes = process_index_and_count(training=True)
-        self.rows = None if self.spec is None else self.spec["token_ids"].shape[0]
+        # Batches of features have labels in place of ids.
+        spec = self.spec or {}
+        texts = spec.get("token_ids", spec.get("caption_labels"))
+        self.rows = None if texts is None else texts.shape[0]
         self.batch_size = None if self.rows is None else self.rows * processes
         found = {**self.description, "data.rows": self.rows}
         content = json.dumps(found, sort_keys=True).encode()
@@ -180,8 +191,19 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
         return data.pairs(slice(None))
     if isinstance(data, dict):
         # For validation, Keras passes arrays that `fit` has made of features.
-        return data if "image_features" in data else model.input_rules.check(data)[0]
-    return checked(data, model.input_rules, passes_once)
+        return data if "image_features" in data else rules_of(model).check(data)[0]
+    return checked(data, rules_of(model), passes_once)
+
+
+def rules_of(model):
+    """Returns the `InputRules` of a model, which cut padding off the texts.
+
+    Processes of JAX compile one step for the batch of all, so that their texts must
+    have equal lengths. They cut nothing off.
+    """
+    _, processes = process_index_and_count(training=False)
+    lengths = model.text_tower.lengths if processes == 1 else None
+    return dataclasses.replace(model.input_rules, lengths=lengths)
 
 
 @contextlib.contextmanager
@@ -200,11 +222,11 @@ def checked(data, rules, passes_once=True):
 
     Args:
         data: The user's data other than arrays, or a stream.
-        rules: The `InputRules` for its batches, or `None` if they have been checked.
+        rules: The `InputRules` for its batches.
         passes_once: Boolean. Whether Keras reads the data in a single pass. Keras
             starts worker processes once for a generator, and twice for a grain dataset.
     """
-    if rules is not None:
+    if not rules.is_checked:
         if hasattr(data, "stream"):
             # The captions and keys of an `image_text_dataset` are for evaluation.
             rules.warns[...] = False
@@ -221,12 +243,15 @@ def checked(data, rules, passes_once=True):
     if is_stream and passes_once:
         return _read_once(data, rules)
     if "grain" in packages and hasattr(data, "map"):
-        return data.map(rules.check)
+        return _of_any_lengths(data.map(rules.check), rules)
     if hasattr(data, "element_spec"):
-        return data if rules is None else _checked_dataset(data, rules)
+        return _checked_dataset(data, rules)
     if isinstance(data, types.GeneratorType):
         # Keras reads only generators, and no other iterators.
-        return (rules.check(batch) for batch in data)
+        return _of_any_lengths((rules.check(batch) for batch in data), rules)
+    if keras.backend.backend() == "tensorflow":
+        # Keras would refuse a length that neither of the first two batches has.
+        rules = dataclasses.replace(rules, lengths=None)
     if isinstance(data, keras.utils.PyDataset):
         return _CheckedBatches(data, rules.check)
     if hasattr(data, "collate_fn"):
@@ -245,29 +270,64 @@ def checked(data, rules, passes_once=True):
 def _read_once(stream, rules):
     with contextlib.closing(iter(stream)) as batches:
         for batch in batches:
-            yield (batch,) if rules is None else rules.check(batch)
+            yield rules.check(batch)
 
 
 def _checked_dataset(data, rules):
     import tensorflow as tf
 
+    cut = () if rules.lengths is None else rules.lengths.names
+    if rules.is_checked and not cut:
+        return data
+
     def check(batch):
         def check_arrays(*arrays):
-            rules.check_values(dict(zip(names, arrays)))
-            return np.False_
+            arrays = dict(zip(names, arrays))
+            if not rules.is_checked:
+                rules.check_values(arrays)
+            if cut:
+                arrays = rules.lengths.cut(arrays)
+            return np.int32(arrays["token_ids"].shape[1])
 
-        batch = rules.check_keys(batch)
+        if not rules.is_checked:
+            batch = rules.check_keys(batch)
         # Images that are not floats are checked by their type alone, since copies take
         # time.
-        names = {*KEYS, "sample_weight", "padding_mask"} & batch.keys()
-        if not batch["images"].dtype.is_floating:
+        names = {*KEYS, "sample_weight", "padding_mask", *cut} & batch.keys()
+        if rules.is_checked or not batch["images"].dtype.is_floating:
             names.remove("images")
         names = sorted(names)
-        done = tf.numpy_function(check_arrays, [batch[name] for name in names], "bool")
-        with tf.control_dependencies([done]):
-            return {**batch, "token_ids": tf.identity(batch["token_ids"])}
+        values = [batch[name] for name in names]
+        length = tf.numpy_function(check_arrays, values, "int32")
+        length.set_shape(())
+        with tf.control_dependencies([length]):
+            batch["token_ids"] = tf.identity(batch["token_ids"])
+        return batch | {name: batch[name][:, :length] for name in {*cut} & {*names}}
 
     return data.map(check)
+
+
+def _of_any_lengths(batches, rules):
+    """Returns batches as data that Keras reads with texts of any lengths.
+
+    On TensorFlow, Keras fixes the shapes of batches by the first two. Of a
+    `tf.data.Dataset`, the lengths of texts can be left open.
+    """
+    free = () if rules.lengths is None else rules.lengths.names
+    if not free or keras.backend.backend() != "tensorflow":
+        return batches
+    import tensorflow as tf
+
+    first = [batch for (batch,) in itertools.islice(batches, 2)]
+    if isinstance(batches, types.GeneratorType):
+        batches = itertools.chain([(batch,) for batch in first], batches)
+    specs = {}
+    for name, values in (first or [{}])[0].items():
+        shapes = {tuple(np.shape(batch[name])) for batch in first}
+        dims = [None if len({*sizes}) > 1 else sizes[0] for sizes in zip(*shapes)]
+        shape = [None, *((None,) if name in free else dims[1:])]
+        specs[name] = tf.TensorSpec(shape[: len(dims)], as_array(values).dtype)
+    return tf.data.Dataset.from_generator(lambda: batches, output_signature=(specs,))
 
 
 class _CheckedBatches(keras.utils.PyDataset):

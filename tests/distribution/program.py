@@ -37,6 +37,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
+from tests import helpers
 from tests.helpers import MASKINGS, masked_vit, tiny_clip, tiny_siglip
 
 BATCH, STEPS = 8, 5
@@ -45,6 +46,11 @@ BATCH, STEPS = 8, 5
 def pairs():
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 30, size=(BATCH * STEPS, 6)).astype("int32")
+    if "CLIP" in os.environ:
+        # Of other lengths from one device to the next, and padded to 24 tokens.
+        lengths = np.resize([5, 20, 3, 4, 6, 4, 3, 5], len(ids))[:, None]
+        ids = np.where(np.arange(24) < lengths, np.resize(ids, (len(ids), 24)), 0)
+        np.put_along_axis(ids, lengths - 1, 29, axis=1)
     # Equal captions on different devices are positives of one another too.
     ids[7::8] = ids[0::8]
     images = rng.integers(0, 256, size=(len(ids), 16, 16, 3)).astype("uint8")
@@ -67,6 +73,7 @@ def make_model(masking=None, way="whole", **options):
     # Of micro-batches, blocks of two rows.
     losses.MAX_PAIRS = 2 * BATCH if "micro" in way else 2**24
     if "CLIP" in os.environ:
+        helpers.CONTEXT = 24
         model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking, **options)
         # Keys' biases have a gradient of 0, which rounding makes a step of Adam of.
         model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3))

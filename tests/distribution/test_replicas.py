@@ -174,13 +174,15 @@ def test_a_loss_that_is_not_finite_stops_all_processes(how, tmp_path):
     assert not folder.exists()
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="Keras shares models on JAX alone.")
-def test_devices_that_share_a_model_train_as_one_device(tmp_path, monkeypatch):
-    # Two halves of the batch, each on two devices with half of the model; Adam's
-    # moments lie as the weights do.
+# Keras shares models on JAX alone: two halves of the batch, each on two devices with
+# half of the model; Adam's moments lie as the weights do.
+@pytest.mark.parametrize("how", [*MOST, *["model"] * (BACKEND == "jax")])
+def test_devices_whose_texts_have_other_lengths_train_as_one(
+    how, tmp_path, monkeypatch
+):
     monkeypatch.setenv("CLIP", "1")
     single = train(tmp_path / "single.npz", "single")
-    assert_all_equal(train(tmp_path / "out.npz", "model"), single)
+    assert_all_equal(train(tmp_path / "out.npz", how), single)
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="One process has all the devices.")

@@ -1,11 +1,9 @@
-import keras
 import numpy as np
 import pytest
 from keras import ops
 from PIL import Image
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation import (
     embed,
     embed_texts,
@@ -110,47 +108,6 @@ def test_texts_are_str_or_bytes_in_any_number(model, tokenizer):
     encoded = [text.encode() for text in texts]
     again = embed_texts(model, encoded, tokenizer, verbose=0)
     np.testing.assert_array_equal(found, again)
-
-
-def test_few_sizes_of_batches_are_compiled(model, pairs, expected, monkeypatch):
-    sizes = []
-    predict = keras.Model.predict_on_batch
-    monkeypatch.setattr(
-        keras.Model,
-        "predict_on_batch",
-        lambda self, batch: sizes.append(len(batch)) or predict(self, batch),
-    )
-    embedder = Embedder(model)
-    for count in (64, 5, 6, 70, 0, 20, 64):
-        found = embedder.images(pairs["images"][:count])
-        assert found.shape == (count, 96)
-        expected_rows = expected["image_embeddings"][:count]
-        np.testing.assert_allclose(found, expected_rows, atol=2e-6)
-    # One that is there already serves down to a quarter of it.
-    assert sizes == [64, 8, 8, 70, 1, 64, 64]
-    monkeypatch.setattr("keras_cluster_mask.encoders.embedder.MAX_SIZE", 32)
-    assert embedder.images(pairs["images"]).shape == (70, 96)
-    assert sizes[-3:] == [64, 64, 8]
-
-
-def test_channels_first_images_have_the_embeddings_of_channels_last_ones():
-    # Float16, because oneDNN would compute others without XLA on some CPUs.
-    on_tensorflow = keras.backend.backend() == "tensorflow"
-    dtype = "mixed_float16" if on_tensorflow else "float32"
-    models = {}
-    for data_format in ("channels_first", "channels_last"):
-        keras.config.set_image_data_format(data_format)
-        backbone = kcm.models.clip_backbone("tiny", 16, 30, 6, 8, dtype=dtype)
-        models[data_format] = kcm.ContrastiveModel.from_backbone(
-            backbone, masking=kcm.RandomMasking()
-        )
-    first, last = models.values()
-    first.set_weights(last.get_weights())
-    images = random_pairs(4)["images"]
-    found = Embedder(first).images(images.transpose(0, 3, 1, 2))
-    expected = Embedder(last).images(images)
-    tolerance = 5e-3 if on_tensorflow else 2e-6
-    np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
 # === Images of clip_benchmark ===

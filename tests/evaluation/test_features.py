@@ -6,6 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import compute_features
@@ -189,16 +190,21 @@ def test_a_complete_folder_is_not_computed_again(tmp_path, monkeypatch):
 def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
     features, _ = computed(frozen_model(), tmp_path, images=6, captions=3)
     whole = features.pairs(slice(None))["image_features"]
+    # All captions differ.
+    labels = [features.pairs(slice(None), k)["caption_labels"] for k in range(3)]
+    places = {
+        label.tobytes(): divmod(i, 6) for i, label in enumerate(np.vstack(labels))
+    }
+    assert len(places) == 18
     stream = iter(FeatureBatches(features, 3))
     seen = set()
     for _ in range(6):
         epoch = [next(stream) for _ in range(2)]
-        images, ids = (
+        images, texts = (
             np.concatenate([batch[name] for batch in epoch])
-            for name in ("image_features", "token_ids")
+            for name in ("image_features", "caption_labels")
         )
-        # Captions are longer by a letter from one to the next.
-        rows, numbers = np.divmod(ids[:, 0] - 4, 3)
+        numbers, rows = np.transpose([places[text.tobytes()] for text in texts])
         assert sorted(rows) == [*range(6)]
         np.testing.assert_array_equal(images, whole[rows])
         seen.add(tuple(numbers[np.argsort(rows)]))
@@ -206,17 +212,41 @@ def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
 
 
 @pytest.mark.any_backend
+def test_a_caption_has_one_label_whatever_its_batch_is_padded_to(tmp_path):
+    def padded_to_the_longest(texts):
+        texts = [x[:6] for x in texts]
+        width = max(map(len, texts))
+        return np.array([[3] * len(x) + [0] * (width - len(x)) for x in texts], "int32")
+
+    data = dataset(3, captions=2)
+    data["captions"] = [("aa", "a"), ("a", "aaaa"), ("aaaa", "aa")]
+    model = frozen_model()
+    found = compute_features(
+        model, split(data, 1), padded_to_the_longest, tmp_path, verbose=0
+    )
+    first, second = (
+        found.pairs(slice(None), k)["caption_labels"].tolist() for k in (0, 1)
+    )
+    assert first == [second[2], second[0], second[1]]
+    assert first[0] != first[1] != first[2] != first[0]
+    # As pairs with token ids have them.
+    ids = padded_to_the_longest([x for x, _ in data["captions"]])
+    labels = model.text_tower.family.caption_labels({"token_ids": ids})
+    assert first == ops.convert_to_numpy(labels).tolist()
+
+
+@pytest.mark.any_backend
 def test_processes_share_each_batch_of_features(tmp_path, monkeypatch):
     features, _ = computed(frozen_model(), tmp_path, captions=3)
 
-    def ids_of(place):
+    def labels_of(place):
         monkeypatch.setattr(arrays, "process_index_and_count", lambda training: place)
         keras.utils.set_random_seed(1)
         stream = iter(FeatureBatches(features, 10))
-        return [next(stream)["token_ids"] for _ in range(4)]
+        return [next(stream)["caption_labels"] for _ in range(4)]
 
-    parts = zip(*(ids_of((rank, 2)) for rank in range(2)))
-    assert_same_values([*map(np.concatenate, parts)], ids_of((0, 1)))
+    parts = zip(*(labels_of((rank, 2)) for rank in range(2)))
+    assert_same_values([*map(np.concatenate, parts)], labels_of((0, 1)))
 
 
 @pytest.mark.any_backend
@@ -369,7 +399,7 @@ def test_a_masked_model_trains_on_features_without_a_step_of_its_masking(tmp_pat
     assert int(to_numpy(masking.step)) == 0
     # Images after features, and the other way around.
     batch = features.pairs(slice(0, 4))
-    images = {"images": random_images(4), "token_ids": batch["token_ids"]}
+    images = {"images": random_images(4), "token_ids": tokenizer("abcd")}
     assert model.fit(images, batch_size=4, verbose=0).history["mask_ratio"] == [0.5]
     assert int(to_numpy(masking.step)) == 1
     assert "mask_ratio" not in model.fit(features, **options).history

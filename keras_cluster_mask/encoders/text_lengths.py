@@ -1,0 +1,168 @@
+"""How long the texts of a batch are, and how padding is cut off on the host."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from keras_cluster_mask.batches import as_array
+from keras_cluster_mask.distribution.backends import is_traced
+from keras_cluster_mask.encoders.families import TextFamily
+from keras_cluster_mask.encoders.masked import random_weights
+from keras_cluster_mask.encoders.pooled import PooledEncoder
+from keras_cluster_mask.training.layers import all_layers
+
+# The smallest length to which texts are cut. JAX and TensorFlow compile a step for each
+# length, and captions of 9 to 16 tokens are in nearly all batches.
+LEAST = 8 if keras.backend.backend() == "torch" else 16
+# The lengths of the texts in the batch of `_is_exact`.
+LENGTHS = (2, 3, 5, LEAST)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextLengths:
+    """Measures the texts of a batch, and cuts them to the longest one.
+
+    It holds plain values, because worker processes receive it.
+
+    Attributes:
+        family: The `TextFamily` of the encoder.
+        names: Tuple of str, the inputs of the encoder that are cut. Empty if the
+            features would change: the encoder takes texts of one length, pools the last
+            of all tokens (SigLIP), or does not hide padding.
+    """
+
+    family: TextFamily
+    names: tuple[str, ...] = ()
+
+    def of(self, batch: Mapping[str, Any]) -> np.ndarray:
+        """Returns the number of tokens of each text without the padding at its end.
+
+        Args:
+            batch: Dictionary of `(batch, T)` arrays: `"token_ids"`, and the
+                `"padding_mask"` if there is one.
+
+        Returns:
+            `(batch,)` ints, at least 1.
+        """
+        mask = batch.get("padding_mask")
+        ids = self.family.without_padding(
+            as_array(batch["token_ids"]), None if mask is None else as_array(mask), np
+        )
+        ends = np.where(ids >= 0, np.arange(1, ids.shape[1] + 1), 1)
+        return ends.max(axis=1, initial=1)
+
+    def cut(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Cuts the inputs of a text encoder to the longest text, rounded up.
+
+        Args:
+            batch: Dictionary of arrays. Entries that are no inputs of the encoder stay
+                as they are.
+        """
+        found = {name: batch[name] for name in self.names if name in batch}
+        shapes = {tuple(np.shape(values)) for values in found.values()}
+        if len(shapes) != 1:
+            # Nothing is cut, or the encoder will refuse inputs of different shapes.
+            return batch
+        length = rounded_up(int(self.of(batch).max(initial=1)))
+        return {**batch, **{name: values[:, :length] for name, values in found.items()}}
+
+    def chunked(self, batch: Mapping[str, Any], num_chunks: int):
+        """Orders texts so that those of a chunk have similar lengths.
+
+        Args:
+            batch: As for `of`.
+            num_chunks: Integer. Chunk `i` of `n` consists of the rows `i, i + n, ...`.
+
+        Returns:
+            A tuple: `(batch,)` ints, the order of the rows; and for each chunk the
+            length to which its texts are cut.
+        """
+        lengths = self.of(batch)
+        chunks = np.argsort(lengths, kind="stable").reshape(num_chunks, -1)
+        longest = lengths[chunks].max(axis=1)
+        return chunks.T.ravel(), [rounded_up(int(length)) for length in longest]
+
+    def cut_on_host(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Cuts arrays and lists. Tensors are on a device, and stay as they are."""
+        if any(map(ops.is_tensor, batch.values())) or is_traced(ops.zeros(())):
+            return batch
+        return self.cut({name: np.asarray(values) for name, values in batch.items()})
+
+
+def rounded_up(length: int) -> int:
+    """Returns the number of tokens with which texts of a length are encoded.
+
+    On torch a multiple of 8; else one of 16, 24, 32, 48, 64, 96, 128, ..., because each
+    is compiled.
+    """
+    if keras.backend.backend() == "torch":
+        return -(-length // LEAST) * LEAST
+    power = 1 << (max(length, LEAST) - 1).bit_length()
+    return max(LEAST, power * 3 // 4 if length <= power * 3 // 4 else power)
+
+
+def lengths_of_encoder(tower: Any) -> TextLengths:
+    """Returns the `TextLengths` of a `TextTower`.
+
+    An encoder that is not of a known family is called once, to test whether padding has
+    an influence.
+    """
+    family, longest = tower.family, tower.context_length
+    inputs = getattr(tower.encoder, "input", None)
+    inputs = [*inputs.values()] if isinstance(inputs, dict) else tree.flatten(inputs)
+    shapes = {k: x.shape for k, x in zip(tower.input_names, inputs) if x is not None}
+    names = tuple(name for name in shapes if shapes[name] == (None, None))
+    # `from_encoders` and `from_backbone` make their encoders of families of the table.
+    is_of_table = isinstance(tower.encoder, PooledEncoder)
+    is_of_table = is_of_table or hasattr(tower.encoder, "text_family")
+    hides = family.pooling in ("highest id", "end token") or "padding_mask" in names
+    if (
+        not hides
+        or family.pooling == "last token"
+        or "token_ids" not in names
+        or (longest is not None and longest <= LEAST)
+        or not (is_of_table or _is_exact(tower, shapes, names))
+    ):
+        return TextLengths(family)
+    return TextLengths(family, names)
+
+
+def _is_exact(tower, shapes, names):
+    """Returns whether an encoder returns equal features for texts cut to two lengths.
+
+    The weights are random: a weight of zero would hide an influence that training
+    brings about.
+    """
+    family, encoder = tower.family, tower.encoder
+    end = 7 if family.end_id is None else family.end_id
+    words = [x for x in range(7) if x not in (end, family.padding_id)]
+    width = min(2 * LEAST, tower.context_length or 2 * LEAST)
+    ids = np.full((len(LENGTHS), width), family.padding_id, "int32")
+    for row, length in zip(ids, LENGTHS):
+        row[:length] = np.resize(words, length)
+        row[length - 1] = end
+    # Ones, because zeros in an input of unknown use may hide the whole text.
+    others = {
+        name: np.ones((len(ids), *(x or width for x in shape[1:])), "int32")
+        for name, shape in shapes.items()
+        if name not in ("token_ids", "padding_mask", "segment_ids")
+    }
+    batch = {"token_ids": ids, **others}
+    short = {k: x[:, :LEAST] if k in names else x for k, x in batch.items()}
+    try:
+        with random_weights(encoder):
+            found = [
+                ops.convert_to_numpy(ops.cast(tower.features(x), "float32"))
+                for x in (batch, short)
+            ]
+    except Exception:
+        # The encoder need not take texts of a length that was chosen here.
+        return False
+    # Sums of other lengths are rounded differently.
+    is_rounded = any(x.compute_dtype != "float32" for x in all_layers(encoder))
+    change = np.abs(found[0] - found[1]).max()
+    return bool(change <= (0.02 if is_rounded else 1e-5) * np.abs(found[0]).max())

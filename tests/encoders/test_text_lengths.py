@@ -1,0 +1,330 @@
+"""Padding is cut off before an encoder sees it, where that changes nothing."""
+
+import pickle
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_cluster_mask as kcm
+from keras_cluster_mask.encoders.text_lengths import LEAST, rounded_up
+from keras_cluster_mask.encoders.towers import TextTower
+from tests import helpers
+from tests.encoders import test_pooled
+from tests.encoders.test_families import pooling_encoder
+from tests.helpers import (
+    FAST,
+    VOCABULARY,
+    assert_close,
+    image_mlp,
+    text_bag,
+    tiny_clip,
+    tiny_metaclip,
+    tiny_siglip,
+    to_numpy,
+    values,
+)
+from tests.training.test_training_data import KINDS
+
+# More than two of the lengths to which texts are cut.
+WIDTH = 40
+
+
+@pytest.fixture(autouse=True)
+def long_texts(monkeypatch):
+    """Encoders of `tests` take texts of up to `WIDTH` tokens, and have no dropout."""
+    monkeypatch.setattr(helpers, "CONTEXT", WIDTH)
+    for options in (test_pooled.TEXT, test_pooled.EMBEDDED):
+        monkeypatch.setitem(options, "max_sequence_length", WIDTH)
+        monkeypatch.setitem(options, "dropout", 0.0)
+
+
+@pytest.fixture
+def widths(monkeypatch):
+    """The numbers of tokens with which encoders are called, or compiled."""
+    found, prepare = [], TextTower.prepare
+
+    def record(self, inputs):
+        ids = inputs["token_ids"] if isinstance(inputs, dict) else inputs
+        found.append(ids.shape[1])
+        return prepare(self, inputs)
+
+    monkeypatch.setattr(TextTower, "prepare", record)
+    return found
+
+
+def from_backbone(make):
+    return kcm.ContrastiveModel.from_backbone(make())
+
+
+def from_encoders(name):
+    return kcm.ContrastiveModel.from_encoders(
+        test_pooled.vit_encoder(), test_pooled.TEXTS[name](), projection_dim=4
+    )
+
+
+FAMILIES = {
+    "CLIP": lambda: from_backbone(tiny_clip),
+    "MetaCLIP2": lambda: from_backbone(tiny_metaclip),
+    **{name: lambda name=name: from_encoders(name) for name in test_pooled.TEXTS},
+}
+# What ends a text, and what follows.
+ENDS = {"CLIP": (29, 29), "MetaCLIP2": (2, 1)}
+
+
+def pairs(name="CLIP", longest=7, count=8, width=WIDTH):
+    """Pairs with texts of 2 to `longest` tokens, and padding after them."""
+    end, padding = ENDS.get(name, (28, int(name in test_pooled.WITH_ONE)))
+    found = helpers.random_pairs(count)
+    words = np.random.default_rng(longest).integers(3, 28, width)
+    ids = np.full((count, width), padding, "int32")
+    for row, length in zip(ids, np.resize(range(longest, 1, -1), count)):
+        row[:length] = [*words[: length - 1], end]
+    return {**found, "token_ids": ids}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_on_cut_texts_is_that_on_full_ones(name, widths):
+    model, batch = FAMILIES[name](), pairs(name)
+    weights, found = model.get_weights(), []
+    for train, embed, width in (
+        (model.fit, lambda: model.predict(batch, verbose=0), LEAST),
+        (model.train_on_batch, lambda: model(batch), WIDTH),
+    ):
+        model.set_weights(weights)
+        # Gradients are the changes of the weights.
+        model.compile(keras.optimizers.SGD(1.0), **FAST)
+        embeddings = values(embed().values())
+        options = {"verbose": 0} if width == LEAST else {"return_dict": True}
+        logs = train(batch, **options)
+        loss = getattr(logs, "history", logs)["loss"]
+        gradients = [x - y for x, y in zip(weights, model.get_weights())]
+        found.append((np.ravel(loss), embeddings, gradients))
+        assert {*widths} == {width}
+        widths.clear()
+    (loss, embeddings, gradients), (expected_loss, *expected) = found
+    np.testing.assert_allclose(loss, expected_loss, atol=1e-6)
+    assert_close(embeddings, expected[0], atol=1e-6)
+    largest = max(np.abs(x).max() for x in expected[1])
+    assert_close(gradients, expected[1], atol=1e-5 * largest)
+
+
+# === Captions as labels ===
+
+
+def padded_otherwise(batch, name):
+    """The texts of a batch in fewer columns, and with other padding where possible."""
+    ids = batch["token_ids"][:, : WIDTH - 3].copy()
+    if name == "CLIP":
+        # Tokenizers pad with the end token or with zeros.
+        ids[np.cumsum(ids == 29, axis=1) > 1] = 0
+        return {"token_ids": ids}
+    if name == "MetaCLIP2":
+        return {"token_ids": ids}
+    mask = ids != int(name in test_pooled.WITH_ONE)
+    return {"token_ids": np.where(mask, ids, 5), "padding_mask": mask.astype("int32")}
+
+
+@pytest.mark.one_case
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_one_text_are_one_caption_whatever_their_padding(name):
+    model, batch = FAMILIES[name](), pairs(name)
+    rows = batch, padded_otherwise(batch, name)
+    labels = values(model.text_tower.family.caption_labels(x) for x in rows)
+    assert len(np.unique(labels[0], axis=0)) == 6
+    np.testing.assert_array_equal(*labels)
+    batches = [{**batch, **each} for each in rows]
+    if "padding_mask" in rows[1]:
+        mask = batch["token_ids"] != int(name in test_pooled.WITH_ONE)
+        batches[0]["padding_mask"] = mask.astype("int32")
+    found = kcm.evaluation.embed(model, batches, verbose=0)
+    assert found["text_numbers"].tolist() == [*range(6), 0, 1] * 2
+    first, second = np.split(found["text_embeddings"], 2)
+    np.testing.assert_allclose(first, second, atol=1e-6)
+
+
+# === All kinds of data ===
+
+
+def grain_stream(pairs):
+    """An `image_text_dataset`, of which a tokenizer looks up the texts."""
+    source = [
+        {"image": image, "caption": str(row)}
+        for row, image in enumerate(pairs["images"])
+    ]
+    return kcm.data.image_text_dataset(
+        source,
+        lambda captions: pairs["token_ids"][[int(x) for x in captions]],
+        16,
+        4,
+        training=False,
+        format="grain",
+    )
+
+
+@pytest.mark.one_case
+@pytest.mark.parametrize("kind", [*KINDS, "stream"])
+def test_data_of_any_kind_is_cut_batch_by_batch(kind, widths, monkeypatch):
+    keeps = kind == "PyDataset" and keras.backend.backend() == "tensorflow"
+    model = from_backbone(tiny_clip)
+    # Batches of three lengths, of which the first two are equal.
+    batches = [pairs(longest=n, count=4) for n in (5, 6, LEAST + 1, 30)]
+    whole = {k: np.concatenate([x[k] for x in batches]) for k in batches[0]}
+    make = grain_stream if kind == "stream" else KINDS[kind]
+    expected = [WIDTH] * 4 if keeps else [rounded_up(n) for n in (5, 5, LEAST + 1, 30)]
+    model.compile("sgd", run_eagerly=True)
+    options = {"batch_size": 4} if kind == "arrays" else {}
+    model.fit(make(whole), shuffle=False, verbose=0, **options)
+    assert widths == expected
+    widths.clear()
+    logs = model.evaluate(make(whole), verbose=0, return_dict=True, **options)
+    # Arrays are cut once in evaluation.
+    assert widths == ([max(expected)] * 4 if kind == "arrays" else expected)
+    losses = [float(model.test_on_batch(x, return_dict=True)["loss"]) for x in batches]
+    assert logs["loss"] == pytest.approx(np.mean(losses), abs=1e-6)
+
+
+# === What is compiled ===
+
+
+def lengths_of_an_epoch():
+    """The longest texts of batches, as those of 64 captions of Flickr8k are."""
+    return [24, 41, 25, 26, 30, 27, 31, 33, 28, 24]
+
+
+@pytest.mark.slow_to_compile
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch compiles none.")
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_few_lengths_are_compiled(micro_batch_size, widths, monkeypatch):
+    monkeypatch.setattr(helpers, "CONTEXT", 77)
+    model = from_backbone(tiny_clip)
+    model.micro_batch_size = micro_batch_size
+    model.compile("sgd", jit_compile=True)
+    batches = [pairs(longest=n, count=4, width=77) for n in lengths_of_an_epoch()]
+    whole = {k: np.concatenate([x[k] for x in batches]) for k in batches[0]}
+    model.fit(whole, batch_size=4, shuffle=False, verbose=0)
+    if keras.backend.backend() == "jax":
+        assert {*widths} == {24, 32, 48}
+    else:
+        # The graph is traced for texts of any length, XLA compiles each.
+        assert None in widths
+    before = len(widths)
+    model.fit(whole, batch_size=4, epochs=2, shuffle=True, verbose=0)
+    assert len(widths) == before
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="Others compile lengths."
+)
+def test_micro_batches_on_torch_have_texts_of_similar_lengths(widths):
+    model, batch = from_backbone(tiny_clip), pairs(longest=30)
+    # Four long texts, two in each chunk unless they are ordered.
+    batch["token_ids"][[0, 2, 5, 7]] = pairs(longest=7)["token_ids"][:4]
+    weights, found = model.get_weights(), []
+    for size in (None, 4):
+        model.set_weights(weights)
+        model.micro_batch_size = size
+        model.compile(keras.optimizers.SGD(1.0), **FAST)
+        loss = model.train_on_batch(batch)[0]
+        found.append(
+            (float(loss), [x - y for x, y in zip(weights, model.get_weights())])
+        )
+    # The backward pass encodes both chunks again.
+    assert sorted(widths[1:]) == [8, 8, 32, 32]
+    (expected_loss, expected), (loss, gradients) = found
+    assert loss == pytest.approx(expected_loss, abs=1e-6)
+    largest = max(np.abs(x).max() for x in expected)
+    assert_close(gradients, expected, atol=1e-5 * largest)
+
+
+# === What is not cut ===
+
+
+def mean_of_tokens(backbone):
+    """An own encoder whose pooling is not that of its family."""
+    encoder = backbone.text_encoder
+    pooled = backbone.text_pooler(encoder.output, encoder.inputs[0])
+    return keras.Model(encoder.input, pooled + ops.mean(encoder.output, axis=1))
+
+
+def encoder_with_mask(hides=True, length=None):
+    """An own text encoder with a mask, which it uses or not."""
+    ids = keras.Input((length,), dtype="int32", name="token_ids")
+    mask = keras.Input((length,), dtype="int32", name="padding_mask")
+    x = keras.layers.Embedding(VOCABULARY, 16)(ids)
+    if hides:
+        x = x * ops.cast(mask, "float32")[:, :, None]
+        x = ops.sum(x, axis=1) / ops.sum(ops.cast(mask, "float32"), axis=1)[:, None]
+    else:
+        # Zero until it is trained.
+        weigh = keras.layers.Dense(16, kernel_initializer="zeros")
+        x = weigh(ops.mean(x, axis=1)) + x[:, 0]
+    return keras.Model([ids, mask], x)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("make", "is_cut"),
+    [
+        (encoder_with_mask, True),
+        (lambda: encoder_with_mask(hides=False), False),
+        (lambda: encoder_with_mask(length=WIDTH), False),
+        (lambda: pooling_encoder(tiny_clip()), True),
+        (lambda: pooling_encoder(tiny_metaclip()), True),
+        (lambda: mean_of_tokens(tiny_clip()), False),
+        (text_bag, False),
+        (lambda: tiny_siglip().text_encoder, False),
+        (lambda: from_backbone(tiny_clip).text_encoder, True),
+    ],
+    ids=[
+        "hides padding",
+        "sees padding",
+        "fixed length",
+        "own clip",
+        "own metaclip",
+        "other pooling",
+        "no mask",
+        "siglip",
+        "clip",
+    ],
+)
+def test_only_encoders_that_padding_does_not_change_get_cut_texts(
+    make, is_cut, monkeypatch
+):
+    model = kcm.ContrastiveModel(image_mlp(), make())
+    lengths = model.text_tower.lengths
+    assert bool(lengths.names) == is_cut
+    kinds = {"highest id": "CLIP", "end token": "MetaCLIP2"}
+    batch = pairs(kinds.get(model.text_tower.family.pooling, "BERT"))
+    batch["other"] = batch["token_ids"] + 1
+    cut = pickle.loads(pickle.dumps(lengths)).cut(batch)
+    assert cut["token_ids"].shape == (8, LEAST if is_cut else WIDTH)
+    # As does everything that is no input of the encoder.
+    assert cut["other"].shape == (8, WIDTH)
+    # Tested once, and never in a compiled step.
+    monkeypatch.setattr(TextTower, "features", None)
+    assert model.text_tower.lengths is lengths
+
+
+@pytest.mark.any_backend
+def test_lengths_end_with_the_last_visible_token():
+    lengths = from_encoders("BERT").text_tower.lengths
+    ids = np.array([[4, 5, 0, 0], [4, 0, 6, 0], [0, 0, 0, 0], [4, 5, 6, 7]])
+    assert lengths.of({"token_ids": ids}).tolist() == [2, 3, 1, 4]
+    mask = np.array([[1, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    batch = {"token_ids": ids, "padding_mask": mask}
+    assert lengths.of(batch).tolist() == [1, 4, 1, 2]
+    # The encoder refuses inputs that do not fit, by name.
+    wide = {"token_ids": pairs("BERT")["token_ids"], "padding_mask": mask}
+    assert lengths.cut(wide) is wide
+
+
+@pytest.mark.any_backend
+def test_encode_text_cuts_arrays_and_leaves_tensors(widths):
+    model, ids = from_backbone(tiny_clip), pairs()["token_ids"]
+    given = ids, ids.tolist(), ops.convert_to_tensor(ids)
+    found = [to_numpy(model.encode_text(each)) for each in given]
+    assert widths == [LEAST, LEAST, WIDTH]
+    for each in found[:2]:
+        np.testing.assert_allclose(each, found[2], atol=1e-6)
