@@ -91,7 +91,6 @@ def common_arguments(description):
         "as, ', rate 1e-5'",
     )
     add("--image-size", type=int, default=168, help="side in pixels")
-    add("--context-length", type=int, default=48, help="tokens of a text")
     add("--batch-size", type=int, default=64, help="of tuning")
     return parsed
 
@@ -136,19 +135,18 @@ def main():
 
 
 @functools.cache
-def encoders(folder, image_size, context_length):
+def encoders(folder, image_size):
     """Fresh encoders, with the tokenizer of the text encoder."""
     image = keras_hub.models.DINOV2Backbone.from_preset(
         f"{folder}/dinov2_small", image_shape=(image_size, image_size, 3)
     )
     text = keras_hub.models.TextEmbedder.from_preset(f"{folder}/all_minilm_l6_v2")
-    text.preprocessor.sequence_length = context_length
     return image, text
 
 
 def new_model(options, seed, head, method="none"):
     """A model with the pre-trained encoders; equal seeds give equal projections."""
-    image, text = encoders(options.encoders, options.image_size, options.context_length)
+    image, text = encoders(options.encoders, options.image_size)
     keras.utils.set_random_seed(seed)
     match = METHOD.fullmatch(method)
     masking = MASKINGS[match["name"]](image, float(match["ratio"] or 0.5))
@@ -157,16 +155,12 @@ def new_model(options, seed, head, method="none"):
     )
 
 
-def tokenizer_of(options):
-    where = options.encoders, options.image_size, options.context_length
-    return encoders(*where)[1].preprocessor
-
-
 def dataset(options, split, training, seed=0, short=False):
     shards = f"{options.data}/{split}-*.tar"
     if training:
         more = {"crop_scale": (0.6, 1.0), "seed": seed}
-        tokenizer, batch_size = tokenizer_of(options), options.batch_size
+        _, text = encoders(options.encoders, options.image_size)
+        tokenizer, batch_size = text.preprocessor, options.batch_size
         if short:
             tokenizer = type(tokenizer).from_preset(
                 f"{options.encoders}/all_minilm_l6_v2", sequence_length=SHORT_LENGTH
@@ -208,7 +202,6 @@ def features(options, folder):
         computed = kcm.evaluation.compute_features(
             new_model(options, 0, "linear"),
             dataset(options, split, training=False),
-            tokenizer_of(options),
             f"{options.features}/{split}",
         )
         if split not in found:
@@ -352,7 +345,7 @@ def tune_one(method, seed, steps, options, folder):
     for split in ["validation"] + ["test"] * options.test:
         if split not in result:
             found = kcm.evaluation.embed(
-                model, dataset(options, split, False), tokenizer_of(options), verbose=0
+                model, dataset(options, split, False), verbose=0
             )
             names = ("image_embeddings", "text_embeddings", "image_of_text")
             result[split] = scores(*(found[name] for name in names))
@@ -406,7 +399,7 @@ def model_to_tune(options, seed, method):
     encoders.cache_clear()
     model = new_model(options, seed, "mlp", method)
     more = METHOD.fullmatch(method)["more"]
-    image, text = encoders(options.encoders, options.image_size, options.context_length)
+    image, text = encoders(options.encoders, options.image_size)
     text = text.backbone
     if more == LORA:
         for encoder in (image, text):

@@ -101,9 +101,8 @@ def transfer(options):
             method = json.loads((folder / f"{name}.json").read_text())["method"]
             model = runs.new_model(options, 0, "mlp", method)
             model.load_weights(folder / f"{name}.weights.h5")
-        tokenizer = runs.tokenizer_of(options)
         evaluation = kcm.evaluation
-        scores = evaluation.evaluate_zero_shot(model, test, names, tokenizer, verbose=0)
+        scores = evaluation.evaluate_zero_shot(model, test, names, verbose=0)
         probe = evaluation.evaluate_linear_probe(model, train, test, verbose=0)
         found.append(
             {

@@ -37,7 +37,7 @@ def folders(tmp_path, write_pairs):
 def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
     options = f"""--encoders={folders} --data={folders} --results={folders}/results
         --features={folders}/features --caption-key=txt --image-size=24
-        --context-length=12 --batch-size=10""".split()
+        --batch-size=10""".split()
     heads = ["--head-batch-size=20", "--head-epochs=2", "--test"]
 
     def run(program, name, *arguments):

@@ -222,7 +222,7 @@ def test_a_caption_has_one_label_whatever_its_batch_is_padded_to(tmp_path):
     data["captions"] = [("aa", "a"), ("a", "aaaa"), ("aaaa", "aa")]
     model = frozen_model()
     found = compute_features(
-        model, split(data, 1), padded_to_the_longest, tmp_path, verbose=0
+        model, split(data, 1), tmp_path, padded_to_the_longest, verbose=0
     )
     first, second = (
         found.pairs(slice(None), k)["caption_labels"].tolist() for k in (0, 1)
