@@ -14,6 +14,7 @@ from keras_cluster_mask.data.tokenizing import length_of, tokenize
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
+from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.training.tokens import check_tokenizer, check_tokenizer_of
 
@@ -65,7 +66,8 @@ def embed(
         L2-normalized; with texts also `"text_embeddings"`, `(texts, d)`,
         `"image_of_text"`, `(texts,)` int64, the row of the image that each text
         belongs to, and `"text_numbers"`, `(texts,)` int64, equal for texts with equal
-        token ids; and all other entries of the batches, such as `"labels"`.
+        token ids, padding aside; and all other entries of the batches, such as
+        `"labels"`.
 
     Raises:
         ValueError: For data without images or with an entry that some batches lack, for
@@ -117,7 +119,7 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
             found["image_of_text"] = count + owners
             # Batches may be padded to different lengths, after the texts with -1.
             mask = inputs.get("padding_mask")
-            read = family.without_padding(inputs["token_ids"], mask, np)
+            read = without_padding(family, inputs["token_ids"], mask, np)
             texts = [np.trim_zeros(row, "b").tobytes() for row in read + 1]
             found["text_numbers"] = np.array(
                 [numbers.setdefault(text, len(numbers)) for text in texts], "int64"
