@@ -6,7 +6,9 @@ over pairs, so it can also be computed a few rows at a time: `batch_loss` does s
 batch that is large, or split over replicas.
 """
 
+import types
 from collections.abc import Sequence
+from typing import Any
 
 from keras import ops
 
@@ -185,6 +187,41 @@ def row_labels(rows: Tensor) -> Tensor:
     return ops.stack([rows, ops.full_like(rows, replica_index())], axis=1)
 
 
+def without_padding(
+    family: Any,
+    token_ids: Any,
+    padding_mask: Any = None,
+    xp: types.ModuleType = ops,
+) -> Any:
+    """Replaces the tokens after the end of each text, and hidden ones, by -1.
+
+    Rows of one text are equal then, whatever they were padded with, up to the number of
+    -1 at their ends.
+
+    Args:
+        family: The `TextFamily` of the text encoder.
+        token_ids: `(batch, T)` ints.
+        padding_mask: `(batch, T)` array, 0 for hidden tokens. By default padding is
+            hidden.
+        xp: `keras.ops`, or `numpy` for arrays on the host.
+
+    Returns:
+        `(batch, T)` int32 tensor, or array.
+    """
+    ids = xp.array(token_ids, "int32")
+    if family.pooling in ("highest id", "end token"):
+        values = ids
+        if family.pooling == "end token":
+            values = xp.array(ids == family.end_id, "int32")
+        ends = xp.argmax(values, axis=1)
+        is_read = xp.arange(xp.shape(ids)[1]) <= ends[:, None]
+    elif padding_mask is not None:
+        is_read = xp.array(padding_mask, "bool")
+    else:
+        is_read = ids != family.padding_id
+    return xp.where(is_read, ids, -1)
+
+
 def caption_labels(token_ids: Tensor) -> Tensor:
     """Hashes captions, so that equal captions have equal labels.
 
@@ -194,8 +231,8 @@ def caption_labels(token_ids: Tensor) -> Tensor:
 
     Args:
         token_ids: `(batch, T)` int tensor. Negative ids, such as those of
-            `TextFamily.without_padding`, do not count, so that a label does not depend
-            on the length to which texts are padded.
+            `without_padding`, do not count, so that a label does not depend on the
+            length to which texts are padded.
 
     Returns:
         `(batch, 2)` int32 tensor.

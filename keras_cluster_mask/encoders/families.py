@@ -5,14 +5,12 @@ recognized by name, to avoid importing keras_hub.
 """
 
 import dataclasses
-import types
 from collections.abc import Mapping
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_cluster_mask.losses import caption_labels
 from keras_cluster_mask.training.layers import all_layers
 from keras_cluster_mask.types import Tensor
 
@@ -101,47 +99,6 @@ class TextFamily:
         # The first of them.
         counts = ops.cumsum(ops.cast(is_end, "int32"), axis=1)
         return ops.logical_and(is_end, ops.equal(counts, 1))
-
-    def without_padding(
-        self, token_ids: Any, padding_mask: Any = None, xp: types.ModuleType = ops
-    ) -> Any:
-        """Replaces the tokens after the end of each text, and hidden ones, by -1.
-
-        Rows of one text are equal then, whatever they were padded with, up to the
-        number of -1 at their ends.
-
-        Args:
-            token_ids: `(batch, T)` ints.
-            padding_mask: `(batch, T)` array, 0 for hidden tokens. By default padding is
-                hidden.
-            xp: `keras.ops`, or `numpy` for arrays on the host.
-
-        Returns:
-            `(batch, T)` int32 tensor, or array.
-        """
-        ids = xp.array(token_ids, "int32")
-        if self.pooling in ("highest id", "end token"):
-            is_end = ids == self.end_id
-            ends = xp.argmax(
-                ids if self.pooling == "highest id" else xp.array(is_end, "int32"),
-                axis=1,
-            )
-            is_read = xp.arange(xp.shape(ids)[1]) <= ends[:, None]
-        elif padding_mask is not None:
-            is_read = xp.array(padding_mask, "bool")
-        else:
-            is_read = ids != self.padding_id
-        return xp.where(is_read, ids, -1)
-
-    def caption_labels(self, batch: Mapping[str, Any]) -> Tensor:
-        """Returns labels that are equal for rows of one text, padding aside.
-
-        Args:
-            batch: Dictionary with `"token_ids"`, and the `"padding_mask"` if there is
-                one.
-        """
-        ids = self.without_padding(batch["token_ids"], batch.get("padding_mask"))
-        return caption_labels(ids)
 
 
 @dataclasses.dataclass(frozen=True)

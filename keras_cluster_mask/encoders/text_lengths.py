@@ -13,6 +13,7 @@ from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.encoders.families import TextFamily
 from keras_cluster_mask.encoders.masked import random_weights
 from keras_cluster_mask.encoders.pooled import PooledEncoder
+from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.training.layers import all_layers
 
 # The smallest length to which texts are cut. JAX and TensorFlow compile a step for each
@@ -48,9 +49,9 @@ class TextLengths:
         Returns:
             `(batch,)` ints, at least 1.
         """
-        mask = batch.get("padding_mask")
-        ids = self.family.without_padding(
-            as_array(batch["token_ids"]), None if mask is None else as_array(mask), np
+        names = batch.keys() & {"token_ids", "padding_mask"}
+        ids = without_padding(
+            self.family, **{name: as_array(batch[name]) for name in names}, xp=np
         )
         ends = np.where(ids >= 0, np.arange(1, ids.shape[1] + 1), 1)
         return ends.max(axis=1, initial=1)

@@ -1,7 +1,7 @@
 """Computes the embeddings of a dataset."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,10 @@ from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
 from keras_cluster_mask.data.dataset import image_text_dataset
 from keras_cluster_mask.data.images import cut_middle, squash
 from keras_cluster_mask.data.splitting import SourcePart
-from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
+from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.training.tokens import check_tokenizer_of, tokenizer_of
 
@@ -67,7 +67,8 @@ def embed(
         L2-normalized; with texts also `"text_embeddings"`, `(texts, d)`,
         `"image_of_text"`, `(texts,)` int64, the row of the image that each text
         belongs to, and `"text_numbers"`, `(texts,)` int64, equal for texts with equal
-        token ids; and all other entries of the batches, such as `"labels"`.
+        token ids, padding aside; and all other entries of the batches, such as
+        `"labels"`.
 
     Raises:
         ValueError: For data without images or with an entry that some batches lack, for
@@ -121,7 +122,7 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
             found["image_of_text"] = count + owners
             # Batches may be padded to different lengths, after the texts with -1.
             mask = inputs.get("padding_mask")
-            read = family.without_padding(inputs["token_ids"], mask, np)
+            read = without_padding(family, inputs["token_ids"], mask, np)
             texts = [np.trim_zeros(row, "b").tobytes() for row in read + 1]
             found["text_numbers"] = np.array(
                 [numbers.setdefault(text, len(numbers)) for text in texts], "int64"
@@ -241,13 +242,3 @@ def resize_image(
     fitted = (squash if resize == "squash" else cut_middle)(image, image_size)
     # Converted last, as in open_clip, which matters for palettes and transparency.
     return np.array(fitted.convert("RGB"))
-
-
-def clip_tokenizer(context_length: int | None = None) -> Callable:
-    """Returns CLIP's tokenizer, whose vocabulary is installed with open_clip.
-
-    Args:
-        context_length: Integer, the context length of the model's text encoder; `None`
-            if it takes any.
-    """
-    return CLIPTokenizer.from_open_clip(context_length or 77)

@@ -22,6 +22,7 @@ from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_whole
 from keras_cluster_mask.evaluation.embedding import embedder_of, pairs_of, texts_of
+from keras_cluster_mask.losses import caption_labels, without_padding
 from keras_cluster_mask.training.features import (
     ARRAYS,
     PROGRESS,
@@ -99,11 +100,11 @@ def compute_features(
                     f"{int(np.sum(counts == 0))} images of a batch without"
                 )
             token_ids = tokenize(texts)
-            labels = model.text_tower.family.caption_labels({"token_ids": token_ids})
+            read = without_padding(model.text_tower.family, token_ids)
             arrays = {
                 "image_features": embedder.images(batch["images"]),
                 "text_features": embedder.texts(token_ids),
-                "caption_labels": labels,
+                "caption_labels": caption_labels(read),
                 "captions_of_image": counts,
             }
             _append(folder, found, arrays)

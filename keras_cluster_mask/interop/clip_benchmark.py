@@ -5,11 +5,12 @@ Its metrics and datasets work with a Keras model, on any backend:
 ```python
 from clip_benchmark.metrics import zeroshot_classification
 
-backbone = kcm.models.clip_backbone("tiny", image_size=32)
-model, transform, tokenizer = kcm.interop.clip_benchmark.adapt(backbone)
+tokenizer = kcm.data.CLIPTokenizer.train(["a photo of a cat"], 600)
+backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size)
+model, transform, tokenize = kcm.interop.clip_benchmark.adapt(backbone, tokenizer)
 classes, templates = ["cat", "dog"], ["a photo of a {c}."]
 weights = zeroshot_classification.zero_shot_classifier(
-    model, tokenizer, classes, templates, "cpu", amp=False
+    model, tokenize, classes, templates, "cpu", amp=False
 )
 weights.shape  # (96, 2)
 ```
@@ -31,23 +32,16 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.encoders.surgery import data_format_of
 from keras_cluster_mask.evaluation import embedding
 from keras_cluster_mask.masking.patch_grid import is_channels_first
-from keras_cluster_mask.models.loading import image_size_of
 from keras_cluster_mask.training.tokens import tokenizer_of
 from keras_cluster_mask.types import Tensor
-
-# The number of ids of CLIP's tokenizer.
-CLIP_SIZE = 49408
 
 # torch and clip_benchmark are optional, so they are imported in functions only.
 
 
-def adapt(
-    model: Any, tokenizer: Any = None, resize: str | None = None
-) -> tuple["Adapter", Callable, Callable]:
+def adapt(model: Any, tokenizer: Any = None) -> tuple["Adapter", Callable, Callable]:
     """Adapts a model, its images and its texts to clip_benchmark.
 
     The three results can be passed to any of clip_benchmark's functions, and to other
@@ -58,9 +52,7 @@ def adapt(
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of a file with one of them that `save` wrote,
             or the path of a folder with a keras_hub preset.
-        tokenizer: See `kcm.evaluation.embed`. Defaults to that of the model, or to
-            CLIP's for a CLIP with CLIP's 49,408 ids. Any other model needs one.
-        resize: `"crop"` or `"squash"`. Defaults to `None`: as the model resizes images.
+        tokenizer: See `kcm.evaluation.embed`. Defaults to that of the model.
 
     Returns:
         Tuple of an `Adapter`; a function from a `PIL.Image.Image` to a `(3, H, W)`
@@ -69,29 +61,21 @@ def adapt(
 
     Raises:
         ValueError: If there is no model at the path.
-        ValueError: For an unsupported model or file, for another value of `resize`, or
-            if the tokenizer does not match the model.
+        ValueError: For an unsupported model or file, or if the tokenizer does not match
+            the model.
     """
-    check_choice("resize", resize, (None, "crop", "squash"))
     adapter = Adapter(model)
     model = adapter.embedder.model
-    image_size = image_size_of(model)
+    image_size = model.preprocessing["image_size"]
     if None in image_size:
         raise ValueError(
             "`model` must have an image encoder that takes images of one size. "
             f"Received: an encoder of images of {image_size}"
         )
-    rules = model.input_rules
-    if tokenizer is None:
-        tokenizer = model.tokenizer
-    is_clip = model.text_tower.family.pooling == "highest id"
-    if tokenizer is None and is_clip and rules.vocabulary_size == CLIP_SIZE:
-        tokenizer = embedding.clip_tokenizer(rules.context_length)
     tokenize = tokenizer_of(model, tokenizer)
-    resize = model.resize if resize is None else resize
     return (
         adapter,
-        functools.partial(_pixels, image_size=image_size, resize=resize),
+        functools.partial(_pixels, image_size=image_size, resize=model.resize),
         functools.partial(_text_ids, tokenize=tokenize),
     )
 

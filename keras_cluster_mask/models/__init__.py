@@ -6,7 +6,6 @@ from keras_cluster_mask.encoders.momentum import MomentumEncoder
 from keras_cluster_mask.encoders.resizing import with_context_length, with_image_size
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.head import ContrastiveHead
-from keras_cluster_mask.models.loading import image_size_of
 
 __all__ = [
     "ContrastiveHead",
@@ -14,7 +13,6 @@ __all__ = [
     "MaskedEncoder",
     "MomentumEncoder",
     "clip_backbone",
-    "image_size_of",
     "with_context_length",
     "with_image_size",
     "with_masking",

@@ -22,7 +22,12 @@ from keras_cluster_mask.encoders.pixels import pixel_range
 from keras_cluster_mask.encoders.pooled import pretrained_towers
 from keras_cluster_mask.encoders.surgery import image_shape_of, number_positions
 from keras_cluster_mask.encoders.towers import ImageTower, TextTower, encode
-from keras_cluster_mask.losses import batch_loss, row_labels
+from keras_cluster_mask.losses import (
+    batch_loss,
+    caption_labels,
+    row_labels,
+    without_padding,
+)
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.masking.patch_masking import join
@@ -566,7 +571,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         if self.duplicates == "negative":
             labels = row_labels(texts)
         elif "token_ids" in x:
-            labels = self.text_tower.family.caption_labels(x)
+            family, mask = self.text_tower.family, x.get("padding_mask")
+            labels = caption_labels(without_padding(family, x["token_ids"], mask))
         else:
             labels = x["caption_labels"]
         weights = [self.head.scale]

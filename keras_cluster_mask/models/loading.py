@@ -34,24 +34,3 @@ def as_contrastive_model(model: Any) -> ContrastiveModel:
     if isinstance(model, ContrastiveModel):
         return model
     return ContrastiveModel.from_backbone(model)
-
-
-def image_size_of(model: Any) -> tuple[int | None, int | None]:
-    """Returns the size of the images that a model takes.
-
-    Example:
-
-    ```python
-    backbone = kcm.models.clip_backbone("tiny", image_size=32)
-    kcm.models.image_size_of(backbone)  # (32, 32)
-    ```
-
-    Args:
-        model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of a saved one.
-
-    Returns:
-        `(height, width)`. Each is `None` if the image encoder accepts any size or does
-        not define one.
-    """
-    return as_contrastive_model(model).preprocessing["image_size"]

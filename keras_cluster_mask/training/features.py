@@ -37,12 +37,12 @@ class TowerFeatures:
     Example:
 
     ```python
-    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=600)
-    model = kcm.ContrastiveModel.from_backbone(backbone)
+    tokenizer = kcm.data.CLIPTokenizer.train(["a dog", "a cat"], 600)
+    backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size)
+    model = kcm.ContrastiveModel.from_backbone(backbone, tokenizer=tokenizer)
     images = np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8")
     data = {"images": images, "captions": [("a dog", "a cat")] * 8}
-    tokenizer = kcm.data.CLIPTokenizer.train(["a dog", "a cat"], 600)
-    kcm.evaluation.compute_features(model, data, "features", tokenizer)
+    kcm.evaluation.compute_features(model, data, "features")
     features = kcm.TowerFeatures("features")
     model.image_encoder.trainable = model.text_encoder.trainable = False
     model.compile("adam")

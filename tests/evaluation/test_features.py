@@ -10,6 +10,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import compute_features
+from keras_cluster_mask.losses import caption_labels, without_padding
 from keras_cluster_mask.training import arrays
 from keras_cluster_mask.training.features import FeatureBatches
 from tests.encoders.test_pooled import bert, make_model
@@ -231,7 +232,7 @@ def test_a_caption_has_one_label_whatever_its_batch_is_padded_to(tmp_path):
     assert first[0] != first[1] != first[2] != first[0]
     # As pairs with token ids have them.
     ids = padded_to_the_longest([x for x, _ in data["captions"]])
-    labels = model.text_tower.family.caption_labels({"token_ids": ids})
+    labels = caption_labels(without_padding(model.text_tower.family, ids))
     assert first == ops.convert_to_numpy(labels).tolist()
 
 
