@@ -31,7 +31,7 @@ from keras_cluster_mask.training.features import (
     describe_towers,
     read_progress,
 )
-from keras_cluster_mask.training.tokens import check_tokenizer, tokenizer_of
+from keras_cluster_mask.training.tokens import digest_of, tokenizer_of
 
 
 def compute_features(
@@ -73,9 +73,7 @@ def compute_features(
     description = {
         "towers": describe_towers(model),
         "data": _describe_data(data),
-        "tokenizer": check_tokenizer(
-            model, tokenizer, model.input_rules.context_length
-        ),
+        "tokenizer": digest_of(model, tokenizer),
     }
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@
 | any other callable | not saved, with a warning |
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -23,28 +24,6 @@ LAYER_FILE, CLIP_FILE = "tokenizer_layer.json", "clip_tokenizer.json"
 HUGGING_FACE_FILE = "tokenizer_config.json"
 # The folder in a preset for what keras_hub does not read.
 PRESET_FOLDER = "keras_cluster_mask"
-
-
-class UnreadTokenizer:
-    """Stands for a saved tokenizer that could not be loaded, and says why when called.
-
-    A model without its tokenizer still embeds images and token ids.
-
-    Args:
-        error: Exception. Why the tokenizer could not be loaded.
-    """
-
-    def __init__(self, error: Exception):
-        self.error = error
-
-    def __call__(self, texts: Any, **options: Any) -> Any:
-        is_missing = isinstance(self.error, ImportError)
-        raise (ImportError if is_missing else ValueError)(
-            "The tokenizer of the model could not be loaded: install the package that "
-            "the tokenizer is from, such as transformers, and load the model again, or "
-            "set `model.tokenizer`. Received: "
-            f"{type(self.error).__name__}: {self.error}"
-        ) from self.error
 
 
 def file_of(tokenizer: Any) -> str | None:
@@ -96,14 +75,25 @@ def load_tokenizer(folder: str | os.PathLike) -> Any:
     The assets of a Keras layer are not loaded.
 
     Returns:
-        The tokenizer; an `UnreadTokenizer` if it cannot be loaded; `None` if there is
-        none.
+        The tokenizer; `None` if there is none, or if it cannot be loaded, which causes
+        a warning.
     """
-    # Whatever the reason is, the weights of the model are intact.
+    return _or_warn(_load, pathlib.Path(folder))
+
+
+def _or_warn(load, *arguments):
+    """Returns a loaded tokenizer, or warns: a model embeds images and ids without."""
     try:
-        return _load(pathlib.Path(folder))
+        return load(*arguments)
     except Exception as error:
-        return UnreadTokenizer(error)
+        warnings.warn(
+            "The tokenizer that was saved with the model could not be loaded: install "
+            "the package that the tokenizer is from, such as transformers, and load "
+            "the model again, or set `model.tokenizer`. Received: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=4,
+        )
+        return None
 
 
 def _load(folder):
@@ -178,19 +168,20 @@ def load_beside_weights(
     """
     from keras_cluster_mask.data.tokenizers import CLIPTokenizer, clip_parts
 
+    def read_files():
+        # The files of a CLIP, which need no further package.
+        ids = json.loads((folder / "vocab.json").read_text("utf-8"))
+        merges = (folder / "merges.txt").read_text("utf-8").splitlines()
+        return CLIPTokenizer(*clip_parts(ids, merges), context_length)
+
     found = None
-    try:
-        if kind and folder and (folder / "merges.txt").is_file():
-            # The files of a CLIP, which need no further package.
-            ids = json.loads((folder / "vocab.json").read_text("utf-8"))
-            merges = (folder / "merges.txt").read_text("utf-8").splitlines()
-            return CLIPTokenizer(*clip_parts(ids, merges), context_length)
-        if kind == "clip":
-            return CLIPTokenizer.from_open_clip(context_length)
-    except Exception as error:
-        found = UnreadTokenizer(error)
     if kind and folder:
-        found = load_tokenizer(folder) or found
+        has_merges = (folder / "merges.txt").is_file()
+        found = _or_warn(read_files) if has_merges else load_tokenizer(folder)
+    if kind == "clip" and found is None:
+        # The package need not be installed.
+        with contextlib.suppress(ImportError):
+            found = CLIPTokenizer.from_open_clip(context_length)
     if hasattr(found, "model_max_length"):
         found.model_max_length = min(found.model_max_length, context_length)
     return found
