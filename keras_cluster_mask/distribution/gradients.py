@@ -95,10 +95,10 @@ def waits_for_data(train_step):
         tensors = [x for x in tree.flatten(data) if x is not None]
         # If one entry of the batches has a free dimension, `tf.distribute` keeps the
         # number of rows of this entry alone.
-        rows = {x.shape[0] for x in tensors if x.shape.rank} - {None}
-        for x in tensors if len(rows) == 1 else ():
-            if x.shape.rank:
-                x.set_shape([*rows, *x.shape[1:]])
+        batched = [x for x in tensors if tf.is_symbolic_tensor(x) and x.shape.rank]
+        rows = {x.shape[0] for x in batched} - {None}
+        for x in batched if len(rows) == 1 else ():
+            x.set_shape([*rows, *x.shape[1:]])
         with tf.control_dependencies(tensors):
             return train_step(self, *data)
 

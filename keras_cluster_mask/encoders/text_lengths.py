@@ -14,6 +14,7 @@ from keras_cluster_mask.encoders.families import TextFamily
 from keras_cluster_mask.encoders.masked import random_weights
 from keras_cluster_mask.encoders.pooled import PooledEncoder
 from keras_cluster_mask.losses import without_padding
+from keras_cluster_mask.training.input_rules import MADE
 from keras_cluster_mask.training.layers import all_layers
 
 # The smallest length to which texts are cut. JAX and TensorFlow compile a step for each
@@ -33,7 +34,8 @@ class TextLengths:
         family: The `TextFamily` of the encoder.
         names: Tuple of str, the inputs of the encoder that are cut. Empty if the
             features would change: the encoder takes texts of one length, pools the last
-            of all tokens (SigLIP), or does not hide padding.
+            of all tokens (SigLIP), or does not hide padding; or if it has inputs of
+            unknown use.
     """
 
     family: TextFamily
@@ -112,27 +114,24 @@ def lengths_of_encoder(tower: Any) -> TextLengths:
     An encoder that is not of a known family is called once, to test whether padding has
     an influence.
     """
-    family, longest = tower.family, tower.context_length
-    inputs = getattr(tower.encoder, "input", None)
-    inputs = [*inputs.values()] if isinstance(inputs, dict) else tree.flatten(inputs)
-    shapes = {k: x.shape for k, x in zip(tower.input_names, inputs) if x is not None}
-    names = tuple(name for name in shapes if shapes[name] == (None, None))
+    family, longest, names = tower.family, tower.context_length, tower.input_names
+    inputs = tree.flatten(getattr(tower.encoder, "input", None))
+    shapes = {getattr(x, "shape", None) for x in inputs}
     # `from_encoders` and `from_backbone` make their encoders of families of the table.
     is_of_table = isinstance(tower.encoder, PooledEncoder)
     is_of_table = is_of_table or hasattr(tower.encoder, "text_family")
-    hides = family.pooling in ("highest id", "end token") or "padding_mask" in names
-    if (
-        not hides
-        or family.pooling == "last token"
-        or "token_ids" not in names
-        or (longest is not None and longest <= LEAST)
-        or not (is_of_table or _is_exact(tower, shapes, names))
-    ):
-        return TextLengths(family)
-    return TextLengths(family, names)
+    is_cut = (
+        shapes == {(None, None)}
+        and {*names} <= {"token_ids", *MADE}
+        and family.pooling != "last token"
+        and (family.pooling != "all tokens" or "padding_mask" in names)
+        and (longest is None or longest > LEAST)
+        and (is_of_table or _is_exact(tower))
+    )
+    return TextLengths(family, names if is_cut else ())
 
 
-def _is_exact(tower, shapes, names):
+def _is_exact(tower):
     """Returns whether an encoder returns equal features for texts cut to two lengths.
 
     The weights are random: a weight of zero would hide an influence that training
@@ -146,19 +145,11 @@ def _is_exact(tower, shapes, names):
     for row, length in zip(ids, LENGTHS):
         row[:length] = np.resize(words, length)
         row[length - 1] = end
-    # Ones, because zeros in an input of unknown use may hide the whole text.
-    others = {
-        name: np.ones((len(ids), *(x or width for x in shape[1:])), "int32")
-        for name, shape in shapes.items()
-        if name not in ("token_ids", "padding_mask", "segment_ids")
-    }
-    batch = {"token_ids": ids, **others}
-    short = {k: x[:, :LEAST] if k in names else x for k, x in batch.items()}
     try:
         with random_weights(encoder):
             found = [
                 ops.convert_to_numpy(ops.cast(tower.features(x), "float32"))
-                for x in (batch, short)
+                for x in (ids, ids[:, :LEAST])
             ]
     except Exception:
         # The encoder need not take texts of a length that was chosen here.

@@ -318,15 +318,19 @@ def _of_any_lengths(batches, rules):
         return batches
     import tensorflow as tf
 
-    first = [batch for (batch,) in itertools.islice(batches, 2)]
-    if isinstance(batches, types.GeneratorType):
-        batches = itertools.chain([(batch,) for batch in first], batches)
-    specs = {}
-    for name, values in (first or [{}])[0].items():
-        shapes = {tuple(np.shape(batch[name])) for batch in first}
-        dims = [None if len({*sizes}) > 1 else sizes[0] for sizes in zip(*shapes)]
-        shape = [None, *((None,) if name in free else dims[1:])]
-        specs[name] = tf.TensorSpec(shape[: len(dims)], as_array(values).dtype)
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        return batches
+    if iterator is batches:
+        batches = itertools.chain([first], iterator)
+    specs = {
+        name: tf.TensorSpec(
+            [None, *([None] if name in free else np.shape(values)[1:])],
+            as_array(values).dtype,
+        )
+        for name, values in first[0].items()
+    }
     return tf.data.Dataset.from_generator(lambda: batches, output_signature=(specs,))
 
 
