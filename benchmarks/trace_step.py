@@ -60,10 +60,12 @@ def trace():
     Returns:
         A dictionary of `Counter`s by `(file, name, line)` of the function.
     """
-    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=600)
+    tokenizer = kcm.data.CLIPTokenizer.train(CAPTIONS, 600)
+    backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size)
     masking = kcm.RandomMasking(0.5)
     with counted() as making:
         model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
+    model.tokenizer = tokenizer
     model.compile(keras.optimizers.AdamW(1e-3))
     train_step, steps = model.train_step, []
 
@@ -75,7 +77,7 @@ def trace():
 
     model.train_step = traced
     with tempfile.TemporaryDirectory() as folder:
-        data = dataset(Path(folder))
+        data = dataset(Path(folder), model)
         with counted() as starting:
             model.fit(data, steps_per_epoch=2, verbose=0)
     return {"from_backbone": making, "fit": starting, "step": steps[1]}
@@ -103,7 +105,7 @@ def counted(calls=None):
         threading.setprofile(None)
 
 
-def dataset(folder):
+def dataset(folder, model):
     """A table of images, as a dataset for training."""
     rng = np.random.default_rng(0)
     lines = ["image,caption"]
@@ -112,10 +114,7 @@ def dataset(folder):
         Image.fromarray(pixels).save(folder / f"{index}.png")
         lines.append(f"{index}.png,{caption}")
     (folder / "pairs.csv").write_text("\n".join(lines))
-    tokenizer = kcm.data.CLIPTokenizer.train(CAPTIONS, 600)
-    return kcm.data.image_text_dataset(
-        folder / "pairs.csv", tokenizer, image_size=32, batch_size=4, training=True
-    )
+    return kcm.data.image_text_dataset(folder / "pairs.csv", model, batch_size=4)
 
 
 if __name__ == "__main__":

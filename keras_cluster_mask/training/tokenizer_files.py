@@ -175,10 +175,10 @@ def load_beside_weights(
         return CLIPTokenizer(*clip_parts(ids, merges), context_length)
 
     found = None
+    has_merges = bool(kind and folder) and (folder / "merges.txt").is_file()
     if kind and folder:
-        has_merges = (folder / "merges.txt").is_file()
         found = _or_warn(read_files) if has_merges else load_tokenizer(folder)
-    if kind == "clip" and found is None:
+    if kind == "clip" and found is None and not has_merges:
         # The package need not be installed.
         with contextlib.suppress(ImportError):
             found = CLIPTokenizer.from_open_clip(context_length)

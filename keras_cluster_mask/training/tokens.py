@@ -26,17 +26,14 @@ def check_tokenizer(model, tokenizer, context_length=None):
         tokenizer: See `image_text_dataset`.
         context_length: Integer, the length of token rows, for a tokenizer that supports
             any length. `None` uses the tokenizer's own length.
-
-    Returns:
-        String, the digest of the tokenizer; `None` if the tokenizer accepts only the
-        texts of its dataset.
     """
     # Imported here: it needs packages that `import keras` does not.
     from keras_cluster_mask.data.tokenizing import probe, vocabulary_size_of
 
     ids = probe(tokenizer, context_length)
     if ids is None:
-        return None
+        # It accepts only the texts of its dataset.
+        return
     try:
         model.input_rules.check_ids(ids)
     except ValueError as error:
@@ -51,13 +48,13 @@ def check_tokenizer(model, tokenizer, context_length=None):
             f"{ids[:, 0].tolist()}, and has the highest ids {ids.max(1).tolist()} "
             f"at {ids.argmax(1).tolist()}, for three sentences"
         )
-    sizes = vocabulary_size_of(tokenizer), model.input_rules.vocabulary_size
-    if model.tokenizer is None and None not in sizes and sizes[0] != sizes[1]:
-        _warn_of_sizes(*sizes)
-    digest = digest_of(model, tokenizer)
-    if tokenizer is not model.tokenizer:
+    if model.tokenizer is None:
+        sizes = vocabulary_size_of(tokenizer), model.input_rules.vocabulary_size
+        if None not in sizes and sizes[0] != sizes[1]:
+            _warn_of_sizes(*sizes)
+    elif tokenizer is not model.tokenizer:
+        digest = digest_of(model, tokenizer)
         _check_digest(model, digest, f"tokenizer={tokenizer}")
-    return digest
 
 
 def check_kind(tokenizer):
@@ -116,9 +113,7 @@ def adopt_tokenizer(model, data):
     tokenizer = check_tokenizer_of(model, data)
     lengths = [getattr(x, "context_length", 0) for x in (model.tokenizer, tokenizer)]
     is_longer = all(lengths) and lengths[0] < lengths[1]
-    if tokenizer is not None and (
-        is_longer or digest_of(model, model.tokenizer) is None
-    ):
+    if tokenizer is not None and (is_longer or model.tokenizer is None):
         model.tokenizer = tokenizer
     if model.tokenizer is not None and file_of(model.tokenizer) is None:
         warn_of_unsaved(model.tokenizer)

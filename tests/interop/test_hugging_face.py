@@ -136,9 +136,8 @@ def test_a_tokenizer_in_the_folder_is_that_of_the_model(folder, monkeypatch):
     np.testing.assert_array_equal(found(texts), ours(texts))
     # Weights are read whatever the tokenizer's files are.
     (folder / "vocab.json").write_text("{}")
-    broken = load_hugging_face(folder).tokenizer
-    with pytest.raises((ImportError, ValueError), match=r"`model.tokenizer`.*: "):
-        broken(texts)
+    with pytest.warns(UserWarning, match=r"`model.tokenizer`.*Received: "):
+        assert load_hugging_face(folder).tokenizer is None
 
 
 # === Embeddings ===
