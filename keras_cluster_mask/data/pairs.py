@@ -1,6 +1,7 @@
 """Finds the image, the captions and the label of a sample, or its fault."""
 
 import contextlib
+import copy
 import json
 import numbers
 import typing
@@ -120,6 +121,17 @@ class PairReader:
             self.wanted["caption"] = self.caption_keys
         if self.labels:
             self.wanted["label"] = self.labels.keys
+
+    def filled(self, other):
+        """Returns a reader with another one's fields in place of the common names."""
+        found = copy.copy(self)
+        if self.image_keys == IMAGE_KEYS:
+            found.image_keys = other.image_keys
+        if self.caption_keys == CAPTION_KEYS:
+            found.caption_keys, found._line_keys = other.caption_keys, other._line_keys
+        keys = {"image": found.image_keys, "caption": found.caption_keys}
+        found.wanted = {kind: keys.get(kind, x) for kind, x in self.wanted.items()}
+        return found
 
     def describe(self):
         """Returns the settings that decide which samples are intact, as JSON values."""

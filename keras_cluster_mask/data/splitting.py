@@ -34,6 +34,7 @@ class SourcePart:
 
     def open_index(self, reader, index_dir=None, num_workers=0, process=(0, 1)):
         """Opens the index of the samples of this part; see `open_index`."""
+        reader = reader.filled(self.reader)
         if reader.image_keys not in ((), self.reader.image_keys):
             raise ValueError(
                 "`image_keys` must be those of `split`, which finds the images of the "
@@ -64,6 +65,7 @@ def split(
     *,
     seed: int = 0,
     image_keys: str | Sequence[str] | None = None,
+    caption_key: str | Sequence[str] | None = None,
     index_dir: str | os.PathLike | None = None,
 ) -> tuple[SourcePart, SourcePart]:
     """Splits a source into training data and test data, which share no image.
@@ -100,8 +102,10 @@ def split(
             file name in a tar or the first column of a table. Copies of an image with
             other keys may then be on both sides. Defaults to `"image"`.
         seed: Integer. The random seed of the sides. Defaults to `0`.
-        image_keys: String or sequence of strings; see `image_text_dataset`. Whatever
-            reads the parts needs the same. Defaults to `None`: common names.
+        image_keys: String or sequence of strings; see `image_text_dataset`. Also used
+            by whatever reads the parts. Defaults to `None`: common names.
+        caption_key: String or sequence of strings; see `image_text_dataset`. The
+            default for the parts. Defaults to `None`: common names.
         index_dir: String or path; see `image_text_dataset`. The default for the parts.
 
     Returns:
@@ -116,7 +120,9 @@ def split(
     check_range("test", test, 0, 1, "()")
     check_choice("by", by, ("image", "key"))
     check_integer("seed", seed, 0)
-    reader = PairReader(image_keys, wants_caption=False)
+    reader = PairReader(image_keys, caption_key, wants_caption=False)
+    if isinstance(source, SourcePart):
+        reader = reader.filled(source.reader)
     index = open_index(source, reader, index_dir)
     if by == "image":
         hashes = np.fromiter(read_all(index, _hash, "split"), "u8", len(index))

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import hashlib
 import html
 import importlib.util
 import json
@@ -102,19 +103,6 @@ def clip_vocabulary(merges):
     ]
 
 
-def clip_parts(ids, lines):
-    """Returns vocabulary and merges as `CLIPTokenizer` takes them.
-
-    Args:
-        ids: Dictionary from the tokens of KerasHub and Hugging Face to their ids.
-        lines: List of strings, the lines of a file of merges.
-    """
-    names = {name: token for token, name in KERAS_HUB.items()}
-    tokens = [names.get(token, token) for token in sorted(ids, key=ids.get)]
-    merges = [line.split() for line in lines if "#version:" not in line]
-    return tokens, [merge for merge in merges if merge]
-
-
 class CLIPTokenizer:
     """Lower-cased byte-pair tokenizer that returns exactly CLIP's token ids.
 
@@ -166,7 +154,7 @@ class CLIPTokenizer:
         self._merges = [tuple(merge) for merge in merges]
         ids = {token: index for index, token in enumerate(self._vocabulary)}
         self.vocabulary_size = len(self._vocabulary)
-        if self._vocabulary[-1] != END or len(ids) < self.vocabulary_size:
+        if self._vocabulary[-1:] != [END] or len(ids) < self.vocabulary_size:
             raise ValueError(
                 f"`vocabulary` must end with {END!r}, which then has the highest "
                 "id, and must have each token once. Received: "
@@ -269,17 +257,49 @@ class CLIPTokenizer:
         Returns:
             A `CLIPTokenizer`.
         """
-        # Imported here because worker processes do not import Keras.
-        from keras_cluster_mask.distribution.backends import import_keras_hub
-
-        source = import_keras_hub().models.CLIPTokenizer.from_preset(preset)
-        config = pathlib.Path(preset, "config.json")
+        folder = pathlib.Path(preset)
+        config = folder / "config.json"
         if context_length is None and config.exists():
             backbone = json.loads(config.read_text())["config"]
             encoder = backbone.get("text_encoder", {"config": backbone})["config"]
             context_length = encoder.get("max_sequence_length")
-        parts = clip_parts(source.vocabulary, source.merges)
-        return cls(*parts, context_length or 77)
+        assets = folder / "assets" / "tokenizer"
+        if assets.is_dir():
+            paths = assets / "vocabulary.json", assets / "merges.txt"
+            return cls.from_vocabulary(*paths, context_length or 77)
+        # Imported here because worker processes do not import Keras.
+        from keras_cluster_mask.distribution.backends import import_keras_hub
+
+        source = import_keras_hub().models.CLIPTokenizer.from_preset(preset)
+        return cls._of_others(source.vocabulary, source.merges, context_length or 77)
+
+    @classmethod
+    def from_vocabulary(
+        cls,
+        vocabulary: str | os.PathLike,
+        merges: str | os.PathLike,
+        context_length: int = 77,
+    ) -> Self:
+        """Loads the two files of a CLIP tokenizer of Hugging Face or KerasHub.
+
+        Args:
+            vocabulary: String or path, such as `"vocab.json"`.
+            merges: String or path, such as `"merges.txt"`.
+            context_length: Integer. Defaults to `77`.
+
+        Returns:
+            A `CLIPTokenizer`.
+        """
+        ids = json.loads(pathlib.Path(vocabulary).read_text("utf-8"))
+        lines = pathlib.Path(merges).read_text("utf-8").splitlines()
+        return cls._of_others(ids, lines, context_length)
+
+    @classmethod
+    def _of_others(cls, ids, lines, context_length):
+        names = {name: token for token, name in KERAS_HUB.items()}
+        tokens = [names.get(token, token) for token in sorted(ids, key=ids.get)]
+        merges = [line.split() for line in lines if "#version:" not in line]
+        return cls(tokens, [merge for merge in merges if merge], context_length)
 
     @classmethod
     def train(
@@ -362,6 +382,12 @@ class CLIPTokenizer:
         ):
             with files.replacing(f"{os.fspath(preset_dir)}/{name}") as file:
                 file.write(text.encode())
+
+    @functools.cached_property
+    def vocabulary_digest(self) -> str:
+        """A hash of the vocabulary and the merges."""
+        content = repr((self._vocabulary, self._merges)).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def with_context_length(self, context_length: int) -> Self:
         """Returns a copy with another context length, such as for a training stage.

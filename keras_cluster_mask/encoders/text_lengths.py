@@ -99,11 +99,11 @@ class TextLengths:
 def rounded_up(length: int) -> int:
     """Returns the number of tokens with which texts of a length are encoded.
 
-    On torch a multiple of 8; else one of 16, 24, 32, 48, 64, 96, 128, ..., because each
+    On torch a multiple of 4; else one of 16, 24, 32, 48, 64, 96, 128, ..., because each
     is compiled.
     """
     if keras.backend.backend() == "torch":
-        return -(-length // LEAST) * LEAST
+        return max(LEAST, -(-length // 4) * 4)
     power = 1 << (max(length, LEAST) - 1).bit_length()
     return max(LEAST, power * 3 // 4 if length <= power * 3 // 4 else power)
 

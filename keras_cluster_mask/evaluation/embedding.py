@@ -1,7 +1,7 @@
 """Computes the embeddings of a dataset."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -195,7 +195,11 @@ def embedder_of(model):
 
 def pairs_of(model, data):
     """Returns a dataset of the images and captions of a source; other data as it is."""
-    if not isinstance(data, str | os.PathLike | SourcePart):
+    several = data if isinstance(data, list | tuple) and len(data) else [data]
+    # Rows of an object, and not batches.
+    is_rows = several is data and isinstance(data[0], Mapping)
+    is_rows = is_rows and "images" not in data[0]
+    if not (is_rows or isinstance(several[0], str | os.PathLike | SourcePart)):
         return data
     size, resize = (model.preprocessing[name] for name in ("image_size", "resize"))
     return image_text_dataset(

@@ -53,7 +53,8 @@ def compute_features(
             `image_text_dataset` needs `include_captions="all"` to have several, and
             causes a warning without it.
         folder: str or path. The folder to write to.
-        tokenizer: As for `embed`. Defaults to that of the model.
+        tokenizer: As for `embed`. Defaults to that of the model. A model without one
+            gets this tokenizer.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -70,6 +71,9 @@ def compute_features(
     embedder = Embedder(model, features=True)
     tokenize = tokenizer_of(model, tokenizer)
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
+    if model.tokenizer is None:
+        # It is saved with the model, which will be trained on the features.
+        model.tokenizer = tokenizer
     description = {
         "towers": describe_towers(model),
         "data": _describe_data(data),

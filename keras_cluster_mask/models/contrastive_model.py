@@ -464,8 +464,13 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 valid for the text encoder, or if the dictionary does not match its
                 inputs.
         """
-        words = _as_list("texts", texts)
-        if words is not None and isinstance(words[0], str | bytes):
+        words = _as_list("texts", texts) or ()
+        if num_words := sum(isinstance(x, str | bytes) for x in words):
+            if num_words < len(words):
+                raise ValueError(
+                    "`texts` must be strings, or token ids. "
+                    f"Received: {num_words} strings among {len(words)} texts"
+                )
             texts = tokenizer_of(self)(words)
             if not training:
                 return self._embedder.texts(texts)
@@ -836,16 +841,17 @@ def _check_views(views, maskings):
 
 def _as_list(name, values):
     """Returns a list of what is to be read, or `None` for an array or a tensor."""
-    if isinstance(values, np.ndarray) and values.dtype.kind in "OSU":
-        values = values.tolist()
-    is_list = isinstance(values, list | tuple)
-    is_single = isinstance(values, str | bytes | os.PathLike)
-    if is_single or (is_list and not values):
+    kind = getattr(getattr(values, "dtype", None), "kind", "") or "number"
+    if isinstance(values, Mapping) or (hasattr(values, "shape") and kind not in "OSU"):
+        return None
+    is_single = isinstance(values, str | bytes) or not hasattr(values, "__iter__")
+    found = [] if is_single else list(values)
+    if not found:
         raise ValueError(
             f"`{name}` must be a list of at least one, or an array. "
             f"Received: {name}={values!r}"
         )
-    return [*values] if is_list else None
+    return found
 
 
 def _features_shape(encoder):

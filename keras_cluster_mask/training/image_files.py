@@ -54,10 +54,11 @@ def read_images(
             reason = f"{sample.reason} {sample.details or ''}"
         except UnreadableImage as error:
             reason = str(error)
+        image = paths[number]
+        name = image if isinstance(image, str) else type(image).__name__
         raise ValueError(
             "`images` must be a list of paths, `PIL.Image.Image` and uint8 arrays "
-            f"(height, width, 3). Received: images[{number}] of type "
-            f"{type(images[number]).__name__}: {reason}"
+            f"(height, width, 3). Received: images[{number}], {name}: {reason}"
         )
 
     with concurrent.futures.ThreadPoolExecutor() as threads:

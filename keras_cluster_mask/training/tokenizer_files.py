@@ -24,6 +24,8 @@ LAYER_FILE, CLIP_FILE = "tokenizer_layer.json", "clip_tokenizer.json"
 HUGGING_FACE_FILE = "tokenizer_config.json"
 # The folder in a preset for what keras_hub does not read.
 PRESET_FOLDER = "keras_cluster_mask"
+# The file by which keras_hub knows that a preset has a tokenizer.
+TOKENIZER_FILE = "tokenizer.json"
 
 
 def file_of(tokenizer: Any) -> str | None:
@@ -123,6 +125,8 @@ def save_in_preset(tokenizer: Any, folder: str) -> None:
     path = pathlib.Path(folder, PRESET_FOLDER)
     # An earlier tokenizer would be loaded in place of this one.
     shutil.rmtree(path, ignore_errors=True)
+    for name in (TOKENIZER_FILE, "preprocessor.json"):
+        pathlib.Path(folder, name).unlink(missing_ok=True)
     if hasattr(tokenizer, "save_to_preset"):
         tokenizer.save_to_preset(folder)
     else:
@@ -136,17 +140,16 @@ def load_from_preset(preset: str, backbone: keras.Model) -> Any:
         preset: String, the name of a preset or a folder.
         backbone: The backbone of the preset.
     """
-    found = load_tokenizer(pathlib.Path(preset, PRESET_FOLDER))
-    if found is not None:
+    folder = pathlib.Path(preset)
+    found = load_tokenizer(folder / PRESET_FOLDER)
+    if found is not None or (
+        folder.is_dir() and not (folder / TOKENIZER_FILE).exists()
+    ):
         return found
     kind = import_keras_hub().models.CausalLMPreprocessor
     if type(backbone).__name__ == "CLIPBackbone":
         from keras_cluster_mask.data.tokenizers import CLIPTokenizer as kind
-    try:
-        return kind.from_preset(preset)
-    # The errors of keras_hub for files that a preset does not have.
-    except (FileNotFoundError, ImportError, ValueError):
-        return None
+    return _or_warn(kind.from_preset, preset)
 
 
 # === Checkpoints of other libraries ===
@@ -166,18 +169,16 @@ def load_beside_weights(
     Returns:
         As `load_tokenizer`.
     """
-    from keras_cluster_mask.data.tokenizers import CLIPTokenizer, clip_parts
-
-    def read_files():
-        # The files of a CLIP, which need no further package.
-        ids = json.loads((folder / "vocab.json").read_text("utf-8"))
-        merges = (folder / "merges.txt").read_text("utf-8").splitlines()
-        return CLIPTokenizer(*clip_parts(ids, merges), context_length)
+    from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 
     found = None
     has_merges = bool(kind and folder) and (folder / "merges.txt").is_file()
-    if kind and folder:
-        found = _or_warn(read_files) if has_merges else load_tokenizer(folder)
+    if has_merges:
+        # The files of a CLIP, which need no further package.
+        paths = folder / "vocab.json", folder / "merges.txt"
+        found = _or_warn(CLIPTokenizer.from_vocabulary, *paths, context_length)
+    elif kind and folder:
+        found = load_tokenizer(folder)
     if kind == "clip" and found is None and not has_merges:
         # The package need not be installed.
         with contextlib.suppress(ImportError):

@@ -2,11 +2,10 @@
 
 import functools
 import hashlib
-import warnings
 
 import numpy as np
-from keras import ops
 
+from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.training.tokenizer_files import file_of, warn_of_unsaved
 
 # The number of tokens of each text that a digest depends on.
@@ -17,9 +16,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
     """Raises an error if a tokenizer does not match a model.
 
     The tokenizer is applied to a few fixed texts. It must give the ids that the model's
-    own tokenizer gives, and must add the special tokens that the text tower needs. For
-    a model without a tokenizer, a vocabulary of another size than the text tower's
-    causes a warning, once.
+    own tokenizer gives, and must add the special tokens that the text tower needs.
 
     Args:
         model: A `ContrastiveModel`.
@@ -28,7 +25,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
             any length. `None` uses the tokenizer's own length.
     """
     # Imported here: it needs packages that `import keras` does not.
-    from keras_cluster_mask.data.tokenizing import probe, vocabulary_size_of
+    from keras_cluster_mask.data.tokenizing import probe
 
     ids = probe(tokenizer, context_length)
     if ids is None:
@@ -48,11 +45,7 @@ def check_tokenizer(model, tokenizer, context_length=None):
             f"{ids[:, 0].tolist()}, and has the highest ids {ids.max(1).tolist()} "
             f"at {ids.argmax(1).tolist()}, for three sentences"
         )
-    if model.tokenizer is None:
-        sizes = vocabulary_size_of(tokenizer), model.input_rules.vocabulary_size
-        if None not in sizes and sizes[0] != sizes[1]:
-            _warn_of_sizes(*sizes)
-    elif tokenizer is not model.tokenizer:
+    if tokenizer is not model.tokenizer:
         digest = digest_of(model, tokenizer)
         _check_digest(model, digest, f"tokenizer={tokenizer}")
 
@@ -122,8 +115,8 @@ def adopt_tokenizer(model, data):
 def digest_of(model, tokenizer):
     """Hashes the token ids of fixed texts, as far as the text tower reads them.
 
-    Tokenizers of different kinds, versions and lengths have one digest if they give the
-    same ids.
+    Tokenizers of different kinds, versions and lengths that give the same ids have
+    digests that start alike. That of a `CLIPTokenizer` also depends on its vocabulary.
 
     Args:
         model: A `ContrastiveModel`.
@@ -144,51 +137,30 @@ def digest_of(model, tokenizer):
     parts = [probe(tokenizer, length), probe(tokenizer, length, VARIANTS)]
     if parts[0] is None:
         return None
-    rows, family = [], model.text_tower.family
-    hides_padding = "padding_mask" in model.text_tower.input_names
+    rows = []
     for part in parts:
         # A tokenizer with a small vocabulary may support plain words only.
         if part is None:
             continue
-        is_end = family.is_pooled(part)
-        if is_end is not None:
-            # The text tower is causal, so ids after the pooled token have no influence.
-            # Only the first ids count, since another length truncates the same texts at
-            # another place.
-            ends = ops.convert_to_numpy(is_end).argmax(axis=1)
-            for row, end in zip(part, ends):
-                rows.append([*row[: min(end, NUM_TOKENS)].tolist(), int(row[end])])
-        elif hides_padding:
-            # Only the first ids, since another length truncates the texts.
-            for row in part:
-                rows.append(row[row != family.padding_id][:NUM_TOKENS].tolist())
-        else:
-            rows += part.tolist()
-    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+        for row in without_padding(model.text_tower.family, part, xp=np):
+            # Only the first ids, since another length truncates the texts, and the end.
+            read = row[row >= 0].tolist()
+            rows.append([*read[:NUM_TOKENS], *read[-1:]])
+    vocabulary = getattr(tokenizer, "vocabulary_digest", "")
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16] + vocabulary
 
 
 def _check_digest(model, digest, received):
     """Raises an error for a digest other than that of the model's tokenizer."""
     expected = digest_of(model, model.tokenizer)
-    if None not in (digest, expected) and digest != expected:
+    # Those of two kinds have only the first part in common.
+    known = zip(digest or (), expected or ())
+    if any(x != y for x, y in known):
         raise ValueError(
             "`tokenizer` must give the token ids that the tokenizer of the model gives;"
             " to change it on purpose, set `model.tokenizer` to another one or to "
             f"`None`. Received: {received}, and a model with {model.tokenizer}"
         )
-
-
-@functools.cache
-def _warn_of_sizes(of_tokenizer, of_model):
-    """Warns once of a tokenizer and a text encoder."""
-    warnings.warn(
-        "`tokenizer` has another number of ids than the text encoder, so it may not be "
-        "the one of the model. Make a new model with `vocabulary_size="
-        "tokenizer.vocabulary_size`; a trained one needs the tokenizer that it was "
-        f"trained with. Received: a tokenizer of {of_tokenizer} ids, a text encoder of "
-        f"{of_model}",
-        stacklevel=7,
-    )
 
 
 def _has_special_tokens(ids):

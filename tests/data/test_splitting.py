@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import Sampling, check, files, read_captions, split
+from keras_cluster_mask.data import (
+    Sampling,
+    check,
+    files,
+    image_text_dataset,
+    read_captions,
+    split,
+)
 from tests.data.reading import Counted, batches, keys, make_dataset, pairs_of, together
 
 pytestmark = pytest.mark.any_backend
@@ -182,3 +189,24 @@ def test_a_part_refuses_other_uses(write, monkeypatch):
     monkeypatch.setattr(files, "read_ranges", lambda places: [error] * len(places))
     with pytest.raises(OSError, match="no answer"):
         split(source)
+
+
+def test_the_parts_remember_the_fields_of_the_split(tmp_path, encode):
+    rng = np.random.default_rng(0)
+    lines = ["photo,alt"]
+    for number in range(20):
+        pixels = rng.integers(0, 256, (8, 8, 3)).astype("uint8")
+        (tmp_path / f"{number}.png").write_bytes(encode(pixels))
+        lines.append(f"{number}.png,number {number}")
+    table = tmp_path / "pairs.csv"
+    table.write_text("\n".join(lines))
+    train, rest = split(table, test=0.5, image_keys="photo", caption_key="alt")
+    test, _ = split(rest, test=0.5)
+    captions = [text for part in (train, rest) for text in read_captions(part)]
+    assert sorted(captions) == sorted(f"number {n}" for n in range(20))
+    assert {*read_captions(test)} < {*read_captions(rest)}
+    dataset = image_text_dataset(
+        test, None, 8, training=False, format="grain", include_captions="all"
+    )
+    found = [x for batch in dataset for (x,) in batch["captions"]]
+    assert [x.decode() for x in found] == read_captions(test)

@@ -344,6 +344,9 @@ def test_captions_that_are_left_out_are_counted(tmp_path, included, expected):
 def test_the_tokenizer_is_part_of_the_features(tmp_path):
     model = frozen_model()
     features, data = computed(model, tmp_path)
+    # The model is saved with it.
+    assert model.tokenizer is tokenizer
+    model.tokenizer = None
     with pytest.raises(ValueError, match=r"`features` .*tokenizer.*Received: "):
         compute_features(model, data, tmp_path, lambda x: tokenizer(x) + 1, verbose=0)
     model.tokenizer = lambda x: tokenizer(x) + 1

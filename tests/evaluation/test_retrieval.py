@@ -260,3 +260,18 @@ def test_captions_are_read_before_ids_if_the_model_can(reads_words, tokenizer):
     assert evaluate_retrieval(reads_words, first) != expected
     with pytest.raises(ValueError, match=r"`data` must hold 'captions'.*Received"):
         evaluate_retrieval(reads_words, data["images"])
+
+
+@pytest.mark.any_backend
+def test_rows_of_an_object_and_lists_of_files_are_sources(reads_words, write_pairs):
+    images = random_pairs(6)["images"]
+    rows = [{"image": x, "caption": "abcdef"[i]} for i, x in enumerate(images)]
+    data = {"images": images, "captions": [*"abcdef"]}
+    expected = evaluate_retrieval(reads_words, data)
+    assert evaluate_retrieval(reads_words, rows) == expected
+    shards = [write_pairs(name, 0, 6) for name in ("a.tar", "b.tar")]
+    whole = image_text_dataset(
+        shards, reads_words, training=False, format="grain", include_captions="all"
+    )
+    expected = evaluate_retrieval(reads_words, whole)
+    assert evaluate_retrieval(reads_words, shards) == expected

@@ -201,3 +201,36 @@ def test_tokenizers_of_two_kinds_that_give_the_same_ids_are_one():
     ours = kcm.data.CLIPTokenizer.from_open_clip(12)
     model = kcm.ContrastiveModel.from_backbone(backbone, tokenizer=ours)
     check_tokenizer(model, open_clip.get_tokenizer("ViT-B-32"))
+
+
+@pytest.mark.any_backend
+def test_a_preset_of_a_clip_needs_no_tensorflow(tmp_path, monkeypatch):
+    tokenizer = ours()
+    backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, CONTEXT)
+    model = kcm.ContrastiveModel.from_backbone(backbone, tokenizer=tokenizer)
+    model.save_to_preset(tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setitem(sys.modules, "tensorflow_text", None)
+    loaded = kcm.ContrastiveModel.from_preset(tmp_path).tokenizer
+    np.testing.assert_array_equal(loaded(["a dog"]), tokenizer(["a dog"]))
+    (tmp_path / "assets" / "tokenizer" / "merges.txt").write_text("damaged x y z")
+    with pytest.warns(UserWarning, match="`model.tokenizer`"):
+        assert kcm.ContrastiveModel.from_preset(tmp_path).tokenizer is None
+    # That of an earlier model is not loaded for another one.
+    model.tokenizer = letters_as_tokens
+    with pytest.warns(UserWarning, match=UNSAVED):
+        save_in_preset(letters_as_tokens, str(tmp_path))
+    assert kcm.ContrastiveModel.from_preset(tmp_path).tokenizer is None
+
+
+@pytest.mark.any_backend
+def test_two_vocabularies_are_two_tokenizers_even_if_the_fixed_texts_agree():
+    texts = ["\u4e00\u53ea\u72d7", "\u57ce\u5e02\u7684"]
+    first, second = (
+        kcm.data.CLIPTokenizer.train([x] * 40, 518, CONTEXT) for x in texts
+    )
+    backbone = kcm.models.clip_backbone("tiny", 16, first.vocabulary_size, CONTEXT)
+    model = kcm.ContrastiveModel.from_backbone(backbone, tokenizer=first)
+    check_tokenizer(model, first.with_context_length(4))
+    with pytest.raises(ValueError, match=r"`tokenizer` must give.*Received"):
+        check_tokenizer(model, second)

@@ -14,7 +14,6 @@ from keras_cluster_mask.evaluation import (
     evaluate_retrieval,
     evaluate_zero_shot,
 )
-from keras_cluster_mask.training import tokens
 from keras_cluster_mask.training.tokens import check_tokenizer, digest_of
 from tests.data.reading import keras_hub_tokenizer
 from tests.encoders.test_pooled import bert, make_model
@@ -279,30 +278,6 @@ def keras_hub_preprocessor(tokenizer, folder):
     keras_hub = pytest.importorskip("keras_hub")
     tokenizer = keras_hub_tokenizer(tokenizer, folder)
     return keras_hub.models.CLIPPreprocessor(tokenizer, sequence_length=CONTEXT)
-
-
-@pytest.mark.parametrize(
-    ("make", "size"),
-    [
-        (lambda ours, folder: ours, 518),
-        (lambda ours, folder: hugging_face(END), VOCABULARY),
-        (keras_hub_preprocessor, 518),
-        (
-            lambda *_: pytest.importorskip("open_clip").get_tokenizer("ViT-B-32"),
-            49408,
-        ),
-    ],
-    ids=["ours", "Hugging Face", "keras_hub", "open_clip"],
-)
-def test_a_vocabulary_of_another_size_is_warned_of_once(make, size, tmp_path, recwarn):
-    tokens._warn_of_sizes.cache_clear()
-    ours = kcm.data.CLIPTokenizer.train(["a cat", "a dog"] * 5, 520, CONTEXT)
-    tokenizer = make(ours, tmp_path)
-    for vocabulary in (size, size + 1, size + 1):
-        backbone = kcm.models.clip_backbone("tiny", 16, vocabulary, CONTEXT, 4)
-        embed_cat(backbone, tokenizer)
-    (found,) = [str(x.message) for x in recwarn if "number of ids" in str(x.message)]
-    assert found.endswith(f"{size} ids, a text encoder of {size + 1}")
 
 
 # === A tokenizer of its own length ===
