@@ -76,10 +76,14 @@ def strategy_scope(model):
     return model.distribute_strategy.scope()
 
 
+# The entries of a batch with a row for each pair.
+PAIRED = "images", "token_ids", "padding_mask", "segment_ids", "sample_weight"
+
+
 def waits_for_data(train_step):
     """Decorates a training step, so that on TensorFlow it runs after the data arrives.
 
-    The step also learns the number of rows of all entries of a batch.
+    The step also learns the number of rows of the entries in `PAIRED`.
 
     When a TensorFlow step reaches the end of a dataset, operations that do not depend
     on the batch would still run, and counters of steps and metrics would advance by
@@ -94,8 +98,10 @@ def waits_for_data(train_step):
 
         tensors = [x for x in tree.flatten(data) if x is not None]
         # If one entry of the batches has a free dimension, `tf.distribute` keeps the
-        # number of rows of this entry alone.
-        batched = [x for x in tensors if tf.is_symbolic_tensor(x) and x.shape.rank]
+        # number of rows of this entry alone. Other entries may have no row a pair.
+        batch, *_ = keras.utils.unpack_x_y_sample_weight(data[0])
+        batched = [batch[k] for k in PAIRED if k in batch]
+        batched = [x for x in batched if tf.is_symbolic_tensor(x)]
         rows = {x.shape[0] for x in batched} - {None}
         for x in batched if len(rows) == 1 else ():
             x.set_shape([*rows, *x.shape[1:]])

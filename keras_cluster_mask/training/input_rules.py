@@ -185,6 +185,7 @@ class InputRules:
         ids, longest = as_array(ids), self.context_length
         expected = (None, *(self.text_shape or (None,)))
         fits = ids.dtype.kind in "iu" and fits_shape(ids.shape, expected)
+        fits = fits and (ids.shape[1] > 0 or not len(ids))
         if not fits or (longest is not None and ids.shape[1] > longest):
             most = "" if longest is None else f", of at most {longest} columns"
             raise ValueError(

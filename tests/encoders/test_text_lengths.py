@@ -251,11 +251,25 @@ def mean_of_tokens(backbone):
     return keras.Model(encoder.input, pooled + ops.mean(encoder.output, axis=1))
 
 
-def encoder_with_mask(hides=True, length=None):
-    """An own text encoder with a mask, which it uses or not."""
+class Blocks(keras.layers.Layer):
+    """Works on blocks of 8 tokens, or of 16, and takes whole blocks alone."""
+
+    def call(self, x):
+        size = ops.shape(x)
+        blocks = ops.reshape(x, (size[0], size[1] // LEAST, LEAST, x.shape[-1]))
+        return ops.reshape(blocks + ops.sum(blocks, axis=2, keepdims=True), size)
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, x.dtype)
+
+
+def encoder_with_mask(hides=True, length=None, layer=None):
+    """An own text encoder with a mask, which it uses or not, and a further layer."""
     ids = keras.Input((length,), dtype="int32", name="token_ids")
     mask = keras.Input((length,), dtype="int32", name="padding_mask")
     x = keras.layers.Embedding(VOCABULARY, 16)(ids)
+    if layer is not None:
+        x = layer(x * ops.cast(mask, "float32")[:, :, None])
     if hides:
         x = x * ops.cast(mask, "float32")[:, :, None]
         x = ops.sum(x, axis=1) / ops.sum(ops.cast(mask, "float32"), axis=1)[:, None]
@@ -273,6 +287,8 @@ def encoder_with_mask(hides=True, length=None):
         (encoder_with_mask, True),
         (lambda: encoder_with_mask(hides=False), False),
         (lambda: encoder_with_mask(length=WIDTH), False),
+        (lambda: encoder_with_mask(layer=Blocks()), False),
+        (lambda: encoder_with_mask(layer=keras.layers.BatchNormalization()), False),
         (lambda: pooling_encoder(tiny_clip()), True),
         (lambda: pooling_encoder(tiny_metaclip()), True),
         (lambda: mean_of_tokens(tiny_clip()), False),
@@ -284,6 +300,8 @@ def encoder_with_mask(hides=True, length=None):
         "hides padding",
         "sees padding",
         "fixed length",
+        "blocks",
+        "batch normalization",
         "own clip",
         "own metaclip",
         "other pooling",
@@ -331,3 +349,23 @@ def test_encode_text_cuts_arrays_and_leaves_tensors(widths):
     assert widths == [LEAST, LEAST, WIDTH]
     for each in found[:2]:
         np.testing.assert_allclose(each, found[2], atol=1e-6)
+
+
+class WithPrior(kcm.ContrastiveModel):
+    """Reads an entry of a batch that has no row a pair."""
+
+    def compute_loss(self, x, *args, **options):
+        loss = super().compute_loss(x, *args, **options)
+        return loss + 0.0 * ops.sum(ops.cast(x["prior"], "float32"))
+
+
+@pytest.mark.one_case
+def test_an_entry_without_a_row_a_pair_reaches_the_step_of_a_dataset():
+    tf = pytest.importorskip("tensorflow")
+    model = WithPrior.from_backbone(tiny_clip())
+    model.compile(keras.optimizers.SGD(0.0), **FAST)
+    batch = pairs("CLIP")
+    data = tf.data.Dataset.from_tensor_slices(batch).batch(4)
+    data = data.map(lambda x: {**x, "prior": tf.ones(10)})
+    history = model.fit(data, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
