@@ -158,8 +158,8 @@ def _arrays(batch):
     if arrays["images"].dtype.kind in "OSU":
         raise ValueError(
             "`data` must hold images as arrays: read files and folders by "
-            "`kcm.data.image_text_dataset(source, tokenizer, image_size, batch_size, "
-            f"training=False)`. Received: images={batch['images']!r}"
+            "`kcm.data.image_text_dataset(source, model, training=False)`. "
+            f"Received: images={batch['images']!r}"
         )
     return arrays
 

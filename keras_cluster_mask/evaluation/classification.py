@@ -152,9 +152,9 @@ def evaluate_zero_shot(
     ```
     names = ["cat", "dog", "fox"]
     data = kcm.data.image_text_dataset(
-        "animals", None, 224, 64, training=False, label_key="folder", class_names=names
+        "animals", model, training=False, label_key="folder", class_names=names
     )
-    kcm.evaluation.evaluate_zero_shot(model, data, names, tokenizer)
+    kcm.evaluation.evaluate_zero_shot(model, data, names)
     ```
 
     Args:

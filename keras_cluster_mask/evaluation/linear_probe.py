@@ -177,7 +177,7 @@ def evaluate_linear_probe(
     ```
     train, test = (
         kcm.data.image_text_dataset(
-            f"flowers/{part}", None, 224, 64, training=False,
+            f"flowers/{part}", model, training=False,
             label_key="folder", class_names=["daisy", "rose", "tulip"],
         )
         for part in ("train", "test")

@@ -116,14 +116,11 @@ def evaluate_retrieval(
     # {"image_to_text_recall@1": 0.08, ...}
     ```
 
-    Images with several captions each, from shards:
+    A source, whose images may have several captions each, for a model that has a
+    tokenizer:
 
     ```
-    batches = kcm.data.image_text_dataset(
-        "flickr30k-test.tar", None, 224, 64, training=False,
-        caption_key="json.captions", include_captions="all",
-    )
-    kcm.evaluation.evaluate_retrieval(model, batches, tokenizer)
+    kcm.evaluation.evaluate_retrieval(model, "flickr30k-test.tar")
     ```
 
     Args:

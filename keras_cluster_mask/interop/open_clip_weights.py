@@ -182,6 +182,7 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
 
     open_clip then loads the folder: `open_clip.create_model("local-dir:clip")`. For a
     MetaCLIP 2, put the files of its tokenizer, `facebook/xlm-v-base`, in the folder.
+
     Args:
         model: A model that `open_clip_state_dict` takes. A backbone by itself is saved
             with the mean and deviation of CLIP.
