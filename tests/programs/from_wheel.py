@@ -19,6 +19,7 @@ ENCODERS = os.environ["KERAS_CLUSTER_MASK_ENCODERS"]
 CHANGES = {
     '"dinov2_small"': repr(f"{ENCODERS}/dinov2_small"),
     '"all_minilm_l6_v2_en"': repr(f"{ENCODERS}/all_minilm_l6_v2"),
+    "photos/*.jpg": "photos/*.webp",
     "fit(train, epochs=9": "fit(train, epochs=1, steps_per_epoch=5",
 }
 
