@@ -1,4 +1,4 @@
-"""Train and tune CLIP in Keras on a part of each image and caption, from nothing or
+"""Train and tune CLIP in Keras on a part of each image and caption, from scratch or
 from two pre-trained encoders: the published maskings on one interface, cluster masking
 among them, exact on JAX, TensorFlow and PyTorch.
 """
