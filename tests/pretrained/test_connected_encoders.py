@@ -66,9 +66,8 @@ def masked(encoders, text, train, tmp_path_factory):
     model = kcm.ContrastiveModel.from_encoders(
         image, text, projection_dim=128, masking=kcm.RandomMasking(0.5)
     )
-    features = kcm.evaluation.compute_features(
-        model, train, text.preprocessor, tmp_path_factory.mktemp("features"), verbose=0
-    )
+    folder = tmp_path_factory.mktemp("features")
+    features = kcm.evaluation.compute_features(model, train, folder, verbose=0)
     model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1), **FAST)
     with pytest.warns(UserWarning, match="14 of 206 pairs"):
         model.fit(features, batch_size=64, epochs=30, verbose=0)
@@ -82,21 +81,17 @@ def test(tmp_path_factory, copy_pairs):
     return drawings(copy_pairs("test-00000", path, 60))
 
 
-def test_drawings_that_were_not_trained_on_are_found(masked, text, test):
-    found = kcm.evaluation.evaluate_retrieval(
-        masked, test, text.preprocessor, ks=6, verbose=0
-    )
+def test_drawings_that_were_not_trained_on_are_found(masked, test):
+    found = kcm.evaluation.evaluate_retrieval(masked, test, ks=6, verbose=0)
     # Chance finds 10 %.
     assert found["image_to_text_recall@6"] > 0.25
     assert found["text_to_image_recall@6"] > 0.25
 
 
-def test_a_mirrored_photograph_finds_its_caption_among_all(masked, text, train):
+def test_a_mirrored_photograph_finds_its_caption_among_all(masked, train):
     data = photographs(ImageOps.mirror)
     images = kcm.evaluation.embed(masked, data, verbose=0)["image_embeddings"]
-    texts = kcm.evaluation.embed_texts(
-        masked, train["captions"], text.preprocessor, verbose=0
-    )
+    texts = masked.encode_text(train["captions"])
     best = np.argmax(images @ texts.T, axis=1)
     assert [train["captions"][row] for row in best] == data["captions"]
 
