@@ -13,6 +13,7 @@ same time; `step_memory.py` measures each method alone, on every backend.
 
 import os
 import statistics
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -55,11 +56,13 @@ def main():
             print(rows[-1], flush=True)
     sizes = ", ".join(map(str, options.batch_size))
     name = options.name or "-".join(filter(None, (keras.backend.backend(), card())))
+    # The name of the folder, and not where it is here.
+    captions = options.captions and Path(options.captions).parent.name
     publish(
         f"{options.results}/step_time-{name}.json",
         str(Setting.of(options, batch_size=sizes)),
         rows,
-        options={**vars(options), "results": "results"},
+        options={**vars(options), "results": "results", "captions": captions},
         seconds=seconds,
     )
 

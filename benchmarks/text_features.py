@@ -10,6 +10,7 @@ texts to the length of keras_hub's preset.
 
 import os
 import statistics
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -81,7 +82,8 @@ def main():
         f"{lengths.max()}; padded to {PADDED}: {len(few)} captions"
     )
     path = f"{options.results}/text_features.json"
-    publish(path, title, rows, options=vars(options), seconds=seconds)
+    setting = {"data": Path(options.data).name, "captions": options.captions}
+    publish(path, title, rows, options=setting, seconds=seconds)
 
 
 def sentence_encoder(folder):

@@ -62,6 +62,11 @@ def is_traced(value) -> bool:
     return value.is_meta
 
 
+def compiles_steps() -> bool:
+    """Returns whether a step is compiled for each shape of a batch: not on torch."""
+    return keras.backend.backend() != "torch"
+
+
 def needs_xla(data_format: str | None) -> bool:
     """Returns whether only XLA convolves images of a data format on every CPU.
 

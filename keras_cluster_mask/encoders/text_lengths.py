@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_cluster_mask.batches import as_array
-from keras_cluster_mask.distribution.backends import is_traced
+from keras_cluster_mask.distribution.backends import compiles_steps, is_traced
 from keras_cluster_mask.encoders.families import TextFamily
 from keras_cluster_mask.encoders.masked import random_weights
 from keras_cluster_mask.encoders.pooled import PooledEncoder
@@ -19,7 +19,7 @@ from keras_cluster_mask.training.layers import all_layers
 
 # The smallest length to which texts are cut. JAX and TensorFlow compile a step for each
 # length, and captions of 9 to 16 tokens are in nearly all batches.
-LEAST = 8 if keras.backend.backend() == "torch" else 16
+LEAST = 16 if compiles_steps() else 8
 # The lengths of the texts in the batch of `_is_exact`.
 LENGTHS = (2, 3, 5, LEAST)
 
@@ -102,7 +102,7 @@ def rounded_up(length: int) -> int:
     On torch a multiple of 4; else one of 16, 24, 32, 48, 64, 96, 128, ..., because each
     is compiled.
     """
-    if keras.backend.backend() == "torch":
+    if not compiles_steps():
         return max(LEAST, -(-length // 4) * 4)
     power = 1 << (max(length, LEAST) - 1).bit_length()
     return max(LEAST, power * 3 // 4 if length <= power * 3 // 4 else power)

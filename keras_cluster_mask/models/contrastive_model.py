@@ -1,6 +1,5 @@
 """The model for contrastive training on image-text pairs."""
 
-import functools
 import inspect
 import os
 import types
@@ -223,7 +222,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         number_positions(self.image_encoder)
         # Objects that Keras does not look into. Each layer of a tower belongs to the
         # model, and a tokenizer may be a layer.
-        self._text = types.SimpleNamespace()
+        self._text = types.SimpleNamespace(weights=None)
         self._towers = types.SimpleNamespace(
             image=ImageTower(
                 unmasked(self.image_encoder),
@@ -609,13 +608,17 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
     # === Inputs, and other models that share the weights ===
 
-    @functools.cached_property
+    @property
     def _embedder(self):
-        # Made once, because it compiles both towers.
-        return Embedder(self)
+        # Made once, because it compiles both towers, and again when LoRA adds weights,
+        # which a function compiled by TensorFlow would not read.
+        weights = [id(weight) for weight in self.weights]
+        if self._text.weights != weights:
+            self._text.weights, self._text.embedder = weights, Embedder(self)
+        return self._text.embedder
 
     @property
-    def preprocessing(self) -> dict[str, Any]:
+    def preprocessing(self) -> Mapping[str, Any]:
         """How data becomes inputs: `"tokenizer"`, `"image_size"` and `"resize"`.
 
         The image size is `(height, width)`. Each is `None` if the image encoder accepts
@@ -624,11 +627,9 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         size, tower = (None, None), self.image_tower
         if (shape := image_shape_of(tower.encoder)) is not None:
             size = height_and_width(shape, tower.data_format)
-        return {
-            "tokenizer": self.tokenizer,
-            "image_size": size,
-            "resize": self.resize,
-        }
+        found = {"tokenizer": self.tokenizer, "image_size": size, "resize": self.resize}
+        # Keras would save the tokenizer as a part of a dictionary.
+        return types.MappingProxyType(found)
 
     @property
     def tokenizer(self) -> Any:

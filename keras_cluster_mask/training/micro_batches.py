@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.distribution.backends import is_traced
+from keras_cluster_mask.distribution.backends import compiles_steps, is_traced
 from keras_cluster_mask.distribution.chunks import (
     as_tensor,
     map_chunks,
@@ -55,10 +55,10 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
     updated = []
     inputs = {key: inputs[key] for key in taken if key in inputs}
     names = order = lengths = ()
-    if keras.backend.backend() == "torch" and not is_traced(inputs["token_ids"]):
+    if not compiles_steps() and not is_traced(inputs["token_ids"]):
         names = tower.lengths.names
     if names:
-        # torch compiles nothing, so each chunk is as long as its own longest text.
+        # Nothing is compiled, so each chunk is as long as its own longest text.
         texts = {key: x for key, x in inputs.items() if key in names}
         order, lengths = tower.lengths.chunked(texts, num_chunks)
         inputs |= {key: ops.take(x, order, axis=0) for key, x in texts.items()}

@@ -363,7 +363,8 @@ class WithPrior(kcm.ContrastiveModel):
 def test_an_entry_without_a_row_a_pair_reaches_the_step_of_a_dataset():
     tf = pytest.importorskip("tensorflow")
     model = WithPrior.from_backbone(tiny_clip())
-    model.compile(keras.optimizers.SGD(0.0), **FAST)
+    # A graph, in which tensors have shapes before they have values.
+    model.compile(keras.optimizers.SGD(0.0), run_eagerly=False)
     batch = pairs("CLIP")
     data = tf.data.Dataset.from_tensor_slices(batch).batch(4)
     data = data.map(lambda x: {**x, "prior": tf.ones(10)})

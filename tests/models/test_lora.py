@@ -16,6 +16,7 @@ from tests.helpers import (
     assert_close,
     assert_same_values,
     ids_of,
+    letters_as_tokens,
     make_backbone,
     random_pairs,
     reloaded,
@@ -177,3 +178,16 @@ def test_models_that_share_weights_predict_with_lora():
         masked.image_tower.predict(inputs["images"], verbose=0),
     ):
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_sentences_are_read_with_the_lora_that_was_added_since_the_last_ones():
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip(), tokenizer=letters_as_tokens)
+    texts = ["ab", "cde"]
+    before = model.encode_text(texts)
+    model.backbone.enable_lora(2)
+    for weight in model.backbone.weights:
+        if weight.name in FACTORS:
+            weight.assign(np.random.default_rng(0).normal(size=weight.shape))
+    expected = to_numpy(model.encode_text(letters_as_tokens(texts)))
+    np.testing.assert_allclose(model.encode_text(texts), expected, atol=1e-5)
+    assert np.abs(expected - before).max() > 0.01

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 import warnings
+import zipfile
 
 import keras
 import numpy as np
@@ -143,6 +144,11 @@ def test_keras_does_not_track_a_tokenizer(tmp_path):
     # Weights alone are read whatever the tokenizer is.
     model.save_weights(tmp_path / "a.weights.h5")
     without.load_weights(tmp_path / "a.weights.h5")
+    # Its vocabulary is in the file once, and not where another property leads to it.
+    model.save(tmp_path / "named.keras")
+    with zipfile.ZipFile(tmp_path / "named.keras") as file:
+        (path,) = [x for x in file.namelist() if x.endswith("vocabulary.txt")]
+    assert path.startswith("assets/tokenizer/")
     copied = copy.deepcopy(model)
     np.testing.assert_array_equal(tokenize(copied.tokenizer, ["a dog"]), ids)
     assert keras.models.clone_model(model).tokenizer is None
