@@ -132,6 +132,7 @@ def metaclip():
 def test_embeddings_logits_and_loss_are_the_backbones_own(trained):
     model, found = trained.model, trained.predicted
     is_siglip = trained.kind == "siglip"
+    assert model.resize == ("squash" if is_siglip else "crop")
     for one, other in zip(found.values(), trained.embedded):
         other = other / np.linalg.norm(other, axis=1, keepdims=True)
         np.testing.assert_allclose(one, other, atol=1e-5 if is_siglip else 1e-6)

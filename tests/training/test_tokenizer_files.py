@@ -231,11 +231,13 @@ def test_a_preset_of_a_clip_needs_no_tensorflow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_text", None)
     loaded = kcm.ContrastiveModel.from_preset(tmp_path).tokenizer
     np.testing.assert_array_equal(loaded(["a dog"]), tokenizer(["a dog"]))
-    (tmp_path / "assets" / "tokenizer" / "merges.txt").write_text("damaged x y z")
+    merges = tmp_path / "assets" / "tokenizer" / "merges.txt"
+    content = merges.read_text()
+    merges.write_text("damaged x y z")
     with pytest.warns(UserWarning, match="`model.tokenizer`"):
         assert kcm.ContrastiveModel.from_preset(tmp_path).tokenizer is None
-    # That of an earlier model is not loaded for another one.
-    model.tokenizer = letters_as_tokens
+    merges.write_text(content)
+    # The tokenizer of an earlier model is not loaded for another one.
     with pytest.warns(UserWarning, match=UNSAVED):
         save_in_preset(letters_as_tokens, str(tmp_path))
     assert kcm.ContrastiveModel.from_preset(tmp_path).tokenizer is None
