@@ -98,7 +98,7 @@ def zero_shot_classifier(
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of one that was saved.
         class_names: List of str. Duplicates have equal weights, and cause a warning.
-        tokenizer: See `embed`. Defaults to that of the model.
+        tokenizer: See `embed`. Defaults to the tokenizer of the model.
         templates: A str with one `{}` or `{c}` as the placeholder for the name, or a
             function from the name to a text, or a list of these; or a dictionary from
             each name to a list of texts.
@@ -167,7 +167,7 @@ def evaluate_zero_shot(
             "_" and "-", and more classes may follow. Or they are as many other names,
             as for the folders of ImageNet. To change some names, pass a dictionary as
             `templates`.
-        tokenizer: See `embed`. Defaults to that of the model.
+        tokenizer: See `embed`. Defaults to the tokenizer of the model.
         templates: See `zero_shot_classifier`.
         ks: See `classification_accuracy`.
         verbose: `"auto"`, 0 or 1. Whether to show progress.

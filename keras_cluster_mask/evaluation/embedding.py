@@ -58,7 +58,7 @@ def embed(
             a `CLIPTokenizer`; or a tokenizer of open_clip or Hugging Face, which pads
             and truncates to its own length or the model's, whichever is shorter. It
             reads the `"captions"` of the batches: one per image, or a tuple of several.
-            Defaults to that of the model. Batches without captions have their
+            Defaults to the tokenizer of the model. Batches without captions have their
             `"token_ids"` embedded, if there are any.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
@@ -162,7 +162,7 @@ def embed_texts(
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of one that was saved.
         texts: List of str or bytes.
-        tokenizer: As for `embed`. Defaults to that of the model.
+        tokenizer: As for `embed`. Defaults to the tokenizer of the model.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:

@@ -53,8 +53,8 @@ def compute_features(
             `image_text_dataset` needs `include_captions="all"` to have several, and
             causes a warning without it.
         folder: str or path. The folder to write to.
-        tokenizer: As for `embed`. Defaults to that of the model. A model without one
-            gets this tokenizer.
+        tokenizer: As for `embed`. Defaults to the tokenizer of the model. A model
+            without a tokenizer gets this one.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:

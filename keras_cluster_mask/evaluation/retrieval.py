@@ -129,7 +129,7 @@ def evaluate_retrieval(
         data: A source of images and captions, such as a path; see `image_text_dataset`.
             Or data as for `embed`. Batches hold `"images"`, and `"captions"` or, if
             there is no tokenizer, `"token_ids"`. A text matches the image in its row.
-        tokenizer: See `embed`. Defaults to that of the model.
+        tokenizer: See `embed`. Defaults to the tokenizer of the model.
         ks: See `retrieval_recall`.
         duplicates: `"positive"`: a text also matches the images of equal texts, which
             have the same token ids, as in `ContrastiveModel`. Or `"negative"`: such

@@ -52,7 +52,7 @@ def adapt(model: Any, tokenizer: Any = None) -> tuple["Adapter", Callable, Calla
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of a file with one of them that `save` wrote,
             or the path of a folder with a keras_hub preset.
-        tokenizer: See `kcm.evaluation.embed`. Defaults to that of the model.
+        tokenizer: See `kcm.evaluation.embed`. Defaults to the tokenizer of the model.
 
     Returns:
         Tuple of an `Adapter`; a function from a `PIL.Image.Image` to a `(3, H, W)`

@@ -804,8 +804,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         Args:
             preset_dir: str or path of a folder.
             tokenizer: A `CLIPTokenizer`, or a preprocessor of keras_hub. Of others,
-                `from_preset` alone loads those of Hugging Face. Defaults to that of the
-                model.
+                `from_preset` alone loads those of Hugging Face. Defaults to the
+                tokenizer of the model.
 
         Raises:
             ValueError: If the tokenizer does not match the model, if there is none, or

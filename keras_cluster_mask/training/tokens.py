@@ -63,7 +63,7 @@ def tokenizer_of(model, tokenizer=None):
 
     Args:
         model: A `ContrastiveModel`.
-        tokenizer: See `image_text_dataset`. Defaults to that of the model.
+        tokenizer: See `image_text_dataset`. Defaults to the tokenizer of the model.
     """
     from keras_cluster_mask.data.tokenizing import length_of, tokenize
 

@@ -270,16 +270,6 @@ def test_towers_that_hide_padding_take_rows_of_any_length():
         check_tokenizer(model, make_tokenizer(length=8, end=1))
 
 
-# === Sizes of vocabularies ===
-
-
-def keras_hub_preprocessor(tokenizer, folder):
-    pytest.importorskip("tensorflow")
-    keras_hub = pytest.importorskip("keras_hub")
-    tokenizer = keras_hub_tokenizer(tokenizer, folder)
-    return keras_hub.models.CLIPPreprocessor(tokenizer, sequence_length=CONTEXT)
-
-
 # === A tokenizer of its own length ===
 
 
