@@ -258,7 +258,6 @@ def dataset_of(options, num_workers=0):
         options.image_size,
         options.batch_size,
         training=True,
-        format="grain",
         crop_scale=CROP,
         num_workers=num_workers,
     )

@@ -123,7 +123,6 @@ def labeled_images(options, split):
         100,
         training=False,
         include_captions=True,
-        format="grain",
     )
     images, labels = [], []
     for batch in batches:

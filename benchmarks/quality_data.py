@@ -81,7 +81,6 @@ class Data:
             batch_size=100,
             training=False,
             caption_key=self.recipe.caption_key,
-            format="grain",
             **options,
         )
         return list(itertools.islice(dataset, limit))

@@ -92,7 +92,7 @@ def dataset(split, training=False, **options):
     )
 
 
-validation = dataset("validation", format="grain")
+validation = dataset("validation")
 statistics = kcm.masking.masking_statistics(
     MASKINGS["cluster"](), validation, verbose=0
 )

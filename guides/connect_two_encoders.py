@@ -69,7 +69,7 @@ files = sorted((IMAGES.parent / "photographs").glob("*.jpg"))
 rows = {TRAIN: [], TEST: [(file.name, text) for file, text in zip(files, captions)]}
 for file in files:
     shutil.copy(file, PHOTOGRAPHS)
-options = dict(training=False, format="grain", include_captions=True)
+options = dict(training=False, include_captions=True)
 source = IMAGES / "train-00000.tar"
 batches = kcm.data.image_text_dataset(source, None, IMAGE_SIZE, 64, **options)
 drawings = [pair for x in batches for pair in zip(x["images"], x["captions"])]
@@ -127,7 +127,7 @@ results = {"projections": kcm.evaluation.evaluate_retrieval(model, TEST, verbose
 # only, so some of the photographs rank behind drawings.
 
 # %%
-options = dict(training=False, format="grain")
+options = dict(training=False)
 test = kcm.data.image_text_dataset(TEST, model, **options)
 pixels = np.concatenate([batch["images"] for batch in test])
 embeddings = kcm.evaluation.embed(model, pixels, verbose=0)["image_embeddings"]

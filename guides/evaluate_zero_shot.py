@@ -48,8 +48,7 @@ def show(figure, name):
 
 # %% [markdown]
 # For evaluation, `image_text_dataset` gives every image once, in order, with the center crop of
-# open_clip. It takes the tokenizer and the image size of the model. `format="grain"` gives NumPy
-# arrays on every backend.
+# open_clip. It takes the tokenizer and the image size of the model.
 
 
 # %%
@@ -59,7 +58,6 @@ def dataset(split, training=False):
         model,
         batch_size=64,
         training=training,
-        format="grain",
         include_captions=not training,
     )
 

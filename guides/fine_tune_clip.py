@@ -68,7 +68,7 @@ for folder, split in ((TRAIN, "validation"), (TEST, "test")):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [("file_name", "caption")]
     source = kcm.data.example_images() / f"{split}-*.tar"
-    options = dict(format="grain", include_captions=True, include_keys=True)
+    options = dict(include_captions=True, include_keys=True)
     for batch in kcm.data.image_text_dataset(source, None, 64, 64, False, **options):
         for key, image, caption in zip(
             *(batch[k] for k in ("keys", "images", "captions"))

@@ -50,7 +50,7 @@ def read(split):
     """All images of a split in [-1, 1], and 1 for an emoji, 0 for a drawing."""
     source = kcm.data.example_images() / f"{split}-*.tar"
     data = kcm.data.image_text_dataset(
-        source, None, IMAGE_SIZE, 64, training=False, format="grain", include_keys=True
+        source, None, IMAGE_SIZE, 64, training=False, include_keys=True
     )
     images, keys = zip(*((batch["images"], batch["keys"]) for batch in data))
     images = np.concatenate(images).astype("float32") / 127.5 - 1.0

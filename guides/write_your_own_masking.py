@@ -111,7 +111,7 @@ def dataset(split, training=False, **options):
     )
 
 
-images = np.concatenate([x["images"] for x in dataset("validation", format="grain")])
+images = np.concatenate([x["images"] for x in dataset("validation")])
 maskings = {
     "RandomMasking": kcm.RandomMasking(0.5, num_prefix_tokens=0),
     "ClusterMasking": kcm.ClusterMasking(PATCH_SIZE, 0.5),
@@ -170,7 +170,7 @@ loaded = keras.saving.load_model(RESULTS / "own_masking.keras")
 config = loaded.masking.get_config()
 print(type(loaded.masking).__name__, {k: config[k] for k in ("mask_ratio", "contrast")})
 
-batch = next(iter(dataset("test", format="grain")))
+batch = next(iter(dataset("test")))
 difference = np.abs(
     model.predict(batch, verbose=0)["image_embeddings"]
     - loaded.predict(batch, verbose=0)["image_embeddings"]

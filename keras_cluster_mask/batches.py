@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.stream import Stream
+
 
 def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarray]]:
     """Reads data batch by batch.
@@ -42,16 +44,15 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
     # A `PyDataset`'s own iterator never ends.
     is_sequence = isinstance(data, keras.utils.PyDataset)
     batches = map(data.__getitem__, range(len(data))) if is_sequence else data
-    if stream_of(data) is not None:
+    if isinstance(data, Stream):
         batches = itertools.islice(batches, len(data))
     for batch in batches:
         yield _arrays(_dictionary(batch))
 
 
-def stream_of(data: Any):
-    """Returns the endless `ImageTextDataset` that provides the data, or `None`."""
-    stream = getattr(data, "stream", None)
-    return stream if getattr(stream, "training", False) else None
+def is_endless(data: Any) -> bool:
+    """Returns whether data is a stream for training, such as a dataset of images."""
+    return isinstance(data, Stream) and data.training
 
 
 def read_images(data: Any, max_images: int | None = None) -> Iterator[np.ndarray]:
@@ -95,13 +96,13 @@ def num_images(data: Any) -> int | None:
     """
     if _is_whole(data):
         return len(_dictionary(data)["images"])
-    return getattr(getattr(data, "stream", None), "num_images", None)
+    return getattr(data, "num_images", None)
 
 
 def num_batches(data: Any) -> int | None:
     """Returns the length of an `image_text_dataset` for evaluation, or `None`."""
-    stream = getattr(data, "stream", None)
-    return None if getattr(stream, "training", True) else len(stream)
+    is_known = isinstance(data, Stream) and not data.training
+    return len(data) if is_known else None
 
 
 def _is_whole(data):

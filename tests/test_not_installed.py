@@ -34,7 +34,6 @@ def test_all_rooms_work_without_tensorflow(tmp_path, write_pairs, monkeypatch):
     printed = run_without(TENSORFLOW, "tests/programs/all_rooms.py", shard)
     assert {"history.png", "statistics.png"} <= {x.name for x in tmp_path.iterdir()}
     # What needs TensorFlow says so.
-    assert "refused: `format='tf'` needs TensorFlow" in printed
-    assert "use `format='grain'`" in printed
+    assert "refused: `as_dataset` needs TensorFlow" in printed
     assert "intact: 1" in printed
     assert "['no 0', 'no 1']" in printed

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.data.pairs import PairReader
 from keras_cluster_mask.data.reading import Reading
@@ -23,7 +22,6 @@ def image_text_dataset(
     batch_size: int = 64,
     training: bool = True,
     *,
-    format: str | None = None,
     seed: int = 0,
     image_keys: str | Sequence[str] | None = None,
     caption_key: str | Sequence[str] | None = None,
@@ -42,7 +40,7 @@ def image_text_dataset(
     process: tuple[int, int] | None = None,
     num_workers: int = 0,
     index_dir: str | os.PathLike | None = None,
-) -> Any:
+) -> ImageTextDataset:
     """Creates a dataset of batches of images and token ids from shards.
 
     Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
@@ -60,8 +58,9 @@ def image_text_dataset(
     all samples. The last partial batch of an epoch is carried over to the next epoch.
     Each image is cropped at random. `len(dataset)` is the number of full batches in an
     epoch. The same seed gives the same batches with any number of processes and
-    workers. `ContrastiveModel.fit` needs no `steps_per_epoch`; for other models, pass
-    `steps_per_epoch=len(dataset)`.
+    workers. `ContrastiveModel.fit` needs no `steps_per_epoch`. Other Keras models read
+    `fit(iter(dataset), steps_per_epoch=len(dataset))`, and TensorFlow reads
+    `dataset.as_dataset()`.
 
     With `training=False`, each sample is read once, in the order of the shards, with a
     center crop.
@@ -136,9 +135,6 @@ def image_text_dataset(
             Defaults to `64`.
         training: Boolean. Whether to shuffle, to repeat, and to take random crops.
             Defaults to `True`.
-        format: String. `"grain"` for a `grain.IterDataset` of NumPy arrays, or `"tf"`
-            for a `tf.data.Dataset`. Defaults to `None`: `"tf"` on the TensorFlow
-            backend, unless `include_captions="all"`; else `"grain"`.
         seed: Integer. The random seed of the order, crops and captions. Defaults to
             `0`.
         image_keys: String or sequence of strings. The field that holds the image: a
@@ -209,10 +205,9 @@ def image_text_dataset(
             hidden file.
 
     Returns:
-        An `ImageTextDataset`, which is a `grain.IterDataset`, or a `tf.data.Dataset`,
-        of dictionaries: `"images"`, uint8 `(batch, height, width, 3)` or channels
-        first, and `"token_ids"`, int32 `(batch, length)`. Both have `len` and the
-        attribute `skipped`; datasets that their methods return do not.
+        An `ImageTextDataset`, an iterable of dictionaries of NumPy arrays: `"images"`,
+        uint8 `(batch, height, width, 3)` or channels first, and `"token_ids"`, int32
+        `(batch, length)`. It has a length, and `dataset[n]` is the batch `n`.
 
     Raises:
         FileNotFoundError: If a shard is missing.
@@ -235,16 +230,6 @@ def image_text_dataset(
                 "to the one that the model was trained with. "
                 "Received: a model with tokenizer=None"
             )
-    has_tuples = include_captions == "all"
-    if format is None:
-        on_tensorflow = keras.backend.backend() == "tensorflow"
-        format = "tf" if on_tensorflow and not has_tuples else "grain"
-    check_choice("format", format, ("grain", "tf"))
-    if format == "tf" and has_tuples:
-        raise ValueError(
-            "`include_captions='all'` needs `format='grain'`: a `tf.data.Dataset` "
-            "holds no tuples of strings. Received: include_captions='all', format='tf'"
-        )
     images = Images(
         image_size=image_size,
         training=training,
@@ -282,8 +267,7 @@ def image_text_dataset(
     samples = Samples(
         images=images, captions=captions, reading=reading, include_keys=include_keys
     )
-    dataset = ImageTextDataset(samples)
-    return dataset.as_dataset() if format == "tf" else dataset
+    return ImageTextDataset(samples)
 
 
 def _of_model(preprocessing, image_size, resize):

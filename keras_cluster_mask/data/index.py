@@ -11,10 +11,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 from tqdm import tqdm
 
+from keras_cluster_mask.data.files import Threads
 from keras_cluster_mask.data.formats import DamagedShard, format_of
 from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.objects import ObjectIndex
@@ -27,6 +27,7 @@ from keras_cluster_mask.data.parts import (
     hash_of,
 )
 from keras_cluster_mask.data.shards import find_shards
+from keras_cluster_mask.data.workers import in_order
 
 # The number of shards with broken samples whose intact samples are cached.
 REMEMBERED = 1024
@@ -38,8 +39,8 @@ GUESS = 2**20
 DAMAGED = "damaged shard"
 # The bytes that are read of a broken sample to find its key.
 GLANCE = 2**16
-# The number of samples that a thread of `read_all` reads together.
-TOGETHER = 16
+# The threads of `read_all`, and the number of samples that each reads together.
+READERS, TOGETHER = 16, 16
 
 
 def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
@@ -131,9 +132,10 @@ def read_all(index, function, title):
         numbers = range(first, min(first + TOGETHER, len(index)))
         return [*map(function, index.read(numbers))]
 
-    groups = grain.MapDataset.range(0, len(index), TOGETHER).map(read)
-    with tqdm(total=len(index), desc=title, unit=" samples", delay=SHORT) as bar:
-        for group in groups.to_iter_dataset():
+    bar = tqdm(total=len(index), desc=title, unit=" samples", delay=SHORT)
+    with bar, Threads(READERS) as threads:
+        groups = range(0, len(index), TOGETHER)
+        for group in in_order(threads, read, groups, ahead=2 * READERS):
             bar.update(len(group))
             yield from group
 

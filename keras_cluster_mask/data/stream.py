@@ -1,26 +1,20 @@
-"""A grain dataset of batches, which has a length and can start at any batch."""
+"""`ImageTextDataset`: a stream of batches, read ahead in the background."""
 
-import collections
+import atexit
 import contextlib
 import functools
-import itertools
 import math
-import multiprocessing
 import os
-import pickle
-import signal
 import time
-import traceback
-import weakref
-from typing import Any, Self
+from collections.abc import Generator
+from typing import Any
 
-import cloudpickle
-import grain
 import numpy as np
 
-from keras_cluster_mask.data.files import Threads
 from keras_cluster_mask.data.samples import REPORT, TEXTS, Samples
 from keras_cluster_mask.data.skipped import SkippedSamples
+from keras_cluster_mask.data.workers import in_processes, in_threads, num_processors
+from keras_cluster_mask.stream import Stream
 
 # The limits of prefetching per process, in bytes and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
@@ -28,10 +22,14 @@ MAX_AHEAD, AHEAD = 2**29, 2
 MAX_THREADS = 16
 
 
-class ImageTextDataset(grain.IterDataset):
+class ImageTextDataset(Stream):
     """A dataset of batches of image-text pairs; see `image_text_dataset`.
 
-    It is an endless stream in training, and reads each sample once in evaluation.
+    It is an iterable with a length: an endless stream in training, while evaluation
+    reads each sample once. `ContrastiveModel.fit` reads it as it is. Give other Keras
+    models `fit(iter(dataset), steps_per_epoch=len(dataset))`. `dataset[n]` is the batch
+    `n` of an iteration, so a `torch.utils.data.DataLoader(dataset, batch_size=None)`
+    reads it, too.
 
     Args:
         samples: `Samples`.
@@ -59,7 +57,6 @@ class ImageTextDataset(grain.IterDataset):
     """The number of full batches in a training epoch of mean length."""
 
     def __init__(self, samples: Samples):
-        super().__init__()
         reading = samples.reading
         self.start = 0
         self.skipped = reading.skipped
@@ -78,11 +75,6 @@ class ImageTextDataset(grain.IterDataset):
         if self.training:
             length = int(reading.order.mean_length)
             self.steps_per_epoch = max(length // self.batch_size, 1)
-
-    @property
-    def stream(self) -> Self:
-        """The dataset itself. Its `tf.data.Dataset` has this attribute, too."""
-        return self
 
     def __len__(self) -> int:
         """Returns the number of batches.
@@ -105,13 +97,76 @@ class ImageTextDataset(grain.IterDataset):
         return sum(len(self._reading.positions(batch)) for batch in range(len(self)))
 
     def as_dataset(self) -> Any:
-        """Returns a `tf.data.Dataset` of the batches, which also starts at `start`."""
-        from keras_cluster_mask.data.tensorflow import as_dataset
+        """Returns a `tf.data.Dataset` of the batches.
 
-        return as_dataset(self)
+        Each iteration over it starts at the current `start`. Tuples of captions are
+        left out, since a `tf.data.Dataset` cannot hold them.
+        """
+        from keras_cluster_mask.distribution.tensorflow_data import dataset_of
 
-    def __iter__(self) -> grain.DatasetIterator:
-        return _Iterator(self)
+        return dataset_of(self.__iter__, self.element_spec)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Reads the batch `start + index` in this thread."""
+        if not self.training and not 0 <= index < len(self) - self.start:
+            raise IndexError(index)
+        batch = self._samples.read(_Alone(), self.start + index)
+        return self._finished(batch, self.skipped)
+
+    def __iter__(self) -> Generator[dict[str, np.ndarray], None, None]:
+        reading, process = self._reading, os.getpid()
+        self.skipped = skipped = SkippedSamples(reading.indexes, reading.max_skipped)
+        self.unused_captions = 0
+        stack = contextlib.ExitStack()
+        close = functools.partial(_close, process, stack)
+        # At exit, before the modules that the readers need are unloaded.
+        atexit.register(close)
+        try:
+            batches = self._begin(stack)
+            while True:
+                began = time.perf_counter()
+                batch = next(batches, None)
+                self.waited += time.perf_counter() - began
+                if batch is None:
+                    break
+                batch = self._finished(batch, skipped)
+                # All samples of the batch may be broken.
+                if len(batch["images"]):
+                    yield batch
+                if os.getpid() != process:
+                    raise RuntimeError(
+                        "A pass over an `image_text_dataset` must be read in the "
+                        "process that started it, and not in a fork of it: start it "
+                        f"there. Received: process {os.getpid()}, started in {process}"
+                    )
+        finally:
+            close()
+            atexit.unregister(close)
+
+    def _begin(self, stack):
+        """Begins to read batches from `start` on, until the stack is closed."""
+        workers, rows = self._reading.num_workers, self._reading.rows
+        size = rows * math.prod(self.element_spec["images"].shape[1:])
+        ahead = max(min(MAX_AHEAD // size, AHEAD), 1)
+        count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
+        read = functools.partial(in_threads, self._samples, count, ahead)
+        if workers:
+            read = functools.partial(in_processes, read, workers, size)
+        stop = 2**62 if self.training else len(self)
+        return read(range(self.start, stop), stack)
+
+    def _finished(self, batch, skipped):
+        """Counts the broken samples of a batch, and adds what workers cannot make."""
+        faults, unused = batch.pop(REPORT)
+        self.unused_captions += unused
+        # In training, broken samples have been replaced.
+        rows = len(batch["images"]) + (0 if self.training else len(faults))
+        total = self.num_samples // self.process[1]
+        skipped.report(faults, rows, total)
+        # A Keras layer cannot run in worker processes.
+        if TEXTS in batch:
+            batch["token_ids"] = self._samples.captions.tokenize(*batch[TEXTS])
+        return {name: batch[name] for name in self.element_spec}
 
     def __repr__(self):
         entries = (f"{name} {x.shape}" for name, x in self.element_spec.items())
@@ -121,175 +176,13 @@ class ImageTextDataset(grain.IterDataset):
         )
 
 
-class _Iterator(grain.DatasetIterator):
-    """Counts broken samples, skips empty batches, and ends the readers at the end."""
-
-    def __init__(self, dataset):
-        super().__init__()
-        self._dataset = dataset
-        reading = dataset._reading
-        self._skipped = SkippedSamples(reading.indexes, reading.max_skipped)
-        dataset.skipped = self._skipped
-        dataset.unused_captions = 0
-        self._total = dataset.num_samples // reading.process[1]
-        self._start(dataset.start)
-
-    def _start(self, batch):
-        dataset, stack = self._dataset, contextlib.ExitStack()
-        workers, rows = dataset._reading.num_workers, dataset._reading.rows
-        size = rows * math.prod(dataset.element_spec["images"].shape[1:])
-        ahead = max(min(MAX_AHEAD // size, AHEAD), 1)
-        count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
-        read = functools.partial(_in_threads, dataset._samples, count, ahead)
-        if workers:
-            read = functools.partial(_in_workers, read, workers, size)
-        stop = 2**62 if dataset.training else len(dataset)
-        self._batch, self._batches = batch, read(range(batch, stop), stack)
-        self._pid = os.getpid()
-        # Also runs at exit, before the modules that it needs are unloaded.
-        self._close = weakref.finalize(self, _close, self._pid, stack)
-
-    def __next__(self):
-        if os.getpid() != self._pid:
-            raise RuntimeError(
-                "A pass over an `image_text_dataset` must be read in the process that "
-                "started it, not in a fork of it, such as a worker of a torch "
-                "`DataLoader`: pass `num_workers` to `image_text_dataset`. Received: "
-                f"process {os.getpid()}, started in {self._pid}"
-            )
-        try:
-            while self._close.alive:
-                began = time.perf_counter()
-                batch = next(self._batches)
-                self._batch += 1
-                self._dataset.waited += time.perf_counter() - began
-                rows = len(batch["images"])
-                faults, unused = batch.pop(REPORT)
-                self._dataset.unused_captions += unused
-                # In training, broken samples have been replaced.
-                left_out = 0 if self._dataset.training else len(faults)
-                self._skipped.report(faults, rows + left_out, self._total)
-                if not rows:
-                    continue
-                # A Keras layer cannot run in worker processes.
-                if TEXTS in batch:
-                    tokenize = self._dataset._samples.captions.tokenize
-                    batch["token_ids"] = tokenize(*batch[TEXTS])
-                return {name: batch[name] for name in self._dataset.element_spec}
-        except BaseException:
-            # A notebook keeps the last error, and with it this object.
-            self._close()
-            raise
-        raise StopIteration
-
-    def close(self):
-        self._close()
-        super().close()
-
-    def get_state(self):
-        return {"batch": self._batch}
-
-    def set_state(self, state):
-        self._close()
-        self._start(state["batch"])
-
-
-def _close(pid, stack):
+def _close(process, stack):
     # A fork of the process must not end its readers.
-    if os.getpid() == pid:
+    if os.getpid() == process:
         stack.close()
 
 
-def _in_threads(samples, count, ahead, batches, stack):
-    """Yields batches by their numbers, and begins the next ones in the background."""
-    rows, several = (stack.enter_context(Threads(n)) for n in (count, ahead))
-    begun = collections.deque()
-    for batch in batches:
-        begun.append(several.submit(samples.read, rows, batch))
-        # A batch begins as soon as there are free threads, before the last one is done.
-        if len(begun) > ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
+class _Alone:
+    """Stands for `Threads` in a thread that reads alone."""
 
-
-def _in_workers(read, count, size, batches, stack):
-    """Yields batches, which worker processes read in turn.
-
-    grain's own processes block Ctrl-C while the storage stalls. These can be killed at
-    any time, because the memory that they share with this process has no name.
-
-    Args:
-        read: Function of batches and a stack, as `_in_threads`.
-        count: Integer. The number of processes.
-        size: Integer. The number of bytes of the images of a full batch.
-        batches: Range. The numbers of the batches.
-        stack: `contextlib.ExitStack`. Closing it ends the processes.
-    """
-    context, workers = multiprocessing.get_context("spawn"), []
-    for number in range(count):
-        memory = context.RawArray("B", size)
-        connection, other = context.Pipe()
-        arguments = other, memory, batches[number::count]
-        process = context.Process(target=_work, args=arguments, daemon=True)
-        process.start()
-        other.close()
-        stack.callback(process.join)
-        stack.callback(process.kill)
-        workers.append((process, connection, np.frombuffer(memory, "uint8")))
-    # Unlike pickle, cloudpickle supports lambdas.
-    content = cloudpickle.dumps(read)
-    for _, connection, _ in workers:
-        # A worker that has ended is found below.
-        with contextlib.suppress(OSError):
-            connection.send_bytes(content)
-    for _, (process, connection, images) in zip(batches, itertools.cycle(workers)):
-        try:
-            batch, shape = connection.recv()
-        # With unread bytes, the connection is reset.
-        except (EOFError, ConnectionResetError) as error:
-            process.join()
-            raise RuntimeError(
-                "A worker process of `num_workers` ended, such as for lack of memory, "
-                'or because the program has no `if __name__ == "__main__":`. '
-                f"Received: exit code {process.exitcode}"
-            ) from error
-        if isinstance(batch, Exception):
-            raise batch
-        batch["images"] = images[: math.prod(shape)].reshape(shape).copy()
-        # The worker may overwrite the images.
-        connection.send(None)
-        yield batch
-
-
-def _work(connection, memory, batches):
-    """Reads batches in a worker process, and sends them until the program ends."""
-    images = np.frombuffer(memory, "uint8")
-    # After Ctrl-C, which all processes get, the program ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A program that is killed closes the connection.
-    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-        try:
-            read = connection.recv()
-            for batch in read(batches, stack):
-                found = batch.pop("images")
-                images[: found.size] = found.ravel()
-                connection.send((batch, found.shape))
-                connection.recv()
-        except Exception as error:
-            # A pickle has no traceback.
-            error.add_note(traceback.format_exc())
-            try:
-                pickle.loads(pickle.dumps(error))
-            # Such as the error of a class that the program defines.
-            except Exception:
-                error = RuntimeError("".join(traceback.format_exception(error)))
-            connection.send((error, ()))
-
-
-def num_processors():
-    """Returns the number of processors that this process may use."""
-    # Only Linux reports the processors that are assigned to a process.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    count, map = 1, staticmethod(map)

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from keras_cluster_mask.batches import read_batches, stream_of
+from keras_cluster_mask.batches import is_endless, read_batches
 from keras_cluster_mask.checks import check_integer
 
 # How to get data with an entry that is missing.
@@ -17,7 +17,7 @@ REMEDIES = {
 
 def check_read_once(name, data):
     """Raises an error for a dataset for training: endless and randomly cropped."""
-    if stream_of(data) is not None:
+    if is_endless(data):
         raise ValueError(
             f"`{name}` must hold each image once, without random crops: pass "
             "`training=False` to `image_text_dataset`. "
@@ -28,7 +28,7 @@ def check_read_once(name, data):
 def check_whole(name, data):
     """Raises an error for a dataset of which each process reads a part."""
     check_read_once(name, data)
-    process = getattr(_stream(data), "process", (0, 1))
+    process = getattr(data, "process", (0, 1))
     if process[1] > 1:
         raise ValueError(
             f"`{name}` must hold all images in each process: pass `process=(0, 1)` to "
@@ -70,12 +70,7 @@ def check_class_names(name, data, class_names, may_rename=False):
 
 def class_names_of(data):
     """Returns the `class_names` of an `image_text_dataset`; `[]` for other data."""
-    return getattr(_stream(data), "class_names", [])
-
-
-def _stream(data):
-    """Returns the `ImageTextDataset` that provides the data, or `None`."""
-    return getattr(data, "stream", None)
+    return getattr(data, "class_names", [])
 
 
 def check_entry(name, batch, key):
@@ -139,7 +134,7 @@ def read_labeled(name, data, class_names=(), may_rename=False):
             for label in np.unique(labels).tolist():
                 unseen.pop(label, None)
             yield {**batch, "labels": labels}
-        skipped = unseen and _stream(data).skipped.by_reason.get("unknown label")
+        skipped = unseen and data.skipped.by_reason.get("unknown label")
         if skipped:
             raise ValueError(
                 f"`class_names` of `{name}` must hold the labels of its images. "

@@ -207,7 +207,6 @@ def pairs_of(model, data):
         None,
         image_size=size,
         training=False,
-        format="grain",
         resize=resize,
         include_captions="all",
         process=(0, 1),

@@ -23,6 +23,7 @@ from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_whole
 from keras_cluster_mask.evaluation.embedding import embedder_of, pairs_of, texts_of
 from keras_cluster_mask.losses import caption_labels, without_padding
+from keras_cluster_mask.stream import Stream
 from keras_cluster_mask.training.features import (
     ARRAYS,
     PROGRESS,
@@ -123,10 +124,9 @@ def compute_features(
 
 def _describe_data(data):
     """Describes arrays, a dataset, or other data by its first batch."""
-    stream = getattr(data, "stream", None)
-    if stream is not None:
+    if isinstance(data, Stream):
         # In the types that JSON has.
-        return json.loads(json.dumps(stream.description))
+        return json.loads(json.dumps(data.description))
     if isinstance(data, Iterator):
         return None
     first = data if isinstance(data, dict) else next(read_batches(data), {})
@@ -135,7 +135,7 @@ def _describe_data(data):
 
 
 def _warn_of_unused_captions(data):
-    count = getattr(getattr(data, "stream", None), "unused_captions", 0)
+    count = getattr(data, "unused_captions", 0)
     if count:
         warnings.warn(
             f"{count} captions of the images so far are left out, because `data` has "

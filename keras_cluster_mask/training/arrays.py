@@ -11,9 +11,10 @@ from keras_cluster_mask.distribution.processes import (
     all_gather_object,
     process_index_and_count,
 )
+from keras_cluster_mask.stream import Stream
 
 
-class ArrayBatches:
+class ArrayBatches(Stream):
     """Full batches from arrays, as an endless stream of epochs.
 
     Keras also trains on the last partial batch, although the loss depends on the batch
@@ -35,8 +36,6 @@ class ArrayBatches:
         description: The settings that must be the same when a run is resumed.
         steps_per_epoch: Integer, the number of full batches in each epoch.
     """
-
-    training = True
 
     def __init__(self, arrays, batch_size, shuffle=True):
         self._arrays = {name: as_array(values) for name, values in arrays.items()}
@@ -73,15 +72,6 @@ class ArrayBatches:
         # `keras.utils.set_random_seed` seeds NumPy's global generator. All processes
         # use the seed of the main process, which saves it.
         self.shuffle_seed = all_gather_object(int(np.random.randint(2**31)))[0]
-        self.start = 0
-
-    @property
-    def stream(self):
-        """This stream. A `tf.data.Dataset` made from it has the same attribute."""
-        return self
-
-    def __len__(self):
-        return self.steps_per_epoch
 
     def __iter__(self):
         epoch, step = divmod(self.start, self.steps_per_epoch)

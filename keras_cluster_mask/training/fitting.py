@@ -6,7 +6,9 @@ import operator
 import os
 import threading
 import types
+import typing
 import warnings
+from collections.abc import Container
 from typing import Any
 
 import keras
@@ -72,8 +74,8 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     if not is_main_process():
         options["verbose"] = 0
 
-    x, data = _take_data(model, options)
-    run = TrainingRun(model, data, options.pop("callbacks"))
+    x, data, validation = _take_data(model, options)
+    run = TrainingRun(model, data, options.pop("callbacks"), validation)
     # Projections keep the scaling that they were trained with first.
     if model.compiled:
         is_features = isinstance(x, TowerFeatures)
@@ -81,13 +83,7 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     tokenizer = model.tokenizer
     try:
         adopt_tokenizer(model, x)
-        if options["validation_data"] is not None:
-            options["validation_data"] = evaluation_data(
-                model,
-                options["validation_data"],
-                steps=options["validation_steps"],
-                passes_once=False,
-            )
+        validation.check(model)
         if resume_from is not None:
             run.resume(model, resume_from, options["verbose"])
         history = _train(model, keras_fit, run, options)
@@ -111,8 +107,8 @@ def _take_data(model, options):
     """Takes the data out of the arguments of Keras's `fit`, and checks it.
 
     Returns:
-        A tuple: the user's training data, with arrays in a dictionary, and the
-        `TrainingData` made of it. Validation data stays in `options`.
+        A tuple: the user's training data, with arrays in a dictionary, the
+        `TrainingData` made of it, and the `Validation`.
     """
     batch_size = options.pop("batch_size")
     batch_size = check_integer("batch_size", 32 if batch_size is None else batch_size)
@@ -123,10 +119,15 @@ def _take_data(model, options):
         class_weight=options.pop("class_weight"),
     )
     split = options["validation_split"]
-    options["validation_batch_size"] = options["validation_batch_size"] or batch_size
     if isinstance(x, dict) and split and options["validation_data"] is None:
         # Keras splits arrays alone, and gets batches.
         x, options["validation_data"] = _split(model.input_rules.check_keys(x), split)
+    validation = Validation(
+        data=options.pop("validation_data"),
+        batch_size=options.pop("validation_batch_size") or batch_size,
+        steps=options.pop("validation_steps"),
+        frequency=options.pop("validation_freq"),
+    )
     is_features = isinstance(x, TowerFeatures)
     if is_features:
         x.check_model(model, training=True)
@@ -141,7 +142,44 @@ def _take_data(model, options):
     check_batch_size(model, data.rows)
     if data.batch_size and model.micro_batch_size and not is_features:
         check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
-    return x, data
+    return x, data, validation
+
+
+class Validation(typing.NamedTuple):
+    """The evaluations in `fit`, each of which reads the data anew.
+
+    Keras would start one iterator over the data, and has none for a stream that ends.
+    The arguments are those of Keras's `fit`.
+    """
+
+    data: Any
+    batch_size: int
+    steps: int | None
+    frequency: int | Container[int]
+
+    def check(self, model):
+        """Raises an error for data that cannot be evaluated, before training begins."""
+        # A generator would lose a batch.
+        if self.data is not None and not isinstance(self.data, types.GeneratorType):
+            evaluation_data(model, self.data, steps=self.steps)
+
+    def evaluate(self, model, epoch, callbacks):
+        """Returns the metrics after an epoch, or an empty dictionary without any."""
+        every = self.frequency
+        is_due = (
+            not (epoch + 1) % every if isinstance(every, int) else epoch + 1 in every
+        )
+        if self.data is None or not is_due:
+            return {}
+        logs = model.evaluate(
+            x=self.data,
+            batch_size=self.batch_size,
+            steps=self.steps,
+            verbose=0,
+            callbacks=keras.callbacks.CallbackList(callbacks),
+            return_dict=True,
+        )
+        return {f"val_{name}": value for name, value in logs.items()}
 
 
 def _split(x, validation_split):
@@ -245,6 +283,7 @@ class TrainingRun(keras.callbacks.Callback):
         model: A `ContrastiveModel`.
         data: `TrainingData`, which knows the first epoch.
         callbacks: The other callbacks, as `fit` takes them.
+        validation: `Validation`.
 
     Attributes:
         data: `TrainingData`.
@@ -260,7 +299,7 @@ class TrainingRun(keras.callbacks.Callback):
     # Keras reports the end of a step in a background thread, see `Throughput`.
     async_safe = True
 
-    def __init__(self, model, data, callbacks=()):
+    def __init__(self, model, data, callbacks, validation):
         super().__init__()
         steps, executions = data.steps_per_epoch, model.steps_per_execution
         if steps is not None and steps % executions:
@@ -272,7 +311,7 @@ class TrainingRun(keras.callbacks.Callback):
             )
         callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
         self.callbacks = [each for each in callbacks if each is not None]
-        self.data = data
+        self.data, self.validation = data, validation
         self.epoch, *_ = data.origin
         self.history = []
         self.is_partial = False
@@ -359,8 +398,10 @@ class TrainingRun(keras.callbacks.Callback):
         begun = self._last + self.model.steps_per_execution
         steps = self.params["steps"]
         self.is_partial = self.model.stop_training and (steps is None or begun < steps)
+        logs = {} if logs is None else logs
+        logs.update(self.validation.evaluate(self.model, epoch, self.callbacks))
         # Later callbacks add to these logs.
-        self.history.append({"epoch": epoch, "logs": {} if logs is None else logs})
+        self.history.append({"epoch": epoch, "logs": logs})
         self.epoch = epoch + 1
         skipped = getattr(self.data.stream, "skipped", None)
         if skipped and (count := skipped.take_new()) and self.params["verbose"]:

@@ -89,7 +89,7 @@ def check_tokenizer_of(model, data):
     Returns:
         The tokenizer of the dataset, or `None`.
     """
-    tokenizer = getattr(getattr(data, "stream", None), "tokenizer", None)
+    tokenizer = getattr(data, "tokenizer", None)
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
     elif hasattr(data, "tokenizer_digest"):

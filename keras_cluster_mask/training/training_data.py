@@ -1,51 +1,31 @@
 """Data of any kind, as Keras reads it: checked, and in training from any step on.
 
-`checked` is the only function that depends on the kind of data:
-
-| Data | Batch size known from | Starts at any step | Checked |
-| --- | --- | --- | --- |
-| arrays | the argument `batch_size` | yes | once, before training |
-| `TowerFeatures` | the argument `batch_size` | yes | the towers, before training |
-| `image_text_dataset` | the dataset | yes | keys before training, each batch |
-| `tf.data.Dataset` | full batches | yes, by `skip` | keys before training, each batch |
-| grain dataset | - | no | each batch |
-| `PyDataset` | - | no | each batch |
-| `DataLoader` of torch | - | no | each batch |
-| generator | - | no | each batch |
-
-The check of a batch also cuts off the padding after its longest text. Two kinds of data
-keep their padding: a `PyDataset` on TensorFlow, and all data of several processes of
-JAX. Arrays are cut batch by batch in training, and once in evaluation.
-
-Float images are checked until a batch proves that they are normalized. Data that cannot
-start at any step can still start at any epoch if each epoch is one pass over the data.
+Arrays, `TowerFeatures` and an `image_text_dataset` are streams: the batch size is
+known, and reading starts at any batch. `data_kinds.py` says how Keras reads streams and
+all else. Of this, a `tf.data.Dataset` starts at any batch, too, and other data at any
+epoch if each epoch is one pass over the data.
 """
 
 import contextlib
-import copy
 import dataclasses
-import functools
-import itertools
 import json
-import types
 import warnings
 import zlib
 
 import keras
-import numpy as np
 
-from keras_cluster_mask.batches import as_array, stream_of
+from keras_cluster_mask.batches import is_endless
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import (
     all_gather_object,
     process_index_and_count,
 )
+from keras_cluster_mask.stream import Stream
 from keras_cluster_mask.training.arrays import ArrayBatches
+from keras_cluster_mask.training.data_kinds import checked
 from keras_cluster_mask.training.features import FeatureBatches, TowerFeatures
-from keras_cluster_mask.training.input_rules import KEYS, as_dictionary
+from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.tokens import check_tokenizer_of
-
-# === The data of `fit`, `evaluate` and `predict` ===
 
 
 class TrainingData:
@@ -102,9 +82,13 @@ class TrainingData:
             rules.is_checked = True
         self._type = type(data)
         self.spec = getattr(data, "element_spec", None)
-        self.stream = stream_of(data)
-        # Of a single pass, Keras would repeat the first batches in later epochs.
-        self._checked = checked(data, rules, passes_once=self.stream is not None)
+        self.stream = data if is_endless(data) else None
+        if isinstance(data, Stream) and not data.training:
+            raise ValueError(
+                "`x` must be a dataset for training: make it with `training=True`. "
+                f"Received: x={data}, which was made with training=False"
+            )
+        self._checked = checked(data, rules)
         self.origin = (
             first_epoch,
             getattr(self.stream, "start", 0),
@@ -159,7 +143,7 @@ class TrainingData:
         return self._checked
 
 
-def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_once=True):
+def evaluation_data(model, x, y=None, sample_weight=None, steps=None):
     """Returns data for evaluation or prediction, for Keras.
 
     Args:
@@ -168,10 +152,9 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
         y: Must be `None`.
         sample_weight: `(pairs,)` floats, for arrays only.
         steps: Integer, the number of batches to read, or `None` for all.
-        passes_once: See `checked`.
     """
     data = as_dictionary(x, y, sample_weight)
-    if steps is None and stream_of(data) is not None:
+    if steps is None and is_endless(data):
         raise ValueError(
             "Data that is evaluated or predicted must end: pass `training=False` to "
             "`image_text_dataset`, or `steps`. "
@@ -192,7 +175,7 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None, passes_onc
     if isinstance(data, dict):
         # For validation, Keras passes arrays that `fit` has made of features.
         return data if "image_features" in data else rules_of(model).check(data)[0]
-    return checked(data, rules_of(model), passes_once)
+    return checked(data, rules_of(model))
 
 
 def rules_of(model):
@@ -212,161 +195,3 @@ def until_the_end():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Your input ran out of data", UserWarning)
         yield
-
-
-# === The kinds of data ===
-
-
-def checked(data, rules, passes_once=True):
-    """Returns data for Keras, with a check of each batch added.
-
-    Args:
-        data: The user's data other than arrays, or a stream.
-        rules: The `InputRules` for its batches.
-        passes_once: Boolean. Whether Keras reads the data in a single pass. Keras
-            starts worker processes once for a generator, and twice for a grain dataset.
-    """
-    if not rules.is_checked:
-        if hasattr(data, "stream"):
-            # The captions and keys of an `image_text_dataset` are for evaluation.
-            rules.warns[...] = False
-        if (spec := getattr(data, "element_spec", None)) is not None:
-            rules.check_keys(spec)
-            rules.check_images(spec["images"])
-    is_stream = getattr(data, "stream", None) is data
-    if is_stream and keras.backend.backend() == "tensorflow":
-        # Imported here: it needs packages that `import keras` does not.
-        from keras_cluster_mask.data.tensorflow import as_dataset
-
-        data, is_stream = as_dataset(data), False
-    packages = {each.__module__.split(".")[0] for each in type(data).__mro__}
-    if is_stream and passes_once:
-        return _read_once(data, rules)
-    if "grain" in packages and hasattr(data, "map"):
-        return _of_any_lengths(data.map(rules.check), rules)
-    if hasattr(data, "element_spec"):
-        return _checked_dataset(data, rules)
-    if isinstance(data, types.GeneratorType):
-        # Keras reads only generators, and no other iterators.
-        return _of_any_lengths((rules.check(batch) for batch in data), rules)
-    if keras.backend.backend() == "tensorflow":
-        # Keras would refuse a length that neither of the first two batches has.
-        rules = dataclasses.replace(rules, lengths=None)
-    if isinstance(data, keras.utils.PyDataset):
-        return _CheckedBatches(data, rules.check)
-    if hasattr(data, "collate_fn"):
-        return _checked_loader(data, rules)
-    raise ValueError(
-        "`x` and `validation_data` must be a dictionary of arrays, an "
-        "`image_text_dataset`, a `tf.data.Dataset`, a grain `MapDataset` or "
-        "`IterDataset`, a `PyDataset`, a `DataLoader` of torch, or a generator of "
-        "batches. Of other batches, such as a list or a `grain.DataLoader`, pass "
-        "`(batch for batch in data)` for one epoch, and a `PyDataset` for several. Of "
-        "image files, make an `image_text_dataset`. "
-        f"Received: data of type {type(data)}"
-    )
-
-
-def _read_once(stream, rules):
-    with contextlib.closing(iter(stream)) as batches:
-        for batch in batches:
-            yield rules.check(batch)
-
-
-def _checked_dataset(data, rules):
-    import tensorflow as tf
-
-    cut = () if rules.lengths is None else rules.lengths.names
-    if rules.is_checked and not cut:
-        return data
-
-    def check(batch):
-        def check_arrays(*arrays):
-            arrays = dict(zip(names, arrays))
-            if not rules.is_checked:
-                rules.check_values(arrays)
-            if cut:
-                arrays = rules.lengths.cut(arrays)
-            return np.int32(arrays["token_ids"].shape[1])
-
-        if not rules.is_checked:
-            batch = rules.check_keys(batch)
-        # Images that are not floats are checked by their type alone, since copies take
-        # time.
-        names = {*KEYS, "sample_weight", "padding_mask", *cut} & batch.keys()
-        if rules.is_checked or not batch["images"].dtype.is_floating:
-            names.remove("images")
-        names = sorted(names)
-        values = [batch[name] for name in names]
-        length = tf.numpy_function(check_arrays, values, "int32")
-        length.set_shape(())
-        with tf.control_dependencies([length]):
-            batch["token_ids"] = tf.identity(batch["token_ids"])
-        return batch | {name: batch[name][:, :length] for name in {*cut} & {*names}}
-
-    return data.map(check)
-
-
-def _of_any_lengths(batches, rules):
-    """Returns batches as data that Keras reads with texts of any lengths.
-
-    On TensorFlow, Keras fixes the shapes of batches by the first two. Of a
-    `tf.data.Dataset`, the lengths of texts can be left open.
-    """
-    free = () if rules.lengths is None else rules.lengths.names
-    if not free or keras.backend.backend() != "tensorflow":
-        return batches
-    import tensorflow as tf
-
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        return batches
-    if iterator is batches:
-        batches = itertools.chain([first], iterator)
-    specs = {
-        name: tf.TensorSpec(
-            [None, *([None] if name in free else np.shape(values)[1:])],
-            as_array(values).dtype,
-        )
-        for name, values in first[0].items()
-    }
-    return tf.data.Dataset.from_generator(lambda: batches, output_signature=(specs,))
-
-
-class _CheckedBatches(keras.utils.PyDataset):
-    def __init__(self, data, check):
-        super().__init__(
-            workers=data.workers,
-            use_multiprocessing=data.use_multiprocessing,
-            max_queue_size=data.max_queue_size,
-        )
-        self.data, self.check = data, check
-
-    @property
-    def num_batches(self):
-        return self.data.num_batches
-
-    def __getitem__(self, index):
-        return self.check(self.data[index])
-
-    def on_epoch_begin(self):
-        self.data.on_epoch_begin()
-
-    def on_epoch_end(self):
-        self.data.on_epoch_end()
-
-
-def _checked_loader(data, rules):
-    import torch
-
-    # Shared, or each worker process would warn in each epoch.
-    rules.warns = torch.tensor(bool(rules.warns)).share_memory_()
-    # The copy leaves the user's own unchanged.
-    loader = copy.copy(data)
-    loader.collate_fn = functools.partial(_collate, rules, loader.collate_fn)
-    return loader
-
-
-def _collate(rules, collate, samples):
-    return rules.check(collate(samples))

@@ -100,15 +100,11 @@ def test_a_run_that_was_stopped_ends_where_one_that_was_not_does(
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ({"format": "grain"}, {"format": "tf"}),
-        ({"format": "tf"}, {"format": "grain"}),
         pytest.param({"num_workers": 2}, {"num_workers": 0}, marks=pytest.mark.slow),
         pytest.param({"num_workers": 0}, {"num_workers": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_resumes_in_another_format_and_with_other_workers(
-    before, after, whole, shards, tmp_path
-):
+def test_a_run_resumes_with_other_workers(before, after, whole, shards, tmp_path):
     expected, history = whole
     run(make_dataset(shards, **before), tmp_path, stop=5)
     found, resumed = run(make_dataset(shards, **after), tmp_path)

@@ -37,7 +37,7 @@ def keys(dataset, count=None):
 
 def batches(dataset, first, last):
     """The keys of the batches with these numbers."""
-    dataset.stream.start = first
+    dataset.start = first
     read = take(dataset, last - first)
     return [[key.decode() for key in batch["keys"]] for batch in read]
 
@@ -68,7 +68,7 @@ def lengths(captions):
 def make_dataset(source, training=False, **options):
     """A dataset of small images, with keys, that may have any number of faults."""
     arguments = dict(tokenizer=lengths, image_size=16, batch_size=8, seed=1)
-    arguments.update(format="grain", include_keys=True, max_skipped=1.0)
+    arguments.update(include_keys=True, max_skipped=1.0)
     return image_text_dataset(source, training=training, **arguments | options)
 
 

@@ -7,13 +7,12 @@ import pathlib
 import pickle
 import threading
 
-import keras
 import numpy as np
 import pytest
 from PIL import Image
 
 from keras_cluster_mask.batches import num_images
-from keras_cluster_mask.data import ImageTextDataset, image_text_dataset
+from keras_cluster_mask.data import image_text_dataset
 from tests.data.reading import TOKENIZER, column, keys, make_dataset, take
 
 pytestmark = pytest.mark.any_backend
@@ -48,15 +47,6 @@ def test_images_of_evaluation_are_counted_without_reading(shards):
         part = make(shards, batch_size=32, process=(index, 2))
         assert num_images(part) == len(keys(part))
     assert num_images(make(shards, True)) is None
-
-
-def test_the_format_follows_the_backend(shards):
-    dataset = image_text_dataset(shards, TOKENIZER, 16, 8, training=True)
-    on_tensorflow = keras.backend.backend() == "tensorflow"
-    assert isinstance(dataset, ImageTextDataset) != on_tensorflow
-    # A `tf.data.Dataset` holds no tuples.
-    dataset = make(shards, format=None, include_captions="all")
-    assert isinstance(dataset, ImageTextDataset)
 
 
 def test_channels_first_and_sizes_that_are_not_square(shards, data_format):
@@ -119,7 +109,6 @@ def test_weights_mix_sources(shards):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("format", ["torch"]),
         ("resize", ["pad"]),
         ("include_captions", ["some"]),
         ("crop_scale", [(0.5, 1.5), (0, 1), 0.9]),
@@ -173,12 +162,6 @@ def test_parquet_files_are_read_in_blocks(write_rows, encode):
     assert dataset.description["data.block_size"] == 4
 
 
-def test_all_captions_are_no_tensor(shards):
-    pytest.importorskip("tensorflow")
-    with pytest.raises(ValueError, match=r"`include_captions='all'`.*Received: "):
-        make(shards, format="tf", include_captions="all")
-
-
 def test_a_source_without_pairs_is_refused_by_name(write_tar, write_pairs, tmp_path):
     empty = write_tar("empty.tar", [])
     other = write_tar("other.tar", [("1.tif", b"x"), ("1.json", b"{}")])
@@ -215,7 +198,7 @@ class Model:
 @pytest.mark.parametrize("resize", ["crop", "squash"])
 def test_a_model_gives_tokenizer_size_and_resizing(shards, resize):
     model = Model(resize=resize)
-    options = dict(training=False, format="grain")
+    options = dict(training=False)
     found = image_text_dataset(shards, model, **options)
     expected = image_text_dataset(
         shards, TOKENIZER, (12, 16), 64, resize=resize, **options
@@ -229,7 +212,7 @@ def test_a_model_gives_tokenizer_size_and_resizing(shards, resize):
 def test_worker_processes_do_not_receive_the_model(shards):
     model = Model()
     model.lock = threading.Lock()  # No pickle holds it.
-    dataset = image_text_dataset(shards, model, batch_size=8, format="grain")
+    dataset = image_text_dataset(shards, model, batch_size=8)
     assert pickle.loads(pickle.dumps(dataset._samples)).images.image_size == (12, 16)
 
 
@@ -249,5 +232,5 @@ def test_what_a_model_defines_is_not_given_twice(shards):
     free = Model(image_size=(None, None))
     with pytest.raises(ValueError, match=r"`image_size` must be .*None"):
         image_text_dataset(shards, free)
-    dataset = image_text_dataset(shards, free, 16, training=False, format="grain")
+    dataset = image_text_dataset(shards, free, 16, training=False)
     assert dataset.element_spec["images"].shape[1:] == (16, 16, 3)

@@ -282,9 +282,9 @@ def test_images_at_addresses_are_read_beside_their_table(encode, tmp_path, memor
 
 def test_errors_in_a_tensorflow_dataset_can_be_read(shards):
     tf = pytest.importorskip("tensorflow")
-    dataset = make(shards, True, format="tf", image_transform=lambda *_: 1 / 0)
+    dataset = make(shards, True, image_transform=lambda *_: 1 / 0)
     with pytest.raises(tf.errors.OpError, match=r"'00.*ZeroDivision"):
-        list(dataset)
+        list(dataset.as_dataset())
 
 
 def test_a_run_of_neighbors_in_a_lost_shard_is_replaced_by_others(write_pairs):

@@ -74,8 +74,8 @@ def test_the_program_starts_workers_and_prints_its_result(shard, broken, tmp_pat
     assert json.loads(done.stdout)["samples"] == 16
     lines = done.stderr.splitlines()
     imported = {x.rpartition("|")[2].strip() for x in lines if x.startswith("import ")}
-    # It does not wait for packages that it does not need. grain imports JAX.
+    # It does not wait for packages that it does not need.
     assert "keras_cluster_mask.data.check" in imported
-    assert not imported & {"keras", "keras_hub", "tensorflow", "torch"}
+    assert not imported & {"keras", "keras_hub", "tensorflow", "torch", "jax"}
     others = [x for x in lines if not x.startswith("import time:")]
     assert all("index:" in x for x in others if x.strip()), others

@@ -71,9 +71,9 @@ def test_batches_do_not_depend_on_the_number_of_workers(source, options, count):
 def test_workers_feed_a_tensorflow_dataset(source):
     pytest.importorskip("tensorflow")
     expected = take(make(source), 20)
-    dataset = make(source, format="tf", num_workers=2)
-    dataset.stream.start = 7
-    assert_same(take(dataset, 13), expected[7:])
+    dataset = make(source, num_workers=2)
+    dataset.start = 7
+    assert_same(take(dataset.as_dataset(), 13), expected[7:])
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")

@@ -7,7 +7,7 @@ from concurrent import futures
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data.reading import Mix, Order
+from keras_cluster_mask.data.order import Mix, Order
 
 pytestmark = pytest.mark.any_backend
 

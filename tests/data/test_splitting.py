@@ -205,8 +205,6 @@ def test_the_parts_remember_the_fields_of_the_split(tmp_path, encode):
     captions = [text for part in (train, rest) for text in read_captions(part)]
     assert sorted(captions) == sorted(f"number {n}" for n in range(20))
     assert {*read_captions(test)} < {*read_captions(rest)}
-    dataset = image_text_dataset(
-        test, None, 8, training=False, format="grain", include_captions="all"
-    )
+    dataset = image_text_dataset(test, None, 8, training=False, include_captions="all")
     found = [x for batch in dataset for (x,) in batch["captions"]]
     assert [x.decode() for x in found] == read_captions(test)

@@ -6,7 +6,6 @@ import os
 import threading
 import time
 
-import grain
 import numpy as np
 import pytest
 
@@ -72,16 +71,21 @@ def test_training_batches_do_not_depend_on_the_number_of_processes(
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.usefixtures("data_format")
-def test_both_formats_give_the_same_batches(shards, training):
+def test_tensorflow_numbers_and_torch_read_the_same_batches(shards, training):
     pytest.importorskip("tensorflow")
-    count = 26 if training else None
-    grain_dataset = make(shards, training)
-    tf_dataset = make(shards, training, format="tf")
-    assert len(tf_dataset) == len(grain_dataset) == (12 if training else 13)
-    first = take(grain_dataset, count)
-    assert len(first) == (26 if training else 13)
-    assert_same(first, take(tf_dataset, count))
-    assert tf_dataset.skipped.by_reason == grain_dataset.skipped.by_reason
+    data = pytest.importorskip("torch.utils.data")
+    dataset = make(shards, training)
+    dataset.start = 2
+    expected = take(dataset, 10)
+    assert_same(take(dataset.as_dataset(), 10), expected)
+    assert_same([dataset[number] for number in range(10)], expected)
+    loader = data.DataLoader(
+        dataset, batch_size=None, collate_fn=lambda x: x, num_workers=2
+    )
+    assert_same(take(loader, 10), expected)
+    if not training:
+        with pytest.raises(IndexError):
+            dataset[11]
 
 
 def test_batches_do_not_depend_on_how_much_is_read_together(shards, monkeypatch):
@@ -97,34 +101,18 @@ def test_batches_do_not_depend_on_how_much_is_read_together(shards, monkeypatch)
 def test_training_is_endless_and_its_length_is_full_batches(shards):
     dataset = make(shards, True, batch_size=30)
     assert isinstance(dataset, ImageTextDataset)
-    assert isinstance(dataset, grain.IterDataset)
     assert (len(dataset), dataset.num_samples, dataset.batch_size) == (3, 100, 30)
     assert [len(batch["images"]) for batch in take(dataset, 20)] == [30] * 20
 
 
-@pytest.mark.parametrize("format", ["grain", "tf"])
 @pytest.mark.parametrize("training", [True, False])
-def test_each_iteration_begins_with_the_start_of_the_stream(shards, training, format):
-    if format == "tf":
-        pytest.importorskip("tensorflow")
+def test_each_iteration_begins_with_the_start_of_the_stream(shards, training):
     expected = take(make(shards, training), 13)
-    dataset = make(shards, training, format=format)
-    assert dataset.stream.start == 0
+    dataset = make(shards, training)
+    assert dataset.start == 0
     for start in (0, 7, 12, 0):
-        dataset.stream.start = start
+        dataset.start = start
         assert_same(take(dataset, 13 - start), expected[start:])
-
-
-def test_an_iterator_gives_its_state_back(shards):
-    dataset = make(shards, True)
-    iterator = iter(dataset)
-    for _ in range(3):
-        next(iterator)
-    state = iterator.get_state()
-    expected = [next(iterator)["keys"].tolist() for _ in range(3)]
-    iterator.set_state(state)
-    assert [next(iterator)["keys"].tolist() for _ in range(3)] == expected
-    iterator.close()
 
 
 @pytest.mark.usefixtures("data_format")
@@ -145,7 +133,7 @@ def test_the_description_tells_other_data_and_other_orders(shards):
         return make(source, True, **options).description
 
     assert describe() == describe()
-    assert describe(num_workers=2, format="grain", process=(1, 2)) == describe()
+    assert describe(num_workers=2, process=(1, 2)) == describe()
     others = [
         describe(shards[:2]),
         describe(seed=4),

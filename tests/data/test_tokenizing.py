@@ -27,11 +27,10 @@ def first(dataset):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("format", ["grain", "tf"])
-def test_any_callable_tokenizes_str(write_tar, noise, format):
+def test_any_callable_tokenizes_str(write_tar, noise):
     files = [("a.png", noise(0)), ("a.txt", "é no".encode()), ("b.png", noise(1))]
     shard = write_tar("a.tar", [*files, ("b.txt", b"a\xff")])
-    batch = first(make(shard, tokenizer=lengths, format=format))
+    batch = first(make(shard, tokenizer=lengths))
     np.testing.assert_array_equal(batch["token_ids"], [[4], [2]])
     assert batch["token_ids"].dtype == "int32"
 
@@ -75,10 +74,9 @@ def layer():
 
 
 @pytest.mark.one_case
-@pytest.mark.parametrize("format", ["grain", "tf"])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_keras_layer_can_tokenize(shard, layer, format, training):
-    options = {"training": training, "format": format, "include_captions": False}
+def test_a_keras_layer_can_tokenize(shard, layer, training):
+    options = {"training": training, "include_captions": False}
     dataset = make(shard, tokenizer=layer, include_keys=True, **options)
     names = {"images", "token_ids", "keys"}
     assert {*dataset.element_spec} == names

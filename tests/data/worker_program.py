@@ -51,7 +51,7 @@ if __name__ == "__mp_main__" and sys.argv[3:] == ["stop"]:
 
 if __name__ == "__main__":
     source, num_workers, *end = sys.argv[1:]
-    options = dict(training=True, format="grain", num_workers=int(num_workers))
+    options = dict(training=True, num_workers=int(num_workers))
     iterator = iter(image_text_dataset(source, imported, 16, 8, **options))
     print("imported:", next(iterator)["token_ids"][0].tolist())
     pathlib.Path("ready").touch()

@@ -42,18 +42,15 @@ def as_dataset(data, batch_size=8, drop_remainder=True):
 
 
 @pytest.mark.slow_to_compile
-@pytest.mark.parametrize("format", ["tf", "grain"])
-def test_replicas_see_each_batch_of_a_stream_once_and_in_order(
-    format, strategy, write_pairs
-):
+def test_replicas_see_each_batch_of_a_stream_once_and_in_order(strategy, write_pairs):
     shard = write_pairs("a.tar", 0, 14)
     with strategy.scope():
         model, log = model_with_log(steps=14)
         model.compile("sgd")
-    data = stream(shard, format=format)
+    data = stream(shard)
     model.fit(data, epochs=3, verbose=0)
     model.fit(data, steps_per_epoch=5, verbose=0)
-    batches = itertools.islice(stream(shard, format="grain"), 14)
+    batches = itertools.islice(stream(shard), 14)
     expected = [batch["token_ids"][:, 0] for batch in batches]
     np.testing.assert_array_equal(log.seen_tokens(), expected)
 

@@ -150,7 +150,7 @@ def test_rows_of_one_text_are_one_caption_whatever_their_padding(name):
 # === All kinds of data ===
 
 
-def grain_stream(pairs):
+def evaluated_stream(pairs):
     """An `image_text_dataset`, of which a tokenizer looks up the texts."""
     source = [
         {"image": image, "caption": str(row)}
@@ -162,7 +162,6 @@ def grain_stream(pairs):
         16,
         4,
         training=False,
-        format="grain",
     )
 
 
@@ -174,12 +173,13 @@ def test_data_of_any_kind_is_cut_batch_by_batch(kind, widths, monkeypatch):
     # Batches of three lengths, of which the first two are equal.
     batches = [pairs(longest=n, count=4) for n in (5, 6, LEAST + 1, 30)]
     whole = {k: np.concatenate([x[k] for x in batches]) for k in batches[0]}
-    make = grain_stream if kind == "stream" else KINDS[kind]
+    make = evaluated_stream if kind == "stream" else KINDS[kind]
     expected = [WIDTH] * 4 if keeps else [rounded_up(n) for n in (5, 5, LEAST + 1, 30)]
     model.compile("sgd", run_eagerly=True)
     options = {"batch_size": 4} if kind == "arrays" else {}
-    model.fit(make(whole), shuffle=False, verbose=0, **options)
-    assert widths == expected
+    if kind != "stream":
+        model.fit(make(whole), shuffle=False, verbose=0, **options)
+        assert widths == expected
     widths.clear()
     logs = model.evaluate(make(whole), verbose=0, return_dict=True, **options)
     # Arrays are cut once in evaluation.

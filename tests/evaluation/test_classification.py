@@ -192,18 +192,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def colored(folder, class_names, format="grain"):
+def colored(folder, class_names):
     options = dict(label_key="folder", class_names=class_names, max_skipped=1.0)
-    return image_text_dataset(folder, None, 16, 2, False, format=format, **options)
+    return image_text_dataset(folder, None, 16, 2, False, **options)
 
 
 @pytest.mark.filterwarnings("ignore:.*was skipped")
-@pytest.mark.parametrize("format", ["grain", "tf"])
-def test_a_misspelled_class_is_not_left_out(model, tokenizer, folder, format):
-    if format == "tf":
-        pytest.importorskip("tensorflow")
+def test_a_misspelled_class_is_not_left_out(model, tokenizer, folder):
     misspelled = ["red", "gren", "blue"]
-    data = colored(folder, misspelled, format)
+    data = colored(folder, misspelled)
     for evaluate in (
         lambda: evaluate_zero_shot(model, data, misspelled, tokenizer, verbose=0),
         lambda: evaluate_linear_probe(model, data, data, verbose=0),

@@ -187,18 +187,13 @@ def evaluations(model, tokenizer, data):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("format", ["grain", "tf"])
 def test_datasets_for_training_and_parts_of_datasets_are_refused(
-    model, tokenizer, write_pairs, format
+    model, tokenizer, write_pairs
 ):
-    if format == "tf":
-        pytest.importorskip("tensorflow")
     arguments = write_pairs("a.tar", 0, 8), tokenizer, 16, 4
 
     def read(training, **options):
-        return kcm.data.image_text_dataset(
-            *arguments, training=training, format=format, **options
-        )
+        return kcm.data.image_text_dataset(*arguments, training=training, **options)
 
     data = read(training=True)
     for evaluate in [

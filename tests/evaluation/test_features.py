@@ -308,7 +308,7 @@ def test_data_of_one_of_several_processes_is_refused(tmp_path, write_pairs):
 @pytest.mark.any_backend
 def test_other_batches_and_other_captions_are_refused(tmp_path, write_pairs):
     def stream(captions):
-        options = {"training": False, "include_captions": captions, "format": "grain"}
+        options = {"training": False, "include_captions": captions}
         return kcm.data.image_text_dataset(source, None, 16, 3, **options)
 
     source, model = write_pairs("pairs.tar", 0, 6), frozen_model()
@@ -332,7 +332,7 @@ def test_captions_that_are_left_out_are_counted(tmp_path, included, expected):
         {"image": image, "caption": ["a"] * count}
         for image, count in zip(dataset(9)["images"], [5] * 7 + [1, 2])
     ]
-    options = {"training": False, "include_captions": included, "format": "grain"}
+    options = {"training": False, "include_captions": included}
     data = kcm.data.image_text_dataset(source, None, 16, 8, **options)
     with warnings.catch_warnings(record=True) as found:
         compute_features(frozen_model(), data, tmp_path, tokenizer, verbose=0)

@@ -241,7 +241,6 @@ def test_a_source_is_read_as_the_model_says(
         None,
         16,
         training=False,
-        format="grain",
         resize="squash",
         include_captions="all",
     )
@@ -271,7 +270,7 @@ def test_rows_of_an_object_and_lists_of_files_are_sources(reads_words, write_pai
     assert evaluate_retrieval(reads_words, rows) == expected
     shards = [write_pairs(name, 0, 6) for name in ("a.tar", "b.tar")]
     whole = image_text_dataset(
-        shards, reads_words, training=False, format="grain", include_captions="all"
+        shards, reads_words, training=False, include_captions="all"
     )
     expected = evaluate_retrieval(reads_words, whole)
     assert evaluate_retrieval(reads_words, shards) == expected

@@ -58,7 +58,7 @@ def test_it_runs_in_a_tiny_setting(shard, tmp_path, capsys):
     keys = [
         key
         for batch in kcm.data.image_text_dataset(
-            shard, None, 8, 64, False, format="grain", include_keys=True
+            shard, None, 8, 64, False, include_keys=True
         )
         for key in batch["keys"]
     ]

@@ -52,7 +52,7 @@ def photos(count):
 def our_images(count, resize="crop"):
     """The same images as our own pipeline for evaluation makes them."""
     rows = [{"image": np.array(photo)} for photo in photos(count)]
-    options = {"format": "grain", "resize": resize}
+    options = {"resize": resize}
     (batch,) = kcm.data.image_text_dataset(rows, None, 16, count, False, **options)
     return batch["images"]
 

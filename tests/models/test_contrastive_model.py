@@ -343,24 +343,21 @@ def test_clip_trains_on_texts_of_a_length_that_is_not_known():
 
 
 @pytest.mark.one_case
-@pytest.mark.parametrize("format", ["grain", "tf"])
-def test_fit_sees_each_batch_of_a_stream_once_and_in_order(format, write_pairs):
-    if format == "tf":
-        pytest.importorskip("tensorflow")
+def test_fit_sees_each_batch_of_a_stream_once_and_in_order(write_pairs):
     shard = write_pairs("a.tar", 0, 14)
-    data = stream(shard, format=format, include_keys=True)
+    data = stream(shard, include_keys=True)
     model, log = model_with_log(steps=16)
     model.compile("sgd", **FAST)
     # Nine batches, three, and two; 14 batches are four epochs.
     model.fit(data, epochs=3, verbose=0)
-    assert data.stream.start == 9
+    assert data.start == 9
     # What is read otherwise is no part of the training.
     next(iter(data))
     model.fit(data, verbose=0)
     model.fit(data, steps_per_epoch=1, epochs=2, verbose=0)
-    assert data.stream.start == 14
+    assert data.start == 14
     seen = log.seen_tokens()
-    batches = itertools.islice(stream(shard, format="grain"), 14)
+    batches = itertools.islice(stream(shard), 14)
     np.testing.assert_array_equal(seen, [b["token_ids"][:, 0] for b in batches])
     for epoch in seen.reshape(4, 14):
         assert sorted(epoch) == [*range(14)]
@@ -368,12 +365,12 @@ def test_fit_sees_each_batch_of_a_stream_once_and_in_order(format, write_pairs):
 
 def test_the_end_of_an_epoch_is_no_reason_to_warn_unless_steps_are_missing(write_pairs):
     shard = write_pairs("a.tar", 0, 10)
-    held_out = stream(shard, training=False, format="grain")
+    held_out = stream(shard, training=False)
     model = compiled_model()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Your input ran out of data")
         warnings.filterwarnings("error", "`shuffle=True` was passed")
-        model.fit(stream(shard, format="grain"), epochs=2, verbose=0)
+        model.fit(stream(shard), epochs=2, verbose=0)
         model.evaluate(held_out, verbose=0)
         model.predict(held_out, verbose=0)
     pairs = ((random_pairs(4),) for _ in range(2))

@@ -25,7 +25,7 @@ PHOTOGRAPHS = {
 
 def drawings(path):
     """The drawings of a shard, as arrays."""
-    options = dict(format="grain", include_captions=True)
+    options = dict(include_captions=True)
     data = kcm.data.image_text_dataset(path, None, SIZE, 64, False, **options)
     found = [(batch["images"], batch["captions"]) for batch in data]
     images, captions = (np.concatenate(x) for x in zip(*found))

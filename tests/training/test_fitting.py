@@ -180,13 +180,10 @@ def test_averages_of_weights_can_be_trained_again(several):
 
 @pytest.mark.any_backend
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["grain", "tf"])
-def test_worker_processes_start_once_for_all_epochs(format, write_pairs, tmp_path):
-    if format == "tf":
-        pytest.importorskip("tensorflow")
+def test_worker_processes_start_once_for_all_epochs(write_pairs, tmp_path):
     shard, folder = write_pairs("a.tar", 0, 15), tmp_path / "processes"
     folder.mkdir()
-    data = stream(shard, tokenizer=NoteProcess(folder), format=format, num_workers=1)
+    data = stream(shard, tokenizer=NoteProcess(folder), num_workers=1)
     compiled().fit(data, epochs=3, verbose=0)
     started = {path.name for path in folder.iterdir()}
     assert len(started) == 1
@@ -229,14 +226,11 @@ def test_evaluation_shows_its_length_in_the_main_process(
 
 
 @pytest.mark.one_case
-@pytest.mark.parametrize("format", ["grain", "tf"])
-def test_validation_leaves_out_a_smaller_last_batch_of_a_stream(format, write_pairs):
-    if format == "tf":
-        pytest.importorskip("tensorflow")
+def test_validation_leaves_out_a_smaller_last_batch_of_a_stream(write_pairs):
     losses = []
     for count in (8, 9):
         shard = write_pairs(f"{count}.tar", 0, count)
-        fit = dict(validation_data=stream(shard, training=False, format=format), **FIT)
+        fit = dict(validation_data=stream(shard, training=False), **FIT)
         history = compiled().fit(random_pairs(8), epochs=2, **fit).history
         losses.append(history["val_loss"])
     np.testing.assert_allclose(*losses, rtol=1e-6)
@@ -303,13 +297,44 @@ def test_a_schedule_of_fewer_steps_than_the_fit_warns_before_it(steps, warns, re
     assert len(found) == warns
 
 
-@pytest.mark.one_case
-def test_a_dataset_for_evaluation_is_read_as_a_whole_in_each_epoch(write_pairs):
+@pytest.mark.any_backend
+def test_a_dataset_for_evaluation_is_not_trained_on(write_pairs):
     data = stream(write_pairs("a.tar", 0, 12), training=False)
-    model = compiled()
-    # Of three batches.
-    model.fit(data, epochs=3, verbose=0)
-    assert int(model.optimizer.iterations) == 9
+    with pytest.raises(ValueError, match=r"`training=True`\. Received: x=<ImageText"):
+        compiled().fit(data, verbose=0)
+
+
+@pytest.mark.one_case
+@pytest.mark.filterwarnings("ignore:.*was skipped")
+def test_validation_data_is_read_anew_when_it_is_due(write_pairs):
+    # All samples of the last batch are broken.
+    shard = write_pairs("a.tar", 0, 8, [("x.png", b"-"), ("x.txt", b"no 9")])
+    held_out = stream(shard, training=False, max_skipped=1.0)
+    model, pairs = compiled(), random_pairs(8)
+    for frequency, expected in ((1, 4), (2, 2), ([3, 4], 2)):
+        options = dict(validation_data=held_out, validation_freq=frequency)
+        history = model.fit(pairs, epochs=4, **options, **FIT).history
+        assert len(history["val_loss"]) == expected
+    logs = model.evaluate(held_out, verbose=0, return_dict=True)
+    assert history["val_loss"][-1] == pytest.approx(logs["loss"])
+
+
+@pytest.mark.one_case
+def test_callbacks_see_the_validation_and_its_metrics():
+    seen = []
+
+    class See(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            seen.append(self.params["epochs"])
+
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(logs["val_loss"])
+
+    pairs = random_pairs(8)
+    options = dict(validation_data=pairs, callbacks=[See()], epochs=2)
+    history = compiled().fit(pairs, **options, **FIT).history
+    first, second = history["val_loss"]
+    assert seen == [2, first, 2, second]
 
 
 # === Steps that begin before others end, and the progress bar ===
@@ -349,7 +374,8 @@ def test_no_step_is_waited_for_whatever_is_shown_and_saved(verbose, saves, tmp_p
 @pytest.mark.any_backend
 def test_few_steps_begin_before_others_end():
     model = small_model()
-    run = TrainingRun(model, TrainingData(random_pairs(8), model.input_rules, 4))
+    data = TrainingData(random_pairs(8), model.input_rules, 4)
+    run = TrainingRun(model, data, [], None)
     run.set_model(model)
     for step in range(STEPS_AHEAD):
         run.on_train_batch_begin(step)

@@ -32,7 +32,7 @@ def test_images_are_those_of_a_dataset_for_evaluation(files, resize, data_format
     keras.config.set_image_data_format(data_format)
     options = dict(image_size=(12, 16), resize=resize)
     rows = [{"image": str(path)} for path in files]
-    dataset = image_text_dataset(rows, None, training=False, format="grain", **options)
+    dataset = image_text_dataset(rows, None, training=False, **options)
     (expected,) = [batch["images"] for batch in dataset]
     of_each_kind = [str(files[0]), files[1], Image.open(files[2])]
     (found,) = read_images(of_each_kind, **options)

@@ -73,7 +73,7 @@ def shard(tmp_path_factory, write_pairs_to):
 def evaluations(model, shard, tokenizer):
     captions = ["a cat", "no dog"]
     images = random_pairs(2)["images"]
-    data = stream(shard, tokenizer, training=False, format="grain")
+    data = stream(shard, tokenizer, training=False)
     return [
         lambda: embed(
             model, {"images": images, "captions": captions}, tokenizer, verbose=0

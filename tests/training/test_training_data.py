@@ -243,7 +243,7 @@ def test_the_captions_of_an_image_text_dataset_are_left_out_without_a_warning(
     write_pairs, recwarn, which
 ):
     shard = write_pairs("a.tar", 0, 8)
-    data = stream(shard, training=False, include_captions=which)
+    data = stream(shard, include_captions=which)
     assert [{*batch} for batch in read(data)] == [{"images", "token_ids"}] * 2
     assert not [x for x in recwarn if LEFT_OUT in str(x.message)]
 

@@ -1,7 +1,7 @@
 import keras
 import pytest
 
-from keras_cluster_mask.data.tensorflow import import_tensorflow
+from keras_cluster_mask.distribution import tensorflow_data
 
 
 def test_tensorflow_sees_no_gpu_unless_it_is_the_backend(monkeypatch):
@@ -10,7 +10,7 @@ def test_tensorflow_sees_no_gpu_unless_it_is_the_backend(monkeypatch):
     monkeypatch.setattr(
         tf.config, "set_visible_devices", lambda *arguments: hidden.append(arguments)
     )
-    assert import_tensorflow() is tf
+    assert tensorflow_data._import_tensorflow() is tf
     is_backend = keras.backend.backend() == "tensorflow"
     assert hidden == ([] if is_backend else [([], "GPU")])
 
@@ -22,4 +22,4 @@ def test_a_tensorflow_that_is_in_use_is_left_as_it_is(monkeypatch):
         raise RuntimeError("Visible devices cannot be modified after being initialized")
 
     monkeypatch.setattr(tf.config, "set_visible_devices", refuse)
-    assert import_tensorflow() is tf
+    assert tensorflow_data._import_tensorflow() is tf

@@ -1,0 +1,141 @@
+"""Threads and processes that read batches in the background, in order."""
+
+import collections
+import contextlib
+import itertools
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import traceback
+
+import cloudpickle
+import numpy as np
+
+from keras_cluster_mask.data.files import Threads
+
+
+def in_order(threads, function, items, ahead):
+    """Calls a function in threads.
+
+    Args:
+        threads: `Threads`.
+        function: Function of an item.
+        items: Iterable.
+        ahead: Integer. The number of calls that begin before their results are needed.
+
+    Yields:
+        The results, in the order of the items.
+    """
+    begun = collections.deque()
+    for item in items:
+        begun.append(threads.submit(function, item))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+def in_threads(samples, count, ahead, batches, stack):
+    """Reads batches in threads of this process.
+
+    Args:
+        samples: `Samples`.
+        count: Integer. The number of threads that share the rows of batches.
+        ahead: Integer. The number of batches that are read ahead.
+        batches: Range. The numbers of the batches.
+        stack: `contextlib.ExitStack`. Closing it ends the threads.
+
+    Yields:
+        The batches, in order.
+    """
+    rows, several = (stack.enter_context(Threads(n)) for n in (count, ahead))
+    # A batch begins as soon as there are free threads, before the last one is done.
+    return in_order(several, lambda n: samples.read(rows, n), batches, ahead)
+
+
+def in_processes(read, count, size, batches, stack):
+    """Reads batches in worker processes, which take turns.
+
+    The processes of grain and of `multiprocessing` wait for stalled storage when the
+    program ends. These can be killed at any time, because the memory that they share
+    with this process has no name.
+
+    Args:
+        read: Function of batches and a stack, as `in_threads`.
+        count: Integer. The number of processes.
+        size: Integer. The number of bytes of the images of a full batch.
+        batches: Range. The numbers of the batches.
+        stack: `contextlib.ExitStack`. Closing it ends the processes.
+
+    Yields:
+        The batches, in order.
+    """
+    context, workers = multiprocessing.get_context("spawn"), []
+    for number in range(count):
+        memory = context.RawArray("B", size)
+        connection, other = context.Pipe()
+        arguments = other, memory, batches[number::count]
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        other.close()
+        stack.callback(process.join)
+        stack.callback(process.kill)
+        workers.append((process, connection, np.frombuffer(memory, "uint8")))
+    # Unlike pickle, cloudpickle supports lambdas.
+    content = cloudpickle.dumps(read)
+    for _, connection, _ in workers:
+        # A worker that has ended is found below.
+        with contextlib.suppress(OSError):
+            connection.send_bytes(content)
+    for _, (process, connection, images) in zip(batches, itertools.cycle(workers)):
+        try:
+            batch, shape = connection.recv()
+        # With unread bytes, the connection is reset.
+        except (EOFError, ConnectionResetError) as error:
+            process.join()
+            raise RuntimeError(
+                "A worker process of `num_workers` ended, such as for lack of memory, "
+                'or because the program has no `if __name__ == "__main__":`. '
+                f"Received: exit code {process.exitcode}"
+            ) from error
+        if isinstance(batch, Exception):
+            raise batch
+        batch["images"] = images[: math.prod(shape)].reshape(shape).copy()
+        # The worker may overwrite the images.
+        connection.send(None)
+        yield batch
+
+
+def _work(connection, memory, batches):
+    """Reads batches in a worker process, and sends them until the program ends."""
+    images = np.frombuffer(memory, "uint8")
+    # After Ctrl-C, which all processes get, the program ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A program that is killed closes the connection.
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        try:
+            read = connection.recv()
+            for batch in read(batches, stack):
+                found = batch.pop("images")
+                images[: found.size] = found.ravel()
+                connection.send((batch, found.shape))
+                connection.recv()
+        except Exception as error:
+            # A pickle has no traceback.
+            error.add_note(traceback.format_exc())
+            try:
+                pickle.loads(pickle.dumps(error))
+            # Such as the error of a class that the program defines.
+            except Exception:
+                error = RuntimeError("".join(traceback.format_exception(error)))
+            connection.send((error, ()))
+
+
+def num_processors():
+    """Returns the number of processors that this process may use."""
+    # Only Linux reports the processors that are assigned to a process.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,64 @@
+"""`tf.data` datasets of batches that Python reads."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+from keras_cluster_mask.distribution.backends import import_triton_first
+
+
+def dataset_of(read: Callable[[], Iterator[dict]], specs: dict[str, Any]) -> Any:
+    """Returns a `tf.data.Dataset` of dictionaries.
+
+    Args:
+        read: Function that returns an iterator over batches, for each iteration over
+            the dataset.
+        specs: Dictionary from the name of each entry of a batch to an object with its
+            `shape`, with `None` for unknown sizes, and its `dtype`. Entries with the
+            dtype `"object"` are left out.
+
+    Raises:
+        ImportError: If TensorFlow is not installed.
+    """
+    tf = _import_tensorflow()
+    specs = {
+        name: tf.TensorSpec(spec.shape, spec.dtype)
+        for name, spec in specs.items()
+        if spec.dtype != "object"
+    }
+
+    def batches():
+        with contextlib.closing(read()) as found:
+            for batch in found:
+                yield {name: batch[name] for name in specs}
+
+    dataset = tf.data.Dataset.from_generator(batches, output_signature=specs)
+    options = tf.data.Options()
+    # The samples come from Python, so `tf.distribute` has no files to shard.
+    policy = tf.data.experimental.AutoShardPolicy.DATA
+    options.experimental_distribute.auto_shard_policy = policy
+    # Nothing needs autotuning, and an epoch would wait up to a second for it.
+    options.autotune.enabled = False
+    return dataset.with_options(options).prefetch(1)
+
+
+def _import_tensorflow():
+    """Imports TensorFlow, without GPUs unless it is the Keras backend.
+
+    It would otherwise take all GPU memory, which another backend needs.
+    """
+    import_triton_first()
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise ImportError(
+            "`as_dataset` needs TensorFlow: `pip install tensorflow`, or iterate over "
+            f"the dataset itself. Received: {error}"
+        ) from error
+    if keras.backend.backend() != "tensorflow":
+        # If TensorFlow is already initialized, keep the devices that the user chose.
+        with contextlib.suppress(RuntimeError):
+            tf.config.set_visible_devices([], "GPU")
+    return tf
