@@ -146,7 +146,7 @@ def _take_data(model, options):
 
 
 class Validation(typing.NamedTuple):
-    """The evaluations in `fit`, each of which reads the data anew.
+    """The evaluations in `fit`, each of which reads the data again.
 
     Keras would start one iterator over the data, and has none for a stream that ends.
     The arguments are those of Keras's `fit`.

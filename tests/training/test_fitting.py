@@ -306,7 +306,7 @@ def test_a_dataset_for_evaluation_is_not_trained_on(write_pairs):
 
 @pytest.mark.one_case
 @pytest.mark.filterwarnings("ignore:.*was skipped")
-def test_validation_data_is_read_anew_when_it_is_due(write_pairs):
+def test_validation_data_is_read_again_when_it_is_due(write_pairs):
     # All samples of the last batch are broken.
     shard = write_pairs("a.tar", 0, 8, [("x.png", b"-"), ("x.txt", b"no 9")])
     held_out = stream(shard, training=False, max_skipped=1.0)
