@@ -2,11 +2,12 @@
 
     KERAS_BACKEND=torch python benchmarks/trace_step.py
 
-What few files explain can be read and debugged. Three ways through the package are
-traced, each with a small CLIP and random masking on one device: `from_backbone`; `fit`
-on an `image_text_dataset` of a table, from its call until the first step begins, with
-the threads that read; and a step. Torch runs a step eagerly. Comprehensions are not
-counted.
+What few files explain can be read and debugged. Five ways through the package are
+traced, each with a small CLIP and random masking on one device: `from_backbone`; from
+the call of `image_text_dataset` with a table to its first batch, with the threads that
+read (`row`); `fit` on this dataset, from its call until the first step begins; a step,
+which torch runs eagerly; and what a `Checkpoint` that is written and resumed enters
+beyond a `fit` (`checkpoint`). Comprehensions are not counted.
 """
 
 import collections
@@ -67,6 +68,36 @@ def trace():
         model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     model.tokenizer = tokenizer
     model.compile(keras.optimizers.AdamW(1e-3))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        save_table(folder)
+        with counted() as reading:
+            data = dataset(folder, model)
+            next(iter(data))
+        starting, steps = trace_steps(model, data)
+        with counted() as fitting:
+            model.fit(data, verbose=0)
+        with counted() as saving:
+            callbacks = [kcm.callbacks.Checkpoint(folder)]
+            for epochs in (1, 2):
+                model.fit(
+                    data,
+                    epochs=epochs,
+                    callbacks=callbacks,
+                    resume_from=folder,
+                    verbose=0,
+                )
+    return {
+        "from_backbone": making,
+        "row": reading,
+        "fit": starting,
+        "step": steps[1],
+        "checkpoint": {k: n for k, n in saving.items() if k not in fitting},
+    }
+
+
+def trace_steps(model, data):
+    """Counts calls from `fit` until the first step, and in each of two steps."""
     train_step, steps = model.train_step, []
 
     def traced(*data):
@@ -76,11 +107,10 @@ def trace():
             return train_step(*data)
 
     model.train_step = traced
-    with tempfile.TemporaryDirectory() as folder:
-        data = dataset(Path(folder), model)
-        with counted() as starting:
-            model.fit(data, steps_per_epoch=2, verbose=0)
-    return {"from_backbone": making, "fit": starting, "step": steps[1]}
+    with counted() as starting:
+        model.fit(data, steps_per_epoch=2, verbose=0)
+    model.train_step = train_step
+    return starting, steps
 
 
 @contextlib.contextmanager
@@ -105,8 +135,8 @@ def counted(calls=None):
         threading.setprofile(None)
 
 
-def dataset(folder, model):
-    """A table of images, as a dataset for training."""
+def save_table(folder):
+    """Saves a table of images and captions."""
     rng = np.random.default_rng(0)
     lines = ["image,caption"]
     for index, caption in enumerate(CAPTIONS):
@@ -114,6 +144,10 @@ def dataset(folder, model):
         Image.fromarray(pixels).save(folder / f"{index}.png")
         lines.append(f"{index}.png,{caption}")
     (folder / "pairs.csv").write_text("\n".join(lines))
+
+
+def dataset(folder, model):
+    """The table as a dataset for training."""
     return kcm.data.image_text_dataset(folder / "pairs.csv", model, batch_size=4)
 
 
