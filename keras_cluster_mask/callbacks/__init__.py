@@ -1,8 +1,8 @@
 """Callbacks for long training runs."""
 
-from keras_cluster_mask.callbacks.checkpoint import Checkpoint, NonFiniteError
 from keras_cluster_mask.callbacks.evaluation import Evaluate, Retrieval, ZeroShot
 from keras_cluster_mask.callbacks.throughput import Throughput
+from keras_cluster_mask.training.checkpoints import Checkpoint, NonFiniteError
 
 __all__ = [
     "Checkpoint",

@@ -10,7 +10,7 @@ from keras_cluster_mask.batches import check_not_empty, read_batches
 from keras_cluster_mask.checks import check_integer, is_number
 from keras_cluster_mask.distribution.backends import copy_values
 from keras_cluster_mask.distribution.processes import all_gather_object
-from keras_cluster_mask.training.fitting import RunCallback
+from keras_cluster_mask.training.checkpoints import RunCallback
 from keras_cluster_mask.types import Templates
 
 

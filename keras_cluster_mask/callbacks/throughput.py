@@ -2,7 +2,7 @@ import threading
 import time
 from typing import Any
 
-from keras_cluster_mask.training.fitting import RunCallback
+from keras_cluster_mask.training.checkpoints import RunCallback
 
 
 class Throughput(RunCallback):

@@ -314,10 +314,10 @@ class Images:
     def description(self):
         """dict. The settings that a resumed run must share."""
         return {
-            "data.image_size": list(self.image_size),
-            "data.crop_scale": self.crop_scale and [*map(float, self.crop_scale)],
-            "data.max_image_pixels": self.max_pixels,
-            "data.image_transform": name_of(self.image_transform),
+            "image_size": list(self.image_size),
+            "crop_scale": self.crop_scale and [*map(float, self.crop_scale)],
+            "max_image_pixels": self.max_pixels,
+            "image_transform": name_of(self.image_transform),
         }
 
     def __call__(self, content, generator):

@@ -179,14 +179,14 @@ class Reading:
     def description(self):
         """Dictionary. The settings that a resumed run must share."""
         return {
-            "data.shards": sum(len(index.paths) for index in self.indexes),
-            "data.samples": self.num_samples,
-            "data.index": [index.fingerprint for index in self.indexes],
-            "data.weights": self.weights,
-            "data.batch_size": self.batch_size,
-            "data.seed": self.seed,
-            "data.block_size": self.block_size,
-            "data.sampling": self.order.digest() if self.training else None,
+            "shards": sum(len(index.paths) for index in self.indexes),
+            "samples": self.num_samples,
+            "index": [index.fingerprint for index in self.indexes],
+            "weights": self.weights,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "block_size": self.block_size,
+            "sampling": self.order.digest() if self.training else None,
         }
 
     def positions(self, batch):

@@ -72,9 +72,9 @@ class Captions:
         size = tokenizing.vocabulary_size_of(tokenizer)
         length = tokenizing.length_of(tokenizer)
         return {
-            "data.tokenizer": [name_of(tokenizer), size, length],
-            "data.text_masking": None if masking is None else repr(masking),
-            "data.include_captions": not self.training and self.include_captions,
+            "tokenizer": [name_of(tokenizer), size, length],
+            "text_masking": None if masking is None else repr(masking),
+            "include_captions": not self.training and self.include_captions,
         }
 
     def batch(self, pairs, generators, epochs):

@@ -135,8 +135,8 @@ class AttentiveMasking(PatchMasking):
         # Without the teacher's encoder, whose configuration has numbered names of
         # layers. The shapes of the teacher's weights are compared instead.
         names = "momentum", "final_momentum", "steps", "image_size"
-        own = {f"teacher.{name}": getattr(self.teacher, name) for name in names}
-        return {**self.get_config(), **own}
+        teacher = {name: getattr(self.teacher, name) for name in names}
+        return {**super().settings(), "teacher": teacher}
 
     def get_config(self) -> dict[str, Any]:
         return {

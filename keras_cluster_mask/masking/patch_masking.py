@@ -322,7 +322,12 @@ class PatchMasking(keras.layers.Layer):
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that a checkpoint must match, as a JSON dictionary."""
-        return self.get_config()
+        others = "name", "trainable", "dtype", "seed"
+        return {
+            name: value
+            for name, value in self.get_config().items()
+            if name not in others and not isinstance(value, dict)
+        }
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -174,6 +174,14 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     """
 
     _is_made = False
+    _settings = (
+        "micro_batch_size",
+        "duplicates",
+        "views",
+        "pixel_mean",
+        "pixel_std",
+        "resize",
+    )
 
     def __init__(
         self,
@@ -770,17 +778,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     @classmethod
     def _make(cls, **arguments: Any) -> Self:
         return (cls.from_backbone if "backbone" in arguments else cls)(**arguments)
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "micro_batch_size": self.micro_batch_size,
-            "duplicates": self.duplicates,
-            "views": self.views,
-            "pixel_mean": self.pixel_mean,
-            "pixel_std": self.pixel_std,
-            "resize": self.resize,
-        }
 
     # Keras calls both for a `.keras` file, and then saves or loads the assets of each
     # layer that a property returns, such as those of a tokenizer.

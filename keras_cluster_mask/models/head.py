@@ -63,6 +63,16 @@ class ContrastiveHead(keras.layers.Layer):
           https://arxiv.org/abs/2303.15343)
     """
 
+    # As in `MadeOfParts`.
+    _settings = (
+        "loss",
+        "projection_dim",
+        "projection",
+        "initial_temperature",
+        "initial_logit_bias",
+        "max_logit_scale",
+    )
+
     def __init__(
         self,
         loss: str | None = None,
@@ -216,15 +226,8 @@ class ContrastiveHead(keras.layers.Layer):
         return ops.exp(log_scale + ops.stop_gradient(clipped - log_scale))
 
     def get_config(self) -> dict[str, Any]:
-        names = (
-            "loss",
-            "projection_dim",
-            "projection",
-            "initial_temperature",
-            "initial_logit_bias",
-            "max_logit_scale",
-        )
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+        options = {name: getattr(self, name) for name in self._settings}
+        return {**super().get_config(), **options}
 
     def _add_scalar(self, name, value):
         return self.add_weight(

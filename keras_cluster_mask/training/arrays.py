@@ -64,10 +64,10 @@ class ArrayBatches(Stream):
             for name, x in self._arrays.items()
         }
         self.description = {
-            "data.pairs": pairs,
-            "data.texts": zlib.crc32(np.ascontiguousarray(texts, "int32")),
-            "data.batch_size": self._batch_size,
-            "data.shuffle": shuffle,
+            "pairs": pairs,
+            "texts": zlib.crc32(np.ascontiguousarray(texts, "int32")),
+            "batch_size": self._batch_size,
+            "shuffle": shuffle,
         }
         # `keras.utils.set_random_seed` seeds NumPy's global generator. All processes
         # use the seed of the main process, which saves it.

@@ -1,118 +1,377 @@
-"""Checkpoint files with the state of a training run, on local or remote storage."""
+"""Checkpoints of a training run: a callback writes them, and `fit` resumes from them.
+
+A checkpoint is one file of NumPy, such as `epoch-00042.npz`. It holds the values of all
+variables and, as JSON, the progress of the run and what its model and data must be.
+"""
 
 import json
+import math
 import os
+import re
 import zipfile
+from typing import Any
 
+import keras
 import numpy as np
+from keras import ops
 
-from keras_cluster_mask.distribution.processes import all_gather_object
+from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.distribution.processes import (
+    all_gather_object,
+    is_main_process,
+    to_numpy,
+)
+from keras_cluster_mask.training.layers import settings_of
+from keras_cluster_mask.training.optimizers import (
+    build,
+    inner_optimizer,
+    optimizer_parts,
+)
+from keras_cluster_mask.training.tokens import digest_of
 
-PREFIX, SUFFIX = "epoch-", ".npz"
+# The number of steps between two checks of the loss. A check of each step would keep
+# the device waiting.
+CHECK_EVERY = 100
 
 
-class CheckpointFiles:
-    """Checkpoints in a folder, named after the epochs trained: `epoch-00042.npz`.
+class RunCallback(keras.callbacks.Callback):
+    """A callback for the `fit` of a `ContrastiveModel`.
 
-    Each file is written under a temporary name and then renamed, so a reader or a
-    killed run finds a complete file or none.
-
-    Args:
-        folder: str or path, local or a URL such as `"gs://bucket/run"`. Created if it
-            does not exist.
-        keep: Integer, the number of latest checkpoints to keep.
+    Attributes:
+        run: `TrainingRun`, which `fit` sets until it ends: a run holds the data.
     """
 
-    def __init__(self, folder, keep=1):
-        self.folder = os.path.expanduser(os.fspath(folder)).rstrip("/")
-        self.keep = keep
-        # Fail before training if the storage cannot be reached.
+    run = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        if self.run is None:
+            raise ValueError(
+                f"`{type(self).__name__}` must be in the `callbacks` of the `fit` of a "
+                f"`ContrastiveModel`. Received: `fit` of a {type(self.model).__name__}"
+            )
+
+    def _is_due(self, epoch: int, every: int) -> bool:
+        """Returns whether an epoch is the last or one of every so many epochs."""
+        is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
+        return is_last or (epoch + 1) % every == 0
+
+
+class NonFiniteError(FloatingPointError):
+    """Raised if the loss or a weight is NaN or infinite: training cannot continue."""
+
+
+class Checkpoint(RunCallback):
+    """Saves all the state of a training run, for `fit(..., resume_from=directory)`.
+
+    A checkpoint is written at the end of an epoch. For an endless dataset,
+    `fit(..., steps_per_epoch=500)` sets the length of an epoch, so a killed run loses
+    at most that many steps.
+
+    A checkpoint is one file. It is written under a temporary name and then renamed, so
+    a run killed while saving keeps the previous checkpoint. It holds the weights, the
+    optimizer state, moving averages, the steps of the learning rate and the masking,
+    the threshold of the masking, all random seeds, the history, and the position in the
+    data. See `ContrastiveModel.fit` for resuming. To keep the best model, use
+    `keras.callbacks.ModelCheckpoint` as well.
+
+    Training waits until the file is written.
+
+    An `image_text_dataset` resumes at the next batch, even with another number of
+    workers or processes; other data, seeds or options are refused. For other data, each
+    epoch is a pass over it. The state of other callbacks is not saved. An epoch that a
+    callback stops early is not saved either.
+
+    A NaN or infinite loss stops the run with an error that names the last checkpoint,
+    and the steps among which the loss occurred. The mean loss of the epoch is read
+    every 100 steps and at the end of the epoch, because reading it makes training wait.
+    A model whose own `metrics` leave out the loss is checked at saves alone. A NaN or
+    infinite weight or optimizer moment at a save stops the run too. Such an epoch is
+    not saved.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    model.compile(optimizer="adam")
+    batch = {
+        "images": np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8"),
+        "token_ids": np.random.randint(1, 100, (8, 12)).astype("int32"),
+    }
+    fit = dict(
+        batch_size=4,
+        resume_from="checkpoints",
+        callbacks=[kcm.callbacks.Checkpoint("checkpoints")],
+    )
+    model.fit(batch, **fit)
+    model.fit(batch, epochs=2, **fit)  # Resumes: trains the second epoch.
+    ```
+
+    Args:
+        directory: str or path. The folder of this run's checkpoints: local, or a URL
+            that fsspec knows, such as `"gs://bucket/run"`.
+        save_every: Integer, the number of epochs between checkpoints. The last epoch is
+            always saved.
+        keep: Integer. The number of latest checkpoints to keep.
+
+    Raises:
+        ValueError: From `fit`, if the folder holds later checkpoints than the run
+            resumes from, or if the data cannot be resumed.
+        OSError: From `fit`, if a file cannot be written.
+        NonFiniteError: From `fit`, if the loss, a weight or the optimizer's state is
+            NaN or infinite.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike, save_every: int = 1, keep: int = 3
+    ):
+        super().__init__()
+        self.folder = os.fspath(directory).rstrip("/")
+        self.save_every = check_integer("save_every", save_every)
+        self.keep = check_integer("keep", keep)
         _storage().file_system(self.folder, "directory")
 
-    def write(self, arrays, facts) -> str:
-        """Writes a checkpoint, then removes the oldest ones beyond `keep`.
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        super().on_train_begin(logs)
+        run = self.run
+        _check_resumable(run.data)
+        if any(getattr(x, "swap_on_epoch", False) for x in run.callbacks):
+            raise ValueError(
+                "`callbacks` must not hold a `Checkpoint` together with "
+                "`SwapEMAWeights(swap_on_epoch=True)`, which exchanges weights and "
+                "averages while they are saved: pass `swap_on_epoch=False`. Received: "
+                f"callbacks of types {[type(x).__name__ for x in run.callbacks]}"
+            )
+        # All processes raise the error, even if some do not see the file.
+        last = max(all_gather_object(max(saved_epochs(self.folder), default=-1)))
+        if last > run.epoch:
+            raise ValueError(
+                "`directory` must not hold later checkpoints than this run starts "
+                "from: pass `resume_from=directory` to `fit`, or use another one. "
+                f"Received: directory={self.folder}, with a checkpoint of "
+                f"{last} epochs; the run starts after {run.epoch}"
+            )
 
-        Args:
-            arrays: Dictionary of arrays.
-            facts: Dictionary of JSON values. Its `"epoch"` names the file.
-        """
-        path = f"{self.folder}/{PREFIX}{facts['epoch']:05}{SUFFIX}"
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._epoch, self._checked = epoch, 0
+
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        # Not in `on_train_batch_end`: Keras waits for each step if a callback overrides
+        # it. The steps before this batch may still be running.
+        if batch >= self._checked + CHECK_EVERY:
+            loss = self.model.get_metrics_result().get("loss", 0.0)
+            self._check_loss(float(loss), f"step {batch}")
+            self._checked = batch
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._check_loss((logs or {}).get("loss", 0.0), "the end")
+        if not self._is_due(epoch, self.save_every) or self.run.is_partial:
+            return
+        variables = _variables(self.model)
+        # In all processes, since the weights may be sharded over them.
+        arrays = {key: to_numpy(variable) for key, variable in variables.items()}
+        # NaN or infinity is possible even if the loss is finite.
+        wrong = [k for k, x in arrays.items() if not np.isfinite(x).all()]
+        # All processes must stop, or the others would wait for one that has stopped.
+        if any(all_gather_object(len(wrong))):
+            path = variables[wrong[0]].path if wrong else "a weight of another process"
+            self._stop("The weights and the optimizer's state", f"{path} at the end")
+        if is_main_process():
+            self._save(arrays)
+
+    def _check_loss(self, loss, last):
+        """Raises an error if the mean loss of the epoch up to a step is not finite."""
+        if not math.isfinite(loss):
+            place = f"between step {self._checked + 1} and {last}"
+            self._stop("The loss", f"loss={loss} {place}")
+
+    def _stop(self, what, found):
+        *_, last = "none", *saved_epochs(self.folder).values()
+        raise NonFiniteError(
+            f"{what} must stay finite; a lower learning rate, a longer warm-up or "
+            f"gradient clipping may help. The last good checkpoint is {last}. "
+            f"Received: {found} of epoch {self._epoch + 1}"
+        )
+
+    def _save(self, arrays):
+        """Writes a checkpoint, and then removes the oldest ones beyond `keep`."""
+        run = self.run
+        facts = {
+            "epoch": run.epoch,
+            "history": run.history,
+            "data_origin": run.data.origin,
+            "learning_rates": [run.first_rates, learning_rates(self.model)],
+            "description": describe(self.model, run.data),
+        }
         # NumPy's files do not support bfloat16, whose values float32 holds exactly.
         arrays = {
             key: x.astype("float32") if x.dtype.name == "bfloat16" else x
             for key, x in arrays.items()
         }
+        # The numbers in the history may be of NumPy.
+        content = np.array(json.dumps(facts, default=float))
+        path = f"{self.folder}/epoch-{run.epoch:05}.npz"
+        # A reader finds the whole file or none, even if this process is killed.
         with _storage().replacing(path) as file:
-            np.savez(file, facts=np.array(json.dumps(facts)), **arrays)
-        # A killed run leaves the temporary file that it was writing.
-        for old in [*self.paths()[: -self.keep], *self._find(".", ".part")]:
+            np.savez(file, facts=content, **arrays, **run.rng_state)
+        # A process that was killed has left the file that it was writing.
+        parts = _find(self.folder, r"\..*\.part")
+        for old in [*[*saved_epochs(self.folder).values()][: -self.keep], *parts]:
             _storage().remove(old)
-        return path
-
-    def paths(self) -> list[str]:
-        """Returns the paths of the checkpoints, from oldest to newest."""
-        return self._find(PREFIX, SUFFIX)
-
-    def last_epoch(self) -> int:
-        """Returns the number of epochs of the last checkpoint, or -1 without one."""
-        paths = self.paths()
-        if not paths:
-            return -1
-        return int(paths[-1].rpartition(PREFIX)[2].removesuffix(SUFFIX))
-
-    def _find(self, start, end):
-        system, folder = _storage().file_system(self.folder)
-        # Clients of object stores cache listings.
-        system.invalidate_cache(folder)
-        try:
-            found = system.ls(folder, detail=False)
-        except FileNotFoundError:
-            return []
-        names = sorted(path.rpartition("/")[2] for path in found)
-        names = [x for x in names if x.startswith(start) and x.endswith(end)]
-        return [f"{self.folder}/{name}" for name in names]
 
 
-def read_resumable(path: str | os.PathLike):
-    """Reads the checkpoint to resume from, the same one in all processes.
+def resume(run, model, path, verbose):
+    """Moves a run to a checkpoint, the same one in all processes, if there is one.
 
     Args:
+        run: `TrainingRun`.
+        model: A `ContrastiveModel`.
         path: Path or URL of a checkpoint, which must exist, or of a folder.
-
-    Returns:
-        A tuple `(path, arrays, facts)`, or `None` if the folder has no checkpoint.
+        verbose: Whether to print where the run starts.
     """
-    path = os.path.expanduser(os.fspath(path)).rstrip("/")
+    path = os.fspath(path).rstrip("/")
     _storage().file_system(path, "resume_from")
-    paths = [path] if path.endswith(SUFFIX) else CheckpointFiles(path).paths()
+    paths = [path] if path.endswith(".npz") else [*saved_epochs(path).values()]
     if not paths and path.endswith((".keras", ".h5")):
         raise ValueError(
             "`resume_from` must be the folder of a `kcm.callbacks.Checkpoint`, or one "
             f"of its .npz files. Received: resume_from={path}"
         )
-    found = _read(paths[-1]) if paths else None
-    epochs = all_gather_object(-1 if found is None else found[2]["epoch"])
+    arrays, facts = _read(paths[-1]) if paths else ({}, {"epoch": -1})
+    epochs = all_gather_object(facts["epoch"])
     if len({*epochs}) > 1:
         raise ValueError(
             "`resume_from` must be a folder that all processes see. Received: "
             f"resume_from={path}, last epochs {epochs} by process"
         )
-    return found
-
-
-def _read(path):
-    try:
-        with (
-            _storage().open_file(path) as content,
-            np.load(content, allow_pickle=False) as file,
-        ):
-            arrays = dict(file)
-        return path, arrays, json.loads(str(arrays.pop("facts")))
-    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    if not paths:
+        if verbose:
+            print(f"No checkpoint in {path}: starting at the beginning.")
+        return
+    path = paths[-1]
+    if not model.built or not model.compiled:
         raise ValueError(
-            "`resume_from` must be an intact checkpoint: remove this file to resume "
-            f"from the one before. Received: {path}, and then: {error}"
-        ) from error
+            "`resume_from` needs a compiled and built model: compile it with an "
+            "optimizer, and call it on a batch. "
+            f"Received: built={model.built}, compiled={model.compiled}"
+        )
+    _check_resumable(run.data)
+    build(model)
+    wanted = json.loads(json.dumps(describe(model, run.data)))
+    differing = [
+        f"{part}: {saved!r} in the checkpoint, {given!r} in the model"
+        for part, saved, given in _differences(facts["description"], wanted)
+    ]
+    if differing:
+        raise ValueError(
+            "`resume_from` must be a checkpoint of the same model and data. Use "
+            "another folder, or make model and data as they were. Received: "
+            f"resume_from={path}, {len(differing)} differences, with "
+            + "; ".join(differing[:10])
+        )
+    for key, variable in _variables(model).items():
+        variable.assign(arrays[key])
+    run.first_rates = learning_rates(model)
+    parts = optimizer_parts(model.optimizer)
+    for index, (first, last) in enumerate(zip(*facts["learning_rates"])):
+        # A rate that the user changed after the saved run is kept. If that run was in
+        # this process, the rate still has the value that a callback gave it.
+        if last is not None and run.first_rates[index] in (first, last):
+            parts[index].learning_rate = last
+            run.first_rates[index] = first
+    run.rng_state = {k: v for k, v in arrays.items() if k.startswith("generators/")}
+    run.epoch, run.history = facts["epoch"], facts["history"]
+    run.data.origin = facts["data_origin"]
+    if verbose:
+        print(f"Resuming from {path}: epoch {run.epoch + 1}.")
+
+
+def learning_rates(model) -> list[float | None]:
+    """Returns the learning rate of each optimizer, or `None` for a schedule."""
+    rates = [part.learning_rate for part in optimizer_parts(model.optimizer)]
+    return [
+        float(ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None
+        for rate in rates
+    ]
+
+
+def saved_epochs(folder) -> dict[int, str]:
+    """Returns the paths of the checkpoints in a folder by their numbers of epochs."""
+    paths = _find(folder, r"epoch-\d+\.npz")
+    found = {int(path.rpartition("-")[2].removesuffix(".npz")): path for path in paths}
+    return dict(sorted(found.items()))
+
+
+# === What a checkpoint holds ===
+
+
+def _variables(model):
+    """Returns all variables by their keys in a file, but learning rates.
+
+    The number of learning rates that are variables may change, as the user may replace
+    a schedule.
+    """
+    rates = {id(part.learning_rate) for part in optimizer_parts(model.optimizer)}
+    state = [v for v in model.optimizer.variables if id(v) not in rates]
+    return {
+        f"{group}/{index}": variable
+        for group, variables in (("model", model.variables), ("optimizer", state))
+        for index, variable in enumerate(variables)
+    }
+
+
+def describe(model, data):
+    """Returns what must be the same when a run is resumed, as JSON values."""
+    optimizers = inner_optimizer(model.optimizer), *optimizer_parts(model.optimizer)
+    trained = {id(v) for v in model.trainable_variables}
+    model_options, head_options = (
+        {name: getattr(x, name) for name in x._settings if name != "micro_batch_size"}
+        for x in (model, model.head)
+    )
+    return {
+        "data": data.description,
+        "optimizer": [type(x).__name__ for x in optimizers],
+        "tokenizer": digest_of(model, model.tokenizer),
+        "model": model_options,
+        "head": {**head_options, "dtype": model.head.dtype_policy.name},
+        "maskings": [
+            {"class": type(x).__name__, **x.settings()} for x in model.maskings
+        ],
+        "layers": settings_of(model),
+        # Last, as there may be hundreds of differences.
+        "variables": {
+            key: f"{v.dtype} {tuple(v.shape)}" + ", trained" * (id(v) in trained)
+            for key, v in _variables(model).items()
+        },
+    }
+
+
+def _differences(saved, wanted, path=""):
+    """Yields the path and both values of each part in which two JSON values differ."""
+    if isinstance(saved, list) and isinstance(wanted, list):
+        saved, wanted = dict(enumerate(saved)), dict(enumerate(wanted))
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        for key in {**wanted, **saved}:
+            part = f"{path}.{key}" if path else key
+            yield from _differences(saved.get(key), wanted.get(key), part)
+    elif saved != wanted:
+        yield path, saved, wanted
+
+
+def _check_resumable(data):
+    """Raises an error for data that cannot be read from the start of an epoch."""
+    if data.steps_per_epoch is not None and data.spec is None:
+        raise ValueError(
+            "`steps_per_epoch` needs data that can be read from the end of an "
+            "epoch on: an `image_text_dataset` or another `tf.data.Dataset`. "
+            f"Received: steps_per_epoch={data.steps_per_epoch}, data of type "
+            f"{data.type_name}"
+        )
+
+
+# === Files ===
 
 
 def _storage():
@@ -120,3 +379,32 @@ def _storage():
     from keras_cluster_mask.data import files
 
     return files
+
+
+def _find(folder, pattern):
+    """Returns the sorted paths of the files whose names match a pattern."""
+    system, found = _storage().file_system(folder)
+    # Clients of object stores cache listings.
+    system.invalidate_cache(found)
+    try:
+        found = system.ls(found, detail=False)
+    except FileNotFoundError:
+        return []
+    names = sorted(path.rpartition("/")[2] for path in found)
+    return [f"{folder}/{name}" for name in names if re.fullmatch(pattern, name)]
+
+
+def _read(path):
+    """Returns the arrays and the facts of a checkpoint."""
+    try:
+        with (
+            _storage().open_file(path) as content,
+            np.load(content, allow_pickle=False) as file,
+        ):
+            arrays = dict(file)
+        return arrays, json.loads(str(arrays.pop("facts")))
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            "`resume_from` must be an intact checkpoint: remove this file to resume "
+            f"from the one before. Received: {path}, and then: {error}"
+        ) from error

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import operator
-import os
 import threading
 import types
 import typing
@@ -12,7 +11,6 @@ from collections.abc import Container
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.backends import (
@@ -25,17 +23,15 @@ from keras_cluster_mask.distribution.backends import (
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.processes import is_main_process
 from keras_cluster_mask.distribution.replicas import num_replicas
-from keras_cluster_mask.training.checkpoints import read_resumable
+from keras_cluster_mask.training.checkpoints import (
+    RunCallback,
+    learning_rates,
+    resume,
+)
 from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import optimizer_parts
-from keras_cluster_mask.training.run_state import (
-    describe,
-    differences,
-    learning_rates,
-    write_state,
-)
 from keras_cluster_mask.training.step_metrics import DIRECTIONS
 from keras_cluster_mask.training.tokens import adopt_tokenizer
 from keras_cluster_mask.training.training_data import (
@@ -85,7 +81,7 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
         adopt_tokenizer(model, x)
         validation.check(model)
         if resume_from is not None:
-            run.resume(model, resume_from, options["verbose"])
+            resume(run, model, resume_from, options["verbose"])
         history = _train(model, keras_fit, run, options)
     except Exception:
         if not run.history:
@@ -252,28 +248,6 @@ def _warn_of_rate_zero(optimizer, steps):
             return
 
 
-class RunCallback(keras.callbacks.Callback):
-    """A callback for the `fit` of a `ContrastiveModel`.
-
-    Attributes:
-        run: `TrainingRun`, which `fit` sets until it ends: a run holds the data.
-    """
-
-    run = None
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        if self.run is None:
-            raise ValueError(
-                f"`{type(self).__name__}` must be in the `callbacks` of the `fit` of a "
-                f"`ContrastiveModel`. Received: `fit` of a {type(self.model).__name__}"
-            )
-
-    def _is_due(self, epoch: int, every: int) -> bool:
-        """Returns whether an epoch is the last or one of every so many epochs."""
-        is_last = epoch + 1 == self.params["epochs"] or self.model.stop_training
-        return is_last or (epoch + 1) % every == 0
-
-
 class TrainingRun(keras.callbacks.Callback):
     """Tracks the progress of `fit`, as the first callback of a `ContrastiveModel`.
 
@@ -292,7 +266,7 @@ class TrainingRun(keras.callbacks.Callback):
         history: List with a dictionary of `"epoch"` and `"logs"` for each epoch.
         is_partial: Boolean. Whether a callback stopped the last epoch early.
         rng_state: Dictionary of arrays, the random state at the end of the last epoch.
-        first_rates: Dictionary of floats, the learning rates at the start of the run.
+        first_rates: List, the `learning_rates` at the start of the run.
         start_values: List, the `start_values` of the model until a step ends.
     """
 
@@ -316,59 +290,12 @@ class TrainingRun(keras.callbacks.Callback):
         self.history = []
         self.is_partial = False
         self.rng_state = {}
-        rates = learning_rates(model)
-        self.first_rates = {k: float(ops.convert_to_numpy(v)) for k, v in rates.items()}
+        self.first_rates = []
         self.start_values = []
 
-    def facts(self, model) -> dict[str, Any]:
-        """Returns the part of a checkpoint without arrays, as JSON values."""
-        return {
-            "epoch": self.epoch,
-            "data_origin": self.data.origin,
-            "history": [
-                {**row, "logs": {k: float(v) for k, v in row["logs"].items()}}
-                for row in self.history
-            ],
-            "first_rates": self.first_rates,
-            "description": {**describe(model), **self.data.description},
-        }
-
-    def resume(self, model, path, verbose):
-        """Resumes from a checkpoint, if there is one."""
-        found = read_resumable(path)
-        if found is None:
-            if verbose:
-                print(f"No checkpoint in {os.fspath(path)}: starting at the beginning.")
-            return
-        if not model.built or not model.compiled:
-            raise ValueError(
-                "`resume_from` needs a compiled and built model: compile it with an "
-                "optimizer, and call it on a batch. "
-                f"Received: built={model.built}, compiled={model.compiled}"
-            )
-        path, arrays, facts = found
-        wanted = {**describe(model), **self.data.description}
-        differing = differences(facts["description"], wanted)
-        if differing:
-            raise ValueError(
-                "`resume_from` must be a checkpoint of the same model and data. Use "
-                "another folder, or make model and data as they were. Received: "
-                f"resume_from={path}, {len(differing)} differences, with "
-                + "; ".join(differing[:10])
-            )
-        write_state(model, arrays)
-        for key, rate in learning_rates(model).items():
-            first = facts["first_rates"].get(key)
-            # A rate that the user changed after the saved run is kept. If that run was
-            # in this process, the rate still has the value that a callback gave it.
-            if key in arrays and self.first_rates[key] in (first, float(arrays[key])):
-                rate.assign(arrays[key])
-                self.first_rates[key] = first
-        self.rng_state = {k: v for k, v in arrays.items() if "generators/" in k}
-        self.epoch, self.history = facts["epoch"], facts["history"]
-        self.data.origin = facts["data_origin"]
-        if verbose:
-            print(f"Resuming from {path}: epoch {self.epoch + 1}.")
+    def on_train_begin(self, logs=None):
+        # Those of a checkpoint are from the start of the run that saved it.
+        self.first_rates = self.first_rates or learning_rates(self.model)
 
     def on_train_batch_begin(self, batch, logs=None):
         if batch == 0:
@@ -383,7 +310,7 @@ class TrainingRun(keras.callbacks.Callback):
             # step. Data whose batches are not known may be a `DataLoader`, which
             # shuffles by this generator: with the restored state, it would repeat its
             # order.
-            if self.rng_state and self.data.spec is not None:
+            if self.data.spec is not None:
                 write_rng_state(self.rng_state)
         self._last = batch
         # With a timeout, since a step that fails does not end either; Keras raises its

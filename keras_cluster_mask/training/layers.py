@@ -148,14 +148,19 @@ class MadeOfParts:
 
     Attributes:
         _parts: Names of the arguments of the class that have attributes of their names.
+        _settings: Names of further such arguments, whose values need no serialization.
+            They must not change when a run is resumed, except for `micro_batch_size`.
     """
 
     _parts: tuple[str, ...] = ()
+    _settings: tuple[str, ...] = ()
 
     def get_config(self) -> dict[str, Any]:
         parts = {name: getattr(self, name) for name in self._parts}
         parts = keras.saving.serialize_keras_object(parts)
-        return {"name": self.name, **parts, "omitted": omitted_settings(self)}
+        options = {name: getattr(self, name) for name in self._settings}
+        omitted = omitted_settings(self)
+        return {"name": self.name, **parts, **options, "omitted": omitted}
 
     @classmethod
     def from_config(

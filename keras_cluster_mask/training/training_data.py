@@ -53,6 +53,7 @@ class TrainingData:
         origin: A tuple: the first epoch; the number of batches of the stream before its
             first step, since a stream continues where the last `fit` on it ended; and,
             for arrays, the seed of their order, otherwise `None`.
+        type_name: String, the name of the class of the data.
         spec: Dictionary with the shape and dtype of each entry of a batch; `None` if
             they are not known before a batch is read.
         stream: The endless stream that the data is from, or `None`.
@@ -87,7 +88,7 @@ class TrainingData:
             rules.lengths = None
         rules.is_checked = isinstance(data, ArrayBatches)
         self.shuffle = shuffle and not rules.is_checked
-        self._type = type(data)
+        self.type_name = type(data).__name__
         self.spec = getattr(data, "element_spec", None)
         self.stream = data if isinstance(data, Stream) else None
         if self.stream is not None and not data.training:
@@ -101,7 +102,7 @@ class TrainingData:
         self.steps_per_epoch = steps or getattr(self.stream, "steps_per_epoch", None)
         self.description = {
             **getattr(self.stream, "description", {}),
-            "data.steps_per_epoch": self.steps_per_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
         }
         _, processes = process_index_and_count(training=True)
         # Batches of features have labels in place of ids.
@@ -109,7 +110,7 @@ class TrainingData:
         texts = spec.get("token_ids", spec.get("caption_labels"))
         self.rows = None if texts is None else texts.shape[0]
         self.batch_size = None if self.rows is None else self.rows * processes
-        found = {**self.description, "data.rows": self.rows}
+        found = {**self.description, "rows": self.rows}
         content = json.dumps(found, sort_keys=True).encode()
         # 31 bits, since JAX's integers have no more.
         if processes > 1 and len({*all_gather_object(zlib.crc32(content) >> 1)}) > 1:
@@ -117,16 +118,6 @@ class TrainingData:
                 "`x` must be the same data, in the same order and in batches of the "
                 "same size, in all processes: check that all see the same shards, and "
                 f"pass the same `seed`. Received here: {found}"
-            )
-
-    def check_resumable(self):
-        """Raises an error if the data cannot be read from the start of an epoch."""
-        if self.steps_per_epoch is not None and self.spec is None:
-            raise ValueError(
-                "`steps_per_epoch` needs data that can be read from the end of an "
-                "epoch on: an `image_text_dataset` or another `tf.data.Dataset`. "
-                f"Received: steps_per_epoch={self.steps_per_epoch}, data of type "
-                f"{self._type.__name__}"
             )
 
     def start_at(self, epoch):
@@ -142,7 +133,6 @@ class TrainingData:
             if seed is not None:
                 self.stream.shuffle_seed = seed
         elif step:
-            self.check_resumable()
             return self._checked.skip(step)
         return self._checked
 

@@ -159,7 +159,7 @@ def test_parquet_files_are_read_in_blocks(write_rows, encode):
     rows = [{"image": image, "caption": "a"} for image in images]
     dataset = make(write_rows("x.parquet", rows), True, batch_size=64)
     # A batch has 16 blocks.
-    assert dataset.description["data.block_size"] == 4
+    assert dataset.description["block_size"] == 4
 
 
 def test_a_source_without_pairs_is_refused_by_name(write_tar, write_pairs, tmp_path):

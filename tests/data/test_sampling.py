@@ -170,7 +170,7 @@ def test_fit_trains_for_the_steps_of_an_epoch_of_the_mean_length(shards):
 
 def test_another_sampling_is_other_data(shards):
     described = [
-        make(shards, sampling).description["data.sampling"]
+        make(shards, sampling).description["sampling"]
         for sampling in (
             None,
             Sampling(COPIES),
@@ -180,7 +180,7 @@ def test_another_sampling_is_other_data(shards):
         )
     ]
     assert len({*described}) == len(described)
-    again = make(shards, Sampling(dict(COPIES))).description["data.sampling"]
+    again = make(shards, Sampling(dict(COPIES))).description["sampling"]
     assert again == described[1]
 
 

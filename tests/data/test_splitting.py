@@ -152,7 +152,7 @@ def test_a_part_is_read_like_any_source(format, write):
     assert abs(np.isin(keys(mixed, 20), expected).mean() - 0.5) < 0.05
     # A run is not resumed on other samples.
     described = [
-        str(make_dataset(each, True).description["data.index"])
+        str(make_dataset(each, True).description["index"])
         for each in (train, again, test, source)
     ]
     assert described[0] == described[1]

@@ -378,7 +378,7 @@ def test_a_keras_layer_gets_the_words_of_a_masking(shard):
 
 def test_the_description_names_the_masking_and_its_options(shard):
     described = [
-        make(shard, text_masking=masking).description["data.text_masking"]
+        make(shard, text_masking=masking).description["text_masking"]
         for masking in [
             *MASKINGS.values(),
             None,
@@ -392,9 +392,9 @@ def test_the_description_names_the_masking_and_its_options(shard):
     # The order of a table has no effect, nor the type of its numbers.
     table = {word: np.int64(count) for word, count in reversed(COUNTS.items())}
     again = make(shard, text_masking=FrequencyTextMasking(table))
-    assert again.description["data.text_masking"] == described[2]
+    assert again.description["text_masking"] == described[2]
     # Evaluation is not masked.
-    assert make(shard, training=False).description["data.text_masking"] is None
+    assert make(shard, training=False).description["text_masking"] is None
 
 
 # === Errors ===
