@@ -114,12 +114,14 @@ def _take_data(model, options):
         sample_weight=options.pop("sample_weight"),
         class_weight=options.pop("class_weight"),
     )
-    split = options["validation_split"]
-    if isinstance(x, dict) and split and options["validation_data"] is None:
-        # Keras splits arrays alone, and gets batches.
-        x, options["validation_data"] = _split(model.input_rules.check_keys(x), split)
+    split, held_out = options["validation_split"], options.pop("validation_data")
+    if isinstance(x, dict) and split and held_out is None:
+        x, held_out = _split(model.input_rules.check_keys(x), split)
+    if held_out is not None:
+        # Keras gets batches, and splits arrays alone.
+        options["validation_split"] = 0.0
     validation = Validation(
-        data=options.pop("validation_data"),
+        data=held_out,
         batch_size=options.pop("validation_batch_size") or batch_size,
         steps=options.pop("validation_steps"),
         frequency=options.pop("validation_freq"),
