@@ -113,9 +113,10 @@ def small_data_recipe(
     warmup = 0 if tune_encoders else steps // 10
 
     def adamw(rate, **options):
-        start = 0.0 if warmup else rate
-        more = dict(warmup_target=rate, warmup_steps=warmup) if warmup else {}
-        schedule = keras.optimizers.schedules.CosineDecay(start, steps - warmup, **more)
+        start, target = (0.0, rate) if warmup else (rate, None)
+        schedule = keras.optimizers.schedules.CosineDecay(
+            start, steps - warmup, warmup_target=target, warmup_steps=warmup
+        )
         return keras.optimizers.AdamW(schedule, **options)
 
     masking = RandomMasking(mask_ratio, seed=seed)

@@ -195,11 +195,10 @@ def embedder_of(model):
 
 def pairs_of(model, data):
     """Returns a dataset of the images and captions of a source; other data as it is."""
-    several = data if isinstance(data, list | tuple) and len(data) else [data]
+    first = data[0] if isinstance(data, list | tuple) and len(data) else data
     # Rows of an object, and not batches.
-    is_rows = several is data and isinstance(data[0], Mapping)
-    is_rows = is_rows and "images" not in data[0]
-    if not (is_rows or isinstance(several[0], str | os.PathLike | SourcePart)):
+    is_rows = isinstance(first, Mapping) and first is not data and "images" not in first
+    if not is_rows and not isinstance(first, str | os.PathLike | SourcePart):
         return data
     size, resize = (model.preprocessing[name] for name in ("image_size", "resize"))
     return image_text_dataset(

@@ -220,16 +220,8 @@ def evaluate_linear_probe(
             embedder, data, batches[name], tokenizer=None, verbose=verbose
         )
         items[name] = found["image_embeddings"], found["labels"]
-    train_features, train_labels = items["train"]
-    test_features, test_labels = items["test"]
-    return linear_probe(
-        train_features=train_features,
-        train_labels=train_labels,
-        test_features=test_features,
-        test_labels=test_labels,
-        validation=items.get("validation"),
-        **options,
-    )
+    train, test = items["train"], items["test"]
+    return linear_probe(*train, *test, items.get("validation"), **options)
 
 
 def _check_options(

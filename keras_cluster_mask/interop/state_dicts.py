@@ -81,16 +81,6 @@ class TensorEntry:
         for variable, part in zip(variables, parts):
             variable.assign(convert(part).reshape(variable.shape))
 
-    def shape(self, backbone):
-        """Returns the entry's shape, for a backbone of its model."""
-        if self.path == BIAS:
-            return ()
-        convert, _ = LAYOUTS[self.layout]
-        first, *others = self._variables(backbone)
-        # An array of this shape that takes no memory.
-        shape = convert(np.broadcast_to(np.float32(0), first.shape)).shape
-        return ((1 + len(others)) * shape[0], *shape[1:]) if others else shape
-
     def _variables(self, model):
         before, *braces = re.split("[{}]", self.path)
         if not braces:
@@ -204,7 +194,8 @@ def _read_state_dict(source):
 
 def _fault(entry, state, backbone):
     """Describes what is wrong with an entry of a state dict; `None` if nothing is."""
-    expected = entry.shape(backbone)
+    # Only the model has a bias, which has no axes.
+    expected = () if entry.path == BIAS else entry.read(backbone).shape
     if entry.name not in state:
         return f"missing: {entry.name} {expected}"
     shape = _shape(state[entry.name])

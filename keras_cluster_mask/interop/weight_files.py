@@ -19,11 +19,11 @@ SAFETENSORS, TORCH = ".safetensors", (".pt", ".pth", ".bin")
 SAFE_TORCH = 2, 10
 
 
-def read_weights(path: str | os.PathLike) -> Any:
+def read_weights(path: pathlib.Path) -> Any:
     """Reads a file of weights, without running code that is in it.
 
     Args:
-        path: str or path that ends in `.safetensors`, `.pt`, `.pth` or `.bin`; or in
+        path: Path that ends in `.safetensors`, `.pt`, `.pth` or `.bin`; or in
             `.index.json`, for a model in several of these files.
 
     Returns:
@@ -34,7 +34,6 @@ def read_weights(path: str | os.PathLike) -> Any:
             not safe.
         ValueError: If the file is damaged, of another kind, or contains code.
     """
-    path = pathlib.Path(path).expanduser()
     if path.name.endswith(INDEX):
         with _read_errors(path):
             names = {*json.loads(path.read_text())["weight_map"].values()}
@@ -87,14 +86,13 @@ def find_weights(source: Any, names: tuple[str, ...]) -> Any:
     return found
 
 
-def write_weights(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+def write_weights(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays to a file.
 
     Args:
-        path: str or path that ends in `.safetensors`.
+        path: Path that ends in `.safetensors`.
         arrays: Dictionary of NumPy arrays.
     """
-    path = pathlib.Path(path).expanduser()
     if path.suffix != SAFETENSORS:
         raise ValueError(
             f"`path` must end in .safetensors. Received: path={str(path)!r}"

@@ -15,10 +15,7 @@ from keras_cluster_mask.masking.similarity import (
     pixel_similarity,
     round_similarity,
 )
-from keras_cluster_mask.masking.similarity_masking import (
-    SimilarityMasking,
-    few_images_at_a_time,
-)
+from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.types import Tensor
 
 
@@ -155,9 +152,8 @@ class ClusterMasking(SimilarityMasking):
 
     # === The strategy ===
 
-    @few_images_at_a_time
-    def score(
-        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    def score_images(
+        self, noise: Tensor, images: Tensor, tokens: Tensor | None
     ) -> Tensor:
         similarity = self.similarity(images, self.draw_anchors(noise), tokens)
         if self.min_mask_ratio is None:

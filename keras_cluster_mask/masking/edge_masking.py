@@ -12,10 +12,7 @@ from keras_cluster_mask.masking.selection import (
     second_draw,
 )
 from keras_cluster_mask.masking.similarity import extract_patches, round_similarity
-from keras_cluster_mask.masking.similarity_masking import (
-    SimilarityMasking,
-    few_images_at_a_time,
-)
+from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.types import Tensor
 
 SINKHORN_ROUNDS = 50
@@ -130,10 +127,9 @@ class EdgeMasking(SimilarityMasking):
         self.edges = edges
         self.transport = bool(transport)
 
-    @few_images_at_a_time
     @in_full_precision
-    def score(
-        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    def score_images(
+        self, noise: Tensor, images: Tensor, tokens: Tensor | None
     ) -> Tensor:
         seeds = self.draw_seeds(noise, images)
         if self.transport:

@@ -7,10 +7,7 @@ from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.backends import in_full_precision
 from keras_cluster_mask.distribution.replicas import take_rows
 from keras_cluster_mask.masking.similarity import round_similarity
-from keras_cluster_mask.masking.similarity_masking import (
-    SimilarityMasking,
-    few_images_at_a_time,
-)
+from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.types import Tensor
 
 # The minimum squared length of a sum of patches. Below it, rounding errors determine
@@ -107,10 +104,9 @@ class KMeansMasking(SimilarityMasking):
         self.num_clusters = check_integer("num_clusters", num_clusters)
         self.iterations = check_integer("iterations", iterations)
 
-    @few_images_at_a_time
     @in_full_precision
-    def score(
-        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    def score_images(
+        self, noise: Tensor, images: Tensor, tokens: Tensor | None
     ) -> Tensor:
         num_clusters, num_patches = self.num_clusters, noise.shape[1]
         if num_clusters > num_patches:

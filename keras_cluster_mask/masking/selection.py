@@ -145,7 +145,7 @@ def noise_by_view(masking, noise, images, tokens, num_patches):
     Returns:
         A list with the `(batch, N)` float32 tensor of each view.
     """
-    inputs = tokens if images is None else images
+    inputs = images if tokens is None else tokens
     if noise is inputs is None:
         raise ValueError(
             f"`{masking.name}` needs `images`, `tokens` or `noise`. Received: none"
@@ -155,8 +155,15 @@ def noise_by_view(masking, noise, images, tokens, num_patches):
     if isinstance(noise, StepNoise):
         return noise.draw(masking, num_patches)
     noise = ops.convert_to_tensor(noise, dtype="float32")
-    _check_noise(noise, None if inputs is None else inputs.shape[0], num_patches)
-    return [noise] if len(noise.shape) == 2 else ops.unstack(noise, axis=1)
+    shape, batch_size = tuple(noise.shape), None if inputs is None else inputs.shape[0]
+    fits = len(shape) in (2, 3) and shape[-1] == num_patches and 0 not in shape[1:]
+    if not fits or (None not in (shape[0], batch_size) and shape[0] != batch_size):
+        raise ValueError(
+            f"`noise` must have shape ({batch_size or 'batch'}, {num_patches}), one "
+            f"value a patch, or ({batch_size or 'batch'}, views, {num_patches}). "
+            f"Received: noise.shape={shape}"
+        )
+    return [noise] if len(shape) == 2 else ops.unstack(noise, axis=1)
 
 
 def best_patches(masking, images, tokens, noises):
@@ -217,23 +224,22 @@ def keep_patches(masking, tokens, images=None, noise=None, num_prefix=None):
         masking.check_ready()
         masking._is_ready = True
     noise = noise_of_model() if noise is None else noise
+    given = masking.num_prefix_tokens if num_prefix is None else num_prefix
+    num_prefix, num_patches = split_tokens(masking, tokens, images, given)
+    noises = noise_by_view(masking, noise, images, tokens, num_patches)
+    indices, visible, score = best_patches(masking, images, tokens, noises)
+    # Gather all views of an image from its row, on the device that holds the row.
+    views, num_kept = len(noises), indices.shape[1]
+    of_image = ops.reshape(indices, (-1, views * num_kept))
+    kept = take_rows(tokens[:, num_prefix:], of_image)
+    kept = ops.reshape(kept, (-1, num_kept, tokens.shape[2]))
+    prefix = ops.repeat(tokens[:, :num_prefix], views, axis=0)
+    share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
+    masking.last_mask_ratio.assign(1.0 - share)
+    masking.observe(score)
     # A model around the masking counts its own steps. Otherwise each call is a step.
-    alone = [masking] if masking._prepare_pixels is None else []
-    with step_of(alone, ops.shape(tokens)[0]) as step:
-        given = masking.num_prefix_tokens if num_prefix is None else num_prefix
-        num_prefix, num_patches = split_tokens(masking, tokens, images, given)
-        noise = step if noise is None else noise
-        noises = noise_by_view(masking, noise, images, tokens, num_patches)
-        indices, visible, score = best_patches(masking, images, tokens, noises)
-        # Gather all views of an image from its row, on the device that holds the row.
-        views, num_kept = len(noises), indices.shape[1]
-        of_image = ops.reshape(indices, (-1, views * num_kept))
-        kept = take_rows(tokens[:, num_prefix:], of_image)
-        kept = ops.reshape(kept, (-1, num_kept, tokens.shape[2]))
-        prefix = ops.repeat(tokens[:, :num_prefix], views, axis=0)
-        share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
-        masking.last_mask_ratio.assign(1.0 - share)
-        masking.observe(score)
+    if masking._prepare_pixels is None:
+        masking.advance()
     kept = ops.concatenate([prefix, kept], axis=1)
     has_nan = ops.any(ops.isnan(score), axis=-1)[:, None, None]
     if is_first and not is_traced(has_nan) and ops.convert_to_numpy(has_nan).any():
@@ -312,15 +318,3 @@ def second_draw(noise):
     # Exact, so equal on all backends, because 4096 is a power of two.
     scaled = noise * 4096.0
     return scaled - ops.floor(scaled)
-
-
-def _check_noise(noise, batch_size, num_patches):
-    """Raises an error unless `noise` has one value per patch of each image or view."""
-    shape = tuple(noise.shape)
-    fits = len(shape) in (2, 3) and shape[-1] == num_patches and 0 not in shape[1:]
-    if not fits or (None not in (shape[0], batch_size) and shape[0] != batch_size):
-        raise ValueError(
-            f"`noise` must have shape ({batch_size or 'batch'}, {num_patches}), one "
-            f"value a patch, or ({batch_size or 'batch'}, views, {num_patches}). "
-            f"Received: noise.shape={shape}"
-        )

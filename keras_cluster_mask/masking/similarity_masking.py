@@ -1,4 +1,3 @@
-import functools
 import math
 from typing import Any
 
@@ -21,24 +20,11 @@ from keras_cluster_mask.types import Tensor
 MAX_VALUES = 2**26
 
 
-def few_images_at_a_time(score):
-    """Makes a method `score` compare the patches of a few images at a time on torch."""
-
-    @functools.wraps(score)
-    def score_all(self, noise, images=None, tokens=None):
-        # Images do not depend on one another.
-        values = max(math.prod(images.shape[1:]), noise.shape[1] ** 2)
-        max_rows = max(1, MAX_VALUES // values)
-        score_rows = functools.partial(score, self)
-        return map_rows(score_rows, max_rows, [noise, images, tokens])
-
-    return score_all
-
-
 class SimilarityMasking(PatchMasking):
     """Base class of strategies that compare the patches of an image with one another.
 
-    Patches are compared by their pixels, by their tokens, or by a mix of both.
+    Patches are compared by their pixels, by their tokens, or by a mix of both. A
+    strategy defines `score_images`, which gets a few images at a time on torch.
 
     Args:
         patch_size: Integer or tuple `(height, width)`, in pixels, or `None`.
@@ -103,6 +89,29 @@ class SimilarityMasking(PatchMasking):
         sizes = [getattr(layer, "patch_size", None) for layer in (encoder, embedding)]
         if self._patch_size is None and any(sizes):
             self._patch_size = sides_of("patch_size", next(filter(None, sizes)))
+
+    def score(
+        self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
+        # Images do not depend on one another.
+        values = max(math.prod(images.shape[1:]), noise.shape[1] ** 2)
+        max_rows = max(1, MAX_VALUES // values)
+        return map_rows(self.score_images, max_rows, [noise, images, tokens])
+
+    def score_images(
+        self, noise: Tensor, images: Tensor, tokens: Tensor | None
+    ) -> Tensor:
+        """Scores the patches of images, as `score` does.
+
+        Args:
+            noise: `(batch, N)` float32 tensor in `[0, 1)`.
+            images: Images.
+            tokens: `(batch, prefix + N, dim)` tensor, or `None`.
+
+        Returns:
+            `(batch, N)` float32 tensor.
+        """
+        raise NotImplementedError
 
     def similarity_to_anchors(
         self, images: Tensor, anchors: Tensor | None, tokens: Tensor | None = None

@@ -9,7 +9,7 @@ from keras_cluster_mask.interop import load_open_clip
 CONTEXT, VOCABULARY = 7, 40
 
 
-def tiny_config(quick_gelu=False, **changes):
+def tiny_config(quick_gelu=False):
     """The config of a CLIP with towers of different widths and depths."""
     vision = dict(layers=2, width=128, head_width=64, patch_size=8, image_size=16)
     text = dict(
@@ -18,16 +18,22 @@ def tiny_config(quick_gelu=False, **changes):
     return {
         "embed_dim": 24,
         "quick_gelu": quick_gelu,
-        "vision_cfg": {**vision, **changes},
+        "vision_cfg": vision,
         "text_cfg": text,
     }
 
 
-def tiny(custom_text=False, **changes):
-    """The CLIP of open_clip with that config."""
+def open_clip_model(config):
+    """A model of open_clip's, as `create_model` makes it, with weights of its own."""
     model = pytest.importorskip("open_clip.model")
-    kind = model.CustomTextCLIP if custom_text else model.CLIP
-    return randomize(kind(**tiny_config(**changes)))
+    config = dict(config)
+    kind = model.CustomTextCLIP if config.pop("custom_text", False) else model.CLIP
+    return randomize(kind(**config))
+
+
+def tiny(**options):
+    """The CLIP of open_clip with that config, and other options."""
+    return open_clip_model({**tiny_config(), **options})
 
 
 def randomize(model):

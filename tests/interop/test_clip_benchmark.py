@@ -198,19 +198,15 @@ def test_the_adapter_embeds_as_the_model_does(kind):
         assert_close(found, expected, atol=2e-6)
 
 
-def test_texts_are_one_or_many(tokenizer, model):
-    _, _, tokenize = adapt(model, tokenizer)
-    assert torch.equal(tokenize("a cat"), tokenize(["a cat"]))
-    assert tokenize("a cat").dtype == torch.int64
-    np.testing.assert_array_equal(tokenize(CLASSES), tokenizer(CLASSES))
-
-
-def test_by_default_texts_are_read_by_the_tokenizer_of_the_model(
+def test_texts_are_one_or_many_read_by_the_tokenizer_that_is_given_or_of_the_model(
     tokenizer, model, monkeypatch
 ):
+    adapted = [adapt(model, tokenizer)]
     monkeypatch.setattr(model, "tokenizer", tokenizer)
-    _, _, tokenize = adapt(model)
-    np.testing.assert_array_equal(tokenize(CAPTIONS[2]), tokenizer(CAPTIONS[2]))
+    for *_, tokenize in [*adapted, adapt(model)]:
+        assert torch.equal(tokenize("a cat"), tokenize(["a cat"]))
+        assert tokenize("a cat").dtype == torch.int64
+        np.testing.assert_array_equal(tokenize(CLASSES), tokenizer(CLASSES))
 
 
 # === Bad input ===

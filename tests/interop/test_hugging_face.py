@@ -117,7 +117,6 @@ def folder(clip_folder, tmp_path):
 # === Tokenizers ===
 
 
-@pytest.mark.any_backend
 def test_a_tokenizer_in_the_folder_is_that_of_the_model(folder, monkeypatch):
     assert load_hugging_face(folder).tokenizer is None
     texts = ["a red dog", "the sea"]

@@ -31,44 +31,25 @@ from tests.interop.open_clip_models import (
     batch,
     embeddings,
     ended_by,
+    open_clip_model,
     our_embeddings,
-    randomize,
     tiny_backbone,
+    tiny_config,
 )
 
 pytestmark = pytest.mark.any_backend
 
-CONFIG = {
-    "embed_dim": 24,
-    "quick_gelu": True,
-    "vision_cfg": {
-        "layers": 2,
-        "width": 96,
-        "head_width": 24,
-        "patch_size": 8,
-        "image_size": 16,
-        "mlp_ratio": 3.3,
-        "patch_dropout": 0.5,
-    },
-    "text_cfg": {
-        "context_length": 7,
-        "vocab_size": 40,
-        "width": 64,
-        "heads": 4,
-        "layers": 1,
-        "hf_tokenizer_name": "anything",
-    },
-}
+CONFIG = tiny_config(quick_gelu=True)
+CONFIG["vision_cfg"].update(width=96, head_width=24, mlp_ratio=3.3, patch_dropout=0.5)
+CONFIG["text_cfg"].update(heads=4, hf_tokenizer_name="anything")
 PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.1], "size": [16, 16]}
-WHOLE = {"model_cfg": CONFIG, "preprocess_cfg": PREPROCESSING}
 
 
-def open_clip_model(config):
-    """A model of open_clip's, as `create_model` makes it."""
-    model = pytest.importorskip("open_clip.model")
-    config = dict(config)
-    kind = model.CustomTextCLIP if config.pop("custom_text", False) else model.CLIP
-    return kind(**config)
+def preprocessed(**preprocessing):
+    return {"model_cfg": CONFIG, "preprocess_cfg": preprocessing}
+
+
+WHOLE = preprocessed(**PREPROCESSING)
 
 
 def changed(**changes):
@@ -102,7 +83,7 @@ def assert_pixels(model, preprocessing):
 def test_a_config_says_heads_activation_and_pixels(tmp_path):
     import torch
 
-    reference = randomize(open_clip_model(CONFIG))
+    reference = open_clip_model(CONFIG)
     state, path = reference.state_dict(), tmp_path / "open_clip_config.json"
     torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
     path.write_text(json.dumps(WHOLE))
@@ -147,10 +128,6 @@ def test_a_model_resizes_images_as_its_config_says(recwarn, tmp_path):
 
 
 # === What is refused ===
-
-
-def preprocessed(**preprocessing):
-    return {"model_cfg": CONFIG, "preprocess_cfg": preprocessing}
 
 
 CANNOT_BE_HELD = [
@@ -233,11 +210,11 @@ def test_every_option_of_open_clip_is_known_with_its_default():
                 assert defaults[key] == entry.default, key
 
 
-def held(names):
+def held():
     """The configs that can be followed, and why others cannot, by name."""
     open_clip = pytest.importorskip("open_clip")
     configs, refused = {}, {}
-    for name in names:
+    for name in open_clip.list_models():
         try:
             read_config(name)
         except ValueError as error:
@@ -249,9 +226,9 @@ def held(names):
 
 @pytest.mark.slow
 def test_configs_of_open_clip_have_the_sizes_heads_and_activations_of_its_models():
-    open_clip = pytest.importorskip("open_clip")
-    torch = pytest.importorskip("torch")
-    configs, refused = held(open_clip.list_models())
+    import torch
+
+    configs, refused = held()
     assert {"ViT-B-32-quickgelu", "ViT-L-14", "ViT-H-14-worldwide"} <= configs.keys()
     for name, config in configs.items():
         with torch.device("meta"):
@@ -297,13 +274,12 @@ def shrunk(config):
 
 @pytest.mark.slow
 def test_small_models_of_every_config_compute_what_open_clips_do():
-    open_clip = pytest.importorskip("open_clip")
-    configs, _ = held(open_clip.list_models())
+    configs, _ = held()
     texts = {json.dumps(shrunk(config), sort_keys=True) for config in configs.values()}
     assert len(texts) > 4
     for text in sorted(texts):
         config = json.loads(text)
-        reference = randomize(open_clip_model(config))
+        reference = open_clip_model(config)
         model = load_open_clip(reference.state_dict(), config)
         assert_same_embeddings(model, reference)
         keras.backend.clear_session()
@@ -314,7 +290,7 @@ def test_small_models_of_every_config_compute_what_open_clips_do():
 
 def test_metaclip_2_comes_and_goes(tmp_path):
     config = changed(text_cfg__pool_type="eos", text_cfg__eos_id=2)
-    reference = randomize(open_clip_model(config))
+    reference = open_clip_model(config)
     model = load_open_clip(reference.state_dict(), {**WHOLE, "model_cfg": config})
     assert isinstance(model.backbone, keras_hub.models.MetaCLIP2Backbone)
     assert_same_embeddings(model, reference)
@@ -365,7 +341,7 @@ def test_weights_do_not_take_the_config_of_other_weights_in_their_folder(tmp_pat
 
     for name in ("clip", "open_clip_model"):
         save_open_clip(tiny_backbone(), tmp_path / f"{name}.safetensors")
-    reference = randomize(open_clip_model(CONFIG))
+    reference = open_clip_model(CONFIG)
     torch.save(reference.state_dict(), tmp_path / "clip.pt")
     with pytest.raises(ValueError, match=r"`config` must be.*config=None"):
         load_open_clip(tmp_path / "clip.pt")

@@ -51,7 +51,7 @@ def write_torch(path, arrays):
 def test_files_of_both_libraries_are_read(tmp_path, suffix, write):
     path = tmp_path / f"weights{suffix}"
     write(path, ARRAYS)
-    found = read_weights(str(path))
+    found = read_weights(path)
     assert_same_values(found, ARRAYS)
     assert found["number"].shape == ()
 
@@ -112,9 +112,9 @@ def test_bad_paths_are_refused_by_name():
     with pytest.raises(FileNotFoundError, match=r"`source`.*Received: source='none.pt"):
         load_open_clip("none.pt")
     with pytest.raises(ValueError, match=r"`source` must end in .*source='a.h5'"):
-        read_weights("a.h5")
+        read_weights(pathlib.Path("a.h5"))
     with pytest.raises(ValueError, match=r"`path` must end in .*path='a.pt'"):
-        write_weights("a.pt", ARRAYS)
+        write_weights(pathlib.Path("a.pt"), ARRAYS)
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):

@@ -5,10 +5,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking.patch_grid import grid_of_square_patches
-from keras_cluster_mask.masking.selection import (
-    order_by_score,
-    second_draw,
-)
+from keras_cluster_mask.masking.selection import order_by_score, second_draw
 from tests.masking.images import (
     FALSE_ALARM,
     chi_square,
@@ -21,31 +18,30 @@ from tests.masking.images import (
 )
 
 
-@keras.saving.register_keras_serializable(package="tests")
-class FirstPatches(kcm.PatchMasking):
-    """Keeps the first patches, hides the even ones."""
+class Returns(kcm.PatchMasking):
+    """A strategy with a given function in place of `score`."""
+
+    def __init__(self, score, mask_ratio=0.5):
+        super().__init__(mask_ratio, num_prefix_tokens=1)
+        self.of_noise = score
 
     def score(self, noise, images=None, tokens=None):
-        position = ops.arange(noise.shape[1], dtype="float32")
-        score = ops.where(position % 2 == 0, -np.inf, -position)
-        return score + ops.zeros_like(noise)
-
-    @property
-    def hides_tokens(self):
-        return True
+        return self.of_noise(noise)
 
 
-@keras.saving.register_keras_serializable(package="tests")
-class ByLength(kcm.PatchMasking):
-    """Keeps the longest tokens."""
-
-    def score(self, noise, images=None, tokens=None):
-        patches = tokens[:, self.num_prefix_tokens :]
-        return ops.sum(ops.square(patches), axis=-1)
+def odd_patches(noise):
+    is_odd = ops.arange(noise.shape[1]) % 2 == 1
+    return ops.where(is_odd, noise, -np.inf)
 
 
 class TestStrategy:
     def test_is_a_class_with_one_method(self):
+        class ByLength(kcm.PatchMasking):
+            """Keeps the longest tokens."""
+
+            def score(self, noise, images=None, tokens=None):
+                return ops.sum(ops.square(tokens[:, 1:]), axis=-1)
+
         masking = ByLength(0.75, num_prefix_tokens=1)
         tokens = tokens_of(4, 1 + 16)
         kept = numpy(masking(tokens, training=True))
@@ -58,7 +54,8 @@ class TestStrategy:
     @pytest.mark.any_backend
     def test_minus_infinity_masks_for_good(self):
         # 8 of 10 stay; only the 5 odd ones are to be seen.
-        masking = FirstPatches(0.2, num_prefix_tokens=1)
+        masking = Returns(odd_patches, 0.2)
+        masking.hides_tokens = True
         tokens = tokens_of(2, 1 + 10)
         noise = draw_noise(np.random.default_rng(2), 2, 10)
         kept = masking(tokens, training=True, noise=noise)
@@ -73,12 +70,7 @@ class TestStrategy:
 
     @pytest.mark.any_backend
     def test_minus_infinity_hides_nothing_in_a_strategy_that_hides_no_tokens(self):
-        class OddPatches(kcm.PatchMasking):
-            def score(self, noise, images=None, tokens=None):
-                odd = ops.arange(noise.shape[1]) % 2 == 1
-                return ops.where(odd, noise, -np.inf)
-
-        masking = OddPatches(0.2, num_prefix_tokens=1)
+        masking = Returns(odd_patches, 0.2)
         assert output_mask(masking(tokens_of(2, 1 + 10), training=True)) is None
         # What is not hidden has an influence, and is counted so.
         np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.2, atol=1e-6)
@@ -88,17 +80,6 @@ class TestStrategy:
         masking = kcm.PatchMasking(num_prefix_tokens=1)
         with pytest.raises(NotImplementedError, match="must implement `score"):
             masking.select(tokens=tokens_of(2, 9))
-
-
-class Returns(kcm.PatchMasking):
-    """A strategy with a given function in place of `score`."""
-
-    def __init__(self, score):
-        super().__init__(0.5, num_prefix_tokens=1)
-        self.of_noise = score
-
-    def score(self, noise, images=None, tokens=None):
-        return self.of_noise(noise)
 
 
 @pytest.mark.any_backend
@@ -144,19 +125,18 @@ class TestScoresOfNaN:
         assert np.isfinite(kept[1]).all()
 
 
-class TestOrder:
-    def test_is_by_score_then_larger_noise_then_lower_index(self):
-        rng = np.random.default_rng(0)
-        score = rng.integers(-2, 3, (50, 12)).astype("float32")
-        # Zeros and minus zeros, which tie.
-        score[:, ::2] *= -1.0
-        score[score == -2] = -np.inf
-        noise = (rng.integers(0, 6, (50, 12)) / 8).astype("float32")
-        got = numpy(order_by_score(*map(ops.convert_to_tensor, (score, noise))))
-        index = np.broadcast_to(np.arange(12), score.shape)
-        expected = np.lexsort((index, -noise, -score), axis=1)
-        np.testing.assert_array_equal(got, expected)
-        assert got.dtype == np.int32
+def test_order_is_by_score_then_larger_noise_then_lower_index():
+    rng = np.random.default_rng(0)
+    score = rng.integers(-2, 3, (50, 12)).astype("float32")
+    # Zeros and minus zeros, which tie.
+    score[:, ::2] *= -1.0
+    score[score == -2] = -np.inf
+    noise = (rng.integers(0, 6, (50, 12)) / 8).astype("float32")
+    found = numpy(order_by_score(*map(ops.convert_to_tensor, (score, noise))))
+    # A stable sort: patches that tie stay in the order of their indices.
+    expected = np.lexsort((-noise, -score), axis=1)
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.int32
 
 
 def test_noise_is_float32_in_the_unit_interval_under_any_policy():

@@ -98,7 +98,6 @@ TWO_SIZES = [np.zeros((2, 16, 24, 3)), np.zeros((2, 24, 16, 3))]
     ("masking", "arguments", "message"),
     [
         (cluster_masking(), {"data": []}, "`data` "),
-        (cluster_masking(), {"data": [{"photos": 3}]}, "'images'"),
         (cluster_masking(), {"data": np.zeros((2, 16, 18, 3))}, "`images` "),
         (cluster_masking(), {"data": np.zeros((16, 24, 3))}, "`images` "),
         (cluster_masking(), {"data": TWO_SIZES}, "`data` "),
