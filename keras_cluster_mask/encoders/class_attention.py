@@ -8,11 +8,11 @@ from keras import ops
 from keras_cluster_mask.checks import sides_of
 from keras_cluster_mask.distribution.backends import in_full_precision
 from keras_cluster_mask.encoders.families import BLOCKS, EMBEDDINGS
-from keras_cluster_mask.encoders.masked import call_encoder
 from keras_cluster_mask.encoders.surgery import (
     count_tokens,
     data_format_of,
     image_shape_of,
+    stem_of,
 )
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.training.layers import all_layers
@@ -59,7 +59,7 @@ class ClassAttention:
         self.image_size = height_and_width(shape, data_format_of(encoder))
         self.patch_size = sides_of("patch_size", embeddings[0].patch_size)
         self.grid = tuple(s // p for s, p in zip(self.image_size, self.patch_size))
-        self.stem = keras.Model(encoder.input, found[0][0].input)
+        self.stem = stem_of(encoder, found[0][0].input)
         rows, columns = self.grid
         self.num_prefix_tokens = count_tokens(self.stem, shape) - rows * columns
         if self.num_prefix_tokens < 1:
@@ -75,7 +75,7 @@ class ClassAttention:
             `(batch, N)` float32 tensor. The attention to the class token itself and to
             other non-patch tokens is dropped, so the sum is less than 1.
         """
-        tokens = call_encoder(self.stem, images, training=False)
+        tokens = self.stem(images, training=False)
         attention = attention_of_block(self.blocks[0], tokens)
         for before, block in zip(self.blocks, self.blocks[1:]):
             tokens = before(tokens, training=False)

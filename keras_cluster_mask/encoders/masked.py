@@ -16,11 +16,11 @@ from keras_cluster_mask.encoders.surgery import (
     image_shape_of,
     number_positions,
     split_at,
+    stem_of,
 )
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.selection import (
     PutMask,
-    StepNoise,
     keep_patches,
     noise_of_model,
     split_tokens,
@@ -144,7 +144,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         self._models = types.SimpleNamespace(
             stem=stem,
             blocks=blocks,
-            positions=keras.Model(encoder.input, tables) if tables else None,
+            positions=stem_of(encoder, tables) if tables else None,
         )
 
         # === Patches ===
@@ -172,20 +172,19 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         self,
         inputs: Any,
         training: bool | None = None,
-        noise: Tensor | StepNoise | None = None,
+        noise: Tensor | None = None,
     ) -> Any:
-        of_model = isinstance(noise, StepNoise) or noise_of_model() is not None
         # A model trains on kept patches also where its encoder is frozen.
-        if not training and not of_model:
+        if not training and noise_of_model() is None:
             return self.encoder(inputs, training=False)
         models = self._models
-        tokens = models.stem(inputs, training=training)
         (images,) = tree.flatten(inputs)
+        tokens = models.stem(images, training=training)
         tokens, indices = keep_patches(
             self.masking, tokens, images, noise, self.num_prefix_tokens
         )
         if models.positions is not None:
-            tables = models.positions(inputs)
+            tables = models.positions(images)
             tokens = [tokens, *(ops.take(table, indices, axis=0) for table in tables)]
         return models.blocks(tokens, training=training)
 
@@ -198,7 +197,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         Returns:
             `(batch, prefix + N, dim)` tensor.
         """
-        return call_encoder(self.stem, images, training=False)
+        return self.stem(images, training=False)
 
     @property
     def stem(self) -> keras.Model:
@@ -215,18 +214,6 @@ class MaskedEncoder(MadeOfParts, keras.Model):
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return self.encoder.compute_output_shape(input_shape)
-
-
-def call_encoder(encoder, value, **options):
-    """Calls an encoder on a tensor, or on a dictionary of inputs by name."""
-    inputs = getattr(encoder, "input", None)
-    if isinstance(value, dict):
-        if not isinstance(inputs, dict):
-            value = [value[x.name] for x in tree.flatten(inputs)]
-            value = tree.pack_sequence_as(inputs, value)
-    elif isinstance(inputs, dict) and len(inputs) == 1:
-        value = dict.fromkeys(inputs, value)
-    return encoder(value, **options)
 
 
 def unmasked(encoder):

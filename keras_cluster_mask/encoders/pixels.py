@@ -4,9 +4,8 @@ import warnings
 
 import keras
 import numpy as np
-from keras import tree
 
-from keras_cluster_mask.encoders.surgery import image_shape_of
+from keras_cluster_mask.encoders.surgery import image_shape_of, inputs_of
 from keras_cluster_mask.training.layers import all_layers
 
 
@@ -25,13 +24,13 @@ def check_statistics(mean, std, encoder):
                 f"`{name}` must be three finite numbers, and `pixel_std` greater than "
                 f"0. Received: {name}={values}"
             )
-    given = tree.flatten(getattr(encoder, "input", None))[0]
-    if given is not None and not keras.backend.is_float_dtype(given.dtype):
-        raise ValueError(
-            "`pixel_mean` must be None for an image encoder of integer images, because "
-            "normalized pixels would be cast to integers. "
-            f"Received: pixel_mean={mean}, an image encoder of {given.dtype} images"
-        )
+    for images in inputs_of(encoder).values():
+        if not keras.backend.is_float_dtype(images.dtype):
+            raise ValueError(
+                "`pixel_mean` must be None for an image encoder of integer images, "
+                "because normalized pixels would be cast to integers. "
+                f"Received: pixel_mean={mean}, an encoder of {images.dtype} images"
+            )
     for layer in all_layers(encoder):
         if isinstance(layer, keras.layers.Normalization | keras.layers.Rescaling):
             shape = (layer.get_build_config() or {}).get("input_shape", ())

@@ -17,6 +17,7 @@ from keras_cluster_mask.encoders.surgery import (
     count_prefix_tokens,
     data_format_of,
     find_embedding_layer,
+    stem_of,
 )
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.training.layers import MadeOfParts
@@ -89,8 +90,7 @@ class PooledEncoder(MadeOfParts, keras.Model):
             mask = inputs["padding_mask"]
         elif not is_grid:
             embedding = find_embedding_layer(backbone)
-            stem = keras.Model(inputs, embedding.output)
-            prefix = count_prefix_tokens(backbone, stem)
+            prefix = count_prefix_tokens(backbone, stem_of(backbone, embedding.output))
             table = getattr(embedding, "interpolated_position_embeddings", None)
         if mask is None and prefix == 0 and pooling != "mean":
             raise ValueError(

@@ -19,20 +19,25 @@ UNKNOWN_SIDE = 224
 # === Any encoder ===
 
 
+def inputs_of(encoder) -> dict[str, keras.KerasTensor]:
+    """Returns the inputs of an encoder by their names. Some encoders know none."""
+    inputs = getattr(encoder, "input", None)
+    if isinstance(inputs, dict):
+        return inputs
+    return {x.name: x for x in tree.flatten(inputs) if x is not None}
+
+
 def image_shape_of(encoder) -> tuple | None:
-    """Returns the shape of an encoder's (first) input, without the batch, or `None`."""
-    given = getattr(encoder, "input", None)
-    return None if given is None else tuple(tree.flatten(given)[0].shape[1:])
+    """Returns the shape of an encoder's first input, without the batch, or `None`."""
+    shapes = [tuple(x.shape[1:]) for x in inputs_of(encoder).values()]
+    return shapes[0] if shapes else None
 
 
 def context_length_of(encoder) -> int | None:
     """Returns the maximum number of tokens of a text, or `None` if unknown."""
     length = getattr(encoder, "max_sequence_length", None)
-    given = getattr(encoder, "input", None)
-    if length is None and given is not None:
-        shape = tree.flatten(given)[0].shape
-        length = shape[1] if len(shape) == 2 else None
-    return length
+    shape = image_shape_of(encoder) or ()
+    return shape[0] if length is None and len(shape) == 1 else length
 
 
 def data_format_of(encoder) -> str:
@@ -78,6 +83,12 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
     return found[0]
 
 
+def stem_of(encoder, tokens) -> keras.Model:
+    """Returns the part of an encoder from images to `tokens`, with shared weights."""
+    images, *_ = inputs_of(encoder).values()
+    return keras.Model(images, tokens, name=f"{encoder.name}_stem")
+
+
 def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
     """Splits an encoder after a layer into two models that share its weights.
 
@@ -114,8 +125,7 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
             "images to the output, and a head must pool tokens, not flatten them. "
             f"Received: layer={layer.name!r}, encoder={encoder.name}, and then: {error}"
         ) from error
-    stem = keras.Model(encoder.input, layer.output, name=f"{encoder.name}_stem")
-    return stem, clone
+    return stem_of(encoder, tokens), clone
 
 
 def count_tokens(stem, image_shape: tuple) -> int:
@@ -125,14 +135,11 @@ def count_tokens(stem, image_shape: tuple) -> int:
 
 
 def _embed(stem, images):
-    inputs = tree.map_structure(
-        lambda x: ops.cast(ops.convert_to_tensor(images, "float32"), x.dtype),
-        stem.input,
-    )
+    images = ops.cast(ops.convert_to_tensor(images, "float32"), stem.input.dtype)
     if needs_xla(data_format_of(stem)):
         stem.jit_compile = True
-        return stem.predict_on_batch(inputs)
-    return stem(inputs, training=False)
+        return stem.predict_on_batch(images)
+    return stem(images, training=False)
 
 
 def count_prefix_tokens(encoder, stem) -> int | None:

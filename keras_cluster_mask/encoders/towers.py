@@ -1,18 +1,22 @@
 """A tower: from images or texts to embeddings in the space that both share."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import keras
-from keras import ops, tree
+from keras import ops
 
 from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, text_family_of
-from keras_cluster_mask.encoders.masked import MaskedEncoder, call_encoder
 from keras_cluster_mask.encoders.pixels import check_statistics
-from keras_cluster_mask.encoders.surgery import context_length_of, data_format_of
+from keras_cluster_mask.encoders.surgery import (
+    context_length_of,
+    data_format_of,
+    inputs_of,
+)
 from keras_cluster_mask.encoders.text_lengths import TextLengths, lengths_of_encoder
 from keras_cluster_mask.masking.selection import StepNoise
 from keras_cluster_mask.training.input_rules import is_float
@@ -37,12 +41,11 @@ def encode(
     """
     if training and encoder.weights and not encoder.trainable_weights:
         training = False
-    if noise is None or isinstance(encoder, MaskedEncoder):
-        options = {} if noise is None else {"noise": noise}
-        features = call_encoder(encoder, inputs, training=training, **options)
-    else:
-        with noise.given():
-            features = call_encoder(encoder, inputs, training=training)
+    names = getattr(encoder, "input", None)
+    if isinstance(names, dict) and len(names) == 1:
+        inputs = dict.fromkeys(names, inputs)
+    with contextlib.nullcontext() if noise is None else noise.given():
+        features = encoder(inputs, training=training)
     if len(getattr(features, "shape", ())) != 2:
         raise ValueError(
             "An encoder must return features of shape (batch, d); add a pooling to "
@@ -134,16 +137,13 @@ class Tower(MadeOfParts, Exported, keras.Model):
     @property
     def input_specs(self) -> Any:
         """The `keras.InputSpec` of the input, or a dictionary of them."""
-        # Some encoders have no `input`.
-        given = getattr(self.encoder, "input", None)
-        if given is None:
+        given = inputs_of(self.encoder)
+        if not given:
             raise ValueError(
                 "Only a tower with a functional encoder, whose inputs are known, can "
                 f"be exported. Received: {self.encoder.name} of type "
                 f"{type(self.encoder).__name__}"
             )
-        if not isinstance(given, dict):
-            given = {x.name: x for x in tree.flatten(given)}
         specs = {name: self._spec(x) for name, x in given.items()}
         return specs if len(specs) > 1 else specs.popitem()[1]
 
@@ -226,9 +226,7 @@ class TextTower(Tower):
         **kwargs: Any,
     ):
         super().__init__(encoder, projection, **kwargs)
-        inputs = getattr(encoder, "input", None)
-        names = tuple(inputs) if isinstance(inputs, dict) else ()
-        names = names or tuple(x.name for x in tree.flatten(inputs) if x is not None)
+        names = tuple(inputs_of(encoder))
         if len(names) > 1 and "token_ids" not in names:
             raise ValueError(
                 "`text_encoder` must have one input, or inputs that are named as the "
