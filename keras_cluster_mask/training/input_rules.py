@@ -52,7 +52,6 @@ class InputRules:
             normalization; `None` for a model that takes images as they are.
         lengths: The `TextLengths` of the text encoder, or `None` to cut no padding off.
         training: Boolean. Whether the batches are for training.
-        is_checked: Boolean. Whether the batches are parts of arrays that were checked.
         is_normalized: Boolean. Whether an earlier batch showed that images are
             normalized.
         warns: Boolean array of shape `()`. Whether the next entry that is left out
@@ -69,7 +68,6 @@ class InputRules:
     pixel_range: tuple[float, float] | None = None
     lengths: Any = None
     training: bool = False
-    is_checked: bool = False
     is_normalized: bool = False
     warns: np.ndarray = dataclasses.field(default_factory=lambda: np.array(True))
 
@@ -83,10 +81,13 @@ class InputRules:
             A tuple of one dictionary, with texts without the padding after the longest
             one; see `check_keys`.
         """
-        if not self.is_checked:
-            batch = self.check_keys(as_dictionary(batch))
-            self.check_values(batch)
-        return (batch if self.lengths is None else self.lengths.cut(batch),)
+        batch = self.check_keys(as_dictionary(batch))
+        self.check_values(batch)
+        return (self.cut(batch),)
+
+    def cut(self, batch):
+        """Cuts off the padding after the longest text of a batch of arrays."""
+        return batch if self.lengths is None else self.lengths.cut(batch)
 
     def check_keys(self, batch):
         """Raises an error if a batch does not have the entries that it must have.
@@ -349,5 +350,6 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
 
 def _is_numeric(values):
     dtype = getattr(values, "dtype", "string")
-    # TensorFlow's dtype has no `kind`, but equals its name.
-    return dtype != "string" and getattr(dtype, "kind", None) not in (*"SUOMm",)
+    # TensorFlow's dtypes and those of a `Stream` have no `kind`, but equal their names.
+    is_text = dtype in ("string", "object")
+    return not is_text and getattr(dtype, "kind", None) not in (*"SUOMm",)

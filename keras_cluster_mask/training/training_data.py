@@ -86,8 +86,7 @@ class TrainingData:
         elif isinstance(data, TowerFeatures):
             data = FeatureBatches(data, batch_size, shuffle)
             rules.lengths = None
-        rules.is_checked = isinstance(data, ArrayBatches)
-        self.shuffle = shuffle and not rules.is_checked
+        self.shuffle = shuffle and not isinstance(data, ArrayBatches)
         self.type_name = type(data).__name__
         self.spec = getattr(data, "element_spec", None)
         self.stream = data if isinstance(data, Stream) else None
@@ -201,19 +200,19 @@ def checked(data, rules):
         data: A `Stream`, or the user's data other than arrays.
         rules: The `InputRules` for its batches.
     """
+    specs = getattr(data, "element_spec", None)
     if isinstance(data, Stream):
         # The captions and keys of an `image_text_dataset` are for evaluation.
         rules.warns[...] = False
-    specs = getattr(data, "element_spec", None)
-    if specs is not None and not rules.is_checked:
+    if specs is not None and not isinstance(data, ArrayBatches):
         specs = rules.check_keys(specs)
         rules.check_images(specs["images"])
     on_tensorflow = keras.backend.backend() == "tensorflow"
     if isinstance(data, Stream):
-        read = functools.partial(_read, data, rules)
+        read = functools.partial(_read, data, specs, rules)
         return _tensorflow_dataset(read, specs, rules) if on_tensorflow else read()
     if specs is not None:
-        return _checked_dataset(data, rules)
+        return _checked_dataset(data, specs, rules)
     if _is_of(data, "grain", "MapDataset", "IterDataset"):
         return _of_any_lengths(data.map(rules.check), rules)
     if isinstance(data, types.GeneratorType):
@@ -245,10 +244,13 @@ def _is_of(data, module, *names):
     )
 
 
-def _read(stream, rules):
+def _read(stream, names, rules):
     with contextlib.closing(iter(stream)) as batches:
         for batch in batches:
-            yield rules.check(batch)
+            batch = {name: batch[name] for name in names}
+            if not isinstance(stream, ArrayBatches):
+                rules.check_values(batch)
+            yield (rules.cut(batch),)
 
 
 def _of_any_lengths(batches, rules):
@@ -284,26 +286,24 @@ def _tensorflow_dataset(read, specs, rules):
     return dataset_of(lambda: (batch for (batch,) in read()), {**specs, **texts})
 
 
-def _checked_dataset(data, rules):
+def _checked_dataset(data, specs, rules):
     import tensorflow as tf
 
     cut = () if rules.lengths is None else rules.lengths.names
+    names = {*KEYS, "sample_weight", "padding_mask", *cut} & specs.keys()
+    # Images that are not floats are checked by their type alone, since copies take
+    # time.
+    if not specs["images"].dtype.is_floating:
+        names.remove("images")
+    names = sorted(names)
+
+    def check_arrays(*arrays):
+        arrays = dict(zip(names, arrays))
+        rules.check_values(arrays)
+        return np.int32(rules.cut(arrays)["token_ids"].shape[1])
 
     def check(batch):
-        def check_arrays(*arrays):
-            arrays = dict(zip(names, arrays))
-            rules.check_values(arrays)
-            if cut:
-                arrays = rules.lengths.cut(arrays)
-            return np.int32(arrays["token_ids"].shape[1])
-
-        batch = rules.check_keys(batch)
-        # Images that are not floats are checked by their type alone, since copies take
-        # time.
-        names = {*KEYS, "sample_weight", "padding_mask", *cut} & batch.keys()
-        if not batch["images"].dtype.is_floating:
-            names.remove("images")
-        names = sorted(names)
+        batch = {name: batch[name] for name in specs}
         values = [batch[name] for name in names]
         length = tf.numpy_function(check_arrays, values, "int32")
         length.set_shape(())

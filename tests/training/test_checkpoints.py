@@ -1,6 +1,5 @@
 """Files of checkpoints, on any storage."""
 
-import numpy as np
 import pytest
 
 from keras_cluster_mask.training.checkpoints import resume
