@@ -72,7 +72,7 @@ def run(data, folder, stop=None, model=None, callbacks=(), keep=3, **fit):
         The weights and the history, or `None` if the run was stopped.
     """
     model, history = model or make_model(), None
-    callbacks = [kcm.callbacks.Checkpoint(folder, keep=keep), *callbacks]
+    callbacks = [*callbacks, kcm.callbacks.Checkpoint(folder, keep=keep)]
     if stop:
         callbacks.append(StopAfter(stop))
     fit = {"epochs": 3, "verbose": 0, "resume_from": folder, **fit}
@@ -174,40 +174,36 @@ def unknown_length():
 @pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize(
-    ("make", "options"),
+    ("make", "masking", "options"),
     [
-        (pairs, ARRAYS),
-        (unknown_length, {}),
+        (pairs, "threshold", ARRAYS),
+        (unknown_length, "threshold", {}),
         pytest.param(
             lambda: pairs(15),
+            "threshold",
             {**ARRAYS, "validation_data": None, "validation_split": 0.2},
             marks=pytest.mark.slow,
         ),
+        # It has a teacher.
+        pytest.param(pairs, "attentive", ARRAYS, marks=pytest.mark.slow),
     ],
 )
-def test_arrays_and_other_datasets_resume_with_an_epoch(make, options, tmp_path):
-    validation = {"validation_data": pairs(8, seed=1), "validation_batch_size": 4}
-    data, fit = make(), {**validation, **options}
-    expected, history = run(data, tmp_path / "whole", **fit)
-    for stop in (5, 6):
-        folder = tmp_path / f"stopped-{stop}"
-        run(data, folder, stop, **fit)
-        found, resumed = run(data, folder, **fit)
-        assert_same_values(found, expected)
-        assert_close(resumed.history, history.history, atol=0.0, rtol=1e-6)
-
-
-@pytest.mark.any_backend
-@pytest.mark.slow
-def test_a_masking_with_a_teacher_resumes(tmp_path):
+def test_arrays_and_other_datasets_resume_with_an_epoch(
+    make, masking, options, tmp_path
+):
     def run_until(stop, folder):
         keras.utils.set_random_seed(1)
-        model = make_model(MASKINGS["attentive"](seed=3))
-        return run(pairs(), tmp_path / folder, stop, model, **ARRAYS)
+        model = make_model(MASKINGS[masking](seed=3))
+        validation = {"validation_data": pairs(8, seed=1), "validation_batch_size": 4}
+        return run(data, tmp_path / folder, stop, model, **{**validation, **options})
 
-    expected = run_until(None, "whole")
-    run_until(5, "stopped")
-    assert_same_runs(run_until(None, "stopped"), expected)
+    data = make()
+    expected, history = run_until(None, "whole")
+    for stop in (5, 6):
+        run_until(stop, f"stopped-{stop}")
+        found, resumed = run_until(None, f"stopped-{stop}")
+        assert_same_values(found, expected)
+        assert_close(resumed.history, history.history, atol=0.0, rtol=1e-6)
 
 
 @pytest.mark.any_backend
@@ -226,24 +222,23 @@ def test_a_folder_on_remote_storage_is_written_and_resumed_from(whole, shards):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize(("name", "epoch"), [("", 2), ("epoch-00001.npz", 1)])
-def test_a_folder_resumes_from_its_last_checkpoint_and_a_file_from_its_own(
-    name, epoch, tmp_path, capsys
-):
-    expected = run_plain(tmp_path / "whole", 3)
-    options = {**ARRAYS, "epochs": 3, "verbose": 2}
-    plain_model().fit(random_pairs(8), resume_from=tmp_path / "none", **options)
-    assert "none: starting at the beginning" in capsys.readouterr().out
-    run_plain(tmp_path, 2)
-    model = plain_model()
-    history = model.fit(random_pairs(8), resume_from=tmp_path / name, **options)
-    printed = capsys.readouterr().out
-    assert f"epoch-0000{epoch}.npz: epoch {epoch + 1}." in printed
-    assert f"Epoch {epoch + 1}/3" in printed
-    assert f"Epoch {epoch}/3" not in printed
-    assert history.epoch == [0, 1, 2]
-    assert len(history.history["loss"]) == 3
-    assert_same_values(model.weights, expected.weights)
+def test_a_run_says_where_it_starts(whole, folder, shards, tmp_path, capsys):
+    def fit(start):
+        model = make_model()
+        fit = {"epochs": 3, "resume_from": start, "verbose": 2}
+        history = model.fit(make_dataset(shards), **fit)
+        return (weights_of(model), history), capsys.readouterr().out
+
+    for start, expected in (
+        (tmp_path, f"No checkpoint in {tmp_path}: starting at the beginning"),
+        (folder / "epoch-00001.npz", "epoch-00001.npz: epoch 2."),
+        (folder, "epoch-00003.npz: epoch 4."),
+    ):
+        found, printed = fit(start)
+        assert expected in printed
+        assert ("Epoch 1/3" in printed) == (start == tmp_path)
+        assert ("Epoch 2/3" in printed) == (start != folder)
+        assert_same_runs(found, whole)
 
 
 # === What a resumed run may change ===
@@ -387,18 +382,6 @@ def test_optimizers_of_towers_and_activations_of_blocks_must_be_the_same(tmp_pat
 # === What is saved ===
 
 
-class StopBefore(keras.callbacks.Callback):
-    """Stops training as a time limit does, before a step."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def on_train_batch_begin(self, batch, logs=None):
-        if int(ops.convert_to_numpy(self.model.optimizer.iterations)) == self.step:
-            self.model.stop_training = True
-
-
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     # Before the second step of the second epoch, and before the last of the first.
@@ -408,9 +391,17 @@ class StopBefore(keras.callbacks.Callback):
 def test_an_epoch_that_a_callback_stops_is_saved_if_it_has_ended(
     step, save_every, epochs, whole, shards, tmp_path
 ):
-    checkpoint = kcm.callbacks.Checkpoint(tmp_path, save_every)
-    fit = dict(epochs=3, verbose=0, callbacks=[checkpoint, StopBefore(step)])
-    assert make_model().fit(make_dataset(shards), **fit).epoch == epochs
+    def stop_as_a_time_limit_does(batch, logs):
+        if int(ops.convert_to_numpy(model.optimizer.iterations)) == step:
+            model.stop_training = True
+
+    model = make_model()
+    callbacks = [
+        kcm.callbacks.Checkpoint(tmp_path, save_every),
+        keras.callbacks.LambdaCallback(on_train_batch_begin=stop_as_a_time_limit_does),
+    ]
+    fit = dict(epochs=3, verbose=0, callbacks=callbacks)
+    assert model.fit(make_dataset(shards), **fit).epoch == epochs
     assert [*saved_epochs(tmp_path)] == [1]
     assert_same_runs(run(make_dataset(shards), tmp_path), whole)
 
@@ -638,13 +629,14 @@ def test_a_model_that_is_not_compiled_is_refused(whole, folder):
 
 
 @pytest.mark.any_backend
-def test_a_run_from_the_beginning_does_not_write_among_later_checkpoints(tmp_path):
-    run_plain(tmp_path, 2)
-    match = r"`directory` must not.*Received:.*of 2 epochs"
-    for start in (None, tmp_path / "epoch-00001.npz"):
-        fit = {"model": plain_model(), "resume_from": start, **ARRAYS}
-        with pytest.raises(ValueError, match=match):
-            run(random_pairs(8), tmp_path, **fit)
+def test_a_run_from_the_beginning_does_not_write_among_later_checkpoints(
+    whole, folder, shards
+):
+    for start in (None, folder / "epoch-00001.npz"):
+        with pytest.raises(
+            ValueError, match=r"`directory` must not.*Received:.*of 3 epochs"
+        ):
+            run(make_dataset(shards), folder, resume_from=start)
 
 
 def test_averages_swapped_while_they_are_saved_are_refused(tmp_path):
