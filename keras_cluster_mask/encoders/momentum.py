@@ -99,7 +99,7 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
           updates before each forward pass.
     """
 
-    _parts = ("momentum", "final_momentum", "steps", "image_size")
+    _settings = ("momentum", "final_momentum", "steps", "image_size")
     # Each replica computes the same update of the same weights, so no averaging over
     # replicas is needed.
     equal_on_replicas = True

@@ -134,8 +134,7 @@ class AttentiveMasking(PatchMasking):
     def settings(self) -> dict[str, Any]:
         # Without the teacher's encoder, whose configuration has numbered names of
         # layers. The shapes of the teacher's weights are compared instead.
-        names = "momentum", "final_momentum", "steps", "image_size"
-        teacher = {name: getattr(self.teacher, name) for name in names}
+        teacher = {x: getattr(self.teacher, x) for x in self.teacher._settings}
         return {**super().settings(), "teacher": teacher}
 
     def get_config(self) -> dict[str, Any]:

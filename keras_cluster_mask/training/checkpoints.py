@@ -171,12 +171,12 @@ class Checkpoint(RunCallback):
             return
         variables = _variables(self.model)
         # In all processes, since the weights may be sharded over them.
-        arrays = {key: to_numpy(variable) for key, variable in variables.items()}
+        arrays = [to_numpy(variable) for variable in variables]
         # NaN or infinity is possible even if the loss is finite.
-        wrong = [k for k, x in arrays.items() if not np.isfinite(x).all()]
+        wrong = [v.path for v, x in zip(variables, arrays) if not np.isfinite(x).all()]
         # All processes must stop, or the others would wait for one that has stopped.
         if any(all_gather_object(len(wrong))):
-            path = variables[wrong[0]].path if wrong else "a weight of another process"
+            path = wrong[0] if wrong else "a weight of another process"
             self._stop("The weights and the optimizer's state", f"{path} at the end")
         if is_main_process():
             self._save(arrays)
@@ -206,16 +206,14 @@ class Checkpoint(RunCallback):
             "description": describe(self.model, run.data),
         }
         # NumPy's files do not support bfloat16, whose values float32 holds exactly.
-        arrays = {
-            key: x.astype("float32") if x.dtype.name == "bfloat16" else x
-            for key, x in arrays.items()
-        }
-        # The numbers in the history may be of NumPy.
+        arrays = [
+            x.astype("float32") if x.dtype.name == "bfloat16" else x for x in arrays
+        ]
         content = np.array(json.dumps(facts, default=float))
         path = f"{self.folder}/epoch-{run.epoch:05}.npz"
         # A reader finds the whole file or none, even if this process is killed.
         with _storage().replacing(path) as file:
-            np.savez(file, facts=content, **arrays, **run.rng_state)
+            np.savez(file, *arrays, facts=content, **run.rng_state)
         # A process that was killed has left the file that it was writing.
         parts = _find(self.folder, r"\..*\.part")
         for old in [*[*saved_epochs(self.folder).values()][: -self.keep], *parts]:
@@ -259,7 +257,7 @@ def resume(run, model, path, verbose):
         )
     _check_resumable(run.data)
     build(model)
-    wanted = json.loads(json.dumps(describe(model, run.data)))
+    wanted = describe(model, run.data)
     differing = [
         f"{part}: {saved!r} in the checkpoint, {given!r} in the model"
         for part, saved, given in _differences(facts["description"], wanted)
@@ -271,8 +269,8 @@ def resume(run, model, path, verbose):
             f"resume_from={path}, {len(differing)} differences, with "
             + "; ".join(differing[:10])
         )
-    for key, variable in _variables(model).items():
-        variable.assign(arrays[key])
+    for index, variable in enumerate(_variables(model)):
+        variable.assign(arrays[f"arr_{index}"])
     run.first_rates = learning_rates(model)
     parts = optimizer_parts(model.optimizer)
     for index, (first, last) in enumerate(zip(*facts["learning_rates"])):
@@ -308,44 +306,41 @@ def saved_epochs(folder) -> dict[int, str]:
 
 
 def _variables(model):
-    """Returns all variables by their keys in a file, but learning rates.
+    """Lists the variables of a model and its optimizer, but learning rates.
 
-    The number of learning rates that are variables may change, as the user may replace
-    a schedule.
+    Whether a learning rate is a variable may change: a schedule may replace a number.
     """
     rates = {id(part.learning_rate) for part in optimizer_parts(model.optimizer)}
-    state = [v for v in model.optimizer.variables if id(v) not in rates]
-    return {
-        f"{group}/{index}": variable
-        for group, variables in (("model", model.variables), ("optimizer", state))
-        for index, variable in enumerate(variables)
-    }
+    variables = *model.variables, *model.optimizer.variables
+    return [v for v in variables if id(v) not in rates]
 
 
 def describe(model, data):
     """Returns what must be the same when a run is resumed, as JSON values."""
     optimizers = inner_optimizer(model.optimizer), *optimizer_parts(model.optimizer)
     trained = {id(v) for v in model.trainable_variables}
-    model_options, head_options = (
-        {name: getattr(x, name) for name in x._settings if name != "micro_batch_size"}
-        for x in (model, model.head)
+    options, head = (
+        {name: getattr(x, name) for name in x._settings} for x in (model, model.head)
     )
-    return {
+    # Steps give the same result with another one.
+    del options["micro_batch_size"]
+    content = {
         "data": data.description,
         "optimizer": [type(x).__name__ for x in optimizers],
         "tokenizer": digest_of(model, model.tokenizer),
-        "model": model_options,
-        "head": {**head_options, "dtype": model.head.dtype_policy.name},
+        "model": options,
+        "head": {**head, "dtype": model.head.dtype_policy.name},
         "maskings": [
             {"class": type(x).__name__, **x.settings()} for x in model.maskings
         ],
         "layers": settings_of(model),
         # Last, as there may be hundreds of differences.
-        "variables": {
-            key: f"{v.dtype} {tuple(v.shape)}" + ", trained" * (id(v) in trained)
-            for key, v in _variables(model).items()
-        },
+        "variables": [
+            f"{v.dtype} {tuple(v.shape)}" + ", trained" * (id(v) in trained)
+            for v in _variables(model)
+        ],
     }
+    return json.loads(json.dumps(content, default=float))
 
 
 def _differences(saved, wanted, path=""):

@@ -12,8 +12,7 @@ from keras_cluster_mask.callbacks import evaluation as evaluation_module
 from keras_cluster_mask.evaluation import evaluate_retrieval, evaluate_zero_shot
 from tests.helpers import assert_same_values, image_mlp, random_pairs, text_bag
 from tests.models.conftest import seeded  # noqa: F401
-
-from .training_run import CONTEXT, make_model, pairs, weights_of
+from tests.training.training_run import CONTEXT, make_model, pairs, weights_of
 
 RECALL = "val_image_to_text_recall@1"
 NAMES = ["red", "green", "blue"]

@@ -11,8 +11,7 @@ import pytest
 import keras_cluster_mask as kcm
 from keras_cluster_mask.data import stream
 from tests.helpers import Batches
-
-from .training_run import StopAfter, make_dataset, make_model, pairs
+from tests.training.training_run import StopAfter, make_dataset, make_model, pairs
 
 BACKEND = keras.backend.backend()
 

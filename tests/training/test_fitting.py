@@ -1,4 +1,4 @@
-"""`fit` of a ContrastiveModel: where it resumes, and how it reads streams."""
+"""`fit` of a ContrastiveModel: its arguments, and how it reads streams."""
 
 import multiprocessing
 import os
@@ -17,7 +17,6 @@ from keras_cluster_mask.training.fitting import (
 )
 from keras_cluster_mask.training.step_metrics import DIRECTIONS
 from keras_cluster_mask.training.training_data import TrainingData
-from tests.callbacks.training_run import StopAfter
 from tests.helpers import (
     FAST,
     assert_same_values,
@@ -30,6 +29,7 @@ from tests.helpers import (
     values,
 )
 from tests.training.processes import NoteProcess
+from tests.training.training_run import StopAfter
 
 # Sizes may be integers of NumPy.
 FIT = dict(batch_size=np.int64(4), shuffle=False, verbose=0)
@@ -77,78 +77,6 @@ def test_a_batch_size_of_zero_is_not_the_default():
 
 def checkpoint(folder):
     return kcm.callbacks.Checkpoint(folder, keep=9)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Checkpoints of two epochs, each of two steps."""
-    folder = tmp_path_factory.mktemp("run")
-    callbacks = [checkpoint(folder)]
-    compiled().fit(random_pairs(8), epochs=2, callbacks=callbacks, **FIT)
-    return folder
-
-
-# === Resuming ===
-
-
-@pytest.mark.any_backend
-def test_a_folder_resumes_from_its_last_checkpoint_and_says_which(
-    folder, tmp_path, capsys
-):
-    options = {**FIT, "epochs": 3, "verbose": 2}
-    compiled().fit(random_pairs(8), resume_from=tmp_path / "none", **options)
-    assert "none: starting at the beginning" in capsys.readouterr().out
-    history = compiled().fit(random_pairs(8), resume_from=folder, **options)
-    printed = capsys.readouterr().out
-    assert "epoch-00002.npz: epoch 3." in printed
-    assert "Epoch 3/3" in printed
-    assert "Epoch 2/3" not in printed
-    assert history.epoch == [0, 1, 2]
-    assert len(history.history["loss"]) == 3
-
-
-@pytest.mark.any_backend
-def test_a_file_resumes_from_that_checkpoint(folder):
-    expected, model = compiled(), compiled()
-    expected.fit(random_pairs(8), epochs=2, **FIT)
-    path = str(folder / "epoch-00001.npz")
-    history = model.fit(random_pairs(8), epochs=2, resume_from=path, **FIT)
-    assert history.epoch == [0, 1]
-    assert_same_values(model.weights, expected.weights)
-
-
-@pytest.mark.any_backend
-def test_a_model_that_is_not_compiled_is_refused(folder):
-    model = small_model()
-    with pytest.raises(ValueError, match=r"`resume_from` needs a compiled.*Received:"):
-        model.fit(random_pairs(8), resume_from=folder, **FIT)
-
-
-@pytest.mark.any_backend
-def test_a_run_from_the_beginning_does_not_write_among_later_checkpoints(folder):
-    callbacks = [checkpoint(folder)]
-    for start in (None, folder / "epoch-00001.npz"):
-        with pytest.raises(
-            ValueError, match=r"`directory` must not.*Received:.*of 2 epochs"
-        ):
-            compiled().fit(
-                random_pairs(8),
-                epochs=2,
-                resume_from=start,
-                callbacks=callbacks,
-                **FIT,
-            )
-
-
-def test_averages_swapped_while_they_are_saved_are_refused(tmp_path):
-    model = compiled()
-    model.compile(keras.optimizers.SGD(0.05, use_ema=True), **FAST)
-    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
-    with pytest.raises(ValueError, match=r"swap_on_epoch=False.*Received: callbacks"):
-        model.fit(random_pairs(8), callbacks=[swap, checkpoint(tmp_path)], **FIT)
-
-
-# === What is not resumed is Keras's own ===
 
 
 @pytest.mark.any_backend

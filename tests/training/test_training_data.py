@@ -15,7 +15,6 @@ from keras_cluster_mask.training import arrays, training_data
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.input_rules import InputRules, as_dictionary
 from keras_cluster_mask.training.training_data import TrainingData
-from tests.callbacks.training_run import StopAfter
 from tests.helpers import (
     FAST,
     VOCABULARY,
@@ -27,6 +26,7 @@ from tests.helpers import (
     split,
     stream,
 )
+from tests.training.training_run import StopAfter
 
 BACKEND = keras.backend.backend()
 

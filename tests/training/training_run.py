@@ -17,10 +17,17 @@ import keras
 import numpy as np
 
 import keras_cluster_mask as kcm
-from tests.helpers import CONTEXT, MASKINGS, masked_vit, random_pairs, values
+from tests.helpers import (
+    CONTEXT,
+    MASKINGS,
+    VOCABULARY,
+    masked_vit,
+    number_as_token,
+    random_pairs,
+    values,
+)
 
 PROGRAM = pathlib.Path(__file__)
-VOCABULARY = 300
 
 
 def make_model(masking=None, optimizer=None, views=1, **options):
@@ -41,20 +48,9 @@ def make_model(masking=None, optimizer=None, views=1, **options):
     return model
 
 
-def make_dataset(shards, seed=7, **options):
-    def tokenizer(captions):
-        ids = np.zeros((len(captions), CONTEXT), "int32")
-        for row, caption in enumerate(captions):
-            ids[row, : min(CONTEXT, len(caption))] = [*map(ord, caption[:CONTEXT])]
-        return ids
-
-    return kcm.data.image_text_dataset(
-        shards,
-        tokenizer,
-        **{"image_size": 16, "batch_size": 8, **options},
-        training=True,
-        seed=seed,
-    )
+def make_dataset(shards, **options):
+    options = {"batch_size": 8, "seed": 7, "training": True, **options}
+    return kcm.data.image_text_dataset(shards, number_as_token, 16, **options)
 
 
 def weights_of(model):
@@ -74,11 +70,6 @@ class StopAfter(keras.callbacks.Callback):
         self.steps -= 1
         if self.steps == 0:
             raise KeyboardInterrupt
-
-
-class PrintSteps(keras.callbacks.Callback):
-    def on_train_batch_end(self, batch, logs=None):
-        print("step", flush=True)
 
 
 def kill_at_sync(count):
@@ -103,7 +94,9 @@ if __name__ == "__main__":
         verbose=0,
         resume_from=folder,
         callbacks=[
-            PrintSteps(),
+            keras.callbacks.LambdaCallback(
+                on_train_batch_end=lambda batch, logs: print("step", flush=True)
+            ),
             kcm.callbacks.Checkpoint(folder, keep=2),
         ],
     )
