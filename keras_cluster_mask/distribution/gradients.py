@@ -158,7 +158,7 @@ def update_in_place(optimizer) -> None:
         in_place_updates.update_in_place(optimizer)
 
 
-def apply_global_gradients(model, optimizers, record=None) -> None:
+def apply_global_gradients(model, record=None) -> None:
     """Makes the optimizer of a model apply the gradients of the global batch.
 
     On TensorFlow, Keras clips each replica's gradients before it sums them. On torch,
@@ -167,7 +167,6 @@ def apply_global_gradients(model, optimizers, record=None) -> None:
 
     Args:
         model: A compiled `keras.Model`.
-        optimizers: List of the optimizers that its optimizer consists of.
         record: Function that is called with the gradients before they are applied.
     """
     optimizer, backend = model.optimizer, keras.backend.backend()

@@ -17,6 +17,7 @@ from keras_cluster_mask.encoders.surgery import (
     count_prefix_tokens,
     data_format_of,
     find_embedding_layer,
+    inputs_of,
     stem_of,
 )
 from keras_cluster_mask.masking import PatchMasking
@@ -31,8 +32,11 @@ def pretrained_towers(
     text_backbone: keras.Model,
     masking: PatchMasking | None,
     pooling: tuple[str | None, str | None] | None,
-) -> dict[str, Any]:
-    """Returns arguments of `ContrastiveModel`; see `ContrastiveModel.from_encoders`."""
+) -> tuple[keras.Model, keras.Model, dict[str, Any]]:
+    """Returns an image encoder, a text encoder, and the statistics of pixels.
+
+    See `ContrastiveModel.from_encoders`.
+    """
     hint = "Pass other encoders, with their own pooling, to `ContrastiveModel`. "
     known = {name: x for name, x in IMAGE_FAMILIES.items() if x.pooling}
     family = family_of("image_backbone", image_backbone, known, hint)
@@ -54,12 +58,9 @@ def pretrained_towers(
             f"type {type(image_backbone).__name__}"
         )
     images = PooledEncoder(image_backbone, of_images or family.pooling)
-    return {
-        "image_encoder": images if masking is None else with_masking(images, masking),
-        "text_encoder": PooledEncoder(texts, of_texts or own),
-        "pixel_mean": family.pixel_mean,
-        "pixel_std": family.pixel_std,
-    }
+    images = images if masking is None else with_masking(images, masking)
+    statistics = {"pixel_mean": family.pixel_mean, "pixel_std": family.pixel_std}
+    return images, PooledEncoder(texts, of_texts or own), statistics
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -84,11 +85,9 @@ class PooledEncoder(MadeOfParts, keras.Model):
         inputs, tokens = backbone.input, backbone.output
         if isinstance(tokens, dict):
             tokens = tokens["sequence_output"]
-        mask, prefix, table = None, 0, None
+        mask, prefix, table = inputs_of(backbone).get("padding_mask"), 0, None
         is_grid = len(tokens.shape) == 4
-        if isinstance(inputs, dict) and "padding_mask" in inputs:
-            mask = inputs["padding_mask"]
-        elif not is_grid:
+        if mask is None and not is_grid:
             embedding = find_embedding_layer(backbone)
             prefix = count_prefix_tokens(backbone, stem_of(backbone, embedding.output))
             table = getattr(embedding, "interpolated_position_embeddings", None)

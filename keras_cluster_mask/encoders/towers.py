@@ -24,37 +24,6 @@ from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
 
 
-def encode(
-    encoder: keras.Model,
-    inputs: Any,
-    training: bool | None = False,
-    noise: StepNoise | None = None,
-) -> Tensor:
-    """Computes the `(batch, width)` features that a projection takes.
-
-    Args:
-        encoder: A Keras model, an image or a text encoder.
-        inputs: Its input, which `prepare` of a tower returned.
-        training: Boolean. An encoder without trainable weights runs as in inference,
-            since dropout would change its features.
-        noise: The `StepNoise` of a training step, for the maskings in the encoder.
-    """
-    if training and encoder.weights and not encoder.trainable_weights:
-        training = False
-    names = getattr(encoder, "input", None)
-    if isinstance(names, dict) and len(names) == 1:
-        inputs = dict.fromkeys(names, inputs)
-    with contextlib.nullcontext() if noise is None else noise.given():
-        features = encoder(inputs, training=training)
-    if len(getattr(features, "shape", ())) != 2:
-        raise ValueError(
-            "An encoder must return features of shape (batch, d); add a pooling to "
-            f"one that returns tokens. Received: {encoder.name} returned "
-            f"{getattr(features, 'shape', type(features).__name__)}"
-        )
-    return features
-
-
 class Tower(MadeOfParts, Exported, keras.Model):
     """Embeds images or texts: the base class of `ImageTower` and `TextTower`.
 
@@ -114,9 +83,37 @@ class Tower(MadeOfParts, Exported, keras.Model):
         """Returns the inputs of the encoder."""
         raise NotImplementedError
 
-    def features(self, inputs: Any) -> Tensor:
-        """Computes the `(batch, width)` features that the projection takes."""
-        return encode(self.encoder, self.prepare(inputs))
+    def features(
+        self,
+        inputs: Any,
+        training: bool | None = False,
+        noise: StepNoise | None = None,
+        encoder: keras.Model | None = None,
+    ) -> Tensor:
+        """Computes the `(batch, width)` features that the projection takes.
+
+        Args:
+            inputs: As for a call of the tower.
+            training: Boolean. An encoder without trainable weights runs as in
+                inference, since dropout would change its features.
+            noise: The `StepNoise` of a training step, for the maskings in the encoder.
+            encoder: The encoder with its masking. Defaults to that of the tower.
+        """
+        encoder = self.encoder if encoder is None else encoder
+        if training and encoder.weights and not encoder.trainable_weights:
+            training = False
+        inputs, names = self.prepare(inputs), getattr(encoder, "input", None)
+        if isinstance(names, dict) and len(names) == 1:
+            inputs = dict.fromkeys(names, inputs)
+        with contextlib.nullcontext() if noise is None else noise.given():
+            features = encoder(inputs, training=training)
+        if len(getattr(features, "shape", ())) != 2:
+            raise ValueError(
+                "An encoder must return features of shape (batch, d); add a pooling to "
+                f"one that returns tokens. Received: {encoder.name} returned "
+                f"{getattr(features, 'shape', type(features).__name__)}"
+            )
+        return features
 
     def project(self, features: Tensor, training: bool | None = False) -> Tensor:
         """Projects features to `(batch, d)` float32 embeddings, L2-normalized."""
@@ -126,8 +123,14 @@ class Tower(MadeOfParts, Exported, keras.Model):
             features = self.projection(features, training=training)
         return l2_normalize(features)
 
+    def embed(
+        self, inputs: Any, training: bool | None = False, **options: Any
+    ) -> Tensor:
+        """Computes embeddings; see `features`, of which it takes the arguments."""
+        return self.project(self.features(inputs, training, **options), training)
+
     def call(self, inputs: Any, training: bool | None = None) -> Tensor:
-        return self.project(self.features(inputs))
+        return self.embed(inputs)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         # The weights belong to a model that may be trained further.

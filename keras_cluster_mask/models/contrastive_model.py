@@ -1,7 +1,6 @@
 """The model for contrastive training on image-text pairs."""
 
 import inspect
-import os
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -12,50 +11,27 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import replicas
-from keras_cluster_mask.distribution.backends import import_keras_hub, is_traced
+from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.encoders.masked import MaskedEncoder, unmasked
 from keras_cluster_mask.encoders.pixels import pixel_range
-from keras_cluster_mask.encoders.pooled import pretrained_towers
 from keras_cluster_mask.encoders.surgery import image_shape_of, number_positions
-from keras_cluster_mask.encoders.towers import ImageTower, TextTower, encode
-from keras_cluster_mask.losses import (
-    batch_loss,
-    caption_labels,
-    row_labels,
-    without_padding,
-)
+from keras_cluster_mask.encoders.towers import ImageTower, TextTower
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.masking.patch_masking import join
 from keras_cluster_mask.masking.selection import StepNoise, step_of
-from keras_cluster_mask.models.backbones import parts_of_backbone
+from keras_cluster_mask.models.backbones import OfBackbones
 from keras_cluster_mask.models.head import ContrastiveHead, as_head
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
 from keras_cluster_mask.training.image_files import read_images
-from keras_cluster_mask.training.input_rules import (
-    KEYS,
-    LONELY,
-    NO_LABELS,
-    InputRules,
-    as_weights,
-    check_unused,
-)
+from keras_cluster_mask.training.input_rules import KEYS, InputRules
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.training.micro_batches import embed_in_micro_batches
-from keras_cluster_mask.training.tokenizer_files import (
-    load_from_preset,
-    load_tokenizer,
-    save_in_preset,
-    save_tokenizer,
-)
-from keras_cluster_mask.training.tokens import (
-    check_kind,
-    check_tokenizer,
-    tokenizer_of,
-)
+from keras_cluster_mask.training.tokenizer_files import load_tokenizer, save_tokenizer
+from keras_cluster_mask.training.tokens import check_kind, tokenizer_of
 from keras_cluster_mask.types import Tensor
 
 # Parts and options that others depend on once the model is made.
@@ -71,10 +47,17 @@ FIXED = (
     "text_encoder",
     "text_tower",
 )
+CHOICES = {"duplicates": ("positive", "negative"), "resize": ("crop", "squash")}
+# Attributes that Keras must not track. Each layer of a tower belongs to the model. A
+# tokenizer may be a preprocessor of keras_hub, which adds layers when it is first
+# called.
+UNTRACKED = ("image_tower", "text_tower", "tokenizer")
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
+class ContrastiveModel(
+    OfBackbones, ContrastiveTrainer, MadeOfParts, Exported, keras.Model
+):
     """Trains an image encoder and a text encoder on image-text pairs.
 
     Each image of a batch is compared with every text; the encoders learn to place an
@@ -141,22 +124,30 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             (SigLIP).
         tokenizer: The tokenizer of the text encoder, of any kind that
             `kcm.data.image_text_dataset` takes. If it is `None`, the first `fit` on an
-            `image_text_dataset` sets it. See the attribute.
+            `image_text_dataset` sets it. `save` and `save_to_preset` save a
+            `CLIPTokenizer`, a Keras layer such as a preprocessor of keras_hub, and a
+            tokenizer of Hugging Face. For another callable they warn, and the loaded
+            model has none.
         dtype: The dtype policy of new projections. Encoders have their own.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
     Attributes:
         image_encoder: The Keras model from images to features, with its masking.
         text_encoder: The Keras model from token ids to features.
-        image_tower: The model from images to embeddings, without the masking of
+        image_tower: The `ImageTower` from images to embeddings, without the masking of
             `kcm.with_masking`, for prediction and export.
-        text_tower: The model from token ids to embeddings.
+        text_tower: The `TextTower` from token ids to embeddings. If the text encoder
+            has several inputs, the tower takes a dictionary of them.
+        tokenizer: The tokenizer of the text encoder, or `None` if it is not known.
+            `fit`, `evaluate`, `predict` and the functions for evaluation refuse a
+            tokenizer that gives other ids. Assign another one, or `None`, to change it
+            on purpose.
         head: The `ContrastiveHead`.
         maskings: List of the `PatchMasking` layers in the image encoder.
         masking: The first of them, or `None`.
         backbone: The keras_hub backbone of `from_backbone`, or `None`.
 
-    These attributes, `pixel_mean` and `pixel_std` are fixed. `views`, `duplicates` and
+    The others, `pixel_mean` and `pixel_std` are fixed. `views`, `duplicates` and
     `micro_batch_size` can be assigned between two calls of `fit`. In a training loop of
     your own, each `model(batch, training=True)` is a step of the maskings.
 
@@ -228,26 +219,25 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 f"Received: head={head.name}"
             )
         number_positions(self.image_encoder)
-        # Objects that Keras does not look into. Each layer of a tower belongs to the
-        # model, and a tokenizer may be a layer.
-        self._text = types.SimpleNamespace(weights=None)
-        self._towers = types.SimpleNamespace(
-            image=ImageTower(
-                unmasked(self.image_encoder),
-                head.image_projection,
-                pixel_mean=pixel_mean,
-                pixel_std=pixel_std,
-                name="image_tower",
-            ),
-            text=TextTower(self.text_encoder, head.text_projection, name="text_tower"),
+        self.image_tower = ImageTower(
+            unmasked(self.image_encoder),
+            head.image_projection,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            name="image_tower",
         )
+        self.text_tower = TextTower(
+            self.text_encoder, head.text_projection, name="text_tower"
+        )
+        # An object that Keras does not look into.
+        self._cache = types.SimpleNamespace(weights=None)
         head.build(*map(_features_shape, (self.image_encoder, self.text_encoder)))
 
         # === Config ===
         self.maskings = [
             x for x in all_layers(self.image_encoder) if isinstance(x, PatchMasking)
         ]
-        self.masking = next(iter(self.maskings), None)
+        self.masking = self.maskings[0] if self.maskings else None
         self.pixel_mean = None if pixel_mean is None else [*map(float, pixel_mean)]
         self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
         self.micro_batch_size = micro_batch_size
@@ -256,7 +246,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         self.resize = resize
         self.tokenizer = tokenizer
         for masking in self.maskings:
-            join(masking, self._towers.image.prepare)
+            join(masking, self.image_tower.prepare)
         # Everything is built, unless an encoder learns its width when it is called.
         self.built = all(x.built for x in all_layers(self) if x is not self)
         self._is_made = True
@@ -267,144 +257,19 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 f"`{name}` of a model is fixed: make a new `ContrastiveModel`, which "
                 f"may have the same encoders and head. Received: {name}={value}"
             )
-        if name == "duplicates":
-            check_choice("duplicates", value, ("positive", "negative"))
+        if name in CHOICES:
+            check_choice(name, value, CHOICES[name])
         elif name == "micro_batch_size":
-            value = check_integer("micro_batch_size", value, or_none=True)
-        elif name == "resize":
-            check_choice("resize", value, ("crop", "squash"))
+            value = check_integer(name, value, or_none=True)
         elif name == "views":
-            value = check_integer("views", value)
+            value = check_integer(name, value)
             _check_views(value, self.maskings)
-        elif name == "tokenizer":
-            # Keras would track a layer: a preprocessor of keras_hub builds itself, and
-            # adds layers, when it is first called.
-            return object.__setattr__(self, name, value)
-        super().__setattr__(name, value)
-
-    @classmethod
-    def from_backbone(
-        cls,
-        backbone: keras.Model,
-        masking: PatchMasking | None = None,
-        loss: str | None = None,
-        head: str | ContrastiveHead = "linear",
-        **kwargs: Any,
-    ) -> Self:
-        """Makes a model from a two-tower keras_hub backbone.
-
-        The model trains the backbone itself, including its projections, temperature and
-        bias. After `fit`, `model.save_to_preset(folder)` saves the trained backbone and
-        the tokenizer for keras_hub.
-
-        Args:
-            backbone: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-                `SigLIPBackbone`, fresh or pre-trained. MetaCLIP 2's text tower pools
-                the end token, so each text must have one. SigLIP's takes only texts of
-                `max_sequence_length` tokens and pools the last one: pad to the full
-                length with the end-of-text token, as SigLIP's tokenizer does.
-            masking: A `PatchMasking` layer, or `None` to train on whole images.
-            loss: `"softmax"` or `"sigmoid"`. `None` is the loss of `head`, or that of
-                the backbone's family.
-            head: `"linear"`, the projections, temperature and bias of the backbone. Or
-                a `ContrastiveHead` without `projection_dim`, which sets the temperature
-                and the bias if they are given. The scale is limited to 100, or 1000 for
-                SigLIP, by default. A fresh SigLIP, and a CLIP with the sigmoid loss,
-                start at a temperature of 0.1 and a bias of -10.
-            **kwargs: Arguments of `ContrastiveModel`, without the encoders,
-                `projection_dim` and `dtype`. `pixel_mean`, `pixel_std` and `resize`
-                default to those of the backbone's family.
-
-        Returns:
-            A model of this class, with the attribute `backbone`.
-
-        Raises:
-            ValueError: If the backbone is not supported.
-        """
-        parts = parts_of_backbone(backbone, masking, loss, head)
-        own = {*parts, "projection_dim", "dtype"} - {
-            "pixel_mean",
-            "pixel_std",
-            "resize",
-        }
-        given = sorted(own & kwargs.keys())
-        if given:
-            raise ValueError(
-                f"`{'` and `'.join(given)}` must be left out, since the backbone has "
-                "all the layers that compute: make the backbone with what you need. "
-                f"Received: {', '.join(f'{name}={kwargs[name]!r}' for name in given)}"
-            )
-        return cls(**{**parts, **kwargs})
-
-    @classmethod
-    def from_preset(
-        cls, preset: str, masking: PatchMasking | None = None, **kwargs: Any
-    ) -> Self:
-        """Makes a model from a keras_hub preset of a two-tower backbone.
-
-        Args:
-            preset: The name of a preset, such as `"clip_vit_base_patch16"`, which
-                keras_hub downloads, or a folder that `save_to_preset` wrote.
-            masking: A `PatchMasking` layer, or `None` to train on whole images.
-            **kwargs: As for `from_backbone`; and `dtype`, that of the backbone.
-                `tokenizer` defaults to that of the preset, if it has one: a
-                `CLIPTokenizer` for CLIP, and the preprocessor for others.
-        """
-        make = import_keras_hub().models.Backbone.from_preset
-        backbone = make(str(preset), dtype=kwargs.pop("dtype", None))
-        if "tokenizer" not in kwargs:
-            kwargs["tokenizer"] = load_from_preset(str(preset), backbone)
-        return cls.from_backbone(backbone, masking, **kwargs)
-
-    @classmethod
-    def from_encoders(
-        cls,
-        image_backbone: keras.Model,
-        text_backbone: keras.Model,
-        projection_dim: int | None = None,
-        masking: PatchMasking | None = None,
-        head: str | ContrastiveHead = "linear",
-        pooling: tuple[str | None, str | None] | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Makes a model from two encoders that were pre-trained separately.
-
-        Set `trainable = False` on both to train only the projections.
-
-        Args:
-            image_backbone: A keras_hub `DINOV2Backbone`, `DINOV3Backbone`,
-                `ViTBackbone` or `DeiTBackbone`. Or, without a masking, a
-                `ResNetBackbone`, `EfficientNetBackbone` or `MobileNetBackbone`.
-            text_backbone: A keras_hub `BertBackbone`, `DistilBertBackbone`,
-                `RobertaBackbone`, `XLMRobertaBackbone`, `AlbertBackbone`,
-                `ElectraBackbone` or `DebertaV3Backbone`, or a `TextEmbedder` of one.
-            projection_dim: Integer. The width of the shared embedding space. Defaults
-                to 512, or to that of a `ContrastiveHead`.
-            masking: A `PatchMasking` layer, or `None` to train on whole images.
-            head: `"linear"`, `"mlp"` or a `ContrastiveHead`, see `ContrastiveModel`.
-            pooling: Two strings, for images and for texts: `"class"`, `"mean"`, or
-                `"class_and_mean"`. `None` is that of the family: the class token and
-                the mean of the patches for DINO, the class token for ViT and DeiT, the
-                mean over all positions for convolutional networks, the mean of all
-                tokens but padding for texts. A `TextEmbedder` has its own.
-            **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
-                default to those of the family of `image_backbone`; ImageNet's for
-                convolutional networks, as in most of timm's. `tokenizer` defaults to
-                the preprocessor of a `TextEmbedder`.
-
-        Reference:
-            - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
-              https://arxiv.org/abs/2111.07991)
-        """
-        if projection_dim is None and not isinstance(head, ContrastiveHead):
-            projection_dim = 512
-        towers = pretrained_towers(
-            image_backbone, text_backbone, masking=masking, pooling=pooling
-        )
-        images, texts = towers.pop("image_encoder"), towers.pop("text_encoder")
-        tokenizer = getattr(text_backbone, "preprocessor", None)
-        options = {"tokenizer": tokenizer, **towers, **kwargs}
-        return cls(images, texts, projection_dim=projection_dim, head=head, **options)
+        elif name == "tokenizer" and value is not None:
+            check_kind(value)
+        if name in UNTRACKED:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     # === From inputs to embeddings ===
 
@@ -485,30 +350,25 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         if "token_ids" in given and not is_traced(given["token_ids"]):
             self.input_rules.check_ids(given["token_ids"], "padding_mask" in given)
             given = self.text_tower.lengths.cut_on_host(given)
-        return self._embed_texts(given, training)
+        return self.text_tower.embed(given, training)
 
     def _embed_images(self, images, training=False, noise=None):
-        tower = self._towers.image
-        encoder = tower.encoder if noise is None else self.image_encoder
-        features = encode(encoder, tower.prepare(images), training, noise)
-        embeddings = tower.project(features, training)
+        encoder = None if noise is None else self.image_encoder
+        embeddings = self.image_tower.embed(
+            images, training, noise=noise, encoder=encoder
+        )
         if noise is None or noise.views == 1:
             return embeddings
         shape = ops.shape(images)[0], noise.views, embeddings.shape[-1]
         return ops.reshape(embeddings, shape)
 
-    def _embed_texts(self, inputs, training=False):
-        tower = self._towers.text
-        features = encode(tower.encoder, tower.prepare(inputs), training)
-        return tower.project(features, training)
-
     def _embed(self, inputs, training=False, noise=None):
         """Embeds a batch, or a micro-batch, of images and texts."""
-        names = self._towers.text.input_names
+        names = self.text_tower.input_names
         texts = {name: inputs[name] for name in names if name in inputs}
         return {
             "image_embeddings": self._embed_images(inputs["images"], training, noise),
-            "text_embeddings": self._embed_texts(texts, training),
+            "text_embeddings": self.text_tower.embed(texts, training),
         }
 
     # === One step of training ===
@@ -543,87 +403,16 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 embeddings = self._embed(inputs, training, noise)
         return embeddings
 
-    def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Tensor | None = None,
-        training: bool = True,
-    ) -> Tensor:
-        """Computes the loss of a batch, and updates the metrics.
-
-        To train on another loss, override this method. If it does not call
-        `super().compute_loss(...)`, the logs show only the loss and the metrics that it
-        updates.
-
-        Args:
-            x: The batch, a dictionary.
-            y: `None`.
-            y_pred: The output of `call`: a dictionary with `"image_embeddings"`,
-                `(batch, d)` or `(batch, views, d)`, and `"text_embeddings"`,
-                `(batch, d)`, L2-normalized.
-            sample_weight: `(batch,)` float tensor. Defaults to the batch's entry of
-                that name.
-            training: Boolean. Whether this is a training step.
-
-        Returns:
-            A scalar, the mean over the pairs.
-        """
-        if y is not None:
-            check_unused(NO_LABELS, y=y)
-        images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
-        if training and images.shape[0] == 1:
-            raise ValueError(f"{LONELY} Received: a batch of 1")
-        if sample_weight is None:
-            # Keras passes its own argument only for a single batch.
-            sample_weight = x.get("sample_weight")
-        if sample_weight is not None:
-            sample_weight = as_weights(sample_weight)
-        if self.duplicates == "negative":
-            labels = row_labels(texts)
-        elif "token_ids" in x:
-            family, mask = self.text_tower.family, x.get("padding_mask")
-            labels = caption_labels(without_padding(family, x["token_ids"], mask))
-        else:
-            labels = x["caption_labels"]
-        weights = [self.head.scale]
-        if self.head.logit_bias is not None:
-            weights.append(self.head.logit_bias)
-        is_split = replicas.batch_is_split(training)
-        views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
-        by_view = [
-            batch_loss(
-                loss=self.head.loss,
-                weights=weights,
-                images=view,
-                texts=texts,
-                labels=labels,
-                sample_weight=sample_weight,
-                is_split=is_split,
-            )
-            for view in views
-        ]
-        losses, *hits = (sum(values) / len(views) for values in zip(*by_view))
-        return self._record_step(
-            losses,
-            hits=hits,
-            temperature=1.0 / weights[0],
-            sample_weight=sample_weight,
-            maskings=self.maskings if training and "images" in x else (),
-            training=training,
-        )
-
     # === Inputs, and other models that share the weights ===
 
     @property
     def _embedder(self):
         # Made once, because it compiles both towers, and again when LoRA adds weights,
         # which a function compiled by TensorFlow would not read.
-        weights = [id(weight) for weight in self.weights]
-        if self._text.weights != weights:
-            self._text.weights, self._text.embedder = weights, Embedder(self)
-        return self._text.embedder
+        weights, cache = [id(weight) for weight in self.weights], self._cache
+        if cache.weights != weights:
+            cache.weights, cache.embedder = weights, Embedder(self)
+        return cache.embedder
 
     @property
     def preprocessing(self) -> Mapping[str, Any]:
@@ -640,25 +429,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         return types.MappingProxyType(found)
 
     @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the text encoder, or `None` if it is not known.
-
-        `fit`, `evaluate`, `predict` and the functions for evaluation refuse a tokenizer
-        that gives other ids. Assign another one, or `None`, to change it on purpose.
-
-        `save` and `save_to_preset` save a `CLIPTokenizer`, a Keras layer such as a
-        preprocessor of keras_hub, and a tokenizer of Hugging Face. For another callable
-        they warn, and the loaded model has none.
-        """
-        return self._text.tokenizer
-
-    @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
-        if tokenizer is not None:
-            check_kind(tokenizer)
-        self._text.tokenizer = tokenizer
-
-    @property
     def input_rules(self) -> InputRules:
         """The `InputRules` for images and token ids."""
         texts, family = self.text_tower, self.text_tower.family
@@ -673,19 +443,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             padding_id=family.padding_id if has_mask else None,
             pixel_range=pixel_range(self.pixel_mean, self.pixel_std),
         )
-
-    @property
-    def image_tower(self) -> ImageTower:
-        """An `ImageTower` that embeds as `encode_image` does, without masking."""
-        return self._towers.image
-
-    @property
-    def text_tower(self) -> TextTower:
-        """A `TextTower`, which embeds token ids as `encode_text` does.
-
-        If the text encoder has several inputs, the tower takes a dictionary of them.
-        """
-        return self._towers.text
 
     @property
     def input_specs(self) -> dict[str, Any]:
@@ -713,7 +470,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         ```
 
         Returns:
-            A model of the same class, to be compiled. A subclass is made from its
+            A model of the same class, to be cache. A subclass is made from its
             `get_config`, as when it is loaded.
 
         Raises:
@@ -792,38 +549,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         found = None if dir_path is None else load_tokenizer(dir_path)
         # A subclass may have made its own.
         self.tokenizer = self.tokenizer if found is None else found
-
-    def save_to_preset(
-        self, preset_dir: str | os.PathLike, tokenizer: Any = None
-    ) -> None:
-        """Writes the backbone and its tokenizer as a preset, which keras_hub loads.
-
-        Args:
-            preset_dir: str or path of a folder.
-            tokenizer: A `CLIPTokenizer`, or a preprocessor of keras_hub. Of others,
-                `from_preset` alone loads those of Hugging Face. Defaults to the
-                tokenizer of the model.
-
-        Raises:
-            ValueError: If the tokenizer does not match the model, if there is none, or
-                if the model is not of a backbone.
-        """
-        if self.backbone is None:
-            raise ValueError(
-                "`save_to_preset` is for models of `from_backbone`: save another one "
-                f"with `model.save`. Received: model={self.name} without a backbone"
-            )
-        tokenizer = self.tokenizer if tokenizer is None else tokenizer
-        if tokenizer is None:
-            raise ValueError(
-                "`tokenizer` must be given for a model without one. To save the "
-                "backbone alone, call `model.backbone.save_to_preset`. "
-                "Received: tokenizer=None"
-            )
-        check_tokenizer(self, tokenizer)
-        folder = os.path.expanduser(preset_dir)
-        self.backbone.save_to_preset(folder)
-        save_in_preset(tokenizer, folder)
 
 
 def _check_views(views, maskings):

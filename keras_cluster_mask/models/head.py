@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.checks import check_choice, check_integer, is_positive
+from keras_cluster_mask.checks import check_choice, check_integer, check_range
 from keras_cluster_mask.types import Tensor
 
 INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
@@ -91,11 +91,8 @@ class ContrastiveHead(keras.layers.Layer):
             ("initial_temperature", initial_temperature),
             ("max_logit_scale", max_logit_scale),
         ):
-            if value is not None and not is_positive(value):
-                raise ValueError(
-                    f"`{name}` must be a number greater than 0. "
-                    f"Received: {name}={value!r}"
-                )
+            if value is not None:
+                check_range(name, value, 0, math.inf, "()")
         check_choice("projection", projection, ("linear", "mlp"))
         if projection != "linear" and projection_dim is None:
             raise ValueError(
@@ -143,19 +140,6 @@ class ContrastiveHead(keras.layers.Layer):
                 "`initial_logit_bias` is for loss='sigmoid'. Received: "
                 f"initial_logit_bias={self.initial_logit_bias}, loss='softmax'"
             )
-
-    def adopt(
-        self,
-        logit_scale: keras.Variable,
-        logit_bias: keras.Variable | None,
-        image_projection: keras.layers.Layer | None,
-        text_projection: keras.layers.Layer | None,
-    ) -> None:
-        """Takes weights and layers of a backbone, before the head is built."""
-        self.logit_scale = logit_scale
-        self.logit_bias = None if self.loss == "softmax" else logit_bias
-        self.image_projection = image_projection
-        self.text_projection = text_projection
 
     def build(self, image_features_shape: Any, text_features_shape: Any) -> None:
         shapes = image_features_shape, text_features_shape

@@ -15,9 +15,20 @@ from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.encoders.surgery import freeze_mask_tokens
+from keras_cluster_mask.losses import (
+    batch_loss,
+    caption_labels,
+    row_labels,
+    without_padding,
+)
 from keras_cluster_mask.training import layers, optimizers
 from keras_cluster_mask.training.fitting import fit
-from keras_cluster_mask.training.input_rules import check_unused
+from keras_cluster_mask.training.input_rules import (
+    LONELY,
+    NO_LABELS,
+    as_weights,
+    check_unused,
+)
 from keras_cluster_mask.training.step_metrics import DIRECTIONS, GradientNorm, StepMean
 from keras_cluster_mask.training.training_data import evaluation_data, until_the_end
 from keras_cluster_mask.types import Tensor
@@ -38,8 +49,7 @@ class ContrastiveTrainer:
     - `tokenizer`, which it also sets, `pixel_mean` and `pixel_std`;
     - the options of a step, `OPTIONS`.
 
-    The model defines `call`, and `compute_loss`, which returns the result of
-    `_record_step`.
+    The model defines `call`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -71,23 +81,66 @@ class ContrastiveTrainer:
             self._gradient_norm.update_metric()
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
-    def _record_step(
-        self, losses, hits, temperature, sample_weight, maskings, training
-    ):
-        """Updates the metrics of a step, and returns its loss.
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Tensor | None = None,
+        training: bool = True,
+    ) -> Tensor:
+        """Computes the loss of a batch, and updates the metrics.
+
+        To train on another loss, override this method. If it does not call
+        `super().compute_loss(...)`, the logs show only the loss and the metrics that it
+        updates.
 
         Args:
-            losses: `(rows,)` tensor, the loss of each pair of this replica.
-            hits: `(rows,)` tensors, the accuracy of each pair by `DIRECTIONS`.
-            temperature: Scalar.
-            sample_weight: `(rows,)` tensor, or `None`.
-            maskings: List of the `PatchMasking` layers that took part.
-            training: Boolean.
+            x: The batch, a dictionary.
+            y: `None`.
+            y_pred: The output of `call`: a dictionary with `"image_embeddings"`,
+                `(batch, d)` or `(batch, views, d)`, and `"text_embeddings"`,
+                `(batch, d)`, L2-normalized.
+            sample_weight: `(batch,)` float tensor. Defaults to the batch's entry of
+                that name.
+            training: Boolean. Whether this is a training step.
 
         Returns:
-            A scalar, the mean of the losses, and what layers added.
+            A scalar, the mean over the pairs.
         """
+        if y is not None:
+            check_unused(NO_LABELS, y=y)
+        images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
+        if training and images.shape[0] == 1:
+            raise ValueError(f"{LONELY} Received: a batch of 1")
+        if sample_weight is None:
+            # Keras passes its own argument only for a single batch.
+            sample_weight = x.get("sample_weight")
+        if sample_weight is not None:
+            sample_weight = as_weights(sample_weight)
+        if self.duplicates == "negative":
+            labels = row_labels(texts)
+        elif "token_ids" in x:
+            family, mask = self.text_tower.family, x.get("padding_mask")
+            labels = caption_labels(without_padding(family, x["token_ids"], mask))
+        else:
+            labels = x["caption_labels"]
+        scale, bias = self.head.scale, self.head.logit_bias
         is_split = replicas.batch_is_split(training)
+        views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
+        by_view = [
+            batch_loss(
+                loss=self.head.loss,
+                weights=[scale] if bias is None else [scale, bias],
+                images=view,
+                texts=texts,
+                labels=labels,
+                sample_weight=sample_weight,
+                is_split=is_split,
+            )
+            for view in views
+        ]
+        losses, *hits = (sum(values) / len(views) for values in zip(*by_view))
         # A replica may have no rows in evaluation.
         rows = ops.maximum(ops.shape(losses)[0], 1)
         loss = ops.sum(losses) / ops.cast(rows, losses.dtype)
@@ -102,10 +155,10 @@ class ContrastiveTrainer:
             *hits, sample_weight = map(replicas.metric_rows, (*hits, sample_weight))
         for metric, values in zip(self._accuracies, hits):
             metric.update_state(values, sample_weight)
-        self._temperature.update_state(temperature)
+        self._temperature.update_state(1.0 / scale)
         # Not in the logs of a step on features, where nothing is masked.
         self._mask_ratio.is_updated = False
-        for masking in maskings:
+        for masking in self.maskings if training and "images" in x else ():
             ratio = masking.last_mask_ratio
             ratio = replicas.replica_mean(ratio) if is_split else ratio
             self._mask_ratio.update_state(ratio)
@@ -143,7 +196,7 @@ class ContrastiveTrainer:
         parts = [optimizers.inner_optimizer(self.optimizer), *parts]
         gradients.prepare_replicas(self, parts)
         record = None if norm is None else norm.record
-        gradients.apply_global_gradients(self, parts, record)
+        gradients.apply_global_gradients(self, record)
         # TensorFlow cannot create its variables in a step that XLA compiles.
         optimizers.build(self)
         optimizers.check_built(self.optimizer, self.trainable_variables)
@@ -198,14 +251,12 @@ class ContrastiveTrainer:
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        metrics = super().metrics
+        metrics, norm = super().metrics, self._gradient_norm
         if self._is_evaluating:
             # No patches are masked, and no gradients are computed.
-            metrics = [x for x in metrics if x is not self._mask_ratio]
-        if self._gradient_norm is not None and not self._is_evaluating:
-            # In the order of the logs.
-            metrics = [*metrics, self._gradient_norm.metric]
-        return metrics
+            return [x for x in metrics if x is not self._mask_ratio]
+        # In the order of the logs.
+        return metrics if norm is None else [*metrics, norm.metric]
 
     # === Compile, fit, evaluate, predict ===
 

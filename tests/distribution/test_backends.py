@@ -16,6 +16,7 @@ from keras_cluster_mask.losses import batch_loss
 from tests.helpers import (
     FAST,
     assert_close,
+    assert_same_values,
     random_pairs,
     small_model,
     to_numpy,
@@ -43,9 +44,7 @@ def test_rows_and_their_order_are_those_of_the_indices(shape, dtype):
     for index in (indices.astype("int32"), indices):
         found = take_rows(values, ops.convert_to_tensor(index))
         assert keras.backend.standardize_dtype(found.dtype) == dtype
-        np.testing.assert_array_equal(
-            to_numpy(found), reference(to_numpy(values), indices)
-        )
+        assert_same_values(to_numpy(found), reference(to_numpy(values), indices))
 
 
 def test_the_gradient_of_a_row_is_the_sum_of_those_of_its_copies():
@@ -61,7 +60,7 @@ def test_the_gradient_of_a_row_is_the_sum_of_those_of_its_copies():
     _, (gradient,) = value_and_gradients(loss, [values])
     expected = np.zeros((3, 5, 4))
     np.add.at(expected, (np.arange(3)[:, None], indices), weights)
-    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+    assert_close(gradient, expected)
 
 
 def test_a_batch_of_unknown_size_is_gathered_too():
@@ -71,7 +70,7 @@ def test_a_batch_of_unknown_size_is_gathered_too():
     values = np.random.default_rng(2).normal(size=(3, 5, 4)).astype("float32")
     indices = np.array([[4, 0], [1, 1], [2, 3]], "int32")
     found = model.predict([values, indices], verbose=0)
-    np.testing.assert_array_equal(found, reference(values, indices))
+    assert_same_values(found, reference(values, indices))
 
 
 # === Precision of the products that decide which patch stays ===

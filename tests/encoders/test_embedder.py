@@ -8,7 +8,14 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.encoders.embedder import TEXTS, Embedder
 from keras_cluster_mask.encoders.text_lengths import LEAST, rounded_up
 from tests.encoders.test_pooled import bert, vit_encoder
-from tests.helpers import image_mlp, random_images, random_pairs, text_bag, to_numpy
+from tests.helpers import (
+    assert_close,
+    image_mlp,
+    random_images,
+    random_pairs,
+    text_bag,
+    to_numpy,
+)
 
 
 def test_few_sizes_of_batches_are_compiled(monkeypatch):
@@ -24,7 +31,7 @@ def test_few_sizes_of_batches_are_compiled(monkeypatch):
     embedder = Embedder(model)
     for count in (64, 5, 6, 70, 0, 20, 64):
         found = embedder.images(images[:count])
-        np.testing.assert_allclose(found, expected[:count], atol=2e-6)
+        assert_close(found, expected[:count], 2e-6)
     # One that is there already serves down to a quarter of it.
     assert sizes == [64, 8, 8, 70, 1, 64, 64]
     monkeypatch.setattr("keras_cluster_mask.encoders.embedder.MAX_SIZE", 32)
@@ -49,7 +56,7 @@ def test_channels_first_images_have_the_embeddings_of_channels_last_ones():
     found = Embedder(first).images(images.transpose(0, 3, 1, 2))
     expected = Embedder(last).images(images)
     tolerance = 5e-3 if on_tensorflow else 2e-6
-    np.testing.assert_allclose(found, expected, atol=tolerance)
+    assert_close(found, expected, tolerance)
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
@@ -77,7 +84,7 @@ def test_texts_are_embedded_with_those_of_similar_lengths(with_mask, monkeypatch
     monkeypatch.setattr(keras.Model, "predict_on_batch", record)
     reported = []
     found = Embedder(model).texts(inputs, report=reported.append)
-    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert_close(found, expected, 2e-6)
     assert reported == [TEXTS, TEXTS, 5]
     groups = [(TEXTS, rounded_up(30)), (TEXTS, LEAST), (8, LEAST)]
     assert shapes == [[shape] * len(inputs) for shape in groups]

@@ -10,6 +10,8 @@ from tests.helpers import (
     CONTEXT,
     FAST,
     VOCABULARY,
+    assert_close,
+    assert_same_values,
     exported,
     image_mlp,
     options_of,
@@ -58,7 +60,7 @@ def test_a_text_is_read_up_to_the_token_that_its_family_pools(make, end, is_pool
     found = model.text_tower.family.is_pooled(ids)
     assert (found is not None) == is_pooled
     if is_pooled:
-        np.testing.assert_array_equal(to_numpy(found), ids == end)
+        assert_same_values(found, ids == end)
     expected = to_numpy(model.encode_text(ids))
     for column in (0, 1, 2, 4, 5):
         other = ids.copy()
@@ -130,7 +132,7 @@ def test_entries_reach_the_inputs_of_their_names(as_list):
         to_numpy(model.encode_text(without(batch, "images"))),
         kcm.evaluation.embed(model, batch, verbose=0)["text_embeddings"],
     ):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert_close(found, expected, 1e-5)
     # Each entry has an effect.
     for name, other in (
         ("padding_mask", np.ones_like(batch["padding_mask"])),
@@ -149,7 +151,7 @@ def test_a_missing_mask_hides_zeros_and_missing_segments_are_zeros(trained):
         to_numpy(model.encode_text({"token_ids": bare["token_ids"]})),
         kcm.evaluation.embed(model, bare, verbose=0)["text_embeddings"],
     ):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert_close(found, expected, 1e-5)
     loss = model.evaluate(batch, batch_size=8, verbose=0)[0]
     assert model.evaluate(bare, batch_size=8, verbose=0)[0] == pytest.approx(loss)
 
@@ -159,10 +161,10 @@ def test_the_model_and_the_text_tower_save_and_reload(trained, tmp_path):
     loaded = reloaded(model, tmp_path)
     assert options_of(loaded) == options_of(model)
     found = loaded.predict(batch, verbose=0)["text_embeddings"]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert_close(found, expected)
     tower = reloaded(model.text_tower, tmp_path)
     found = tower.predict(without(batch, "images"), verbose=0)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert_close(found, expected)
 
 
 @pytest.mark.slow
@@ -172,7 +174,7 @@ def test_the_text_tower_is_exported_for_batches_of_any_size(trained, tmp_path):
     spec = keras.InputSpec(shape=(None, CONTEXT), dtype="int32")
     signature = [dict.fromkeys(inputs, spec)]
     embed_texts = exported(model.text_tower, tmp_path, input_signature=signature)
-    np.testing.assert_allclose(embed_texts(inputs), expected, atol=1e-5)
+    assert_close(embed_texts(inputs), expected, 1e-5)
 
 
 # === Wrong input ===
@@ -226,9 +228,7 @@ def test_an_input_that_nothing_fills_is_named():
 def test_entries_that_the_text_encoder_does_not_take_are_refused(make):
     model, pairs = model_of(make()), texts(4)
     found = model.encode_text({"token_ids": pairs["token_ids"]})
-    np.testing.assert_array_equal(
-        to_numpy(found), to_numpy(model.encode_text(pairs["token_ids"]))
-    )
+    assert_same_values(found, model.encode_text(pairs["token_ids"]))
     for names in (["token_ids", "padding_mask"], ["padding_mask"]):
         with pytest.raises(ValueError, match=r"`token_ids`.*keys=.*'padding_mask'"):
             model.encode_text({name: pairs[name] for name in names})

@@ -7,6 +7,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from tests.helpers import (
+    assert_close,
     dino_3_encoder,
     random_images,
     random_noise,
@@ -47,8 +48,7 @@ def test_with_all_patches_the_output_is_that_of_the_last_block(num_layers):
     encoder = dino_3_encoder(num_layers)
     masked = kcm.with_masking(encoder, kcm.RandomMasking(0.0))
     images = {"pixel_values": random_images(2)}
-    found = to_numpy(masked(images, training=True))
-    np.testing.assert_allclose(found, to_numpy(encoder(images)), atol=1e-5)
+    assert_close(masked(images, training=True), encoder(images), 1e-5)
 
 
 @pytest.mark.any_backend
@@ -65,7 +65,7 @@ def test_average_pooling_passes_over_hidden_tokens():
     expected = to_numpy(expected) * visible[:, :, None]
     expected = expected.sum(axis=1) / visible.sum(axis=1, keepdims=True)
     found = masked({"pixel_values": images}, training=True, noise=noise)
-    np.testing.assert_allclose(to_numpy(found), expected, atol=1e-5)
+    assert_close(found, expected, 1e-5)
 
 
 @pytest.mark.slow_to_compile
@@ -91,7 +91,7 @@ def test_kept_tokens_are_those_of_the_whole_encoder_that_attends_to_them_alone(
         if min_mask_ratio is not None:
             is_visible = ops.convert_to_numpy(masking.select(images, noise=noise)[1])
             seen = np.concatenate([seen[:PREFIX], seen[PREFIX:][is_visible[row]]])
-        np.testing.assert_allclose(seen, alone, atol=1e-5)
+        assert_close(seen, alone, 1e-5)
 
 
 @pytest.mark.any_backend
@@ -113,7 +113,7 @@ def test_gradients_are_those_of_the_whole_encoder():
             lambda: of(reference(encoder, images, visible)[0][:, 0]),
         )
     )
-    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    assert_close(found[0], expected[0], 1e-5)
     for weight, one, other in zip(weights, found[1], expected[1]):
         scale = max(1, np.abs(other).max())
         np.testing.assert_allclose(one, other, atol=1e-4 * scale, err_msg=weight.path)

@@ -14,6 +14,8 @@ from keras_cluster_mask.encoders.towers import Tower
 from tests.encoders.test_pooled import make_model
 from tests.helpers import (
     FAST,
+    assert_close,
+    assert_same_values,
     exported,
     functional_vit,
     random_images,
@@ -63,12 +65,10 @@ def test_a_tower_is_saved_and_reloaded_alone(kind, side, tmp_path):
     loaded = reloaded(tower, tmp_path)
     assert isinstance(loaded, Tower)
     assert len(loaded.weights) == len(tower.weights)
-    np.testing.assert_array_equal(
-        loaded.predict(inputs, verbose=0), tower.predict(inputs, verbose=0)
-    )
+    assert_same_values(*(x.predict(inputs, verbose=0) for x in (loaded, tower)))
     if side == "image":
         floats = random_images(4)
-        np.testing.assert_array_equal(to_numpy(loaded(floats)), to_numpy(tower(floats)))
+        assert_same_values(loaded(floats), tower(floats))
 
 
 @pytest.mark.slow
@@ -86,9 +86,7 @@ def test_an_exported_tower_takes_batches_of_any_size(kind, side, tmp_path):
     embed = exported(tower, tmp_path, **kwargs)
     for size in sizes:
         found = embed(inputs[:size])
-        np.testing.assert_allclose(
-            found, tower.predict(inputs[:size], verbose=0), atol=1e-5
-        )
+        assert_close(found, tower.predict(inputs[:size], verbose=0), 1e-5)
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
 
 
@@ -146,7 +144,7 @@ def test_a_tower_runs_in_the_runtime_of_a_format(format, ending, kind, side, tmp
     path = str(tmp_path / f"tower.{ending}")
     tower.export(path, format, False, [specs.get("input", specs)])
     found = run_file(path, named)
-    np.testing.assert_allclose(found, tower.predict(inputs, verbose=0), atol=1e-5)
+    assert_close(found, tower.predict(inputs, verbose=0), 1e-5)
 
 
 @pytest.mark.any_backend
@@ -163,7 +161,7 @@ def test_a_signature_exports_an_image_tower_for_normalized_floats(tmp_path):
     tower, images = MODELS["own"]().image_tower, random_images(4)
     signature = [keras.InputSpec(shape=(None, 16, 16, 3), dtype="float32")]
     embed = exported(tower, tmp_path, input_signature=signature)
-    np.testing.assert_allclose(embed(images), to_numpy(tower(images)), atol=1e-5)
+    assert_close(embed(images), tower(images), 1e-5)
 
 
 def test_mixed_precision_reaches_the_encoder_unrounded():
@@ -172,9 +170,7 @@ def test_mixed_precision_reaches_the_encoder_unrounded():
     images = -8.0 + 0.001 * random_images(4)
     keras.config.set_dtype_policy("mixed_bfloat16")
     tower = model.image_tower
-    np.testing.assert_array_equal(
-        to_numpy(tower(images)), to_numpy(model.encode_image(images))
-    )
+    assert_same_values(tower(images), model.encode_image(images))
 
 
 @pytest.mark.any_backend

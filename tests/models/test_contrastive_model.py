@@ -117,7 +117,7 @@ def test_the_loss_of_a_step_is_the_one_written_out(kind, duplicates, given):
         accuracy = np.squeeze(logs["text_to_image_accuracy"])
         assert accuracy == pytest.approx(hits.mean())
     if kind == "sigmoid":
-        assert float(ops.convert_to_numpy(model.head.logit_bias)) != -10.0
+        assert float(model.head.logit_bias) != -10.0
 
 
 # === The temperature ===
@@ -132,9 +132,7 @@ def test_the_scale_is_clipped_and_passes_gradients():
     assert float(scale) == pytest.approx(20.0, rel=1e-5)
     assert float(gradient) == pytest.approx(20.0, rel=1e-5)
     model.head.logit_scale.assign(math.log(10.0))
-    assert float(ops.convert_to_numpy(model.head.scale)) == pytest.approx(
-        10.0, rel=1e-5
-    )
+    assert float(model.head.scale) == pytest.approx(10.0, rel=1e-5)
 
 
 def test_an_update_never_leaves_the_weight_above_its_limit():
@@ -143,18 +141,17 @@ def test_an_update_never_leaves_the_weight_above_its_limit():
     # Learned pairs ask for an ever higher scale.
     model.head.logit_scale.assign(5.0)
     one_step(model, random_pairs(4))
-    assert float(ops.convert_to_numpy(model.head.logit_scale)) <= math.log(20.0) + 1e-6
+    assert float(model.head.logit_scale) <= math.log(20.0) + 1e-6
 
 
 # === Training ===
 
 
 def test_training_learns_which_text_belongs_to_which_image(fitted):
-    model, pairs, history = fitted
+    _, _, history = fitted
     assert history["loss"][-1] < 0.7 * history["loss"][0]
-    evaluated = model.evaluate(pairs, batch_size=8, verbose=0, return_dict=True)
-    assert evaluated["image_to_text_accuracy"] >= 0.9
-    assert evaluated["text_to_image_accuracy"] >= 0.9
+    assert history["val_image_to_text_accuracy"][-1] >= 0.9
+    assert history["val_text_to_image_accuracy"][-1] >= 0.9
 
 
 def test_fit_reports_exactly_the_promised_metrics(fitted):
@@ -358,7 +355,7 @@ def test_fit_sees_each_batch_of_a_stream_once_and_in_order(write_pairs):
     assert data.start == 14
     seen = log.seen_tokens()
     batches = itertools.islice(stream(shard), 14)
-    np.testing.assert_array_equal(seen, [b["token_ids"][:, 0] for b in batches])
+    assert_same_values(seen, [b["token_ids"][:, 0] for b in batches])
     for epoch in seen.reshape(4, 14):
         assert sorted(epoch) == [*range(14)]
 
@@ -426,7 +423,7 @@ def test_adapt_sees_pixels_as_the_model_shows_them_to_the_masking():
         if inside:
             masked_model(masking)
         masking.adapt(given)
-        thresholds.append(float(to_numpy(masking.threshold)))
+        thresholds.append(float(masking.threshold))
     assert thresholds[0] == thresholds[1] != thresholds[2]
 
 
@@ -439,7 +436,7 @@ def test_only_training_steps_move_the_threshold_and_count_steps():
     state = masking.step, masking.threshold
 
     def read():
-        return [float(ops.convert_to_numpy(variable)) for variable in state]
+        return [float(variable) for variable in state]
 
     before = read()
     model.encode_image(pairs["images"], training=True)
@@ -475,8 +472,8 @@ def test_a_loss_without_the_models_own_counts_steps_and_logs_what_it_updates():
     names = {"loss", "half"}
     assert logs.keys() == names | {f"val_{name}" for name in names}
     assert logs["half"] == [0.5, 0.5]
-    assert int(ops.convert_to_numpy(masking.step)) == 4
-    assert float(to_numpy(masking.threshold)) != pytest.approx(0.07)
+    assert int(masking.step) == 4
+    assert float(masking.threshold) != pytest.approx(0.07)
 
 
 # === Refusals ===

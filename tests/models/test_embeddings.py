@@ -12,6 +12,7 @@ from keras_cluster_mask.models.contrastive_model import FIXED
 from tests.encoders.test_pooled import bert
 from tests.helpers import (
     CONTEXT,
+    assert_close,
     assert_same_values,
     attentive,
     class_token_vit,
@@ -135,8 +136,7 @@ def test_projections_are_matrices_without_a_bias():
     kernel = to_numpy(model.head.image_projection.kernel)
     expected = to_numpy(model.image_encoder(images)) @ kernel
     expected /= np.linalg.norm(expected)
-    found = to_numpy(model.encode_image(images))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert_close(model.encode_image(images), expected, 1e-5)
 
 
 def test_a_zero_feature_has_a_finite_embedding_and_gradient():
@@ -172,14 +172,12 @@ def test_words_and_images_of_any_size_become_arrays_of_embeddings(make):
     model = small_model(tokenizer=letters_as_tokens)
     found = model.encode_text(make(words))
     assert isinstance(found, np.ndarray)
-    expected = to_numpy(model.encode_text(letters_as_tokens(words)))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert_close(found, model.encode_text(letters_as_tokens(words)))
     assert ops.is_tensor(model.encode_text(words, training=True))
     images = random_pairs(3)["images"]
     found = model.encode_image([*images])
     assert isinstance(found, np.ndarray)
-    expected = to_numpy(model.encode_image(images))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert_close(found, model.encode_image(images))
     assert ops.is_tensor(model.encode_image([*images], training=True))
 
 
@@ -213,4 +211,4 @@ def test_an_own_encoder_around_a_fresh_clip_has_its_patches_numbered():
     pooled = keras.layers.GlobalAveragePooling1D()(vit(images := vit.input["images"]))
     kcm.ContrastiveModel(keras.Model(images, pooled), text_bag())
     ids = ops.convert_to_numpy(vit.embedding.position_ids)
-    np.testing.assert_array_equal(ids, [np.arange(17)])
+    assert_same_values(ids, [np.arange(17)])

@@ -9,7 +9,6 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
-from keras_cluster_mask.encoders.towers import encode
 from keras_cluster_mask.masking.selection import StepNoise
 from keras_cluster_mask.training.micro_batches import (
     check_micro_batches,
@@ -280,7 +279,7 @@ def test_frozen_weights_have_no_gradients_computed():
     images = ops.convert_to_tensor(random_pairs(4)["images"])
 
     def forward():
-        return encode(model.image_encoder, model.image_tower.prepare(images), True)
+        return model.image_tower.features(images, True, encoder=model.image_encoder)
 
     def backward():
         with tf.GradientTape() as tape:
