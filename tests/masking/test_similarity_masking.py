@@ -132,12 +132,10 @@ def test_step_advances_in_a_compiled_training_step(strategy):
 @pytest.mark.parametrize(
     ("options", "images", "received"),
     [
-        *(({"embedding_weight": x}, None, "embedding_weight") for x in (1.1, "linear")),
+        ({"embedding_weight": 1.1}, None, "embedding_weight"),
+        ({"embedding_weight": -0.1}, None, "embedding_weight"),
         ({"data_format": "NHWC"}, None, "data_format"),
-        *(
-            ({"patch_size": x}, None, "patch_size")
-            for x in (0, (8, 8, 8), (8, -8), 8.0, "8", None)
-        ),
+        *(({"patch_size": x}, None, "patch_size") for x in (0, None)),
         ({}, (2, 30, 32, 3), "height=30"),
         ({}, (2, 32, 30, 3), "width=30"),
         ({"data_format": "channels_first"}, (2, 3, 30, 32), "height=30"),
