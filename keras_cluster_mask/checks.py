@@ -65,7 +65,7 @@ def sides_of(name: str, size: Any, other: str = "a positive integer") -> tuple:
     if not is_pair or not all(is_integer(side) and side > 0 for side in sides):
         raise ValueError(
             f"`{name}` must be {other} or a tuple of two positive integers. "
-            f"Received: {name}={size}"
+            f"Received: {name}={size!r}"
         )
     return int(sides[0]), int(sides[1])
 

@@ -177,11 +177,20 @@ def copy_pairs(write_tar_to):
 
 
 @pytest.fixture(scope="session")
-def few_images(tmp_path_factory, copy_pairs):
+def copy_datasets(copy_pairs):
+    """Makes the folders of `datasets` with some images of each shard."""
+
+    def copy_datasets(folder, counts):
+        (folder / "images").mkdir(parents=True)
+        (folder / "photographs").symlink_to(ROOT / "datasets" / "photographs")
+        for shard, count in counts.items():
+            copy_pairs(shard, folder / "images" / f"{shard}.tar", count)
+        return folder
+
+    return copy_datasets
+
+
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory, copy_datasets):
     """The folders of `datasets` with few images in place of all."""
-    folder = tmp_path_factory.mktemp("datasets")
-    (folder / "images").mkdir()
-    (folder / "photographs").symlink_to(ROOT / "datasets" / "photographs")
-    for shard, count in FEW_IMAGES.items():
-        copy_pairs(shard, folder / "images" / f"{shard}.tar", count)
-    return folder
+    return copy_datasets(tmp_path_factory.mktemp("datasets"), FEW_IMAGES)

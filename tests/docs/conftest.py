@@ -1,7 +1,6 @@
 """Shared by the tests of the documentation: a reader's folder, and the quickstart."""
 
 import json
-import pathlib
 
 import keras
 import numpy as np
@@ -10,7 +9,6 @@ from PIL import Image
 
 import keras_cluster_mask as kcm
 
-ROOT = pathlib.Path(__file__).parents[2]
 # How many images each shard has in place of those of the repository.
 SHARDS = {
     "train-00000": 64,
@@ -21,14 +19,10 @@ SHARDS = {
 
 
 @pytest.fixture(scope="session")
-def folder_of_data(tmp_path_factory, copy_pairs, encode, write_tar_to):
+def folder_of_data(tmp_path_factory, copy_datasets, encode, write_tar_to):
     """The data that pages name: small, in the places of large."""
     folder = tmp_path_factory.mktemp("docs")
-    shards = folder / "datasets" / "images"
-    shards.mkdir(parents=True)
-    (folder / "datasets" / "photographs").symlink_to(ROOT / "datasets" / "photographs")
-    for name, count in SHARDS.items():
-        copy_pairs(name, shards / f"{name}.tar", count)
+    shards = copy_datasets(folder / "datasets", SHARDS) / "images"
     for name in ("shards", "cc12m", "own"):
         (folder / name).symlink_to(shards)
 

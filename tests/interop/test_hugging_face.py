@@ -170,23 +170,17 @@ def test_embeddings_are_those_of_transformers(tmp_path, make, backbone, activati
             assert to_numpy(each.head.logit_bias) == pytest.approx(bias)
 
 
-def test_weights_of_torch_are_read_too(folder):
-    import safetensors.torch
+def test_weights_of_torch_and_those_in_several_files_are_read(folder):
     import torch
 
-    path = folder / "model.safetensors"
-    torch.save(safetensors.torch.load_file(path), folder / "pytorch_model.bin")
-    expected = load_hugging_face(folder).get_weights()
-    path.unlink()
-    assert_same_values(load_hugging_face(folder).get_weights(), expected)
-
-
-def test_weights_in_several_files_are_read(folder):
     expected = load_hugging_face(folder).get_weights()
     reference = transformers.CLIPModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(reference.state_dict(), folder / "pytorch_model.bin")
+    assert_same_values(load_hugging_face(folder).get_weights(), expected)
     reference.save_pretrained(folder, max_shard_size="50KB")
-    (folder / "model.safetensors").unlink(missing_ok=True)
     assert len([*folder.glob("model-*.safetensors")]) > 1
+    (folder / "pytorch_model.bin").unlink()
     for source in (folder, folder / "model.safetensors.index.json"):
         assert_same_values(load_hugging_face(source).get_weights(), expected)
     (folder / "model.safetensors.index.json").write_text("{}")

@@ -215,7 +215,7 @@ class TestAdapt:
         batches = np.split(images, 20)
         masking = kcm.ClusterMasking(8, mask_ratio, min_mask_ratio, seed=1)
         masking.adapt(batches)
-        assert -1.0 <= float(numpy(masking.threshold.value)) <= 1.0
+        assert -1.0 <= float(masking.threshold) <= 1.0
         rounds, ratios = 2, []
         for _ in range(rounds):
             visible = [numpy(*masking.select(images=images))[1] for images in batches]
@@ -239,7 +239,7 @@ class TestAdapt:
                 8, min_mask_ratio=0.2, embedding_weight=weight, seed=1
             )
             masking.adapt(images)
-            thresholds.append(float(numpy(masking.threshold.value)))
+            thresholds.append(float(masking.threshold))
         assert thresholds[0] == thresholds[1]
 
     def test_replaces_the_threshold_that_a_built_model_uses(self):
@@ -272,7 +272,7 @@ class TestAdapt:
         with pytest.raises(ValueError, match=rf"{message}[\s\S]*Received: "):
             masking.adapt(data)
         if given is not None:
-            assert float(numpy(masking.threshold)) == given
+            assert float(masking.threshold) == given
 
     @pytest.mark.any_backend
     def test_nothing_is_selected_before(self):
@@ -306,8 +306,8 @@ class TestEmbeddingSchedule:
             similarity = numpy(masking.similarity(images, anchors, tokens))
             shares.append(np.mean(similarity > thresholds[-1]))
             masking(tokens, images=images, training=True, noise=noise)
-            ratios.append(float(numpy(masking.last_mask_ratio)))
-            thresholds.append(float(numpy(masking.threshold.value)))
+            ratios.append(float(masking.last_mask_ratio))
+            thresholds.append(float(masking.threshold))
         assert abs(shares[0] - 0.5) > 0.2
         moved = np.diff(thresholds)
         np.testing.assert_allclose(moved, 0.05 * (np.array(shares) - 0.5), atol=1e-6)
@@ -315,7 +315,7 @@ class TestEmbeddingSchedule:
         expected = 0.5 if hide_padding else 1 - 21 / 24
         assert abs(np.mean(ratios[-20:]) - expected) < 0.05
         masking(tokens, images=images)
-        assert float(numpy(masking.threshold.value)) == np.float32(thresholds[-1])
+        assert float(masking.threshold) == np.float32(thresholds[-1])
 
     @pytest.mark.any_backend
     @pytest.mark.parametrize("start", [-1.0, 1.0])
@@ -333,13 +333,13 @@ class TestEmbeddingSchedule:
         images = np.zeros((ROWS, 32, 32, 3), "float32")
         for _ in range(60):
             masking(tokens, images=images, training=True)
-        assert abs(float(numpy(masking.threshold.value))) <= 1.0
+        assert abs(float(masking.threshold)) <= 1.0
 
     @pytest.mark.any_backend
     def test_threshold_stays_put_without_a_mix(self):
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.1, threshold=-0.5)
         masking(tokens_of(ROWS, 25), images=photographs(32, 48, ROWS), training=True)
-        assert float(numpy(masking.threshold.value)) == -0.5
+        assert float(masking.threshold) == -0.5
 
 
 @pytest.mark.any_backend

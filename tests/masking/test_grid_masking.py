@@ -41,7 +41,7 @@ def test_selects_as_the_reference_and_also_where_noise_ties_one_of_every_window(
 @pytest.mark.parametrize(
     ("options", "argument"),
     [
-        *(({"window": x}, "window") for x in (0, -2, 2.0, 0.5, "two", None)),
+        ({"window": 0}, "window"),
         *(({"grid": grid}, "window") for grid in ((3, 4), (4, 3))),
     ],
 )

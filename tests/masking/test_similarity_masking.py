@@ -8,6 +8,7 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking import similarity_masking
+from tests.helpers import assert_same_values
 from tests.masking.images import (
     assert_selects,
     compiled_select,
@@ -60,7 +61,7 @@ def test_a_large_batch_is_compared_in_blocks_with_the_same_result(
     noise = rng.random((7, views, 24), dtype="float32")
     masking = STRATEGIES[strategy](8, embedding_weight=0.3, num_prefix_tokens=1)
     inputs = {"images": images, "noise": noise, "tokens": tokens_of(7, 25)}
-    expected = numpy(*masking.select(**inputs))
+    expected = masking.select(**inputs)
     compare, sizes = masking.similarity_to_anchors, []
 
     def watched(images, anchors, tokens):
@@ -69,8 +70,7 @@ def test_a_large_batch_is_compared_in_blocks_with_the_same_result(
 
     masking.similarity_to_anchors = watched
     monkeypatch.setattr(similarity_masking, "MAX_VALUES", 3 * 32 * 48 * 3 + 1)
-    for found, other in zip(numpy(*masking.select(**inputs)), expected, strict=True):
-        np.testing.assert_array_equal(found, other)
+    assert_same_values(masking.select(**inputs), expected)
     # Compiled code has a plan of its own for memory.
     blocks = [(3, 3), (3, 3), (1, 1)]
     on_torch = keras.backend.backend() == "torch"
@@ -109,7 +109,7 @@ def test_a_schedule_sets_the_weight_of_each_training_step(strategy):
         chosen.append(expected[0])
         # Neither inference nor looking advances the step, only training.
         scheduled(tokens, images=images)
-        assert int(numpy(scheduled.step)) == step
+        assert int(scheduled.step) == step
         scheduled(tokens, images=images, training=True, noise=noise)
     assert np.any(chosen[0] != chosen[4])
 
@@ -121,7 +121,7 @@ def test_step_advances_in_a_compiled_training_step(strategy):
     step = compiled_step(masking)
     for _ in range(3):
         step()
-    assert int(numpy(masking.step.value)) == 3
+    assert int(masking.step) == 3
 
 
 # === Errors ===
@@ -132,12 +132,10 @@ def test_step_advances_in_a_compiled_training_step(strategy):
 @pytest.mark.parametrize(
     ("options", "images", "received"),
     [
-        *(({"embedding_weight": x}, None, "embedding_weight") for x in (1.1, "linear")),
+        ({"embedding_weight": 1.1}, None, "embedding_weight"),
+        ({"embedding_weight": -0.1}, None, "embedding_weight"),
         ({"data_format": "NHWC"}, None, "data_format"),
-        *(
-            ({"patch_size": x}, None, "patch_size")
-            for x in (0, (8, 8, 8), (8, -8), 8.0, "8", None)
-        ),
+        *(({"patch_size": x}, None, "patch_size") for x in (0, None)),
         ({}, (2, 30, 32, 3), "height=30"),
         ({}, (2, 32, 30, 3), "width=30"),
         ({"data_format": "channels_first"}, (2, 3, 30, 32), "height=30"),

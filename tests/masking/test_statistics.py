@@ -6,7 +6,12 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask.masking import masking_statistics
 from keras_cluster_mask.masking.patch_masking import join
-from tests.helpers import clip_vision_encoder, random_images
+from tests.helpers import (
+    assert_same_values,
+    clip_vision_encoder,
+    random_images,
+    values,
+)
 from tests.masking.images import numpy, textured
 
 pytestmark = pytest.mark.any_backend
@@ -38,18 +43,12 @@ def statistics_of(masking, data, **options):
     return masking_statistics(masking, data, **{"verbose": 0, **options})
 
 
-def assert_equal(one, other):
-    for name, value in one.items():
-        np.testing.assert_array_equal(value, other[name], err_msg=name)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_are_those_of_what_is_selected(mode):
     masking = cluster_masking(**MODES[mode])
-    before = [numpy(variable) for variable in masking.variables]
+    before = values(masking.variables)
     found = statistics_of(masking, PIXELS, seed=7, embed=embed)
-    for variable, value in zip(masking.variables, before):
-        np.testing.assert_array_equal(numpy(variable), value)
+    assert_same_values(masking.variables, before)
 
     noise = np.random.default_rng(7).random((IMAGES, N), dtype="float32")
     tokens = embed(PIXELS)
@@ -62,7 +61,7 @@ def test_are_those_of_what_is_selected(mode):
     np.testing.assert_allclose(found["kept_by_position"], times / IMAGES)
     # The same as a training step reports.
     masking(tokens, images=PIXELS, training=True, noise=noise)
-    reported = 1.0 - float(numpy(masking.last_mask_ratio))
+    reported = 1.0 - float(masking.last_mask_ratio)
     assert found["keep_ratio"].mean() == pytest.approx(reported, abs=1e-6)
 
 
@@ -71,16 +70,17 @@ def test_are_the_same_in_batches_of_any_size_and_in_other_layouts():
     whole = statistics_of(masking, PIXELS, seed=5)
     for size in (1, 3):
         batches = (PIXELS[start : start + size] for start in range(0, IMAGES, size))
-        assert_equal(statistics_of(masking, batches, seed=5), whole)
+        assert_same_values(statistics_of(masking, batches, seed=5), whole)
     masking = kcm.ClusterMasking(4, data_format="channels_first")
-    assert_equal(statistics_of(masking, np.moveaxis(PIXELS, -1, 1), seed=5), whole)
+    channels_first = np.moveaxis(PIXELS, -1, 1)
+    assert_same_values(statistics_of(masking, channels_first, seed=5), whole)
 
 
 def test_look_at_images_as_the_model_prepares_them():
     masking = cluster_masking()
     join(masking, lambda pixels: ops.flip(pixels, axis=1))
-    prepared = statistics_of(masking, PIXELS)
-    assert_equal(prepared, statistics_of(cluster_masking(), PIXELS[:, ::-1].copy()))
+    flipped = statistics_of(cluster_masking(), PIXELS[:, ::-1].copy())
+    assert_same_values(statistics_of(masking, PIXELS), flipped)
 
 
 def test_a_masking_that_learns_its_prefix_from_an_encoder_can_be_measured():
