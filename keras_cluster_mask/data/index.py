@@ -166,10 +166,9 @@ class Index:
         self._parts, self._fields, self._keep = parts, fields, keep
         kept = keep or itertools.repeat(True)
         self._shards = [_Shard(*each, fields) for each in zip(parts, kept)]
-        counts = [shard.counts() for shard in self._shards]
         # The number of the first sample of each shard, and the total number of samples.
-        self._starts = [0, *itertools.accumulate(each.pop(None, 0) for each in counts)]
-        self.faults = sum(counts, collections.Counter())
+        self._starts = [0, *itertools.accumulate(each.count for each in self._shards)]
+        self.faults = sum((each.faults for each in self._shards), collections.Counter())
         self.damage = [
             Fault(
                 part.shard, None, DAMAGED, str(DamagedShard(part.shard, *part.damage))
@@ -294,24 +293,21 @@ def _read(group, with_images):
     """Reads the samples of a group.
 
     Args:
-        group: List of the rows of each sample: lists of the shard of a row, its number
-            there, and its record.
+        group: List of the rows of each sample: a row is the `_Shard`, its number there,
+            its place, the hash of its key, and the checksum of its fields.
         with_images: Boolean. Whether to read the image files that samples name.
 
     Returns:
         List of the `Sample` or the `Fault` of each sample.
     """
-    found = []
-    for format, rows in itertools.groupby(
-        itertools.chain(*group), lambda row: row[0].format
-    ):
-        rows = [*rows]
-        contents = format.read([(shard.part, place) for shard, _, place, *_ in rows])
-        for (shard, number, _, *expected), content in zip(rows, contents):
-            found.append(shard.sample(number, expected, content))
-    found, samples = iter(found), []
+    contents = {}
+    for format in {shard.format for rows in group for shard, *_ in rows}:
+        rows = [row for rows in group for row in rows if row[0].format is format]
+        places = [(shard.part, place) for shard, _, place, *_ in rows]
+        contents.update(zip(rows, format.read(places)))
+    samples = []
     for rows in group:
-        several = [*itertools.islice(found, len(rows))]
+        several = [row[0].sample(row, contents[row]) for row in rows]
         intact = [each for each in several if isinstance(each, Sample)]
         first = intact[0] if intact else several[0]
         if any(each.label != first.label for each in intact):
@@ -331,6 +327,10 @@ class _Shard:
         part: `Part`.
         keep: Boolean array `(records,)`, the records that are read, or `True`: all.
         fields: `Fields`.
+
+    Attributes:
+        count: Integer. The number of intact samples.
+        faults: Counter of the reasons of broken samples.
     """
 
     def __init__(self, part, keep, fields):
@@ -340,15 +340,21 @@ class _Shard:
         self.reasons = [fault or fields.fault_of(x) for x, fault, _ in part.layouts]
         # Whether each record is a sample.
         self.is_whole = not (any(self.reasons) or part.has_groups or keep is not True)
+        self.faults = collections.Counter()
+        for reason, (_, _, count) in zip(self.reasons, part.layouts):
+            self.faults[reason] += count
+        if keep is not True:
+            counts = {reason: len(self._numbers(reason)) for reason in self.faults}
+            self.faults = +collections.Counter(counts)
+        self.count = self.faults.pop(None, 0)
+        if part.has_groups:
+            self.count = len(self.intact()[1]) - 1
+        if part.damage:
+            self.faults[DAMAGED] = 1
 
-    def sample(self, number, expected, content):
-        """Returns the `Sample` or the `Fault` of a row.
-
-        Args:
-            number: Integer. The number of the row.
-            expected: The hash of its key and the checksum of its fields.
-            content: What `Format.read` returns for it.
-        """
+    def sample(self, row, content):
+        """Returns the `Sample` or the `Fault` of a row; see `_read`."""
+        _, number, _, *expected = row
         part, reason = self.part, "another sample is in its place"
         if isinstance(content, Exception):
             return Fault(part.shard, None, "the shard cannot be read", str(content))
@@ -367,19 +373,6 @@ class _Shard:
                 f"Received: {part.shard}, sample {number} of its index: {reason}"
             )
         return self.fields.sample(part.shard, key, fields, self.format.names_files)
-
-    def counts(self):
-        """Counts broken samples by reason, and intact samples under `None`."""
-        counts = collections.Counter()
-        for reason, (_, _, count) in zip(self.reasons, self.part.layouts):
-            counts[reason] += count
-        if self.keep is not True:
-            counts = +collections.Counter({x: len(self._numbers(x)) for x in counts})
-        if self.part.damage:
-            counts[DAMAGED] += 1
-        if self.part.has_groups:
-            counts[None] = len(self.intact()[1]) - 1
-        return counts
 
     def broken(self, reason):
         """Yields a `Fault` for each record that is broken for a reason.

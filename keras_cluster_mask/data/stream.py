@@ -124,12 +124,20 @@ class ImageTextDataset(Stream):
         indexes, max_skipped = self._batches.indexes, self._batches.max_skipped
         self.skipped = skipped = SkippedSamples(indexes, max_skipped)
         self.unused_captions = 0
+        workers = self._batches.num_workers
+        size = self._batches.rows * math.prod(self.element_spec["images"].shape[1:])
+        ahead = max(min(MAX_AHEAD // size, AHEAD), 1)
+        count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
+        read = functools.partial(self._batches.in_threads, count, ahead)
+        if workers:
+            read = functools.partial(in_processes, read, workers, size)
+        stop = 2**62 if self.training else len(self)
         stack = contextlib.ExitStack()
         close = functools.partial(_close, process, stack)
         # At exit, before the modules that the readers need are unloaded.
         atexit.register(close)
         try:
-            batches = self._begin(stack)
+            batches = read(range(self.start, stop), stack)
             while True:
                 began = time.perf_counter()
                 batch = next(batches, None)
@@ -149,18 +157,6 @@ class ImageTextDataset(Stream):
         finally:
             close()
             atexit.unregister(close)
-
-    def _begin(self, stack):
-        """Begins to read batches from `start` on, until the stack is closed."""
-        workers = self._batches.num_workers
-        size = self._batches.rows * math.prod(self.element_spec["images"].shape[1:])
-        ahead = max(min(MAX_AHEAD // size, AHEAD), 1)
-        count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
-        read = functools.partial(self._batches.in_threads, count, ahead)
-        if workers:
-            read = functools.partial(in_processes, read, workers, size)
-        stop = 2**62 if self.training else len(self)
-        return read(range(self.start, stop), stack)
 
     def _finished(self, batch, skipped):
         """Counts the broken samples of a batch, and adds what workers cannot make."""
@@ -265,7 +261,8 @@ class SkippedSamples:
         Args:
             num_samples: Integer. The number of intact samples.
         """
-        count, total = self.count, self.count + num_samples
+        count = self._counts.total()
+        total = count + num_samples
         if not count:
             return
         examples = itertools.chain(*(index.examples(1) for index in self._indexes))
