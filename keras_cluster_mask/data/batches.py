@@ -184,9 +184,10 @@ class Batches:
         self.num_workers = check_integer("num_workers", self.num_workers, 0)
         check_range("max_skipped", self.max_skipped, 0, 1)
         if self.process is None:
-            from keras_cluster_mask.distribution import processes
+            # Imported here, because worker processes do not import Keras.
+            from keras_cluster_mask.distribution.replicas import process_index_and_count
 
-            self.process = processes.process_index_and_count(self.training)
+            self.process = process_index_and_count(self.training)
         index, count = self.process
         if not 0 <= index < count:
             raise ValueError(
