@@ -163,12 +163,12 @@ def write_pairs_to(encode, write_tar_to):
 def copy_pairs(write_tar_to):
     """Copies the first pairs of a shard of the repository; returns the path."""
     from keras_cluster_mask.data.index import open_index
-    from keras_cluster_mask.data.pairs import PairReader
+    from keras_cluster_mask.data.samples import Fields
 
     def copy_pairs(shard, path, count):
         files = []
         source = ROOT / "datasets" / "images" / f"{shard}.tar"
-        for pair in open_index(source, PairReader()).read(range(count)):
+        for pair in open_index(source, Fields()).read(range(count)):
             files.append((f"{pair.key}.webp", pair.image))
             files.append((f"{pair.key}.txt", pair.captions[0].encode()))
         return write_tar_to(path, files)

@@ -6,9 +6,8 @@ from keras_cluster_mask.data.frequency_masking import FrequencyTextMasking
 from keras_cluster_mask.data.index import read_captions
 from keras_cluster_mask.data.sampling import Sampling
 from keras_cluster_mask.data.shards import example_images, list_shards
-from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.splitting import split
-from keras_cluster_mask.data.stream import ImageTextDataset
+from keras_cluster_mask.data.stream import ImageTextDataset, SkippedSamples
 from keras_cluster_mask.data.text_masking import (
     BlockTextMasking,
     RandomTextMasking,

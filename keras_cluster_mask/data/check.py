@@ -11,8 +11,8 @@ from PIL import Image
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
 from keras_cluster_mask.data.index import open_index, read_all
 from keras_cluster_mask.data.objects import ObjectIndex
-from keras_cluster_mask.data.pairs import Fault, PairReader
-from keras_cluster_mask.data.skipped import SkippedSamples
+from keras_cluster_mask.data.samples import Fault, Fields
+from keras_cluster_mask.data.stream import SkippedSamples
 
 # Decoding to a small size is fast, and still reads a JPEG to its last byte.
 TINY = 8, 8
@@ -72,8 +72,8 @@ def check(
         FileNotFoundError: If a shard is missing.
     """
     wants_caption = label_key is None or caption_key is not None
-    reader = PairReader(image_keys, caption_key, wants_caption, label_key)
-    index = open_index(source, reader, index_dir, num_workers)
+    fields = Fields(image_keys, caption_key, wants_caption, label_key)
+    index = open_index(source, fields, index_dir, num_workers)
     broken = SkippedSamples([index])
     count, captions = len(index), None
     # The samples of an object have no index, and must be read to find broken ones.

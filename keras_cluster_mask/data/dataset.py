@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_cluster_mask.data.batches import Batches, Captions
 from keras_cluster_mask.data.images import Images
-from keras_cluster_mask.data.pairs import PairReader
-from keras_cluster_mask.data.reading import Reading
-from keras_cluster_mask.data.samples import Captions, Samples
+from keras_cluster_mask.data.samples import Fields
 from keras_cluster_mask.data.sampling import Sampling
 from keras_cluster_mask.data.stream import ImageTextDataset
 from keras_cluster_mask.data.text_masking import TextMasking
@@ -221,7 +220,17 @@ def image_text_dataset(
 
     # A model: `data` imports no models, and worker processes must not receive one.
     if (of_model := getattr(tokenizer, "preprocessing", None)) is not None:
-        tokenizer, image_size, resize = _of_model(of_model, image_size, resize)
+        size, own = of_model["image_size"], of_model["resize"]
+        for name, given, expected in (
+            ("image_size", image_size, None if None in size else size),
+            ("resize", resize, own),
+        ):
+            if given is not None and expected is not None:
+                raise ValueError(
+                    f"`{name}` must be None for a model, which defines it. "
+                    f"Received: {name}={given!r}, a model with {name}={expected!r}"
+                )
+        tokenizer, image_size, resize = of_model["tokenizer"], image_size or size, own
         if label_key is not None and caption_key is None:
             tokenizer = None
         elif tokenizer is None:
@@ -244,15 +253,17 @@ def image_text_dataset(
         text_masking=text_masking,
         include_captions=include_captions,
     )
-    fields = PairReader(
+    fields = Fields(
         image_keys=image_keys,
         caption_key=caption_key,
         wants_caption=captions.are_read,
         label_key=label_key,
         class_names=class_names,
     )
-    reading = Reading(
+    batches = Batches(
         source=source,
+        images=images,
+        captions=captions,
         fields=fields,
         batch_size=batch_size,
         training=training,
@@ -263,23 +274,6 @@ def image_text_dataset(
         num_workers=num_workers,
         index_dir=index_dir,
         max_skipped=max_skipped,
+        include_keys=include_keys,
     )
-    samples = Samples(
-        images=images, captions=captions, reading=reading, include_keys=include_keys
-    )
-    return ImageTextDataset(samples)
-
-
-def _of_model(preprocessing, image_size, resize):
-    """Returns the tokenizer, the image size and the resizing for a model."""
-    size, own = preprocessing["image_size"], preprocessing["resize"]
-    for name, given, expected in (
-        ("image_size", image_size, None if None in size else size),
-        ("resize", resize, own),
-    ):
-        if given is not None and expected is not None:
-            raise ValueError(
-                f"`{name}` must be None for a model, which defines it. "
-                f"Received: {name}={given!r}, a model with {name}={expected!r}"
-            )
-    return preprocessing["tokenizer"], image_size or size, own
+    return ImageTextDataset(batches)

@@ -76,6 +76,23 @@ class Threads(futures.Executor):
             raise futures.CancelledError
         return future
 
+    def in_order(self, function, items, ahead):
+        """Yields the result of a function for each item, in the order of the items.
+
+        Args:
+            function: Function of an item.
+            items: Iterable.
+            ahead: Integer. The number of calls that begin before their results are
+                needed.
+        """
+        begun = collections.deque()
+        for item in items:
+            begun.append(self.submit(function, item))
+            if len(begun) > ahead:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+
     def shutdown(self, wait=True):
         """Ends the threads after the calls in progress, and cancels the others."""
         self._closed = True

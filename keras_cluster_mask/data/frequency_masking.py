@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 from keras_cluster_mask.checks import check_choice, check_range, is_positive
-from keras_cluster_mask.data.parts import digest_of
+from keras_cluster_mask.data.samples import digest_of
 from keras_cluster_mask.data.text_masking import LongCaption, TextMasking
 from keras_cluster_mask.data.tokenizers import PIECE_PATTERN, clean_all, words_of
 

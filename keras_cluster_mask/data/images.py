@@ -266,6 +266,7 @@ class Images:
         data_format: `"channels_last"` or `"channels_first"`, for batches.
 
     Attributes:
+        shape: The shape of an image in a batch.
         max_pixels: Integer, or `None`. `PIL.Image.MAX_IMAGE_PIXELS` when the object was
             made, also in a worker process.
     """
@@ -281,6 +282,8 @@ class Images:
         self.image_size = sides_of("image_size", self.image_size)
         check_choice("resize", self.resize, ("crop", "squash"))
         self.max_pixels = Image.MAX_IMAGE_PIXELS
+        is_first = self.data_format == CHANNELS_FIRST
+        self.shape = (3, *self.image_size) if is_first else (*self.image_size, 3)
         if self.resize == "squash":
             if self.crop_scale is not None:
                 raise ValueError(
@@ -303,12 +306,6 @@ class Images:
         # Pillow refuses large images, too. A worker process has its default limit.
         if multiprocessing.parent_process() is not None:
             Image.MAX_IMAGE_PIXELS = self.max_pixels
-
-    @property
-    def shape(self):
-        """The shape of an image in a batch."""
-        is_first = self.data_format == CHANNELS_FIRST
-        return (3, *self.image_size) if is_first else (*self.image_size, 3)
 
     @property
     def description(self):

@@ -5,7 +5,6 @@ import collections
 import contextlib
 import functools
 import itertools
-import operator
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,19 +14,20 @@ import numpy as np
 from tqdm import tqdm
 
 from keras_cluster_mask.data.files import Threads
-from keras_cluster_mask.data.formats import DamagedShard, format_of
+from keras_cluster_mask.data.formats.folder import Folder
 from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.objects import ObjectIndex
-from keras_cluster_mask.data.pairs import Fault, Pair, PairReader
-from keras_cluster_mask.data.parts import (
-    SHORT,
-    build_parts,
-    checksum_of,
+from keras_cluster_mask.data.parts import SHORT, build_parts, checksum_of
+from keras_cluster_mask.data.samples import (
+    DamagedShard,
+    Fault,
+    Fields,
+    Sample,
     digest_of,
     hash_of,
+    read_images,
 )
-from keras_cluster_mask.data.shards import find_shards
-from keras_cluster_mask.data.workers import in_order
+from keras_cluster_mask.data.shards import find_shards, format_of
 
 # The number of shards with broken samples whose intact samples are cached.
 REMEMBERED = 1024
@@ -43,13 +43,13 @@ GLANCE = 2**16
 READERS, TOGETHER = 16, 16
 
 
-def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
+def open_index(source, fields, index_dir=None, num_workers=0, process=(0, 1)):
     """Opens the index of a source, and builds missing parts.
 
     Args:
         source: String or path, or a list of them; see `list_shards`. Or an object with
             `__len__` and `__getitem__` whose items are dictionaries. Or a `SourcePart`.
-        reader: `PairReader`.
+        fields: `Fields`.
         index_dir: See `build_parts`.
         num_workers: See `build_parts`.
         process: See `build_parts`.
@@ -59,18 +59,17 @@ def open_index(source, reader, index_dir=None, num_workers=0, process=(0, 1)):
     """
     # `splitting` imports this module, so its class is known by its method.
     if hasattr(source, "open_index"):
-        return source.open_index(reader, index_dir, num_workers, process)
+        return source.open_index(fields, index_dir, num_workers, process)
     first = source[0] if isinstance(source, list | tuple) and source else ""
     has_names = isinstance(source, str | os.PathLike | list | tuple | set | Mapping)
     if not has_names or not isinstance(first, str | os.PathLike):
-        return ObjectIndex(source, reader)
+        return ObjectIndex(source, fields)
     shards = find_shards(source)
-    parts = build_parts(shards, reader.image_keys, index_dir, num_workers, process)
-    if reader.labels:
-        named = zip(shards, parts)
-        folders = [part.context for path, part in named if format_of(path).in_index]
-        reader.labels.add_folders({*itertools.chain(*folders)})
-    return Index([*shards], parts, reader)
+    parts = build_parts(shards, fields.image_keys, index_dir, num_workers, process)
+    if fields.labels:
+        folders = [x.context for x in parts if isinstance(format_of(x.shard), Folder)]
+        fields.labels.add_folders({*itertools.chain(*folders)})
+    return Index(parts, fields)
 
 
 def read_captions(
@@ -95,7 +94,7 @@ def read_captions(
         List of strings, in the order of the samples. Images are neither needed nor
         read.
     """
-    index = open_index(source, PairReader((), caption_key))
+    index = open_index(source, Fields((), caption_key))
     for fault in index.damage:
         message = f"{fault.details}. The captions after it are missing."
         warnings.warn(message, stacklevel=2)
@@ -121,7 +120,7 @@ def read_all(index, function, title):
 
     Args:
         index: `Index` or `ObjectIndex`.
-        function: Function of a `Pair` or a `Fault`.
+        function: Function of a `Sample` or a `Fault`.
         title: String. The title of the progress bar.
 
     Yields:
@@ -135,7 +134,7 @@ def read_all(index, function, title):
     bar = tqdm(total=len(index), desc=title, unit=" samples", delay=SHORT)
     with bar, Threads(READERS) as threads:
         groups = range(0, len(index), TOGETHER)
-        for group in in_order(threads, read, groups, ahead=2 * READERS):
+        for group in threads.in_order(read, groups, ahead=2 * READERS):
             bar.update(len(group))
             yield from group
 
@@ -149,57 +148,62 @@ class Index:
     `faults`. Reading is thread-safe. A pickle contains file names, but no content.
 
     Args:
-        paths: List of strings. The shards.
         parts: List of `Part`.
-        reader: `PairReader`.
+        fields: `Fields`.
         keep: List of a boolean array `(records,)` for each shard. The records that
             belong to the index, intact or broken. Defaults to `()`: all.
 
     Attributes:
         paths: List of strings. The shards.
+        fields: Set of strings. The fields of all samples.
         faults: Counter of the reasons of broken samples. A damaged shard counts as one
             sample, because the number of samples after the damage is unknown.
         damage: List of `Fault`, one for each damaged shard.
-        fingerprint: String. Changes with the keys of samples, with their fields, as far
-            as `checksum_of` covers them, and with the names of the fields that are
-            read, but not if files are moved.
         stamps: List of strings, which change with the dates of the shards.
     """
 
-    def __init__(self, paths, parts, reader, keep=()):
-        self.paths, self._parts, self._reader = paths, parts, reader
-        self._keep, kept = keep, keep or itertools.repeat(True)
-        self._shards = [_Shard(*each, reader) for each in zip(paths, parts, kept)]
-        counts = [shard.counts() for shard in self._shards]
+    def __init__(self, parts, fields, keep=()):
+        self._parts, self._fields, self._keep = parts, fields, keep
+        kept = keep or itertools.repeat(True)
+        self._shards = [_Shard(*each, fields) for each in zip(parts, kept)]
         # The number of the first sample of each shard, and the total number of samples.
-        self._starts = [0, *itertools.accumulate(each.pop(None, 0) for each in counts)]
-        self.faults = sum(counts, collections.Counter())
+        self._starts = [0, *itertools.accumulate(each.count for each in self._shards)]
+        self.faults = sum((each.faults for each in self._shards), collections.Counter())
         self.damage = [
-            Fault(path, None, DAMAGED, str(DamagedShard(path, *part.damage)))
-            for path, part in zip(paths, parts)
+            Fault(
+                part.shard, None, DAMAGED, str(DamagedShard(part.shard, *part.damage))
+            )
+            for part in parts
             if part.damage
         ]
-        selected = [hash_of(each.tobytes()) for each in keep]
-        digests = [p.digest for p in parts]
-        self.fingerprint = digest_of([reader.describe(), digests, selected])
-        self.stamps = [p.stamp for p in parts]
+        self.paths = [part.shard for part in parts]
+        self.stamps = [part.stamp for part in parts]
+        layouts = itertools.chain(*(part.layouts for part in parts))
+        self.fields = {name for names, _, _ in layouts for name in names}
         self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)
 
     def __len__(self):
         return self._starts[-1]
 
     def __reduce__(self):
-        return Index, (self.paths, self._parts, self._reader, self._keep)
+        return Index, (self._parts, self._fields, self._keep)
 
     @property
-    def fields(self):
-        """Set of strings. The fields of all samples."""
-        return {name for p in self._parts for each in p.layouts for name in each[0]}
+    def fingerprint(self):
+        """String. A hash of the samples that the index reads.
+
+        It changes with the keys of samples, with their fields, as far as `checksum_of`
+        covers them, and with the names of the fields that are read, but not if files
+        are moved.
+        """
+        selected = [hash_of(each.tobytes()) for each in self._keep]
+        digests = [part.digest for part in self._parts]
+        return digest_of([self._fields.describe(), digests, selected])
 
     def select(self, keep):
         """Returns the `Index` of those records that `keep` chooses, too."""
         keep = [shard.keep & each for shard, each in zip(self._shards, keep)]
-        return Index(self.paths, self._parts, self._reader, keep)
+        return Index(self._parts, self._fields, keep)
 
     def record_hashes(self, of_samples):
         """Yields the hashes of all records of each shard, a uint64 array `(records,)`.
@@ -232,7 +236,7 @@ class Index:
         for shard in self._shards:
             if isinstance(shard.format, Parquet):
                 numbers, starts = self._intact(shard)
-                groups = shard.part.records()["offset"][numbers]
+                groups = shard.part.records()["place"][numbers, 0]
                 # Neighbors on both sides of a border are no reason to sort.
                 is_apart = np.diff(numbers, prepend=-2) != 1
                 is_apart &= np.diff(groups, prepend=-1) != 0
@@ -259,7 +263,7 @@ class Index:
             with_images: Boolean. Whether to read the image files that samples name.
 
         Yields:
-            `Pair`, or `Fault` for a sample that cannot be read or turns out to be
+            `Sample`, or `Fault` for a sample that cannot be read or turns out to be
             broken. Only a few are in memory at a time.
 
         Raises:
@@ -273,49 +277,90 @@ class Index:
             if not shard.is_whole:
                 intact, starts = self._intact(shard)
                 rows = intact[starts[row] : starts[row + 1]].tolist()
-            rows = [(shard.format, shard, row, shard.part.entry(row)) for row in rows]
-            has_more = shard.format.names_files
-            of_sample = GUESS if has_more else sum(entry.size for *_, entry in rows)
+            rows = [(shard, row, *shard.part.record(row)) for row in rows]
+            of_sample = GUESS
+            if not shard.format.names_files:
+                of_sample = sum(num_bytes for _, _, (_, num_bytes), *_ in rows)
             if group and size + of_sample > MAX_TOGETHER:
-                yield from self._read(group, with_images)
+                yield from _read(group, with_images)
                 group, size = [], 0
             group.append(rows)
             size += of_sample
-        yield from self._read(group, with_images)
+        yield from _read(group, with_images)
 
-    def _read(self, samples, with_images):
-        """Returns the `Pair` or the `Fault` of each sample, a list of rows.
 
-        A row is a tuple: its format, its shard, its number there and its `Entry`.
-        """
-        found, results = [], []
-        rows = itertools.chain(*samples)
-        for format, group in itertools.groupby(rows, operator.itemgetter(0)):
-            places = [place for _, *place in group]
-            for place, content in zip(places, _contents(format, places)):
-                found.append(self._pair(*place, content))
-        found = iter(found)
-        for sample in samples:
-            several = [*itertools.islice(found, len(sample))]
-            pairs = [row for row in several if isinstance(row, Pair)]
-            first = pairs[0] if pairs else several[0]
-            if any(pair.label != first.label for pair in pairs):
-                reason = "rows of one image with different labels"
-                first = Fault(first.shard, first.key, reason)
-            elif len(pairs) > 1:
-                captions = itertools.chain(*(pair.captions for pair in pairs))
-                first = first._replace(captions=tuple(captions))
-            results.append(first)
-        return self._reader.with_images(results) if with_images else results
+def _read(group, with_images):
+    """Reads the samples of a group.
 
-    def _pair(self, shard, number, entry, content):
-        path, format = shard.path, shard.format
+    Args:
+        group: List of the rows of each sample: a row is the `_Shard`, its number there,
+            its place, the hash of its key, and the checksum of its fields.
+        with_images: Boolean. Whether to read the image files that samples name.
+
+    Returns:
+        List of the `Sample` or the `Fault` of each sample.
+    """
+    contents = {}
+    for format in {shard.format for rows in group for shard, *_ in rows}:
+        rows = [row for rows in group for row in rows if row[0].format is format]
+        places = [(shard.part, place) for shard, _, place, *_ in rows]
+        contents.update(zip(rows, format.read(places)))
+    samples = []
+    for rows in group:
+        several = [row[0].sample(row, contents[row]) for row in rows]
+        intact = [each for each in several if isinstance(each, Sample)]
+        first = intact[0] if intact else several[0]
+        if any(each.label != first.label for each in intact):
+            reason = "rows of one image with different labels"
+            first = Fault(first.shard, first.key, reason)
+        elif len(intact) > 1:
+            captions = itertools.chain(*(each.captions for each in intact))
+            first = first._replace(captions=tuple(captions))
+        samples.append(first)
+    return read_images(samples) if with_images else samples
+
+
+class _Shard:
+    """A part of the index, with what is wanted of its samples.
+
+    Args:
+        part: `Part`.
+        keep: Boolean array `(records,)`, the records that are read, or `True`: all.
+        fields: `Fields`.
+
+    Attributes:
+        count: Integer. The number of intact samples.
+        faults: Counter of the reasons of broken samples.
+    """
+
+    def __init__(self, part, keep, fields):
+        self.part, self.keep, self.fields = part, keep, fields
+        self.format = format_of(part.shard)
+        # For each layout, the reason why its samples are broken, or None.
+        self.reasons = [fault or fields.fault_of(x) for x, fault, _ in part.layouts]
+        # Whether each record is a sample.
+        self.is_whole = not (any(self.reasons) or part.has_groups or keep is not True)
+        self.faults = collections.Counter()
+        for reason, (_, _, count) in zip(self.reasons, part.layouts):
+            self.faults[reason] += count
+        if keep is not True:
+            counts = {reason: len(self._numbers(reason)) for reason in self.faults}
+            self.faults = +collections.Counter(counts)
+        self.count = self.faults.pop(None, 0)
+        if part.has_groups:
+            self.count = len(self.intact()[1]) - 1
+        if part.damage:
+            self.faults[DAMAGED] = 1
+
+    def sample(self, row, content):
+        """Returns the `Sample` or the `Fault` of a row; see `_read`."""
+        _, number, _, *expected = row
+        part, reason = self.part, "another sample is in its place"
         if isinstance(content, Exception):
-            return Fault(path, None, "the shard cannot be read", str(content))
-        reason = "another sample is in its place"
+            return Fault(part.shard, None, "the shard cannot be read", str(content))
         try:
-            key, fields = format.parse(content, number, shard.part.context)
-            same = hash_of(key) == entry.key and checksum_of(fields) == entry.checksum
+            key, fields = self.format.parse(content, number, part.context)
+            same = [hash_of(key), checksum_of(fields)] == expected
         except MemoryError:
             raise
         except Exception as error:
@@ -324,42 +369,10 @@ class Index:
             raise ValueError(
                 "`source` must not change while it is read: make the dataset again. If "
                 "that does not help, since the file has the size and the date of an "
-                f"older one, delete its index first, {shard.part.path}. "
-                f"Received: {path}, sample {number} of its index: {reason}"
+                f"older one, delete its index first, {part.path}. "
+                f"Received: {part.shard}, sample {number} of its index: {reason}"
             )
-        return self._reader.pair(path, key, fields, format.names_files)
-
-
-class _Shard:
-    """A shard and its part of the index.
-
-    Args:
-        path: String.
-        part: `Part`.
-        keep: Boolean array `(records,)`, the records that are read, or `True`: all.
-        reader: `PairReader`.
-    """
-
-    def __init__(self, path, part, keep, reader):
-        self.path, self.part, self.keep, self.reader = path, part, keep, reader
-        self.format = format_of(path)
-        # For each layout, the reason why its samples are broken, or None.
-        self.reasons = [fault or reader.fault_of(x) for x, fault, _ in part.layouts]
-        # Whether each record is a sample.
-        self.is_whole = not (any(self.reasons) or part.has_groups or keep is not True)
-
-    def counts(self):
-        """Counts broken samples by reason, and intact samples under `None`."""
-        counts = collections.Counter()
-        for reason, (_, _, count) in zip(self.reasons, self.part.layouts):
-            counts[reason] += count
-        if self.keep is not True:
-            counts = +collections.Counter({x: len(self._numbers(x)) for x in counts})
-        if self.part.damage:
-            counts[DAMAGED] += 1
-        if self.part.has_groups:
-            counts[None] = len(self.intact()[1]) - 1
-        return counts
+        return self.fields.sample(part.shard, key, fields, self.format.names_files)
 
     def broken(self, reason):
         """Yields a `Fault` for each record that is broken for a reason.
@@ -368,18 +381,20 @@ class _Shard:
         """
         if reason not in self.reasons:
             return
+        part, names_files = self.part, self.format.names_files
         for number in self._numbers(reason).tolist():
-            entry, names_files = self.part.entry(number), self.format.names_files
+            place, *_ = part.record(number)
             key, details = None, None
             # In a tar, the first header contains the key, and its file may be large.
             if not names_files:
-                entry = entry._replace(size=min(entry.size, GLANCE))
+                place = place[0], min(place[1], GLANCE)
             with contextlib.suppress(Exception):
-                (content,) = _contents(self.format, [(self, number, entry)])
-                key, fields = self.format.parse(content, number, self.part.context)
+                (content,) = self.format.read([(part, place)])
+                key, fields = self.format.parse(content, number, part.context)
                 # The image file that a row names may be missing.
-                details = self.reader.pair(self.path, key, fields, names_files).path
-            yield Fault(self.path, key, reason, details or None)
+                sample = self.fields.sample(part.shard, key, fields, names_files)
+                details = sample.path or None
+            yield Fault(part.shard, key, reason, details)
 
     def _numbers(self, reason):
         """Returns the numbers of the records that are broken for a reason, or intact.
@@ -400,15 +415,3 @@ class _Shard:
         order = np.argsort(firsts, kind="stable")
         starts = np.flatnonzero(np.diff(firsts[order], prepend=-1, append=-2))
         return numbers[order], starts
-
-
-def _contents(format, places):
-    """Reads the content of rows, or errors.
-
-    Args:
-        format: `Format`.
-        places: List of the shard, the number there and the `Entry` of each row.
-    """
-    if format.in_index:
-        return [shard.part.content(entry) for shard, _, entry in places]
-    return format.read([(shard.path, x.offset, x.size) for shard, _, x in places])

@@ -10,10 +10,15 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from keras_cluster_mask.data.formats.base import key_of
 from keras_cluster_mask.data.formats.parquet import plain
-from keras_cluster_mask.data.pairs import Fault, SampleError
-from keras_cluster_mask.data.parts import digest_of, hash_of
+from keras_cluster_mask.data.samples import (
+    Fault,
+    SampleError,
+    digest_of,
+    hash_of,
+    key_of,
+    read_images,
+)
 
 # The number of samples that a fingerprint depends on.
 SAMPLED = 32
@@ -32,18 +37,18 @@ class ObjectIndex:
             file, a dictionary of `"bytes"` and `"path"`, a `PIL.Image.Image`, or an
             array. Only one thread at a time reads an item and decodes its image, unless
             the object has the attribute `thread_safe = True`.
-        reader: `PairReader`.
+        fields: `Fields`.
         numbers: Integer array, the numbers of the items that are samples. Defaults to
             `None`: all.
     """
 
-    def __init__(self, source, reader, numbers=None):
-        self._source, self._reader = source, reader
+    def __init__(self, source, fields, numbers=None):
+        self._source, self._fields = source, fields
         self.paths = [type(source).__name__]
         self.faults, self.damage = collections.Counter(), []
         try:
             with self._turn():
-                first = self._sample(0) if len(source) else {}
+                first = self._item(0) if len(source) else {}
         # An item of a DataFrame is a column, and streams have no length.
         except (TypeError, SampleError) as error:
             raise ValueError(
@@ -63,7 +68,7 @@ class ObjectIndex:
         numbers = np.unique(np.linspace(0, len(self) - 1, SAMPLED, dtype=int))
         samples = self.read(numbers[: len(self)], with_images=False)
         identity = str(getattr(self._source, "_fingerprint", None))
-        settings = identity, len(self), self._reader.describe()
+        settings = identity, len(self), self._fields.describe()
         return digest_of([*self.paths, *settings, *map(_facts, samples)])
 
     def __len__(self):
@@ -72,7 +77,7 @@ class ObjectIndex:
     def select(self, keep):
         """Returns the index of some samples; see `Index.select`."""
         numbers = np.asarray(self._numbers)[keep[0]]
-        return ObjectIndex(self._source, self._reader, numbers)
+        return ObjectIndex(self._source, self._fields, numbers)
 
     def record_hashes(self, of_samples):
         """See `Index.record_hashes`. The records are the samples of this index."""
@@ -97,40 +102,41 @@ class ObjectIndex:
         """Reads samples one by one; see `Index.read`."""
         for number in numbers:
             with self._turn():
-                pair = self._pair(int(self._numbers[number]), with_images)
-            yield self._reader.with_images([pair])[0] if with_images else pair
+                sample = self._sample(int(self._numbers[number]), with_images)
+            yield read_images([sample])[0] if with_images else sample
 
     def _turn(self):
         """Returns a context in which no other thread reads objects."""
         is_safe = getattr(self._source, "thread_safe", False) is True
         return contextlib.nullcontext() if is_safe else _reading
 
-    def _sample(self, number):
+    def _item(self, number):
+        """Returns an item of the object, or a `Fault`."""
         try:
-            sample = self._source[number]
-            if not isinstance(sample, Mapping):
-                raise TypeError(f"{type(sample).__name__} is not a dict")
+            item = self._source[number]
+            if not isinstance(item, Mapping):
+                raise TypeError(f"{type(item).__name__} is not a dict")
+            return item
         # Pillow raises these if the object itself decodes its images.
         except (OSError, SyntaxError) as error:
             reason = "the sample cannot be read"
             return Fault(self.paths[0], str(number), reason, str(error))
         except Exception as error:
             raise SampleError(self.paths[0], str(number), repr(error)) from error
-        return sample
 
-    def _pair(self, number, with_images):
-        sample = self._sample(number)
-        if isinstance(sample, Fault):
-            return sample
-        fields = {k: plain(v) for k, v in sample.items() if v is not None}
+    def _sample(self, number, with_images):
+        item = self._item(number)
+        if isinstance(item, Fault):
+            return item
+        fields = plain(item)
         key = key_of(fields.pop("__key__", number))
-        pair = self._reader.pair(self.paths[0], key, fields)
-        image = getattr(pair, "image", None)
+        sample = self._fields.sample(self.paths[0], key, fields)
+        image = getattr(sample, "image", None)
         if with_images and isinstance(image, Image.Image):
             # Decode it here. A damaged image raises the error again where it is used.
             with contextlib.suppress(Exception):
-                pair = pair._replace(image=image.copy())
-        return pair
+                sample = sample._replace(image=image.copy())
+        return sample
 
 
 def _facts(sample):

@@ -5,7 +5,7 @@ its number, without a scan of the shard. The file holds, in this order:
 
 | content | size | meaning |
 | --- | --- | --- |
-| head | a line of JSON | the attributes of `Part` except for `path`, `stamp`, `start` |
+| head | a line of JSON | the attributes of `Part` after `stamp`, but not `start` |
 | records | 32 bytes each | the place of each sample or row in the shard; see `RECORD` |
 | contents | any | the samples of a format that stores samples in the index |
 | first rows | 8 bytes each | for each row, the first row with the same image |
@@ -35,9 +35,8 @@ import numpy as np
 from tqdm import tqdm
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats import DamagedShard, Entry, format_of
-from keras_cluster_mask.data.formats.base import is_empty
-from keras_cluster_mask.data.pairs import IMAGE_KEYS
+from keras_cluster_mask.data.samples import IMAGE_KEYS, DamagedShard, hash_of
+from keras_cluster_mask.data.shards import format_of
 
 # Increase this number when the format of parts changes.
 VERSION = 5
@@ -45,8 +44,8 @@ VERSION = 5
 # `Part.layouts`, and the checksum of its fields.
 RECORD = np.dtype(
     {
-        "names": ["offset", "size", "key", "layout", "checksum"],
-        "formats": ["<u8", "<u8", "<u8", "<u4", "<u4"],
+        "names": ["place", "key", "layout", "checksum"],
+        "formats": ["2<u8", "<u8", "<u4", "<u4"],
     }
 )
 PACKED = struct.Struct("<QQQII")
@@ -66,6 +65,7 @@ class Part:
     """The index of a shard.
 
     Attributes:
+        shard: String. The path of the shard.
         path: String. The file of the part.
         stamp: String. The size and the date of the shard when it was indexed.
         digest: String. A hash of all records: of the keys of samples, and of the sizes
@@ -79,6 +79,7 @@ class Part:
         start: Integer. The offset of the records in the file.
     """
 
+    shard: str
     path: str
     stamp: str
     digest: str
@@ -93,12 +94,12 @@ class Part:
         """Integer. The number of samples or rows, broken ones included."""
         return sum(count for _, _, count in self.layouts)
 
-    def entry(self, number):
-        """Reads the `Entry` of a sample or row: its place, hash and checksum."""
-        place = self.start + number * RECORD.itemsize
+    def record(self, number):
+        """Reads the record of a sample or row: its place, key hash and checksum."""
         content = _mapped(self.path, self.digest)
-        offset, size, key, _, checksum = PACKED.unpack_from(content, place)
-        return Entry(key, offset, size, checksum=checksum)
+        start = self.start + number * RECORD.itemsize
+        first, second, key, _, checksum = PACKED.unpack_from(content, start)
+        return (first, second), key, checksum
 
     def records(self):
         """Returns all records, a read-only array."""
@@ -110,10 +111,10 @@ class Part:
         content = _mapped(self.path, self.digest)
         return np.frombuffer(content, "<i8", self.num_records, self._records_end)
 
-    def content(self, entry):
+    def content(self, place):
         """Returns the content of a sample that is stored in the part."""
-        start = self._records_end + entry.offset
-        return _mapped(self.path, self.digest)[start : start + entry.size]
+        start, size = self._records_end + place[0], place[1]
+        return _mapped(self.path, self.digest)[start : start + size]
 
     @property
     def _records_end(self):
@@ -137,18 +138,6 @@ def _mapped(path, digest):
     return content
 
 
-def hash_of(key):
-    """Returns the 64-bit hash of bytes, or of a key or another value as a string."""
-    is_bytes = isinstance(key, bytes)
-    content = key if is_bytes else str(key).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-def digest_of(content):
-    """Returns the hash of JSON values, a string."""
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-
-
 def checksum_of(fields):
     """Returns a hash of the fields of a sample, an integer of 32 bits.
 
@@ -159,13 +148,13 @@ def checksum_of(fields):
     values = sorted(
         (name, len(value) if isinstance(value, bytes) else value)
         for name, value in fields.items()
-        if not is_empty(value)
+        if value not in (None, "")
     )
     return zlib.crc32(ascii(values).encode())
 
 
-def read_part(path):
-    """Reads the head and the stamp of a part."""
+def read_part(shard, path):
+    """Reads the head and the stamp of a part of a shard."""
     with open(path, "rb") as file:
         head = json.loads(file.readline())
         start = file.tell()
@@ -173,7 +162,7 @@ def read_part(path):
         stamp = file.read().decode()
     if head.pop("version") != VERSION or not stamp:
         raise ValueError(f"{path} is not a part of an index of this version.")
-    return Part(path=path, stamp=stamp, start=start, **head)
+    return Part(shard=shard, path=path, stamp=stamp, start=start, **head)
 
 
 def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1)):
@@ -230,7 +219,7 @@ def build_part(path, stamp, image_keys, index_dir=None):
     places = _places(path, image_keys, index_dir)
     for place in places:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            part = read_part(place)
+            part = read_part(path, place)
             # A file that was missing may exist now.
             is_missing = any(fault == MISSING for _, fault, _ in part.layouts)
             if part.stamp == stamp and not is_missing:
@@ -252,7 +241,7 @@ def build_part(path, stamp, image_keys, index_dir=None):
                     f"in it, or pass another. Received: {place}: {error}"
                 )
                 raise OSError(error.errno, reason) from error
-    return read_part(place)
+    return read_part(path, place)
 
 
 def _scan(path, format, image_keys):
@@ -279,8 +268,8 @@ def _scan(path, format, image_keys):
             number, count = layouts.get(layout, (len(layouts), 0))
             layouts[layout] = number, count + 1
             checksum = checksum_of(entry.fields)
-            records += PACKED.pack(entry.offset, entry.size, key, number, checksum)
-            content += entry.content or b""
+            records += PACKED.pack(*entry.place, key, number, checksum)
+            content += entry.content
     except DamagedShard as error:
         _, last_key, reason = error.args
         if last_key is not None:

@@ -1,252 +1,463 @@
-"""Turns samples into the arrays of a batch."""
+"""A sample: its image, its captions and its label, or what is wrong with it.
 
-import dataclasses
-import math
-from typing import Any, NamedTuple
+A `Format` finds the samples of a shard, and reads the fields of any of them. `Fields`
+turns these into a `Sample`, or the `Fault` of a broken one.
+"""
+
+import codecs
+import contextlib
+import copy
+import hashlib
+import json
+import typing
 
 import numpy as np
+from PIL import Image
 
-from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.data import files, tokenizing
-from keras_cluster_mask.data.images import Images, UnreadableImage, name_of
-from keras_cluster_mask.data.pairs import Fault, SampleError
-from keras_cluster_mask.data.reading import Reading
-from keras_cluster_mask.data.text_masking import TextMasking, check_text_masking
+from keras_cluster_mask.checks import is_number
+from keras_cluster_mask.data import files
 
-# The smallest and the largest number of rows of a batch that one thread reads together.
-TOGETHER = 8, 32
-# The numbers of other samples of the batch that are read, one after the other, to
-# replace a broken sample. Failed reads are slow, so each is twice the one before.
-SUBSTITUTES = 1, 2, 4, 8, 16, 32
-# The distance between them, as a fraction of the batch, to reach different shards.
-DISTANCE = 0.618
-# The entry of a batch for the tokenizer, if that is a Keras layer.
-TEXTS = "texts"
-# The entry of a batch with its broken samples, and the number of captions left out.
-REPORT = "report"
+# `path` is also the field of an image in a folder. `filename` may lack the folder that
+# another column names.
+IMAGE_KEYS = (
+    "jpg", "jpeg", "png", "webp", "gif", "bmp",
+    "image", "file_name", "filepath", "image_path", "path", "filename",
+)  # fmt: skip
+# `json.captions` may hold all captions, and `txt` only the first one.
+CAPTION_KEYS = ("json.captions", "txt", "caption", "captions", "text", "title")
+NO_ARRAY = "the array is not uint8 (height, width) or (height, width, 3)"
+# How a text in UTF-16 starts.
+UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
+SIZED = str, bytes, list, tuple, dict
 
 
-class Spec(NamedTuple):
-    """The shape, with `None` for unknown sizes, and the dtype of an array."""
+class Sample(typing.NamedTuple):
+    """An image with its captions and its label.
 
-    shape: tuple
-    dtype: str
-
-
-@dataclasses.dataclass
-class Captions:
-    """Chooses a caption for each sample, and tokenizes it. See `image_text_dataset`.
-
-    Args:
-        tokenizer: The tokenizer, or `None`.
-        training: Boolean. Whether to draw captions at random, instead of taking the
-            first, and to mask captions.
-        text_masking: `TextMasking` of captions that are too long, or `None`. The
-            attribute is `None` in evaluation, which masks no caption.
-        include_captions: Boolean, or `"all"`. Whether batches contain the captions.
+    Attributes:
+        shard: String.
+        key: String.
+        captions: Tuple of strings. Not empty if captions are requested.
+        label: Integer, the class of the image; `None` if labels are not requested.
+        path: String, the file of the image; empty if it is inside the shard.
+        image: The encoded image, bytes or a `PIL.Image.Image`. `None` before the file
+            `path` is read, and after the image is decoded.
+        pixels: uint8 array, the decoded image. `None` before.
     """
 
-    tokenizer: Any
-    training: bool
-    text_masking: TextMasking | None = None
-    include_captions: bool | str = False
+    shard: str
+    key: str
+    captions: tuple = ()
+    label: int | None = None
+    path: str = ""
+    image: typing.Any = None
+    pixels: np.ndarray | None = None
 
-    def __post_init__(self):
-        check_choice("include_captions", self.include_captions, (False, True, "all"))
-        tokenizing.check_tokenizer(self.tokenizer)
-        if self.text_masking is not None:
-            check_text_masking(self.text_masking, self.tokenizer)
-            self.text_masking = self.text_masking if self.training else None
-        self.has_layer = tokenizing.is_layer(self.tokenizer)
-        # Whether samples need a caption.
-        self.are_read = self.tokenizer is not None or bool(self.include_captions)
 
-    def __getstate__(self):
-        # A Keras layer runs in the main process; worker processes do not import Keras.
-        return {**vars(self), **({"tokenizer": None} if self.has_layer else {})}
+class Fault(typing.NamedTuple):
+    """What is wrong with a broken sample.
 
-    @property
-    def description(self):
-        """dict. The settings that a resumed run must share."""
-        tokenizer, masking = self.tokenizer, self.text_masking
-        size = tokenizing.vocabulary_size_of(tokenizer)
-        length = tokenizing.length_of(tokenizer)
-        return {
-            "tokenizer": [name_of(tokenizer), size, length],
-            "text_masking": None if masking is None else repr(masking),
-            "include_captions": not self.training and self.include_captions,
-        }
+    Attributes:
+        shard: String.
+        key: String, or `None` if it is unknown.
+        reason: String. One of a few fixed reasons, for counting.
+        details: String, or `None` if nothing more is known.
+    """
 
-    def batch(self, pairs, generators, epochs):
-        """Returns the entries of a batch, with the arguments of `tokenize` for a layer.
+    shard: str
+    key: str | None
+    reason: str
+    details: str | None = None
+
+    def __str__(self):
+        sample = "" if self.key is None else f"the sample {self.key!r} of "
+        details = f" ({self.details})" if self.details else ""
+        return f"{sample}the shard {self.shard}: {self.reason}{details}"
+
+
+class SampleError(RuntimeError):
+    """An error in a sample that ends the run.
+
+    Args:
+        shard: String.
+        key: String.
+        reason: String.
+    """
+
+    def __str__(self):
+        shard, key, reason = self.args
+        return f"The sample {key!r} of the shard {shard} failed: {reason}"
+
+
+class DamagedShard(ValueError):
+    """A shard that cannot be read to its end.
+
+    Args:
+        path: String.
+        last_key: String, the key of the last sample that was found, or `None`.
+        reason: String.
+    """
+
+    def __str__(self):
+        path, last_key, reason = self.args
+        place = f"after the sample {last_key!r}" if last_key else "at its start"
+        return f"The shard {path} is damaged {place}: {reason}"
+
+
+class Entry(typing.NamedTuple):
+    """What a scan finds of a sample, or of a row that may be a part of one.
+
+    Attributes:
+        key: String.
+        place: Pair of integers, by which the format finds the sample again: its first
+            byte and its number of bytes, or what the format says.
+        fields: Dictionary from the name of each field that is not empty to the content
+            or the size of the field. The entries of a JSON field are named, too, such
+            as `"json.caption"`, with the value `None`.
+        fault: String. The reason why the sample is broken. `None` if the sample is
+            intact.
+        content: Bytes. The sample itself, if the index stores it, as for folders.
+    """
+
+    key: str
+    place: tuple[int, int]
+    fields: dict
+    fault: str | None = None
+    content: bytes = b""
+
+
+class Format:
+    """A format of shards: how its rows become samples.
+
+    Attributes:
+        has_rows: Boolean. Whether a shard has rows, of which those of one image are a
+            sample. In other formats, a duplicate key in a shard is a fault.
+        names_files: Boolean. Whether samples may hold the names of image files, which
+            are relative to the folder of the shard.
+    """
+
+    has_rows = False
+    names_files = False
+
+    def context(self, path):
+        """Returns the data on the whole shard that `parse` needs, as JSON values."""
+        return None
+
+    def scan(self, path):
+        """Finds the samples of a shard in order.
 
         Args:
-            pairs: List of `Pair`.
-            generators: List of `np.random.Generator`, one for each pair.
-            epochs: List of integers. The epoch of each pair in training.
+            path: String.
+
+        Yields:
+            `Entry`.
+
+        Raises:
+            DamagedShard: After the last intact sample.
+            ValueError: If the file has another format.
+            OSError: If the file cannot be read.
         """
-        if not self.are_read:
-            return {}
-        batch, chosen = {}, []
-        for pair, generator in zip(pairs, generators):
-            number = 0
-            if self.training and len(pair.captions) > 1:
-                number = int(generator.integers(len(pair.captions)))
-            chosen.append(pair.captions[number].encode("utf-8", "surrogatepass"))
-        if self.include_captions:
-            captions = chosen
-            if self.include_captions == "all":
-                captions = (
-                    tuple(x.encode("utf-8", "surrogatepass") for x in pair.captions)
-                    for pair in pairs
+        raise NotImplementedError
+
+    def read(self, places):
+        """Reads the content of samples from any shards.
+
+        Args:
+            places: List of the `Part` and the `Entry.place` of each sample.
+
+        Returns:
+            List of the content for `parse`, or an error, for each sample.
+        """
+        return files.read_ranges(
+            [(part.shard, start, start + size) for part, (start, size) in places]
+        )
+
+    def parse(self, content, number, context):
+        """Parses the key and the fields of a sample.
+
+        Args:
+            content: Bytes, or another result of `read`.
+            number: Integer. The number of the sample in its shard.
+            context: The result of the method `context`.
+
+        Returns:
+            Tuple `(key, fields)`: a string, and a dictionary from the name of each
+            field that is not empty to bytes, a string, or a list of bytes or strings.
+        """
+        raise NotImplementedError
+
+
+class Fields:
+    """The fields of a sample that hold its image, its captions and its label.
+
+    Args:
+        image_keys: String or sequence of strings. The field that holds the image or the
+            name of its file. If several are given, the first that a sample has is used.
+            `None`: common names. Empty: no images.
+        caption_key: String or sequence of strings. The field that holds the caption or
+            a list of captions. If several are given, the first that is not empty is
+            used. `"json.caption"` is the entry `caption` of the field `json`. `None`:
+            common names, and each line of `txt` is a caption, unless `json` has the
+            entry `caption`.
+        wants_caption: Boolean. Whether samples without a caption are broken.
+        label_key: See `Labels`. `None`: no labels.
+        class_names: See `Labels`.
+
+    Attributes:
+        wanted: Dictionary from the kind of each requested content to the fields that
+            may hold it, of which a sample needs one.
+    """
+
+    def __init__(
+        self,
+        image_keys=None,
+        caption_key=None,
+        wants_caption=True,
+        label_key=None,
+        class_names=None,
+    ):
+        if class_names is not None and label_key is None:
+            raise ValueError(
+                "`class_names` need labels: pass the `label_key` of the field that "
+                f"holds them. Received: class_names={class_names}, label_key=None"
+            )
+        self.image_keys = _several(image_keys, IMAGE_KEYS)
+        self.caption_keys = _several(caption_key, CAPTION_KEYS)
+        self._line_keys = ("txt",) if caption_key is None else ()
+        self.labels = None if label_key is None else Labels(label_key, class_names)
+        self.wanted = {"image": self.image_keys} if self.image_keys else {}
+        if wants_caption:
+            self.wanted["caption"] = self.caption_keys
+        if self.labels:
+            self.wanted["label"] = self.labels.keys
+
+    def replaced(self, other):
+        """Returns the fields with those of another in place of the common names."""
+        found = copy.copy(self)
+        if self.image_keys == IMAGE_KEYS:
+            found.image_keys = other.image_keys
+        if self.caption_keys == CAPTION_KEYS:
+            found.caption_keys, found._line_keys = other.caption_keys, other._line_keys
+        keys = {"image": found.image_keys, "caption": found.caption_keys}
+        found.wanted = {kind: keys.get(kind, x) for kind, x in self.wanted.items()}
+        return found
+
+    def describe(self):
+        """Returns the settings that decide which samples are intact, as JSON values."""
+        labels = self.labels and [self.labels.keys, self.labels.numbers]
+        return [self.image_keys, self.wanted.get("caption"), labels]
+
+    def fault_of(self, names):
+        """Returns the fault that the names of a sample's fields reveal, or `None`."""
+        for kind, keys in self.wanted.items():
+            if not any(_may_have(names, key) for key in keys):
+                return f"no {kind}"
+        return None
+
+    def sample(self, shard, key, fields, names_files=True):
+        """Returns the `Sample` of some fields, or its `Fault`.
+
+        Args:
+            shard: String.
+            key: String.
+            fields: Dictionary from the name of a field to its content.
+            names_files: Boolean. Whether a string is the name of an image file, which
+                is relative to the folder of the shard.
+        """
+        images = filled({key: fields.get(key) for key in self.image_keys})
+        image = next(iter(images.values()), None)
+        captions, label, path, fault = (), None, "", None
+        if isinstance(image, np.ndarray):
+            array, image = image, None
+            # Pillow would make an array with one axis an image with one column.
+            if array.ndim > 1:
+                with contextlib.suppress(TypeError, ValueError):
+                    image = Image.fromarray(array)
+            if image is None:
+                return Fault(shard, key, NO_ARRAY, f"{array.dtype} {array.shape}")
+        if isinstance(image, str) and names_files:
+            path, image = files.beside(shard, image), None
+        # JSON lines may hold values of any type.
+        if self.image_keys and not (path or isinstance(image, bytes | Image.Image)):
+            return Fault(shard, key, "no image")
+        if "caption" in self.wanted:
+            captions, fault = self.captions(fields)
+        if not fault and self.labels:
+            label, fault = self.labels.of(fields)
+        if fault:
+            return Fault(shard, key, fault)
+        return Sample(shard, key, captions, label, path, image)
+
+    def captions(self, fields):
+        """Returns the captions of a sample and None, or an empty tuple and a fault."""
+        fault = "no caption"
+        for key in self.caption_keys:
+            value = _value(fields, key)
+            if value is None:
+                continue
+            if isinstance(value, bytes) and value.startswith(UTF_16):
+                fault = "the caption is in UTF-16: save it as UTF-8"
+                continue
+            lines = _text(value).splitlines() if key in self._line_keys else ()
+            # img2dataset writes a caption with its line breaks, to `json`, too.
+            if len(lines) > 1 and _value(fields, "json.caption") is None:
+                value = lines
+            values = value if isinstance(value, list | tuple) else [value]
+            captions = tuple(filter(None, map(_text, values)))
+            if captions:
+                return captions, None
+            fault = "empty caption"
+        return (), fault
+
+
+class Labels:
+    """Finds the class of a sample.
+
+    Args:
+        label_key: String or sequence of strings. The field that holds the label. If
+            several are given, the first that a sample has is used.
+        class_names: Sequence of strings in which labels are looked up, or `None` if
+            labels are numbers or folders.
+
+    Attributes:
+        numbers: Dictionary from the name of each class to its number, or `None` if
+            labels are numbers.
+    """
+
+    def __init__(self, label_key, class_names=None):
+        self.keys = _several(label_key, ())
+        self.numbers = None
+        if class_names is not None:
+            names = [_text(name) for name in class_names]
+            self.numbers = {name: number for number, name in enumerate(names)}
+            others = [x for n, x in enumerate(names) if x.isdecimal() and x != str(n)]
+            if len(self.numbers) < len(names) or "" in self.numbers or others:
+                raise ValueError(
+                    "`class_names` must be unique and not empty, and a number must be "
+                    "its own index, as labels may be numbers of classes. Received: "
+                    f"class_names={list(class_names)}"
                 )
-            # `np.array` would convert tuples of equal length to rows.
-            batch["captions"] = np.fromiter(captions, object)
-        if self.has_layer:
-            batch[TEXTS] = chosen, generators, epochs
-        elif self.tokenizer is not None:
-            batch["token_ids"] = self.tokenize(chosen, generators, epochs)
-        return batch
 
-    def tokenize(self, texts, generators, epochs):
-        """Converts the chosen captions of a batch to token ids."""
-        if self.text_masking is None:
-            return tokenizing.tokenize(self.tokenizer, texts)
-        return self.text_masking.tokenize(self.tokenizer, texts, generators, epochs)
+    def add_folders(self, folders):
+        """Takes a set of folders as classes, if these are the labels without names."""
+        is_folder = self.numbers is None and self.keys == ("folder",)
+        if is_folder and not all(map(str.isdecimal, folders)):
+            self.numbers = {name: n for n, name in enumerate(sorted(folders))}
+
+    def of(self, fields):
+        """Returns the label of a sample and None, or an invalid label and a fault."""
+        found = (_value(fields, key) for key in self.keys)
+        label = next((each for each in found if each is not None), None)
+        if label is None:
+            return None, "no label"
+        if isinstance(label, list):
+            label = label[0] if len(label) == 1 else None
+        # In a table, numbers are text.
+        if text := _text(label):
+            label = (self.numbers or {}).get(text, text)
+            with contextlib.suppress(ValueError):
+                label = float(label)
+        number = int(label) if is_number(label) and label == label // 1 else -1
+        known = range(2**31 if self.numbers is None else len(self.numbers))
+        return number, None if number in known else "unknown label"
 
 
-@dataclasses.dataclass
-class Samples:
-    """Reads batches by their number. Picklable and thread-safe.
-
-    The random numbers of a sample depend only on the seed and its position.
+def read_images(samples):
+    """Reads the image files that samples name together.
 
     Args:
-        images: `Images`.
-        captions: `Captions`.
-        reading: `Reading`.
-        include_keys: Boolean.
+        samples: List of `Sample` and `Fault`.
+
+    Returns:
+        List of `Sample`, with its image, and `Fault`.
     """
+    named = [number for number, each in enumerate(samples) if getattr(each, "path", "")]
+    contents = files.read_ranges([(samples[n].path, 0, None) for n in named])
+    for number, content in zip(named, contents):
+        sample = samples[number]
+        if isinstance(content, Exception):
+            reason = "the image file cannot be read", f"{sample.path}: {content}"
+            samples[number] = Fault(sample.shard, sample.key, *reason)
+        else:
+            samples[number] = sample._replace(image=content)
+    return samples
 
-    images: Images
-    captions: Captions
-    reading: Reading
-    include_keys: bool = False
 
-    @property
-    def element_spec(self):
-        """Dictionary from the name of each entry of a batch to its `Spec`."""
-        reading, captions = self.reading, self.captions
-        rows = reading.rows if reading.training else None
-        included, text = captions.include_captions, Spec((rows,), "string")
-        of_captions = Spec((rows,), "object") if included == "all" else text
-        token_ids = Spec((rows, tokenizing.length_of(captions.tokenizer)), "int32")
-        specs = {
-            "images": Spec((rows, *self.images.shape), "uint8"),
-            "token_ids": captions.tokenizer is not None and token_ids,
-            "captions": included and of_captions,
-            "keys": self.include_keys and text,
-            "labels": reading.fields.labels and Spec((rows,), "int32"),
-        }
-        return {name: spec for name, spec in specs.items() if spec}
+def filled(fields):
+    """Returns the fields that are not empty. Numbers never are."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if value is not None and (not isinstance(value, SIZED) or value)
+    }
 
-    @property
-    def description(self):
-        """Dictionary. The settings that a resumed run must share."""
-        settings = self.reading.description | self.images.description
-        return settings | self.captions.description
 
-    @files.one_step()
-    def read(self, threads, batch):
-        """Reads a batch.
+def key_of(value):
+    """Returns the key of a sample as a string."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return str(value)
 
-        Args:
-            threads: `Threads`, which share the rows.
-            batch: Integer. The number of the batch.
 
-        Returns:
-            Dictionary of arrays, and under `REPORT` a list of `Fault` and the number of
-            captions left out. Broken samples are replaced in training, and left out in
-            evaluation.
-        """
-        positions = self.reading.positions(batch)
-        size = int(np.clip(-(-len(positions) // threads.count), *TOGETHER))
-        # A block of neighbors is one request.
-        size += -size % (self.reading.block_size or 1)
-        groups = [positions[i : i + size] for i in range(0, len(positions), size)]
-        results = [*threads.map(self._read, groups)]
-        rows = [row for found, _ in results for row in found]
-        pairs, generators, epochs = zip(*rows) if rows else ((), (), ())
-        images = np.array([pair.image for pair in pairs], "uint8")
-        arrays = {
-            "images": images.reshape(-1, *self.images.shape),
-            **self.captions.batch(pairs, generators, epochs),
-        }
-        if self.include_keys:
-            # Always UTF-8; `os.fsencode` depends on the locale.
-            keys = (pair.key.encode("utf-8", "surrogateescape") for pair in pairs)
-            arrays["keys"] = np.fromiter(keys, object)
-        if self.reading.fields.labels:
-            arrays["labels"] = np.array([pair.label for pair in pairs], "int32")
-        faults = [fault for _, found in results for fault in found]
-        unused = 0
-        if self.captions.include_captions != "all":
-            unused = sum(len(pair.captions[1:]) for pair in pairs)
-        return {**arrays, REPORT: (faults, unused)}
+def entries_of(field):
+    """Returns the marker that shows that the entries of a JSON field are listed."""
+    return f"{field}."
 
-    def _read(self, positions):
-        """Reads a group of rows.
 
-        Returns:
-            Tuple: A list of the decoded `Pair`, the generator and the epoch of each
-            row, and a list of `Fault`.
-        """
-        reading, rows, faults = self.reading, [], []
-        for position, sample in zip(positions, reading.read(positions)):
-            bits = np.random.Philox(key=reading.seed, counter=[0, position, 0, 0])
-            generator = np.random.Generator(bits)
-            sample = self._decoded(sample, generator)
-            if isinstance(sample, Fault):
-                faults.append(sample)
-                if not reading.training:
-                    continue
-                sample = self._substitute(position, generator, sample)
-            epoch = reading.order.place(position)[0] if reading.training else 0
-            rows.append((sample, generator, epoch))
-        return rows, faults
+def json_object(content):
+    """Returns the dictionary that bytes hold as JSON, or `None`."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(content)
+        return value if isinstance(value, dict) else None
 
-    def _decoded(self, sample, generator):
-        """Returns a `Pair` with its cropped image, or a `Fault`."""
-        if isinstance(sample, Fault):
-            return sample
-        try:
-            return sample._replace(image=self.images(sample.image, generator))
-        except UnreadableImage as error:
-            return Fault(sample.shard, sample.key, str(error))
-        # Such as an error in the user's transform, or too little memory.
-        except Exception as error:
-            raise SampleError(sample.shard, sample.key, repr(error)) from error
 
-    def _substitute(self, position, generator, fault):
-        """Returns another sample of the batch, decoded, to replace a broken one.
+def hash_of(key):
+    """Returns the 64-bit hash of bytes, or of a key or another value as a string."""
+    is_bytes = isinstance(key, bytes)
+    content = key if is_bytes else str(key).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
-        Which samples are tried depends only on the batch, not on the number of
-        processes.
-        """
-        size, tried = self.reading.batch_size, 0
-        start = position - position % size
-        step = int(DISTANCE * size) + 1
-        while math.gcd(step, size) > 1:
-            step += 1
-        for count in SUBSTITUTES:
-            several = range(count, min(2 * count, size))
-            tried += len(several)
-            others = [start + (position + n * step) % size for n in several]
-            for sample in self.reading.read(others):
-                # A broken substitute is counted at its own position.
-                sample = self._decoded(sample, generator)
-                if not isinstance(sample, Fault):
-                    return sample
-        reason = fault.reason + (f" ({fault.details})" if fault.details else "")
-        reason += f"; {tried} others of its batch are broken, too"
-        raise SampleError(fault.shard, fault.key, reason)
+
+def digest_of(content):
+    """Returns the hash of JSON values, a string."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def _may_have(names, key):
+    """Returns whether a sample with fields of these names may have a value of a key."""
+    field, _, entry = key.partition(".")
+    if key in names or not entry or field not in names:
+        return key in names
+    # If true, `names` contains all entries of this field.
+    is_listed = entries_of(field) in names
+    return not is_listed or f"{field}.{entry.partition('.')[0]}" in names
+
+
+def _value(fields, key):
+    """Returns the value of a field or of an entry in a JSON field, or None."""
+    if key in fields:
+        value = fields[key]
+        return value.tolist() if isinstance(value, np.ndarray) else value
+    field, _, entries = key.partition(".")
+    if not entries or field not in fields:
+        return None
+    value = fields[field]
+    try:
+        value = json.loads(value) if isinstance(value, str | bytes) else value
+        for entry in entries.split("."):
+            value = value[entry]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return value
+
+
+def _text(value):
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _several(names, common):
+    if names is None:
+        return common
+    return (names,) if isinstance(names, str) else tuple(names)

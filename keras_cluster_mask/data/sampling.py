@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.checks import check_integer
-from keras_cluster_mask.data.formats.base import key_of
-from keras_cluster_mask.data.parts import hash_of
+from keras_cluster_mask.data.samples import hash_of, key_of
 
 
 class Sampling:

@@ -1,22 +1,43 @@
-"""Finds the shards that a source names, and the example images."""
+"""Finds the shards that a source names, and the format of each."""
 
 import contextlib
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 
 import braceexpand
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.files import Threads
-from keras_cluster_mask.data.formats.folder import images_in
-from keras_cluster_mask.data.formats.table import TABLES
-from keras_cluster_mask.data.parts import hash_of
+from keras_cluster_mask.data.formats.folder import ENDINGS, Folder, images_in
+from keras_cluster_mask.data.formats.parquet import Parquet
+from keras_cluster_mask.data.formats.table import TABLES, Table
+from keras_cluster_mask.data.formats.tar import Tar
+from keras_cluster_mask.data.samples import hash_of
 
 # The number of parallel requests for the size and date of files.
 REQUESTS = 16
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+# Formats by file extension. Files with any other name are read as tar files.
+FORMATS = {
+    r"\.csv": Table(","),
+    r"\.tsv": Table("\t"),
+    r"\.(jsonl|ndjson)": Table(None),
+    r"\.parquet": Parquet(),
+    "|".join(map(re.escape, ENDINGS)) + "|/": Folder(),
+    "": Tar(),
+}
+
+
+def format_of(path):
+    """Returns the `Format` of a shard."""
+    return next(
+        format
+        for ending, format in FORMATS.items()
+        if re.search(f"({ending})$", path, re.IGNORECASE)
+    )
 
 
 def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:

@@ -10,8 +10,7 @@ import numpy as np
 from keras_cluster_mask.checks import check_choice, check_integer, check_range
 from keras_cluster_mask.data.images import UnreadableImage, decoding
 from keras_cluster_mask.data.index import open_index, read_all
-from keras_cluster_mask.data.pairs import PairReader
-from keras_cluster_mask.data.parts import hash_of
+from keras_cluster_mask.data.samples import Fields, hash_of
 
 
 class SourcePart:
@@ -22,27 +21,27 @@ class SourcePart:
         index: `Index` or `ObjectIndex` of the source.
         keep: See `Index.select`.
         sides: Tuple of strings, `"train"` or `"test"`: the sides in all splits.
-        reader: `PairReader` that finds the images.
+        fields: `Fields` that hold the images.
         index_dir: See `image_text_dataset`.
     """
 
-    def __init__(self, source, index, keep, sides, reader, index_dir):
+    def __init__(self, source, index, keep, sides, fields, index_dir):
         self.source, self.keep, self.sides = source, keep, sides
-        self.reader, self.index_dir = reader, index_dir
+        self.fields, self.index_dir = fields, index_dir
         self.stamps, self.count = index.stamps, len(index.select(keep))
         self.name = index.paths[0] + ", ..." * (len(index.paths) > 1)
 
-    def open_index(self, reader, index_dir=None, num_workers=0, process=(0, 1)):
+    def open_index(self, fields, index_dir=None, num_workers=0, process=(0, 1)):
         """Opens the index of the samples of this part; see `open_index`."""
-        reader = reader.filled(self.reader)
-        if reader.image_keys not in ((), self.reader.image_keys):
+        fields = fields.replaced(self.fields)
+        if fields.image_keys not in ((), self.fields.image_keys):
             raise ValueError(
                 "`image_keys` must be those of `split`, which finds the images of the "
                 "samples by them: pass the same to both. Received: image_keys="
-                f"{reader.image_keys}, and in `split` {self.reader.image_keys}"
+                f"{fields.image_keys}, and in `split` {self.fields.image_keys}"
             )
         index_dir = index_dir or self.index_dir
-        index = open_index(self.source, reader, index_dir, num_workers, process)
+        index = open_index(self.source, fields, index_dir, num_workers, process)
         if index.stamps != self.stamps:
             raise ValueError(
                 "`source` must not change after it was split: split it again. Samples "
@@ -120,10 +119,10 @@ def split(
     check_range("test", test, 0, 1, "()")
     check_choice("by", by, ("image", "key"))
     check_integer("seed", seed, 0)
-    reader = PairReader(image_keys, caption_key, wants_caption=False)
+    fields = Fields(image_keys, caption_key, wants_caption=False)
     if isinstance(source, SourcePart):
-        reader = reader.filled(source.reader)
-    index = open_index(source, reader, index_dir)
+        fields = fields.replaced(source.fields)
+    index = open_index(source, fields, index_dir)
     if by == "image":
         hashes = np.fromiter(read_all(index, _hash, "split"), "u8", len(index))
     else:
@@ -135,7 +134,7 @@ def split(
     of_shards = index.record_hashes(hashes)
     is_test = [of_shard * factor < test * 2.0**64 for of_shard in of_shards]
     is_train = [~each for each in is_test]
-    options = reader, index_dir
+    options = fields, index_dir
     parts = (
         SourcePart(source, index, is_train, (*sides, "train"), *options),
         SourcePart(source, index, is_test, (*sides, "test"), *options),

@@ -1,25 +1,29 @@
-"""`ImageTextDataset`: a stream of batches, read ahead in the background."""
+"""A stream of batches, read ahead in the background, and the samples that it skips."""
 
 import atexit
+import collections
 import contextlib
 import functools
+import itertools
 import math
 import os
 import time
-from collections.abc import Generator
+import warnings
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.data.samples import REPORT, TEXTS, Samples
-from keras_cluster_mask.data.skipped import SkippedSamples
-from keras_cluster_mask.data.workers import in_processes, in_threads, num_processors
+from keras_cluster_mask.data.batches import REPORT, TEXTS, Batches
+from keras_cluster_mask.data.workers import in_processes
 from keras_cluster_mask.stream import Stream
 
 # The limits of prefetching per process, in bytes and in batches.
 MAX_AHEAD, AHEAD = 2**29, 2
 # More threads in one process would wait for each other.
 MAX_THREADS = 16
+# The number of samples that are listed for each reason.
+MAX_EXAMPLES = 20
 
 
 class ImageTextDataset(Stream):
@@ -32,7 +36,7 @@ class ImageTextDataset(Stream):
     reads it, too.
 
     Args:
-        samples: `Samples`.
+        batches: `Batches`.
 
     Attributes:
         start: Integer. The batch at which an iteration starts. `ContrastiveModel.fit`
@@ -56,25 +60,26 @@ class ImageTextDataset(Stream):
     steps_per_epoch: int
     """The number of full batches in a training epoch of mean length."""
 
-    def __init__(self, samples: Samples):
-        reading = samples.reading
-        self.start = 0
-        self.skipped = reading.skipped
-        self.unused_captions = 0
-        self.batch_size = reading.batch_size
-        self.num_samples = reading.num_samples
-        self.training = reading.training
-        self.element_spec = samples.element_spec
-        self.description = samples.description
-        self.tokenizer = samples.captions.tokenizer
-        self.process = reading.process
-        labels = reading.fields.labels
+    def __init__(self, batches: Batches):
+        self._batches = batches
+        self.start, self.waited, self.unused_captions = 0, 0.0, 0
+        self.skipped = SkippedSamples(batches.indexes, batches.max_skipped)
+        self.skipped.report_index(batches.num_samples)
+        self.batch_size = batches.batch_size
+        self.num_samples = batches.num_samples
+        self.training = batches.training
+        self.element_spec = batches.element_spec
+        self.tokenizer = batches.captions.tokenizer
+        self.process = batches.process
+        labels = batches.fields.labels
         self.class_names = list((labels and labels.numbers) or ())
-        self.waited = 0.0
-        self._samples, self._reading = samples, reading
         if self.training:
-            length = int(reading.order.mean_length)
+            length = int(batches.order.mean_length)
             self.steps_per_epoch = max(length // self.batch_size, 1)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return self._batches.description
 
     def __len__(self) -> int:
         """Returns the number of batches.
@@ -83,8 +88,9 @@ class ImageTextDataset(Stream):
         """
         if not self.training:
             return -(-self.num_samples // self.batch_size)
-        epoch, _ = self._reading.order.place(self.start * self.batch_size)
-        return self._reading.order.length(epoch) // self.batch_size
+        order = self._batches.order
+        epoch, _ = order.place(self.start * self.batch_size)
+        return order.length(epoch) // self.batch_size
 
     @property
     def num_images(self) -> int | None:
@@ -94,7 +100,7 @@ class ImageTextDataset(Stream):
         """
         if self.training:
             return None
-        return sum(len(self._reading.positions(batch)) for batch in range(len(self)))
+        return sum(len(self._batches.positions(batch)) for batch in range(len(self)))
 
     def as_dataset(self) -> Any:
         """Returns a `tf.data.Dataset` of the batches.
@@ -110,19 +116,28 @@ class ImageTextDataset(Stream):
         """Reads the batch `start + index` in this thread."""
         if not self.training and not 0 <= index < len(self) - self.start:
             raise IndexError(index)
-        batch = self._samples.read(_Alone(), self.start + index)
+        batch = self._batches.read(_Alone(), self.start + index)
         return self._finished(batch, self.skipped)
 
     def __iter__(self) -> Generator[dict[str, np.ndarray], None, None]:
-        reading, process = self._reading, os.getpid()
-        self.skipped = skipped = SkippedSamples(reading.indexes, reading.max_skipped)
+        process = os.getpid()
+        indexes, max_skipped = self._batches.indexes, self._batches.max_skipped
+        self.skipped = skipped = SkippedSamples(indexes, max_skipped)
         self.unused_captions = 0
+        workers = self._batches.num_workers
+        size = self._batches.rows * math.prod(self.element_spec["images"].shape[1:])
+        ahead = max(min(MAX_AHEAD // size, AHEAD), 1)
+        count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
+        read = functools.partial(self._batches.in_threads, count, ahead)
+        if workers:
+            read = functools.partial(in_processes, read, workers, size)
+        stop = 2**62 if self.training else len(self)
         stack = contextlib.ExitStack()
         close = functools.partial(_close, process, stack)
         # At exit, before the modules that the readers need are unloaded.
         atexit.register(close)
         try:
-            batches = self._begin(stack)
+            batches = read(range(self.start, stop), stack)
             while True:
                 began = time.perf_counter()
                 batch = next(batches, None)
@@ -143,18 +158,6 @@ class ImageTextDataset(Stream):
             close()
             atexit.unregister(close)
 
-    def _begin(self, stack):
-        """Begins to read batches from `start` on, until the stack is closed."""
-        workers, rows = self._reading.num_workers, self._reading.rows
-        size = rows * math.prod(self.element_spec["images"].shape[1:])
-        ahead = max(min(MAX_AHEAD // size, AHEAD), 1)
-        count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
-        read = functools.partial(in_threads, self._samples, count, ahead)
-        if workers:
-            read = functools.partial(in_processes, read, workers, size)
-        stop = 2**62 if self.training else len(self)
-        return read(range(self.start, stop), stack)
-
     def _finished(self, batch, skipped):
         """Counts the broken samples of a batch, and adds what workers cannot make."""
         faults, unused = batch.pop(REPORT)
@@ -165,7 +168,7 @@ class ImageTextDataset(Stream):
         skipped.report(faults, rows, total)
         # A Keras layer cannot run in worker processes.
         if TEXTS in batch:
-            batch["token_ids"] = self._samples.captions.tokenize(*batch[TEXTS])
+            batch["token_ids"] = self._batches.captions.tokenize(*batch[TEXTS])
         return {name: batch[name] for name in self.element_spec}
 
     def __repr__(self):
@@ -186,3 +189,148 @@ class _Alone:
     """Stands for `Threads` in a thread that reads alone."""
 
     count, map = 1, staticmethod(map)
+
+
+class SkippedSamples:
+    """The broken samples in the last pass over a dataset.
+
+    Samples that the index left out are counted from the start, and are the same in all
+    processes. Samples that turn out to be broken when they are read are added with
+    their batch. Each iteration over a dataset creates a new `SkippedSamples`, which
+    starts with the counts of the index.
+
+    Args:
+        indexes: List of `Index` and `ObjectIndex`.
+        max_share: Float. The fraction of samples that may be broken.
+
+    Attributes:
+        max_share: Float. The fraction of samples that may be broken.
+        by_reason: Dictionary from each reason, a string, to the number of samples.
+        examples: Dictionary from each reason to a list of the first 20 samples, tuples
+            of `shard`, `key`, `reason` and `details`. The keys of samples that the
+            index left out are read from the shards at each access.
+    """
+
+    def __init__(self, indexes: Sequence[Any] = (), max_share: float = 1.0):
+        self.max_share = max_share
+        self._indexes = indexes
+        self._counts = collections.Counter()
+        for index in indexes:
+            self._counts.update(index.faults)
+        # Of the samples that turned out to be broken.
+        self._examples = collections.defaultdict(list)
+        self._read, self._broken = 0, set()
+        self._taken = self._counts.total()
+
+    @property
+    def by_reason(self) -> dict[str, int]:
+        return dict(sorted(self._counts.items()))
+
+    @property
+    def examples(self) -> dict[str, list[Any]]:
+        left_out = [index.examples(MAX_EXAMPLES) for index in self._indexes]
+        faults = [*itertools.chain(*left_out, *self._examples.values())]
+        return {
+            reason: [each for each in faults if each.reason == reason][:MAX_EXAMPLES]
+            for reason in self.by_reason
+        }
+
+    @property
+    def count(self) -> int:
+        """Integer. The number of broken samples."""
+        return self._counts.total()
+
+    def reasons(self) -> str:
+        """Returns the reasons with their counts."""
+        return ", ".join(f"{reason}: {n}" for reason, n in self.by_reason.items())
+
+    def add(self, fault: Any) -> None:
+        """Counts a broken sample.
+
+        Args:
+            fault: `Fault`.
+        """
+        self._counts[fault.reason] += 1
+        examples = self._examples[fault.reason]
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(fault)
+
+    def report_index(self, num_samples: int) -> None:
+        """Warns about samples left out of the index, or raises an error for too many.
+
+        Args:
+            num_samples: Integer. The number of intact samples.
+        """
+        count = self._counts.total()
+        total = count + num_samples
+        if not count:
+            return
+        examples = itertools.chain(*(index.examples(1) for index in self._indexes))
+        message = (
+            f"{count} of {total} samples of `source` are broken ({self.reasons()}), "
+            f"such as {next(examples)}"
+        )
+        self._check(message, count, total)
+        # Imported here, since worker processes import this module without Keras.
+        from keras_cluster_mask.distribution import is_main_process
+
+        if is_main_process():
+            # Show the line that called `image_text_dataset`.
+            warnings.warn(f"{message}. They are left out.", stacklevel=4)
+
+    def report(self, faults: Sequence[Any], read: int, total: int) -> None:
+        """Counts the samples of a batch, and warns about the first broken one.
+
+        Raises an error as soon as a pass has too many.
+
+        Args:
+            faults: List of `Fault`.
+            read: Integer. The number of samples, intact or broken.
+            total: Integer. The number of samples in a pass.
+        """
+        if self._read >= total:
+            self._read, self._broken = 0, set()
+        self._read += read
+        if not faults:
+            return
+        message = f"A sample is broken: {faults[0]}"
+        is_first = not self._examples
+        # Rounds of whole batches may read a sample twice.
+        self._broken.update((x.shard, x.key or object()) for x in faults)
+        for fault in faults:
+            self.add(fault)
+        # Samples that take the places of broken ones may be more than a pass has.
+        self._check(message, len(self._broken), max(total, self._read))
+        if is_first:
+            warnings.warn(
+                f"{message}. It was skipped; others may follow without a warning, "
+                "`dataset.skipped` counts them.",
+                stacklevel=2,
+            )
+
+    def _check(self, message, broken, total):
+        """Raises an error if too many samples are broken."""
+        if broken > self.max_share * total:
+            raise ValueError(
+                f"{message}. More than {100 * self.max_share:.3g} % of the samples are "
+                "broken. Repair `source`, or pass a larger `max_skipped`. Received: "
+                f"max_skipped={self.max_share}, {broken} broken of {total} samples, "
+                f"{self.reasons()}"
+            )
+
+    def take_new(self) -> int:
+        """Returns the number of samples that were added since the last call."""
+        count, self._taken = self.count - self._taken, self.count
+        return count
+
+    def __repr__(self):
+        reasons = f", {self.reasons()}" if self.count else ""
+        return f"<SkippedSamples count={self.count}{reasons}>"
+
+
+def num_processors():
+    """Returns the number of processors that this process may use."""
+    # Only Linux reports the processors that are assigned to a process.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

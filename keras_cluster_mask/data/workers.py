@@ -1,58 +1,15 @@
-"""Threads and processes that read batches in the background, in order."""
+"""Processes that read batches in the background, in order."""
 
-import collections
 import contextlib
 import itertools
 import math
 import multiprocessing
-import os
 import pickle
 import signal
 import traceback
 
 import cloudpickle
 import numpy as np
-
-from keras_cluster_mask.data.files import Threads
-
-
-def in_order(threads, function, items, ahead):
-    """Calls a function in threads.
-
-    Args:
-        threads: `Threads`.
-        function: Function of an item.
-        items: Iterable.
-        ahead: Integer. The number of calls that begin before their results are needed.
-
-    Yields:
-        The results, in the order of the items.
-    """
-    begun = collections.deque()
-    for item in items:
-        begun.append(threads.submit(function, item))
-        if len(begun) > ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
-
-
-def in_threads(samples, count, ahead, batches, stack):
-    """Reads batches in threads of this process.
-
-    Args:
-        samples: `Samples`.
-        count: Integer. The number of threads that share the rows of batches.
-        ahead: Integer. The number of batches that are read ahead.
-        batches: Range. The numbers of the batches.
-        stack: `contextlib.ExitStack`. Closing it ends the threads.
-
-    Yields:
-        The batches, in order.
-    """
-    rows, several = (stack.enter_context(Threads(n)) for n in (count, ahead))
-    # A batch begins as soon as there are free threads, before the last one is done.
-    return in_order(several, lambda n: samples.read(rows, n), batches, ahead)
 
 
 def in_processes(read, count, size, batches, stack):
@@ -63,7 +20,7 @@ def in_processes(read, count, size, batches, stack):
     with this process has no name.
 
     Args:
-        read: Function of batches and a stack, as `in_threads`.
+        read: Function of batches and a stack, as `Batches.in_threads`.
         count: Integer. The number of processes.
         size: Integer. The number of bytes of the images of a full batch.
         batches: Range. The numbers of the batches.
@@ -131,11 +88,3 @@ def _work(connection, memory, batches):
             except Exception:
                 error = RuntimeError("".join(traceback.format_exception(error)))
             connection.send((error, ()))
-
-
-def num_processors():
-    """Returns the number of processors that this process may use."""
-    # Only Linux reports the processors that are assigned to a process.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

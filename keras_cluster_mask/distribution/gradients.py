@@ -6,10 +6,10 @@ import functools
 import keras
 from keras import ops, tree
 
-from keras_cluster_mask.distribution.processes import process_index_and_count
 from keras_cluster_mask.distribution.replicas import (
     num_replicas,
     parts_of_batch,
+    process_index_and_count,
     replica_mean,
     tensorflow_replica,
 )

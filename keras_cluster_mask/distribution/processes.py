@@ -8,7 +8,10 @@ import os
 import keras
 from keras import ops
 
-from keras_cluster_mask.distribution.replicas import index_and_count, num_replicas
+from keras_cluster_mask.distribution.replicas import (
+    num_replicas,
+    process_index_and_count,
+)
 
 # Seconds without a heartbeat after which JAX gives up a process, and seconds that torch
 # waits for other processes, which may be writing or filling a buffer. torch notices a
@@ -83,21 +86,6 @@ def is_main_process() -> bool:
 def verbosity(verbose):
     """Returns `verbose` in the main process, and 0 in others, which print nothing."""
     return verbose if is_main_process() else 0
-
-
-def process_index_and_count(training):
-    """Returns the index of this process and the number that share the data, as ints.
-
-    In evaluation each torch process reads all data: with shards of different sizes,
-    some processes would wait for the others.
-    """
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.process_index(), jax.process_count()
-    if keras.backend.backend() == "torch" and training:
-        return index_and_count()
-    return 0, 1
 
 
 def all_gather_object(value):

@@ -34,6 +34,21 @@ def index_and_count():
     return 0, 1
 
 
+def process_index_and_count(training):
+    """Returns the index of this process and the number that share the data, as ints.
+
+    In evaluation each torch process reads all data: with shards of different sizes,
+    some processes would wait for the others.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.process_index(), jax.process_count()
+    if keras.backend.backend() == "torch" and training:
+        return index_and_count()
+    return 0, 1
+
+
 def batch_is_split(training):
     """Returns whether several replicas have different rows of one batch."""
     return num_replicas() > 1 and (training or keras.backend.backend() != "torch")

@@ -15,9 +15,11 @@ from keras_cluster_mask.encoders.pixels import check_statistics
 from keras_cluster_mask.encoders.surgery import (
     context_length_of,
     data_format_of,
+    image_shape_of,
     inputs_of,
 )
 from keras_cluster_mask.encoders.text_lengths import TextLengths, lengths_of_encoder
+from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.masking.selection import StepNoise
 from keras_cluster_mask.training.input_rules import is_float
 from keras_cluster_mask.training.layers import MadeOfParts
@@ -167,6 +169,10 @@ class ImageTower(Tower):
         data_format: `"channels_last"` or `"channels_first"`. Defaults to that of the
             encoder.
         **kwargs: Arguments of `keras.Model`.
+
+    Attributes:
+        image_size: `(height, width)` of the images, each `None` if the encoder accepts
+            any size or does not define one.
     """
 
     _parts = (*Tower._parts, "pixel_mean", "pixel_std", "data_format")
@@ -185,6 +191,9 @@ class ImageTower(Tower):
         self.pixel_mean = pixel_mean
         self.pixel_std = pixel_std
         self.data_format = data_format or data_format_of(encoder)
+        self.image_size = (None, None)
+        if (shape := image_shape_of(encoder)) is not None:
+            self.image_size = height_and_width(shape, self.data_format)
         # No method, because maskings hold it: they would hold the encoder, too.
         self.prepare = functools.partial(
             normalize_pixels,

@@ -20,7 +20,6 @@ from keras_cluster_mask.encoders.pixels import pixel_range
 from keras_cluster_mask.encoders.surgery import image_shape_of, number_positions
 from keras_cluster_mask.encoders.towers import ImageTower, TextTower
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.masking.patch_masking import join
 from keras_cluster_mask.masking.selection import StepNoise, step_of
 from keras_cluster_mask.models.backbones import OfBackbones
@@ -421,10 +420,8 @@ class ContrastiveModel(
         The image size is `(height, width)`. Each is `None` if the image encoder accepts
         any size or does not define one.
         """
-        size, tower = (None, None), self.image_tower
-        if (shape := image_shape_of(tower.encoder)) is not None:
-            size = height_and_width(shape, tower.data_format)
-        found = {"tokenizer": self.tokenizer, "image_size": size, "resize": self.resize}
+        tokenizer, size = self._text.tokenizer, self._towers.image.image_size
+        found = {"tokenizer": tokenizer, "image_size": size, "resize": self.resize}
         # Keras would save the tokenizer as a part of a dictionary.
         return types.MappingProxyType(found)
 

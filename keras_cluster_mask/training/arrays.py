@@ -7,10 +7,8 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.batches import as_array
-from keras_cluster_mask.distribution.processes import (
-    all_gather_object,
-    process_index_and_count,
-)
+from keras_cluster_mask.distribution.processes import all_gather_object
+from keras_cluster_mask.distribution.replicas import process_index_and_count
 from keras_cluster_mask.stream import Stream
 
 

@@ -32,7 +32,7 @@ def read_images(
     # Imported here: it needs packages that `import keras` does not.
     from keras_cluster_mask.data.images import Images, UnreadableImage
     from keras_cluster_mask.data.objects import ObjectIndex
-    from keras_cluster_mask.data.pairs import Fault, PairReader
+    from keras_cluster_mask.data.samples import Fault, Fields
 
     if None in image_size:
         raise ValueError(
@@ -43,8 +43,8 @@ def read_images(
     data_format = keras.config.image_data_format()
     decode = Images(image_size, False, resize=resize, data_format=data_format)
     paths = [os.fspath(x) if isinstance(x, os.PathLike) else x for x in images]
-    reader = PairReader(wants_caption=False)
-    index = ObjectIndex([{"image": path} for path in paths], reader)
+    fields = Fields(wants_caption=False)
+    index = ObjectIndex([{"image": path} for path in paths], fields)
 
     def read(number):
         (sample,) = index.read([number])

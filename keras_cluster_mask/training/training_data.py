@@ -25,10 +25,8 @@ import numpy as np
 
 from keras_cluster_mask.batches import as_array, is_endless
 from keras_cluster_mask.checks import check_integer
-from keras_cluster_mask.distribution.processes import (
-    all_gather_object,
-    process_index_and_count,
-)
+from keras_cluster_mask.distribution.processes import all_gather_object
+from keras_cluster_mask.distribution.replicas import process_index_and_count
 from keras_cluster_mask.stream import Stream
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.features import FeatureBatches, TowerFeatures

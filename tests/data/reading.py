@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import CLIPTokenizer, image_text_dataset
-from keras_cluster_mask.data.pairs import Pair
-from keras_cluster_mask.data.parts import hash_of
+from keras_cluster_mask.data.samples import Sample, hash_of
 
 # Of the captions that the fixture `write_pairs` writes.
 TOKENIZER = CLIPTokenizer.train([f"no {i}" for i in range(200)], 600, context_length=9)
@@ -116,4 +115,4 @@ class Keys(list):
         return np.array([hash_of(key) for key in self], "uint64")
 
     def read(self, numbers, with_images):
-        return [Pair(b"", (), self[number], "") for number in numbers]
+        return [Sample("", self[number]) for number in numbers]

@@ -213,7 +213,7 @@ def test_worker_processes_do_not_receive_the_model(shards):
     model = Model()
     model.lock = threading.Lock()  # No pickle holds it.
     dataset = image_text_dataset(shards, model, batch_size=8)
-    assert pickle.loads(pickle.dumps(dataset._samples)).images.image_size == (12, 16)
+    assert pickle.loads(pickle.dumps(dataset._batches)).images.image_size == (12, 16)
 
 
 def test_labels_of_a_model_need_no_captions(shards):

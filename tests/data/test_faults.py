@@ -11,7 +11,7 @@ import pytest
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats import parquet
-from keras_cluster_mask.data.pairs import SampleError
+from keras_cluster_mask.data.samples import SampleError
 from tests.data.reading import batches, keys, make_dataset, take
 
 pytestmark = [
@@ -145,7 +145,7 @@ def test_storage_that_dies_in_training_ends_the_run_within_four_minutes(
         pytest.warns(UserWarning, match=f"storage://{path}: {reason} 50") as told,
         pytest.raises(SampleError, match=rf"{reason} .*; 63 others"),
     ):
-        dataset._samples.read(threads, 0)
+        dataset._batches.read(threads, 0)
     assert len(told) == 1
     assert 180 < silence.now <= 240
 

@@ -6,7 +6,7 @@ import pytest
 
 from keras_cluster_mask.data import files, shards
 from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import PairReader
+from keras_cluster_mask.data.samples import Fields
 
 pytestmark = [
     pytest.mark.any_backend,
@@ -81,7 +81,7 @@ def test_patterns_do_not_match_hidden_files(tmp_path, memory):
 
 def read_all(source):
     """The keys, the images and the captions of the samples."""
-    index = open_index(source, PairReader())
+    index = open_index(source, Fields())
     pairs = index.read(range(len(index)))
     return [(pair.key, pair.image, *pair.captions) for pair in pairs]
 

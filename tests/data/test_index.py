@@ -11,8 +11,7 @@ from PIL import Image
 
 from keras_cluster_mask.data import files, image_text_dataset, parts, read_captions
 from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import PairReader
-from keras_cluster_mask.data.parts import hash_of
+from keras_cluster_mask.data.samples import Fields, hash_of
 from tests.data.reading import pairs_of
 
 pytestmark = pytest.mark.any_backend
@@ -37,7 +36,7 @@ KEYS = ["0000", "0001", "0002", "last", "0010", "0011", "0012", "0020", "0021"]
 
 
 def open_all(source, **options):
-    return open_index(source, PairReader(**options))
+    return open_index(source, Fields(**options))
 
 
 def keys(samples):
@@ -183,7 +182,7 @@ def test_an_index_that_was_deleted_is_read_while_it_is_open(tmp_path):
     folder.mkdir()
     (folder / "a.png").touch()
     (folder / "a.txt").write_text("t")
-    index = open_index(folder, PairReader(), cache)
+    index = open_index(folder, Fields(), cache)
     first = next(index.read([0]))
     shutil.rmtree(cache)
     assert next(index.read([0])) == first
@@ -368,4 +367,4 @@ def test_a_source_in_which_no_caption_is_found_is_an_error(tmp_path):
 def test_rows_without_an_image_are_samples_of_their_own(tmp_path):
     path = tmp_path / "captions.csv"
     path.write_text("caption\none\ntwo\n")
-    assert len(open_index(path, PairReader(()))) == 2
+    assert len(open_index(path, Fields(()))) == 2

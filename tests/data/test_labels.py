@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data.pairs import Labels
+from keras_cluster_mask.data.samples import Labels
 from tests.data.reading import make_dataset
 
 pytestmark = pytest.mark.any_backend

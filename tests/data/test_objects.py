@@ -12,14 +12,14 @@ from PIL import Image
 from keras_cluster_mask.data import stream
 from keras_cluster_mask.data.images import Images
 from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import PairReader
+from keras_cluster_mask.data.samples import Fields
 from tests.data.reading import Counted, keys, make_dataset, take
 
 pytestmark = pytest.mark.any_backend
 
 
 def open_all(source):
-    return open_index(source, PairReader())
+    return open_index(source, Fields())
 
 
 # === Threads ===
@@ -105,7 +105,7 @@ def test_an_image_may_be_a_path_a_key_bytes_and_others_arrays(captions, tmp_path
     # An array of one caption, as `numpy` makes it of a str, has no axis.
     found = {"image": path, "caption": np.array(captions).squeeze()}
     found |= {"__key__": "é".encode(), "cls": np.array(7)}
-    (pair,) = open_index([found], PairReader(label_key="cls")).read(range(1))
+    (pair,) = open_index([found], Fields(label_key="cls")).read(range(1))
     assert (pair.path, pair.captions) == (str(path), captions)
     assert (pair.key, pair.label) == ("é", 7)
 

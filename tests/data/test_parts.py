@@ -13,10 +13,10 @@ import threading
 
 import pytest
 
-from keras_cluster_mask.data import files, parts
+from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.tar import Tar
-from keras_cluster_mask.data.pairs import IMAGE_KEYS
 from keras_cluster_mask.data.parts import build_parts, read_part
+from keras_cluster_mask.data.samples import IMAGE_KEYS, hash_of
 from keras_cluster_mask.data.shards import find_shards
 from tests.data.reading import pairs_of
 
@@ -68,9 +68,8 @@ def test_a_part_holds_what_a_scan_finds(source):
     entries = [*Tar().scan(path)]
     assert len(entries) == len(first.records()) == first.num_records == 3
     for number, entry in enumerate(entries):
-        found = first.entry(number)
-        assert (found.offset, found.size) == (entry.offset, entry.size)
-        assert found.key == parts.hash_of(entry.key)
+        place, key, _ = first.record(number)
+        assert (place, key) == (entry.place, hash_of(entry.key))
     assert first.layouts == [[["png", "txt"], None, 3]]
     # 32 bytes a sample, a line and the stamp.
     assert os.path.getsize(first.path) == first.start + 3 * 32 + len(first.stamp)
@@ -250,7 +249,7 @@ def test_keys_and_names_of_any_letters_are_kept(tmp_path, write_tar):
     (part,) = build(path)
     head = json.loads(pathlib.Path(part.path).read_bytes().partition(b"\n")[0])
     assert head["layouts"] == part.layouts
-    assert read_part(part.path) == part
+    assert read_part(part.shard, part.path) == part
     assert pickle.loads(pickle.dumps(part)) == part
 
 

@@ -1,155 +1,120 @@
-"""What a batch holds: crops, captions, tokens and keys."""
+"""Which samples are pairs, and what is wrong with the others."""
 
-import functools
 import json
 
-import numpy as np
 import pytest
 
-from keras_cluster_mask.data.pairs import Pair
-from keras_cluster_mask.data.samples import Captions
-from tests.data.reading import column, make_dataset, pairs_of, take
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.samples import Fault, Fields
 
-pytestmark = [
-    pytest.mark.any_backend,
-    pytest.mark.filterwarnings("ignore:.*skipped"),
-]
+pytestmark = pytest.mark.any_backend
 
 
-make = functools.partial(make_dataset, batch_size=4)
+def read(source, with_images=False, **options):
+    """The pairs, and the keys and reasons of all broken samples."""
+    index = open_index(source, Fields(**options))
+    found = [*index.read(range(len(index)), with_images)]
+    faults = [*index.examples(9), *(each for each in found if isinstance(each, Fault))]
+    pairs = [each for each in found if not isinstance(each, Fault)]
+    return pairs, [(fault.key, fault.reason) for fault in faults]
+
+
+def test_of_several_image_fields_the_first_that_exists_is_used(write_tar):
+    files = [("1.png", b"png"), ("1.webp", b"webp"), ("1.txt", b"t")]
+    shard = write_tar("x.tar", files)
+    assert read(shard)[0][0].image == b"png"
+    assert read(shard, image_keys=["jpg", "webp", "png"])[0][0].image == b"webp"
+    assert read(shard, image_keys="jpg") == ([], [("1", "no image")])
+
+
+def test_the_field_filename_holds_the_image_unless_another_holds_its_path():
+    row = {"filename": "a.png", "text": "t"}
+    for fields, path in (row, "a.png"), (row | {"filepath": "b/a.png"}, "b/a.png"):
+        ((pair,), _) = read([fields])
+        assert pair.path == path
+
+
+def test_a_key_may_be_repeated_in_another_shard(write_pairs, write_tar):
+    files = [("0001.jpg", b"j"), ("0001.txt", b"t")]
+    source = [write_pairs("a.tar", 0, 3), write_tar("b.tar", files)]
+    pairs, faults = read(source)
+    assert [pair.key for pair in pairs] == ["0000", "0001", "0002", "0001"]
+    assert faults == []
+
+
+@pytest.mark.parametrize("image", [None, "", 3, [], [4], {"bytes": "x"}, [["a"]]])
+def test_cells_that_name_no_file_are_no_images(tmp_path, image):
+    lines = [{"id": 1, "image": image, "text": "t"}, {"id": 2, "text": "t"}]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    pairs, faults = read(path)
+    assert pairs == []
+    assert sorted(faults) == [("1", "no image"), ("2", "no image")]
 
 
 # === Captions ===
 
 
-@pytest.fixture
-def several(write_tar, noise):
-    """Eight samples of three captions each."""
-    members = []
-    for index in range(8):
-        captions = [f"{index} {word}" for word in ("one", "two", "three")]
-        members += [
-            (f"{index}.png", noise(index)),
-            (f"{index}.json", json.dumps({"captions": captions}).encode()),
-        ]
-    return write_tar("several.tar", members)
+def captions_of(sample, caption_key=None):
+    return Fields([], caption_key=caption_key).captions(sample)
 
 
-def test_training_draws_a_caption_in_each_epoch_and_evaluation_takes_the_first(several):
-    batches = take(make(several, True, include_captions=True), 2 * 30)
-    drawn = {}
-    for key, caption, ids in zip(
-        column(batches, "keys"),
-        column(batches, "captions"),
-        column(batches, "token_ids"),
-    ):
-        assert caption.startswith(key + b" ")
-        assert ids.tolist() == [len(caption)]
-        drawn.setdefault(key, []).append(caption[2:])
-    assert len(drawn) == 8
-    for captions in drawn.values():
-        assert {*captions} == {b"one", b"two", b"three"}
-    flat = [caption for captions in drawn.values() for caption in captions]
-    # Five standard deviations of a binomial distribution of 240 and a third.
-    assert all(abs(flat.count(each) - 80) < 37 for each in {*flat})
-    for _ in range(2):
-        batches = take(make(several, include_captions=True))
-        assert column(batches, "captions") == [b"%d one" % i for i in range(8)]
-
-
-def test_half_letters_are_not_changed():
-    pair = Pair(b"", ("{} \ud800",), "1", "x")
-    captions = Captions(None, False, include_captions=True)
-    batch = captions.batch([pair], [None], [0])
-    assert batch["captions"].tolist() == [b"{} \xed\xa0\x80"]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_all_captions_of_an_image_are_a_tuple(several, training):
-    batches = take(make(several, training, include_captions="all"), 2)
-    for key, captions in zip(column(batches, "keys"), column(batches, "captions")):
-        words = (b"one", b"two", b"three")
-        assert captions == tuple(b"%s %s" % (key, word) for word in words)
-    assert batches[0]["captions"].shape == (4,)
-    assert make(several, include_captions="all").element_spec["captions"].dtype == (
-        "object"
+def test_of_several_fields_the_first_that_is_not_empty_is_used():
+    keys = ("caption", "txt", "json.alt")
+    sample = {"txt": b"text", "caption": b"caption", "json": b'{"alt": "json"}'}
+    assert captions_of(sample, keys) == (("caption",), None)
+    sample["caption"] = b" \n"
+    assert captions_of(sample, keys) == (("text",), None)
+    del sample["caption"]
+    assert captions_of(sample, keys) == (("text",), None)
+    del sample["txt"]
+    assert captions_of(sample, keys) == (("json",), None)
+    assert captions_of({**sample, "json": b'{"alt": ""}'}, keys) == (
+        (),
+        "empty caption",
     )
+    assert captions_of({}, keys) == ((), "no caption")
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_rows_of_a_batch_belong_together(write_pairs, training):
-    shard = write_pairs("a.tar", 0, 30)
-    dataset = make(shard, training, include_captions=True)
-    for batch in take(dataset, 7):
-        levels = [int(key) for key in batch["keys"]]
-        # The gray level of an image is its key.
-        assert (batch["images"] == np.reshape(levels, (-1, 1, 1, 1))).all()
-        captions = [b"no %d" % level for level in levels]
-        assert batch["captions"].tolist() == captions
-        assert batch["token_ids"].tolist() == [[len(x)] for x in captions]
+def test_entries_of_json_are_found_at_any_depth():
+    content = {"a": {"b": {"c": "deep"}}, "list": ["one", "", "two"], "n": 3}
+    sample = {"json": json.dumps(content).encode(), "x.json": b'{"a": "dots"}'}
+    assert captions_of(sample, "json.a.b.c") == (("deep",), None)
+    assert captions_of(sample, "json.list") == (("one", "two"), None)
+    # A field may have dots in its own name.
+    assert captions_of({"x.json": b"itself"}, "x.json") == (("itself",), None)
+    for missing in ("json.a.b.x", "json.a.b.c.d", "json.list.0", "json.x", "other.a"):
+        assert captions_of(sample, missing) == ((), "no caption")
+    # Only text is a caption.
+    for other in ("json.a", "json.n"):
+        assert captions_of(sample, other) == ((), "empty caption")
+    # In JSON lines, a field is an object already.
+    assert captions_of({"meta": content}, "meta.a.b.c") == (("deep",), None)
 
 
-# === Images ===
+def test_each_line_of_txt_is_a_caption_unless_json_or_the_key_says_otherwise():
+    sample = {"txt": b" one\r\n\ntwo \n", "json": b'{"caption": null}'}
+    assert captions_of(sample) == (("one", "two"), None)
+    for whole in ((sample, "txt"), ({**sample, "json": b'{"caption": "one"}'},)):
+        assert captions_of(*whole) == (("one\r\n\ntwo",), None)
+    # Only files of this name.
+    assert captions_of({"caption": "one\ntwo"}) == (("one\ntwo",), None)
 
 
-@pytest.mark.parametrize("error", [MemoryError("no memory"), KeyError("a bug")])
-def test_an_error_of_a_transform_ends_the_run_with_shard_and_key(write_pairs, error):
-    def transform(image, generator):
-        if image[0, 0, 0] == 5:
-            raise error
-        return image
-
-    shard = write_pairs("a.tar", 0, 8)
-    dataset = make(shard, True, image_transform=transform)
-    with pytest.raises(RuntimeError) as raised:
-        take(dataset, 2)
-    message = str(raised.value)
-    for part in ("'0005'", str(shard), type(error).__name__, str(error.args[0])):
-        assert part in message
-    assert dataset.skipped.count == 0
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"\xff", b"[" * 100_000, b'"text"', b"null", b"[1]"]
+)
+def test_json_that_cannot_be_read_holds_no_caption(content):
+    assert captions_of({"json": content}, "json.caption") == ((), "no caption")
 
 
-# === Broken samples ===
+@pytest.mark.parametrize("value", [3, 0.5, True, {"a": "b"}, [1, None, [b"x"]], [], ""])
+def test_values_other_than_text_are_empty_captions(value):
+    assert captions_of({"txt": value}) == ((), "empty caption")
 
 
-def broken_tar(write_tar, noise, broken):
-    images = [b"broken" if n in broken else noise(n) for n in range(24)]
-    return write_tar("broken.tar", pairs_of(images))
-
-
-def test_training_replaces_a_broken_sample_by_another_of_its_batch(write_tar, noise):
-    broken = {3, 4, 5, 20}
-    expected = take(make(broken_tar(write_tar, noise, {}), True, batch_size=8), 9)
-    dataset = make(broken_tar(write_tar, noise, broken), True, batch_size=8)
-    replaced = 0
-    for batch, intact in zip(take(dataset, 9), expected, strict=True):
-        keys, wanted = batch["keys"].tolist(), intact["keys"].tolist()
-        assert {*keys} == {key for key in wanted if int(key) not in broken}
-        replaced += sum(key != want for key, want in zip(keys, wanted))
-        # The rows that are intact keep their places.
-        assert all(k == w for k, w in zip(keys, wanted) if int(w) not in broken)
-    assert replaced == 3 * len(broken)
-
-
-def test_each_sample_that_stands_in_is_cropped_on_its_own(write_tar, noise):
-    shard = broken_tar(write_tar, noise, {*range(1, 24)})
-    (batch,) = take(make(shard, True, batch_size=24, crop_scale=(0.2, 0.5)), 1)
-    assert {*batch["keys"]} == {b"00"}
-    assert len(np.unique(batch["images"].reshape(24, -1), axis=0)) == 24
-
-
-def test_a_batch_of_broken_samples_is_an_error_in_training(write_tar, noise):
-    shard = broken_tar(write_tar, noise, {*range(24)})
-    with pytest.raises(
-        RuntimeError, match=r"'\d\d' of the shard .*others of its batch"
-    ):
-        take(make(shard, True), 1)
-
-
-def test_evaluation_leaves_out_broken_samples_and_empty_batches(write_tar, noise):
-    shard = broken_tar(write_tar, noise, {2, *range(4, 12)})
-    batches = take(make(shard, include_captions=True))
-    assert [len(batch["images"]) for batch in batches] == [3, 4, 4, 4]
-    good = [i for i in range(24) if i not in {2, *range(4, 12)}]
-    assert column(batches, "keys") == [b"%02d" % i for i in good]
-    assert all(len(v) == len(b["keys"]) for b in batches for v in b.values())
+def test_bytes_that_are_no_utf_8_are_replaced():
+    assert captions_of({"txt": b"caf\xe9 \xf0\x9f\x90\x88"}) == (
+        ("caf\N{REPLACEMENT CHARACTER} \N{CAT}",),
+        None,
+    )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import SkippedSamples
-from keras_cluster_mask.data.pairs import Fault
+from keras_cluster_mask.data.samples import Fault
 from tests.data.reading import keys, make_dataset, take
 
 pytestmark = pytest.mark.any_backend

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import ImageTextDataset, files, samples, stream
+from keras_cluster_mask.data import ImageTextDataset, batches, files, stream
 from tests.data.reading import (
     TOKENIZER,
     Counted,
@@ -90,7 +90,7 @@ def test_tensorflow_numbers_and_torch_read_the_same_batches(shards, training):
 
 def test_batches_do_not_depend_on_how_much_is_read_together(shards, monkeypatch):
     expected = take(make(shards, True, batch_size=40), 6)
-    monkeypatch.setattr(samples, "TOGETHER", (7, 7))
+    monkeypatch.setattr(batches, "TOGETHER", (7, 7))
     monkeypatch.setattr(files, "MAX_GAP", -1)
     assert_same(take(make(shards, True, batch_size=40), 6), expected)
 

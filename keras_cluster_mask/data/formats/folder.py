@@ -4,7 +4,7 @@ import json
 import os
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import Entry, Format
+from keras_cluster_mask.data.samples import Entry, Format
 
 ENDINGS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif"),
@@ -20,10 +20,14 @@ class Folder(Format):
     the text of the file `KEY.txt` beside `KEY.jpg`.
     """
 
-    in_index = True
     names_files = True
 
+    def context(self, path):
+        """Returns the names of the folders with images."""
+        return sorted({*map(os.path.dirname, images_in(path))} - {""})
+
     def scan(self, path):
+        """Also yields the content of each sample, which the index stores."""
         offset, images = 0, images_in(path)
         named = [name for name in images if images[name]]
         places = [(files.beside(path, _text_of(name)), 0, None) for name in named]
@@ -35,20 +39,20 @@ class Folder(Format):
             # Without a loss of bytes that are not UTF-8.
             text = text.decode(errors="surrogateescape")
             content = json.dumps([name, text]).encode()
+            place = offset, len(content)
             _, fields = self.parse(content, 0, None)
-            if not text:
-                del fields["txt"]
-            yield Entry(name, offset, len(content), fields, None, content)
+            yield Entry(name, place, fields, None, content)
             offset += len(content)
 
-    def context(self, path):
-        """Returns the names of the folders with images."""
-        return sorted({*map(os.path.dirname, images_in(path))} - {""})
+    def read(self, places):
+        return [part.content(place) for part, place in places]
 
     def parse(self, content, number, context):
         name, text = json.loads(content)
-        text = text.encode(errors="surrogateescape")
-        return name, {"path": name, "folder": os.path.dirname(name), "txt": text}
+        fields = {"path": name, "folder": os.path.dirname(name)}
+        if text:
+            fields["txt"] = text.encode(errors="surrogateescape")
+        return name, fields
 
 
 def images_in(path):

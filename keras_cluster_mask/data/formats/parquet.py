@@ -6,7 +6,13 @@ import os
 import threading
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import DamagedShard, Format, is_empty, key_of
+from keras_cluster_mask.data.samples import (
+    DamagedShard,
+    Entry,
+    Format,
+    filled,
+    key_of,
+)
 
 KEYS = ("__key__", "key", "image_id", "id")
 # The number of row groups that are kept in memory. A group is read as a whole.
@@ -21,6 +27,8 @@ class Parquet(Format):
     `"path"`, as the package `datasets` writes them. The rows of one image are a sample
     with several captions. Its key is the column `__key__`, `key`, `image_id` or `id` of
     its first row, or the row number.
+
+    The place of a row is the number of its row group and its number there.
 
     Parquet cannot read single rows. If samples are shuffled one by one, a whole row
     group is read for each sample, so blocks of rows are shuffled; see `block_size`.
@@ -39,35 +47,37 @@ class Parquet(Format):
                 for place in range(table.num_rows):
                     row = _intact(path, table.slice(place, 1).to_pylist)[0]
                     key, fields = self.parse(row, number, None)
-                    yield self.entry(key, group, place, fields)
+                    yield Entry(key, (group, place), fields)
                     number += 1
 
     def read(self, places):
         rows = []
-        for path, group, place in places:
-            read = functools.partial(_read_group, path, group)
+        for part, (group, place) in places:
+            read = functools.partial(_read_group, part.shard, group)
             try:
                 # The lock prevents threads from reading the same group twice.
                 with _reading:
-                    table = files.retried(read, path)
-                rows.append(_intact(path, table.slice(place, 1).to_pylist)[0])
+                    table = files.retried(read, part.shard)
+                rows.append(_intact(part.shard, table.slice(place, 1).to_pylist)[0])
             except (OSError, DamagedShard) as error:
                 rows.append(error)
         return rows
 
     def parse(self, content, number, context):
-        fields = {
-            name: plain(value) for name, value in content.items() if value is not None
-        }
-        key = next((content[k] for k in KEYS if not is_empty(content.get(k))), None)
-        return f"{number:08}" if key is None else key_of(key), fields
+        fields = filled(plain(content))
+        key = next((fields[name] for name in KEYS if name in fields), f"{number:08}")
+        return key_of(key), fields
 
 
-def plain(value):
-    """Converts a value of a column to the type that other formats use."""
-    if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
-        return value["path"] if value["bytes"] is None else value["bytes"]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+def plain(columns):
+    """Returns the values of columns as other formats have them, without `None`."""
+    fields = {}
+    for name, value in columns.items():
+        if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
+            value = value["path"] if value["bytes"] is None else value["bytes"]
+        if value is not None:
+            fields[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return fields
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ import functools
 import itertools
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import (
+from keras_cluster_mask.data.samples import (
     UTF_16,
     DamagedShard,
+    Entry,
     Format,
+    filled,
     json_object,
 )
 
@@ -46,25 +48,24 @@ class Table(Format):
         # ends the search for a closing quote.
         csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW))
 
-    def scan(self, path):
-        with files.open_file(path) as file:
-            columns, number = self._columns(path, file), 0
-            for start, content in self._rows(file, columns):
-                if not content.strip():
-                    continue
-                row, fault = self._row(content, columns)
-                yield self.entry(_key(row, number), start, len(content), row, fault)
-                number += 1
-
     def context(self, path):
+        """Returns the names of the columns. JSON lines have none."""
         if self.delimiter is None:
             return None
         with files.open_file(path) as file:
             return self._columns(path, file)
 
+    def scan(self, path):
+        with files.open_file(path) as file:
+            columns, number = self._columns(path, file), 0
+            for start, content in self._rows(file, columns):
+                if content.strip():
+                    (key, fields), fault = self._row(content, number, columns)
+                    yield Entry(key, (start, len(content)), fields, fault)
+                    number += 1
+
     def parse(self, content, number, context):
-        row, _ = self._row(content, context)
-        return _key(row, number), {k: v for k, v in row.items() if v is not None}
+        return self._row(content, number, context)[0]
 
     def _columns(self, path, file):
         """Reads the column names of a table. JSON lines have None."""
@@ -113,24 +114,23 @@ class Table(Format):
         except (csv.Error, UnicodeDecodeError):
             return [], NO_CSV
 
-    def _row(self, content, columns):
-        """Returns a row as a dictionary and None, or an incomplete row and a fault."""
+    def _row(self, content, number, columns):
+        """Returns the key and the fields of a row, and None or a fault."""
+        row, fault = {}, None
         if len(content) > MAX_ROW:
-            return {}, "a row of more than a mebibyte"
-        if columns is None:
+            fault = "a row of more than a mebibyte"
+        elif columns is None:
             row = json_object(content)
-            return ({}, NO_JSON) if row is None else (row, None)
-        cells, fault = self._cells([content])
-        if fault and self.delimiter == "\t":
-            with contextlib.suppress(UnicodeDecodeError):
-                cells, fault = content.decode().rstrip("\r\n").split("\t"), None
-        # An unquoted comma in a caption would truncate the caption.
-        if any(cells[len(columns) :]):
-            cells, fault = cells[:1], "more cells than columns"
-        return dict(zip(columns, cells)), fault
-
-
-def _key(row, number):
-    """Returns the value of the first column, as valid UTF-8."""
-    key = next(map(str, row.values()), f"row {number}")
-    return key.encode("utf-8", "replace").decode()
+            row, fault = ({}, NO_JSON) if row is None else (row, None)
+        else:
+            cells, fault = self._cells([content])
+            if fault and self.delimiter == "\t":
+                with contextlib.suppress(UnicodeDecodeError):
+                    cells, fault = content.decode().rstrip("\r\n").split("\t"), None
+            # An unquoted comma in a caption would truncate the caption.
+            if any(cells[len(columns) :]):
+                cells, fault = cells[:1], "more cells than columns"
+            row = dict(zip(columns, cells))
+        # The value of the first column, as valid UTF-8.
+        key = next(map(str, row.values()), f"row {number}")
+        return (key.encode("utf-8", "replace").decode(), filled(row)), fault

@@ -6,12 +6,12 @@ import posixpath
 import tarfile
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.base import (
+from keras_cluster_mask.data.samples import (
     DamagedShard,
     Entry,
     Format,
     entries_of,
-    is_empty,
+    filled,
     json_object,
 )
 
@@ -68,7 +68,7 @@ class Tar(Format):
             # The bytes of one sample do not end with an end mark.
             if archive.offset >= len(content):
                 break
-        return found, fields
+        return found, filled(fields)
 
 
 def _samples(archive, length):
@@ -87,15 +87,15 @@ def _samples(archive, length):
         if sample is None or key != sample.key or field in seen:
             if sample is not None:
                 yield sample
-            sample, seen = Entry(key, member.offset, 0, {}), set()
-        sample = sample._replace(size=archive.offset - sample.offset)
+            start, sample, seen = member.offset, Entry(key, (0, 0), {}), set()
+        sample = sample._replace(place=(start, archive.offset - start))
         seen.add(field)
         if member.size:
             sample.fields[field] = member.size
         if field == "json":
             archive.fileobj.seek(member.offset_data)
             entries = json_object(archive.fileobj.read(member.size)) or {}
-            names = [f"json.{name}" for name in entries if not is_empty(entries[name])]
+            names = [f"json.{name}" for name in filled(entries)]
             # With more names, nearly every sample might need its own layout.
             if len(names) <= MAX_ENTRIES:
                 sample.fields.update(dict.fromkeys([entries_of("json"), *names]))

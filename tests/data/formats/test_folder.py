@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats import Folder, format_of
+from keras_cluster_mask.data.formats.folder import Folder
 from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import PairReader
-from keras_cluster_mask.data.shards import find_shards
+from keras_cluster_mask.data.samples import Fields
+from keras_cluster_mask.data.shards import find_shards, format_of
 
 pytestmark = pytest.mark.any_backend
 
@@ -28,10 +28,10 @@ def test_a_folder_holds_the_images_in_it_and_below(images, read_all):
     assert shard == f"{images}/"
     samples, faults = read_all(shard)
     assert samples == [
-        ("3.png", {"path": "3.png", "folder": "", "txt": b""}),
-        ("cats/1.PNG", {"path": "cats/1.PNG", "folder": "cats", "txt": b""}),
-        ("cats/2.png", {"path": "cats/2.png", "folder": "cats", "txt": b""}),
-        ("dogs/1.png", {"path": "dogs/1.png", "folder": "dogs", "txt": b""}),
+        ("3.png", {"path": "3.png", "folder": ""}),
+        ("cats/1.PNG", {"path": "cats/1.PNG", "folder": "cats"}),
+        ("cats/2.png", {"path": "cats/2.png", "folder": "cats"}),
+        ("dogs/1.png", {"path": "dogs/1.png", "folder": "dogs"}),
     ]
     assert faults == []
     assert files.beside(shard, "cats/1.PNG") == f"{images}/cats/1.PNG"
@@ -53,7 +53,7 @@ def test_the_text_beside_an_image_is_its_caption(images, memory, tmp_path, at):
     memory.put(f"{images}/", "/texts/", recursive=True)
     options = {"index_dir": tmp_path / "index"}
     for text in ("a cat, é", "another"):
-        index = open_index(at or images, PairReader(), **options)
+        index = open_index(at or images, Fields(), **options)
         (pair,) = index.read([0])
         assert (len(index), pair.key, pair.captions) == (1, "cats/1.PNG", (text,))
         assert pair.image == (images / "cats/1.PNG").read_bytes()
@@ -70,7 +70,7 @@ def test_links_to_folders_and_captions_are_followed(images, tmp_path):
     for second, text in enumerate(("a dog", "a fox")):
         (tmp_path / "text").write_text(text)
         os.utime(tmp_path / "text", (second, second))
-        (pair,) = open_index(images, PairReader(), **options).read([0])
+        (pair,) = open_index(images, Fields(), **options).read([0])
         assert (pair.key, pair.captions) == ("dogs/1.png", (text,))
     (images / "cats/above").symlink_to(images)
     with pytest.raises(ValueError, match=r"`source` must not hold.*Received: .*above"):

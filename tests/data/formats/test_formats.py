@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from keras_cluster_mask.data import example_images, list_shards, shards
-from keras_cluster_mask.data.formats import format_of
+from keras_cluster_mask.data.shards import format_of
 from tests.data.formats.conftest import ROWS
 
 pytestmark = pytest.mark.any_backend

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from keras_cluster_mask.data.formats import DamagedShard
+from keras_cluster_mask.data.samples import DamagedShard
 
 pytestmark = pytest.mark.any_backend
 
@@ -52,7 +52,8 @@ def test_random_tables_are_read_as_python_writes_them(write, read_all):
         file = io.StringIO(newline="")
         csv.writer(file, delimiter=delimiter).writerows([["f", "a", "b"], *rows])
         samples, faults = read_all(write(name, file.getvalue()))
-        assert [list(row.values()) for _, row in samples] == rows
+        # A cell without letters is no field.
+        assert [[row.get(x, "") for x in "fab"] for _, row in samples] == rows
         assert faults == []
 
 

@@ -4,9 +4,9 @@ import tarfile
 import pytest
 
 from keras_cluster_mask.data import image_text_dataset
-from keras_cluster_mask.data.formats import DamagedShard, tar
+from keras_cluster_mask.data.formats import tar
 from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.pairs import PairReader
+from keras_cluster_mask.data.samples import DamagedShard, Fields
 
 pytestmark = pytest.mark.any_backend
 
@@ -21,7 +21,7 @@ FILES = [
 SAMPLES = [
     ("a/1", {"jpg": b"one", "txt": b"first"}),
     ("a/2", {"jpg": b"two\0\0", "seg.png": b"mask"}),
-    ("b/2", {"txt": b"second", "jpg": b""}),
+    ("b/2", {"txt": b"second"}),
 ]
 KEYS = [key for key, _ in SAMPLES]
 
@@ -213,7 +213,7 @@ def test_the_entries_of_json_files_are_fields(write_tar):
 def test_all_images_before_all_texts_are_an_error_that_names_the_rule(write_tar):
     names = [f"{n}.{end}" for end in ("jpg", "txt") for n in range(6)]
     shard = write_tar("x.tar", [(name, b"-") for name in names])
-    index = open_index(shard, PairReader())
+    index = open_index(shard, Fields())
     rule = "the files of a sample must be neighbors"
     assert index.faults == {"no caption": 6, rule: 6}
     with pytest.raises(ValueError, match=rf"Received: .*'{rule}': 6"):
