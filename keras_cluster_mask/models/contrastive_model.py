@@ -420,8 +420,11 @@ class ContrastiveModel(
         The image size is `(height, width)`. Each is `None` if the image encoder accepts
         any size or does not define one.
         """
-        tokenizer, size = self._text.tokenizer, self._towers.image.image_size
-        found = {"tokenizer": tokenizer, "image_size": size, "resize": self.resize}
+        found = {
+            "tokenizer": self.tokenizer,
+            "image_size": self.image_tower.image_size,
+            "resize": self.resize,
+        }
         # Keras would save the tokenizer as a part of a dictionary.
         return types.MappingProxyType(found)
 
