@@ -121,7 +121,8 @@ def over_processes(train_function, model, averaged):
     Args:
         train_function: Keras's train function.
         model: The `keras.Model` that it trains.
-        averaged: List of the variables that each replica updates from its own rows.
+        averaged: The variables that each replica updates from its own rows; none for a
+            single replica.
     """
     if keras.backend.backend() != "torch":
         return train_function
@@ -131,7 +132,7 @@ def over_processes(train_function, model, averaged):
         for weight in model.trainable_weights:
             weight.value.grad = None
         logs = train_function(data)
-        for variable in averaged if num_replicas() > 1 else ():
+        for variable in averaged:
             variable.assign(replica_mean(variable.value))
         return logs
 

@@ -206,8 +206,11 @@ class ContrastiveTrainer:
         before = self.train_function
         super().make_train_function(force)
         if self.train_function is not before:
+            is_shared = replicas.num_replicas() > 1
             self.train_function = gradients.over_processes(
-                self.train_function, self, layers.averaged_variables(self)
+                self.train_function,
+                self,
+                layers.averaged_variables(self) if is_shared else (),
             )
         return self.train_function
 

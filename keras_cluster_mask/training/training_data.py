@@ -58,8 +58,6 @@ class TrainingData:
         shuffle: Boolean. Whether Keras must shuffle the data. It warns if it cannot.
         rows: Integer, the number of pairs that this process reads per step, or `None`.
         batch_size: Integer, the number of pairs per step on all devices, or `None`.
-        description: Dictionary. The settings that must be the same when a run is
-            resumed.
     """
 
     def __init__(
@@ -97,20 +95,28 @@ class TrainingData:
         start, seed = (getattr(self.stream, x, None) for x in ("start", "shuffle_seed"))
         self.origin = first_epoch, start or 0, seed
         self.steps_per_epoch = steps or getattr(self.stream, "steps_per_epoch", None)
-        self.description = {
-            **getattr(self.stream, "description", {}),
-            "steps_per_epoch": self.steps_per_epoch,
-        }
         _, processes = process_index_and_count(training=True)
         # Batches of features have labels in place of ids.
         spec = self.spec or {}
         texts = spec.get("token_ids", spec.get("caption_labels"))
         self.rows = None if texts is None else texts.shape[0]
         self.batch_size = None if self.rows is None else self.rows * processes
+        if processes > 1:
+            self._check_same()
+
+    @property
+    def description(self):
+        """Dictionary. The settings that must be the same when a run is resumed."""
+        # An index is read for it.
+        found = getattr(self.stream, "description", {})
+        return {**found, "steps_per_epoch": self.steps_per_epoch}
+
+    def _check_same(self):
+        """Raises an error unless all processes have the same data."""
         found = {**self.description, "rows": self.rows}
         content = json.dumps(found, sort_keys=True).encode()
         # 31 bits, since JAX's integers have no more.
-        if processes > 1 and len({*all_gather_object(zlib.crc32(content) >> 1)}) > 1:
+        if len({*all_gather_object(zlib.crc32(content) >> 1)}) > 1:
             raise ValueError(
                 "`x` must be the same data, in the same order and in batches of the "
                 "same size, in all processes: check that all see the same shards, and "
