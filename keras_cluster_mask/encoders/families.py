@@ -5,7 +5,7 @@ recognized by name, to avoid importing keras_hub.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -214,20 +214,29 @@ EMBEDDINGS = {x.embedding: x for x in IMAGE_FAMILIES.values() if x.embedding}
 BLOCKS = {x.block: x for x in IMAGE_FAMILIES.values() if x.block}
 
 
-def family_of(name: str, model: Any, families: Mapping[str, Any], hint: str = ""):
+def family_of(
+    name: str,
+    model: Any,
+    families: Mapping[str, Any],
+    is_supported: Callable[[Any], Any] = bool,
+    hint: str = "",
+):
     """Returns the family of a model of keras_hub.
 
     Args:
         name: String, the name of the argument, for the error.
         model: The model.
-        families: Dictionary of the families that are supported, by class name.
+        families: Dictionary of families, by class name.
+        is_supported: Function from a family to whether it can be used here. By default,
+            all can.
         hint: String, what else can be done.
     """
+    known = [kind for kind, family in families.items() if is_supported(family)]
     for kind in type(model).__mro__:
-        if kind.__name__ in families:
+        if kind.__name__ in known:
             return families[kind.__name__]
     raise ValueError(
-        f"`{name}` must be a keras_hub {', '.join(families)}. {hint}"
+        f"`{name}` must be a keras_hub {', '.join(known)}. {hint}"
         f"Received: {name}={model} of type {type(model).__name__}"
     )
 

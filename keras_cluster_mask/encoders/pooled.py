@@ -38,12 +38,12 @@ def pretrained_towers(
     See `ContrastiveModel.from_encoders`.
     """
     hint = "Pass other encoders, with their own pooling, to `ContrastiveModel`. "
-    known = {name: x for name, x in IMAGE_FAMILIES.items() if x.pooling}
-    family = family_of("image_backbone", image_backbone, known, hint)
+    family = family_of(
+        "image_backbone", image_backbone, IMAGE_FAMILIES, lambda x: x.pooling, hint
+    )
     # A `TextEmbedder` has a backbone and a pooling.
     texts = getattr(text_backbone, "backbone", text_backbone)
-    known = {name: x for name, x in TEXT_FAMILIES.items() if not x.of_pair}
-    family_of("text_backbone", texts, known, hint)
+    family_of("text_backbone", texts, TEXT_FAMILIES, lambda x: not x.of_pair, hint)
     if isinstance(pooling, str):
         raise ValueError(
             "`pooling` must be two values, for images and for texts, such as "

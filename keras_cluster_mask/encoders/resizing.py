@@ -27,6 +27,9 @@ from keras_cluster_mask.training.layers import (
     restore_settings,
 )
 
+# For a model around an encoder.
+HINT = "Or pass its backbone. "
+
 
 def with_image_size(
     model: keras.Model, image_size: int | tuple[int, int]
@@ -65,8 +68,7 @@ def with_image_size(
         - [open_clip](https://github.com/mlfoundations/open_clip), `resize_pos_embed`.
     """
     encoder = getattr(model, "vision_encoder", model)
-    known = {name: x for name, x in IMAGE_FAMILIES.items() if x.resizable}
-    family_of("model", encoder, known, "Or pass its backbone. ")
+    family_of("model", encoder, IMAGE_FAMILIES, lambda x: x.resizable, HINT)
     embedding = find_embedding_layer(encoder)
     data_format = data_format_of(encoder)
     shape = tuple(encoder.image_shape)
@@ -134,8 +136,7 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
           `resize_text_pos_embed`.
     """
     encoder = getattr(model, "text_encoder", model)
-    known = {name: x for name, x in TEXT_FAMILIES.items() if x.of_pair}
-    family_of("model", encoder, known, "Or pass its backbone. ")
+    family_of("model", encoder, TEXT_FAMILIES, lambda x: x.of_pair, HINT)
     length = check_integer("length", length, 3)
     copy = copy_with(model, "text_encoder", {"max_sequence_length": length})
     for old, new in zip(model.weights, copy.weights):
