@@ -4,7 +4,7 @@ The rest of the library is written once, in `keras.ops`. Only the backend in use
 imported.
 """
 
-from keras_cluster_mask.distribution.processes import initialize, is_main_process
-from keras_cluster_mask.distribution.replicas import num_replicas
+from keras_cluster_mask.distribution.processes import initialize
+from keras_cluster_mask.distribution.replicas import is_main_process, num_replicas
 
 __all__ = ["initialize", "is_main_process", "num_replicas"]

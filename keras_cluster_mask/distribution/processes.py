@@ -8,10 +8,7 @@ import os
 import keras
 from keras import ops
 
-from keras_cluster_mask.distribution.replicas import (
-    num_replicas,
-    process_index_and_count,
-)
+from keras_cluster_mask.distribution.replicas import num_replicas, verbosity
 
 # Seconds without a heartbeat after which JAX gives up a process, and seconds that torch
 # waits for other processes, which may be writing or filling a buffer. torch notices a
@@ -76,16 +73,6 @@ def _leave():
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def is_main_process() -> bool:
-    """Returns whether this process is the one that prints and writes files."""
-    return process_index_and_count(training=True)[0] == 0
-
-
-def verbosity(verbose):
-    """Returns `verbose` in the main process, and 0 in others, which print nothing."""
-    return verbose if is_main_process() else 0
 
 
 def all_gather_object(value):

@@ -49,6 +49,16 @@ def process_index_and_count(training):
     return 0, 1
 
 
+def is_main_process() -> bool:
+    """Returns whether this process is the one that prints and writes files."""
+    return process_index_and_count(training=True)[0] == 0
+
+
+def verbosity(verbose):
+    """Returns `verbose` in the main process, and 0 in others, which print nothing."""
+    return verbose if is_main_process() else 0
+
+
 def batch_is_split(training):
     """Returns whether several replicas have different rows of one batch."""
     return num_replicas() > 1 and (training or keras.backend.backend() != "torch")

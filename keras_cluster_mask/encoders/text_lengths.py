@@ -13,7 +13,6 @@ from keras_cluster_mask.distribution.backends import compiles_steps, is_traced
 from keras_cluster_mask.encoders.families import TextFamily
 from keras_cluster_mask.encoders.masked import random_weights
 from keras_cluster_mask.encoders.pooled import PooledEncoder
-from keras_cluster_mask.encoders.surgery import inputs_of
 from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.training.input_rules import MADE
 from keras_cluster_mask.training.layers import all_layers
@@ -116,12 +115,11 @@ def lengths_of_encoder(tower: Any) -> TextLengths:
     an influence.
     """
     family, longest, names = tower.family, tower.context_length, tower.input_names
-    shapes = {x.shape for x in inputs_of(tower.encoder).values()}
     # `from_encoders` and `from_backbone` make their encoders of families of the table.
     is_of_table = isinstance(tower.encoder, PooledEncoder)
     is_of_table = is_of_table or hasattr(tower.encoder, "text_family")
     is_cut = (
-        shapes == {(None, None)}
+        tower.takes_any_length
         and {*names} <= {"token_ids", *MADE}
         and family.pooling != "last token"
         and (family.pooling != "all tokens" or "padding_mask" in names)

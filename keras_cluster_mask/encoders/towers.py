@@ -11,7 +11,7 @@ from keras import ops
 from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, text_family_of
-from keras_cluster_mask.encoders.pixels import check_statistics
+from keras_cluster_mask.encoders.pixels import check_statistics, pixel_range
 from keras_cluster_mask.encoders.surgery import (
     context_length_of,
     data_format_of,
@@ -58,6 +58,10 @@ class Tower(MadeOfParts, Exported, keras.Model):
         projection: A layer from features to `(batch, d)`, or `None`.
         **kwargs: Arguments of `keras.Model`.
 
+    Attributes:
+        sample_shape: Tuple, the shape of the encoder's first input without the batch;
+            `None` if it is not known when the tower is made.
+
     Call arguments:
         inputs: `(batch, H, W, C)` images, uint8 or normalized floats; or `(batch, T)`
             token ids, or a dictionary of inputs if the text encoder has several.
@@ -79,6 +83,7 @@ class Tower(MadeOfParts, Exported, keras.Model):
         self.autocast = False
         self.encoder = encoder
         self.projection = projection
+        self.sample_shape = image_shape_of(encoder)
         self.built = True
 
     def prepare(self, inputs: Any) -> Any:
@@ -173,6 +178,8 @@ class ImageTower(Tower):
     Attributes:
         image_size: `(height, width)` of the images, each `None` if the encoder accepts
             any size or does not define one.
+        pixel_range: Two floats, the values of a black and a white pixel after
+            normalization; `None` for images that are not normalized.
     """
 
     _parts = (*Tower._parts, "pixel_mean", "pixel_std", "data_format")
@@ -191,9 +198,10 @@ class ImageTower(Tower):
         self.pixel_mean = pixel_mean
         self.pixel_std = pixel_std
         self.data_format = data_format or data_format_of(encoder)
+        self.pixel_range = pixel_range(pixel_mean, pixel_std)
         self.image_size = (None, None)
-        if (shape := image_shape_of(encoder)) is not None:
-            self.image_size = height_and_width(shape, self.data_format)
+        if self.sample_shape is not None:
+            self.image_size = height_and_width(self.sample_shape, self.data_format)
         # No method, because maskings hold it: they would hold the encoder, too.
         self.prepare = functools.partial(
             normalize_pixels,
@@ -222,6 +230,7 @@ class TextTower(Tower):
 
     Attributes:
         input_names: Tuple of str, the names of the encoder's inputs.
+        takes_any_length: Boolean. Whether the inputs have no fixed number of tokens.
         family: The `TextFamily` of the encoder.
 
     Raises:
@@ -238,7 +247,8 @@ class TextTower(Tower):
         **kwargs: Any,
     ):
         super().__init__(encoder, projection, **kwargs)
-        names = tuple(inputs_of(encoder))
+        given = inputs_of(encoder)
+        names = tuple(given)
         if len(names) > 1 and "token_ids" not in names:
             raise ValueError(
                 "`text_encoder` must have one input, or inputs that are named as the "
@@ -246,6 +256,7 @@ class TextTower(Tower):
                 f"Received: inputs {[*names]}"
             )
         self.input_names = names if len(names) > 1 else ("token_ids",)
+        self.takes_any_length = {x.shape for x in given.values()} == {(None, None)}
         self.family = text_family_of(encoder)
         self.context_length = context_length or context_length_of(encoder)
 

@@ -16,7 +16,7 @@ from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
 from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.models.loading import as_contrastive_model
-from keras_cluster_mask.training.tokens import check_tokenizer_of, tokenizer_of
+from keras_cluster_mask.training.tokenizers import check_tokenizer_of, tokenizer_of
 
 # The number of texts that are ordered by length at a time.
 WINDOW = 4096

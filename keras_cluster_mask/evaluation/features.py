@@ -32,7 +32,7 @@ from keras_cluster_mask.training.features import (
     describe_towers,
     read_progress,
 )
-from keras_cluster_mask.training.tokens import digest_of, tokenizer_of
+from keras_cluster_mask.training.tokenizers import digest_of, tokenizer_of
 
 
 def compute_features(

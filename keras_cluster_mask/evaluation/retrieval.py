@@ -20,7 +20,7 @@ from keras_cluster_mask.evaluation.embedding import (
     pairs_of,
     texts_of,
 )
-from keras_cluster_mask.training.tokens import check_tokenizer_of
+from keras_cluster_mask.training.tokenizers import check_tokenizer_of
 
 # The number of similarities that are in memory at a time.
 MAX_PAIRS = 2**23

@@ -35,7 +35,7 @@ from typing import Any, Self
 from keras_cluster_mask.encoders.surgery import data_format_of
 from keras_cluster_mask.evaluation import embedding
 from keras_cluster_mask.masking.patch_grid import is_channels_first
-from keras_cluster_mask.training.tokens import tokenizer_of
+from keras_cluster_mask.training.tokenizers import tokenizer_of
 from keras_cluster_mask.types import Tensor
 
 # torch and clip_benchmark are optional, so they are imported in functions only.

@@ -23,8 +23,11 @@ from keras_cluster_mask.models.head import (
     ContrastiveHead,
     as_head,
 )
-from keras_cluster_mask.training.tokenizer_files import load_from_preset, save_in_preset
-from keras_cluster_mask.training.tokens import check_tokenizer
+from keras_cluster_mask.training.tokenizers import (
+    check_tokenizer,
+    load_from_preset,
+    save_in_preset,
+)
 
 
 class OfBackbones:

@@ -16,8 +16,7 @@ from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.encoders.masked import MaskedEncoder, unmasked
-from keras_cluster_mask.encoders.pixels import pixel_range
-from keras_cluster_mask.encoders.surgery import image_shape_of, number_positions
+from keras_cluster_mask.encoders.surgery import number_positions
 from keras_cluster_mask.encoders.towers import ImageTower, TextTower
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_masking import join
@@ -29,8 +28,12 @@ from keras_cluster_mask.training.image_files import read_images
 from keras_cluster_mask.training.input_rules import KEYS, InputRules
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.training.micro_batches import embed_in_micro_batches
-from keras_cluster_mask.training.tokenizer_files import load_tokenizer, save_tokenizer
-from keras_cluster_mask.training.tokens import check_kind, tokenizer_of
+from keras_cluster_mask.training.tokenizers import (
+    check_kind,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_of,
+)
 from keras_cluster_mask.types import Tensor
 
 # Parts and options that others depend on once the model is made.
@@ -431,17 +434,17 @@ class ContrastiveModel(
     @property
     def input_rules(self) -> InputRules:
         """The `InputRules` for images and token ids."""
-        texts, family = self.text_tower, self.text_tower.family
+        images, texts = self.image_tower, self.text_tower
         has_mask = "padding_mask" in texts.input_names
         return InputRules(
             text_inputs=texts.input_names,
-            image_shape=image_shape_of(self.image_encoder),
-            text_shape=image_shape_of(self.text_encoder),
+            image_shape=images.sample_shape,
+            text_shape=texts.sample_shape,
             context_length=texts.context_length,
             vocabulary_size=getattr(self.text_encoder, "vocabulary_size", None),
-            end_token_id=family.end_id,
-            padding_id=family.padding_id if has_mask else None,
-            pixel_range=pixel_range(self.pixel_mean, self.pixel_std),
+            end_token_id=texts.family.end_id,
+            padding_id=texts.family.padding_id if has_mask else None,
+            pixel_range=images.pixel_range,
         )
 
     @property

@@ -13,7 +13,6 @@ from keras import ops
 from keras_cluster_mask.batches import num_batches
 from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import keeping_weights
-from keras_cluster_mask.distribution.processes import verbosity
 from keras_cluster_mask.encoders.surgery import freeze_mask_tokens
 from keras_cluster_mask.losses import (
     batch_loss,
@@ -429,7 +428,7 @@ class ContrastiveTrainer:
 
         Arguments and results are those of `keras.Model.evaluate`.
         """
-        verbose, steps = verbosity(verbose), steps or num_batches(x)
+        verbose, steps = replicas.verbosity(verbose), steps or num_batches(x)
         x = evaluation_data(self, x, y, sample_weight, steps)
         with until_the_end(), keeping_weights(self), self._evaluation():
             return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
@@ -442,7 +441,7 @@ class ContrastiveTrainer:
         steps: int | None = None,
         **kwargs: Any,
     ) -> dict[str, np.ndarray]:
-        verbose, steps = verbosity(verbose), steps or num_batches(x)
+        verbose, steps = replicas.verbosity(verbose), steps or num_batches(x)
         x = evaluation_data(self, x, steps=steps)
         with until_the_end(), keeping_weights(self):
             return super().predict(x, batch_size, verbose, steps, **kwargs)

@@ -18,16 +18,16 @@ from keras import ops
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import (
     all_gather_object,
-    is_main_process,
     to_numpy,
 )
+from keras_cluster_mask.distribution.replicas import is_main_process
 from keras_cluster_mask.training.layers import settings_of
 from keras_cluster_mask.training.optimizers import (
     build,
     inner_optimizer,
     optimizer_parts,
 )
-from keras_cluster_mask.training.tokens import digest_of
+from keras_cluster_mask.training.tokenizers import digest_of
 
 # The number of steps between two checks of the loss. A check of each step would keep
 # the device waiting.

@@ -21,8 +21,7 @@ from keras_cluster_mask.distribution.backends import (
     write_rng_state,
 )
 from keras_cluster_mask.distribution.gradients import check_batch_size
-from keras_cluster_mask.distribution.processes import is_main_process
-from keras_cluster_mask.distribution.replicas import num_replicas
+from keras_cluster_mask.distribution.replicas import num_replicas, verbosity
 from keras_cluster_mask.training.checkpoints import (
     RunCallback,
     learning_rates,
@@ -33,7 +32,7 @@ from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import optimizer_parts
 from keras_cluster_mask.training.step_metrics import DIRECTIONS
-from keras_cluster_mask.training.tokens import adopt_tokenizer
+from keras_cluster_mask.training.tokenizers import adopt_tokenizer
 from keras_cluster_mask.training.training_data import (
     TrainingData,
     evaluation_data,
@@ -67,8 +66,7 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     bound.arguments.setdefault("shuffle", None)
     bound.apply_defaults()
     options = bound.arguments
-    if not is_main_process():
-        options["verbose"] = 0
+    options["verbose"] = verbosity(options["verbose"])
 
     x, data, validation = _take_data(model, options)
     run = TrainingRun(model, data, options.pop("callbacks"), validation)

@@ -31,7 +31,7 @@ from keras_cluster_mask.stream import Stream
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.features import FeatureBatches, TowerFeatures
 from keras_cluster_mask.training.input_rules import KEYS, as_dictionary
-from keras_cluster_mask.training.tokens import check_tokenizer_of
+from keras_cluster_mask.training.tokenizers import check_tokenizer_of
 
 
 class TrainingData:

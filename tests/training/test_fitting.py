@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.distribution import processes
+from keras_cluster_mask.distribution import replicas
 from keras_cluster_mask.training.fitting import (
     STEPS_AHEAD,
     TrainingRun,
@@ -137,7 +137,7 @@ def test_fit_prints_how_many_samples_of_an_epoch_are_broken(write_pairs, capsys)
 def test_evaluation_shows_its_length_in_the_main_process(
     is_main, write_pairs, capsys, monkeypatch
 ):
-    monkeypatch.setattr(processes, "is_main_process", lambda: is_main)
+    monkeypatch.setattr(replicas, "is_main_process", lambda: is_main)
     data = stream(write_pairs("a.tar", 0, 10), training=False)
     model = compiled()
     for evaluate in (

@@ -16,12 +16,12 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.data.tokenizing import tokenize
 from keras_cluster_mask.training.checkpoints import describe
 from keras_cluster_mask.training.layers import all_layers
-from keras_cluster_mask.training.tokenizer_files import (
+from keras_cluster_mask.training.tokenizers import (
     PRESET_FOLDER,
+    check_tokenizer,
     load_tokenizer,
     save_in_preset,
 )
-from keras_cluster_mask.training.tokens import check_tokenizer
 from tests.encoders.test_pooled import bert
 from tests.helpers import (
     CONTEXT,

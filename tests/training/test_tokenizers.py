@@ -14,7 +14,7 @@ from keras_cluster_mask.evaluation import (
     evaluate_retrieval,
     evaluate_zero_shot,
 )
-from keras_cluster_mask.training.tokens import check_tokenizer, digest_of
+from keras_cluster_mask.training.tokenizers import check_tokenizer, digest_of
 from tests.data.reading import keras_hub_tokenizer
 from tests.encoders.test_pooled import bert, make_model
 from tests.helpers import (
