@@ -36,7 +36,7 @@ from tests.helpers import (
     tiny_metaclip,
     vit_encoder,
 )
-from tests.training.test_tokens import END, METACLIP_END, hugging_face
+from tests.training.test_tokenizers import END, METACLIP_END, hugging_face
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"]
 
