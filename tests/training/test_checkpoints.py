@@ -382,6 +382,18 @@ def test_optimizers_of_towers_and_activations_of_blocks_must_be_the_same(tmp_pat
 # === What is saved ===
 
 
+class StopBefore(keras.callbacks.Callback):
+    """Stops training as a time limit does, before a step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if int(ops.convert_to_numpy(self.model.optimizer.iterations)) == self.step:
+            self.model.stop_training = True
+
+
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     # Before the second step of the second epoch, and before the last of the first.
@@ -391,15 +403,7 @@ def test_optimizers_of_towers_and_activations_of_blocks_must_be_the_same(tmp_pat
 def test_an_epoch_that_a_callback_stops_is_saved_if_it_has_ended(
     step, save_every, epochs, whole, shards, tmp_path
 ):
-    def stop_as_a_time_limit_does(batch, logs):
-        if int(ops.convert_to_numpy(model.optimizer.iterations)) == step:
-            model.stop_training = True
-
-    model = make_model()
-    stop = keras.callbacks.LambdaCallback(
-        on_train_batch_begin=stop_as_a_time_limit_does
-    )
-    fit = dict(model=model, callbacks=[stop], save_every=save_every)
+    fit = dict(callbacks=[StopBefore(step)], save_every=save_every)
     _, history = run(make_dataset(shards), tmp_path, **fit)
     assert history.epoch == epochs
     assert [*saved_epochs(tmp_path)] == [1]
