@@ -65,14 +65,14 @@ def whole(shards, folder):
     return run(make_dataset(shards), folder)
 
 
-def run(data, folder, stop=None, model=None, callbacks=(), keep=3, **fit):
+def run(data, folder, stop=None, model=None, callbacks=(), save_every=1, keep=3, **fit):
     """Trains for three epochs, or from a checkpoint, and saves more of them.
 
     Returns:
         The weights and the history, or `None` if the run was stopped.
     """
     model, history = model or make_model(), None
-    callbacks = [*callbacks, kcm.callbacks.Checkpoint(folder, keep=keep)]
+    callbacks = [*callbacks, kcm.callbacks.Checkpoint(folder, save_every, keep)]
     if stop:
         callbacks.append(StopAfter(stop))
     fit = {"epochs": 3, "verbose": 0, "resume_from": folder, **fit}
@@ -382,6 +382,18 @@ def test_optimizers_of_towers_and_activations_of_blocks_must_be_the_same(tmp_pat
 # === What is saved ===
 
 
+class StopBefore(keras.callbacks.Callback):
+    """Stops training as a time limit does, before a step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if int(ops.convert_to_numpy(self.model.optimizer.iterations)) == self.step:
+            self.model.stop_training = True
+
+
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     # Before the second step of the second epoch, and before the last of the first.
@@ -391,17 +403,9 @@ def test_optimizers_of_towers_and_activations_of_blocks_must_be_the_same(tmp_pat
 def test_an_epoch_that_a_callback_stops_is_saved_if_it_has_ended(
     step, save_every, epochs, whole, shards, tmp_path
 ):
-    def stop_as_a_time_limit_does(batch, logs):
-        if int(ops.convert_to_numpy(model.optimizer.iterations)) == step:
-            model.stop_training = True
-
-    model = make_model()
-    callbacks = [
-        kcm.callbacks.Checkpoint(tmp_path, save_every),
-        keras.callbacks.LambdaCallback(on_train_batch_begin=stop_as_a_time_limit_does),
-    ]
-    fit = dict(epochs=3, verbose=0, callbacks=callbacks)
-    assert model.fit(make_dataset(shards), **fit).epoch == epochs
+    fit = dict(callbacks=[StopBefore(step)], save_every=save_every)
+    _, history = run(make_dataset(shards), tmp_path, **fit)
+    assert history.epoch == epochs
     assert [*saved_epochs(tmp_path)] == [1]
     assert_same_runs(run(make_dataset(shards), tmp_path), whole)
 
@@ -414,9 +418,8 @@ def test_an_epoch_that_a_callback_stops_is_saved_if_it_has_ended(
 def test_every_so_many_epochs_and_the_last_are_saved(
     save_every, keep, expected, tmp_path
 ):
-    callbacks = [kcm.callbacks.Checkpoint(tmp_path, save_every, keep)]
-    fit = dict(epochs=5, verbose=0, callbacks=callbacks, **ARRAYS)
-    compiled_model().fit(random_pairs(8), **fit)
+    options = dict(model=compiled_model(), save_every=save_every, keep=keep)
+    run(random_pairs(8), tmp_path, epochs=5, **options, **ARRAYS)
     assert [*saved_epochs(tmp_path)] == expected
 
 
@@ -548,13 +551,12 @@ class BreakMoment(keras.callbacks.Callback):
 def test_weights_and_moments_that_are_infinite_are_not_saved(
     optimizer, callbacks, found, tmp_path
 ):
-    model = make_model(optimizer=optimizer())
-    callbacks = [*callbacks, kcm.callbacks.Checkpoint(tmp_path)]
+    fit = dict(model=make_model(optimizer=optimizer()), callbacks=callbacks)
     with pytest.raises(
         kcm.callbacks.NonFiniteError,
         match=rf"weights.*is none.*Received: {found}.* at the end of epoch 1$",
     ):
-        model.fit(pairs(), batch_size=12, verbose=0, callbacks=callbacks)
+        run(pairs(), tmp_path, batch_size=12, **fit)
     assert not saved_epochs(tmp_path)
 
 

@@ -20,7 +20,6 @@ import keras_cluster_mask as kcm
 from tests.helpers import (
     CONTEXT,
     MASKINGS,
-    VOCABULARY,
     masked_vit,
     number_as_token,
     random_pairs,
@@ -36,7 +35,7 @@ def make_model(masking=None, optimizer=None, views=1, **options):
     masking = masking or MASKINGS["threshold"](seed=3)
     encoder = masked_vit(masking, mix=keras.layers.Dropout(0.2, seed=5))
     ids = keras.Input((CONTEXT,), dtype="int32")
-    x = keras.layers.Embedding(VOCABULARY, 16)(ids)
+    x = keras.layers.Embedding(300, 16)(ids)
     x = keras.layers.Dropout(0.1)(keras.layers.GlobalAveragePooling1D()(x))
     texts = keras.Model(ids, keras.layers.Dense(16)(x))
     model = kcm.ContrastiveModel(encoder, texts, views=views)
