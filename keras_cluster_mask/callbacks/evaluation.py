@@ -99,7 +99,6 @@ class Evaluate(RunCallback):
         self._embedder = Embedder(self.model)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        logs = {} if logs is None else logs
         if self._is_first or self._is_due(epoch, self.every):
             self._metrics = self._evaluate_epoch(logs.get("loss", 0.0))
         self._is_first = False
@@ -185,7 +184,7 @@ class EvaluateData(Evaluate):
         batch = next((each for each in batches if len(each["images"])), None)
         check_not_empty(batch is not None, self.data)
         self._metrics = self._evaluate(data=[batch])
-        self._add(self._metrics, {} if logs is None else logs)
+        self._add(self._metrics, logs)
 
 
 class Retrieval(EvaluateData):

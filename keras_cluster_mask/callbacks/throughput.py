@@ -62,7 +62,7 @@ class Throughput(RunCallback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         data = self.run.data
-        if self._first is None or data.batch_size is None or logs is None:
+        if self._first is None or data.batch_size is None:
             return
         # For an epoch of one step, use the whole time of this step.
         start = self._begin if self._first == self._last else self._first

@@ -34,24 +34,23 @@ def folders(tmp_path, write_pairs):
     return tmp_path
 
 
-def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
+def test_all_stages_run_and_a_second_run_changes_nothing(folders, run, monkeypatch):
     options = f"""--encoders={folders} --data={folders} --results={folders}/results
         --features={folders}/features --caption-key=txt --image-size=24
         --batch-size=10""".split()
     heads = ["--head-batch-size=20", "--head-epochs=2", "--test"]
 
-    def run(program, name, *arguments):
-        monkeypatch.setattr("sys.argv", ["program", *arguments, *options])
-        program.main()
+    def measure(program, name, *arguments):
+        run(program, *arguments, *options)
         return json.loads((folders / "results" / f"{name}.json").read_text())
 
     monkeypatch.setattr(connect_encoders, "SHORT_LENGTH", 9)
     stages = ["features", "heads", *heads, "--seeds", "1", "2"]
-    run(connect_encoders, "connect_encoders", *stages)
+    measure(connect_encoders, "connect_encoders", *stages)
     methods = ["random", "none", "random 0.6, LoRA", "cluster, short texts"]
     methods += ["random, last blocks", "random, whole images last", "none, rate 1e-5"]
     tune = ["tune", *heads, "--equal-time", "--seeds=1", "--methods", *methods]
-    runs = run(connect_encoders, "connect_encoders", *tune, "--costs")["runs"]
+    runs = measure(connect_encoders, "connect_encoders", *tune, "--costs")["runs"]
     assert {*runs} >= {"head-mlp-2", "tune-none-1-equal_time-1"}
     assert all(0 <= run["test"]["mean"] <= 100 for run in runs.values())
     assert runs["tune-random-1-equal_time-1"]["steps"] == 4
@@ -62,12 +61,13 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, monkeypatch):
     assert trained["random 0.6, LoRA"] < trained["random, last blocks"]
     assert trained["random, last blocks"] < trained["random"]
     losses = ["losses", "--seeds=1", "--methods", "none", "random 0.9"]
-    none, masked = run(probe_encoders, "masked_losses", *losses)["rows"]
+    none, masked = measure(probe_encoders, "masked_losses", *losses)["rows"]
     assert none["loss"] != masked["loss"]
     transfer = ["transfer", "--seeds=1", f"--classes={folders}/classes", "--count=10"]
-    assert len(run(probe_encoders, "transfer", *transfer)["rows"]) == 1 + len(methods)
+    rows = measure(probe_encoders, "transfer", *transfer)["rows"]
+    assert len(rows) == 1 + len(methods)
     monkeypatch.setattr(connect_encoders, "new_model", None)
-    again = run(connect_encoders, "connect_encoders", "heads", *tune)
+    again = measure(connect_encoders, "connect_encoders", "heads", *tune)
     assert again["runs"] == runs
     # The others consist of steps of these.
     assert {*again["time of a step"]} == {*methods[:5]}

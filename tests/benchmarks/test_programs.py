@@ -1,7 +1,6 @@
 """Masking cost, data pipeline and weight parity, at the smallest size."""
 
 import json
-import sys
 
 import data_pipeline
 import keras
@@ -11,15 +10,10 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.any_backend]
 
 
-def run(benchmark, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [benchmark.__file__, *map(str, arguments)])
-    benchmark.main()
-
-
-def test_masking_cost_times_every_masking(monkeypatch, tmp_path):
+def test_masking_cost_times_every_masking(run, tmp_path):
     # On TensorFlow `--teacher` fails, as XLA cannot resize images on a CPU there.
     options = ("--batch-size", 2, "--image-size", 64, "--rounds", 2, "--no-step")
-    run(masking_cost, monkeypatch, *options, "--teacher", "--results", tmp_path)
+    run(masking_cost, *options, "--teacher", "--results", tmp_path)
     backend = keras.backend.backend()
     written = json.loads((tmp_path / f"masking_cost-{backend}-64.json").read_text())
     found = {row["what"]: float(row["time (ms)"]) for row in written["rows"]}
@@ -30,13 +24,13 @@ def test_masking_cost_times_every_masking(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("row", [data_pipeline.LIMIT, data_pipeline.ONE])
-def test_a_pipeline_reads_what_it_counts(row, monkeypatch, tmp_path, capsys):
+def test_a_pipeline_reads_what_it_counts(row, run, tmp_path, capsys):
     from made_shards import write_shards
 
     data = write_shards(tmp_path, samples=32, short_side=32, per_shard=16)
     options = ("--data", data, "--samples", 32, "--image-size", 16)
     options += ("--batch-size", 8, "--epochs", 1, "--row", row)
-    run(data_pipeline, monkeypatch, *options)
+    run(data_pipeline, *options)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["images/s"] > 0
     assert found[data_pipeline.PARENT] > 0
@@ -51,13 +45,13 @@ def test_speed_of_other_machines_follows_from_the_time_of_processors():
     assert (row["images/s"], row["limited by"]) == (10_000, "parents")
 
 
-def test_embeddings_and_weights_are_open_clips(monkeypatch, tmp_path):
+def test_embeddings_and_weights_are_open_clips(run, tmp_path):
     pytest.importorskip("open_clip")
     import weight_parity
 
     options = ("--models", "ViT-S-32-alt", "--batch-size", 2, "--results", tmp_path)
     with pytest.raises(SystemExit) as ended:
-        run(weight_parity, monkeypatch, *options)
+        run(weight_parity, *options)
     assert not ended.value.code
     (path,) = tmp_path.glob("weight_parity-*.json")
     (row,) = json.loads(path.read_text())["rows"]

@@ -1,5 +1,4 @@
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ def few(few_images, monkeypatch):
     monkeypatch.setattr(quality, "IMAGES", few_images / "images")
 
 
-def run(folder, *options, name=METHOD):
+def trained(folder, *options, name=METHOD):
     options = quality.arguments([*SMALL, *options])
     data_of = quality.data_by_method(options)
     return quality.train(name, 1, options, data_of, {}, folder)
@@ -34,16 +33,16 @@ def run(folder, *options, name=METHOD):
 def test_a_finished_run_is_read_and_never_taken_for_one_of_other_settings(
     tmp_path, monkeypatch
 ):
-    whole = run(tmp_path)
+    whole = trained(tmp_path)
     assert [point["step"] for point in whole["curve"]] == list(range(1, 9))
     whole = json.loads(json.dumps(whole))
     monkeypatch.setattr(kcm.ContrastiveModel, "fit", None)
-    assert run(tmp_path) == whole
-    tested = run(tmp_path, "--test")
+    assert trained(tmp_path) == whole
+    tested = trained(tmp_path, "--test")
     assert 0 <= tested.pop("test")["score"] <= 100
     assert tested == whole
     with pytest.raises(ValueError, match=r"same settings.*Received.*0\.002"):
-        run(tmp_path, "--learning-rate=0.002")
+        trained(tmp_path, "--learning-rate=0.002")
 
 
 def test_classes_are_judged_by_zero_shot_accuracy_and_a_linear_probe(
@@ -58,7 +57,7 @@ def test_classes_are_judged_by_zero_shot_accuracy_and_a_linear_probe(
             files += [(f"{key:04}.png", image), (f"{key:04}.txt", caption)]
         write_tar(f"{split}-00000.tar", files)
     options = [f"--data={tmp_path}", "--learning-rate=0.002", "--steps=64"]
-    found = run(tmp_path / "runs", *options, name="random")
+    found = trained(tmp_path / "runs", *options, name="random")
     assert set(found["validation"]) == {"score", "linear probe", "loss"}
     # Red and blue squares: chance is a half.
     assert found["validation"]["linear probe"] > 90
@@ -77,9 +76,9 @@ def test_stages_of_a_method_have_its_maskings(name, masked, tmp_path, monkeypatc
         return fit(self, *args, **options)
 
     monkeypatch.setattr(kcm.ContrastiveModel, "fit", noted)
-    trained = run(tmp_path, name=name)
+    found = trained(tmp_path, name=name)
     assert maskings == masked
-    assert [point["step"] for point in trained["curve"]] == list(range(1, 9))
+    assert [point["step"] for point in found["curve"]] == list(range(1, 9))
 
 
 def test_methods_keep_the_share_of_the_patches_that_they_say():
@@ -145,17 +144,16 @@ def test_the_loss_at_the_best_temperature_is_that_of_a_grid_in_numpy():
     assert loss_at_best_temperature(batches) == pytest.approx(best, abs=1e-3)
 
 
-def test_the_command_reports_the_runs_of_all_processes(tmp_path, monkeypatch):
+def test_the_command_reports_the_runs_of_all_processes(run, tmp_path, monkeypatch):
     methods = ["none", "random", "none, equal time"]
-    command = ["quality.py", *SMALL, f"--results={tmp_path}", "--seeds=1"]
+    command = [*SMALL, f"--results={tmp_path}", "--seeds=1"]
     folder = tmp_path / IMAGES.name
 
     def table(*options):
-        monkeypatch.setattr(sys, "argv", [*command, *options])
-        quality.main()
+        run(quality, *command, *options)
         return json.loads((folder / "chosen.json").read_text())["rows"]
 
-    run(folder, name="none")
+    trained(folder, name="none")
     # Another process has taken a run.
     with quality.claim(quality.place_of("random", 1, folder)):
         assert [row["method"] for row in table("--methods", *methods[:2])] == ["none"]
@@ -177,11 +175,11 @@ def test_the_command_reports_the_runs_of_all_processes(tmp_path, monkeypatch):
 
 
 def test_a_run_may_start_from_the_weights_of_another(tmp_path):
-    first = run(tmp_path / "first", name="none")
+    first = trained(tmp_path / "first", name="none")
     place = quality.place_of("none", 1, tmp_path / "first")
     options = [f"--start-from={place}", "--learning-rate=1e-12"]
-    second = run(tmp_path / "second", *options, name="cluster")
+    second = trained(tmp_path / "second", *options, name="cluster")
     assert second["validation"] == pytest.approx(first["validation"])
     assert second["setting"]["start_from"]["method"] == "none"
     with pytest.raises(ValueError, match=r"--start-from.*vocabulary_size.*Received"):
-        run(tmp_path / "third", *options, "--vocabulary-size=601")
+        trained(tmp_path / "third", *options, "--vocabulary-size=601")

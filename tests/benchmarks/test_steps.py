@@ -1,7 +1,6 @@
 """Time and memory of training steps, at the smallest size."""
 
 import json
-import sys
 
 import keras
 import numpy as np
@@ -18,14 +17,17 @@ BACKEND = keras.backend.backend()
 NAME = "-".join(filter(None, (BACKEND, reporting.card())))
 
 
-def run(benchmark, monkeypatch, folder, *arguments):
-    """The JSON that a command writes."""
-    options = ["--size", "tiny", "--image-size", "32", "--results", str(folder)]
-    # As on the command line: `step_memory` starts itself again with these arguments.
-    monkeypatch.setattr(sys, "argv", [benchmark.__file__, *options, *arguments])
-    benchmark.main()
-    (path,) = folder.iterdir()
-    return path.name, json.loads(path.read_text())
+@pytest.fixture
+def measure(run, tmp_path):
+    """Runs a benchmark at the smallest size; returns the name and content it writes."""
+
+    def measure(benchmark, *arguments):
+        options = "--size", "tiny", "--image-size", 32, "--results", tmp_path
+        run(benchmark, *options, *arguments)
+        (path,) = tmp_path.iterdir()
+        return path.name, json.loads(path.read_text())
+
+    return measure
 
 
 @pytest.mark.any_backend
@@ -54,10 +56,10 @@ def test_tokens_and_arithmetic_are_those_of_each_method():
 
 
 @pytest.mark.any_backend
-def test_step_time_publishes_every_method(monkeypatch, tmp_path, capsys):
+def test_step_time_publishes_every_method(measure, tmp_path, capsys):
     methods = ("--methods", "none", "threshold, beta 0.3", "resized")
     options = ("--rounds", "2", "--batch-size", "4")
-    name, written = run(step_time, monkeypatch, tmp_path, *options, *methods)
+    name, written = measure(step_time, *options, *methods)
     assert name == f"step_time-{NAME}.json"
     rows = {row["method"]: row for row in written["rows"]}
     assert list(rows) == list(methods[1:])
@@ -69,9 +71,8 @@ def test_step_time_publishes_every_method(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.any_backend
-def test_step_memory_measures_each_method_in_a_process(monkeypatch, tmp_path):
-    options = ("--batch-size", "4", "--methods", "cluster")
-    name, written = run(step_memory, monkeypatch, tmp_path, *options)
+def test_step_memory_measures_each_method_in_a_process(measure):
+    name, written = measure(step_memory, "--batch-size", 4, "--methods", "cluster")
     assert name == f"step_memory-{BACKEND}.json"
     (row,) = written["rows"]
     assert (row["method"], row["image tokens"]) == ("cluster", 8)

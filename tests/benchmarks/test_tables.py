@@ -1,6 +1,5 @@
 import json
 import re
-import sys
 
 import pytest
 import tables
@@ -53,25 +52,21 @@ def test_pages_of_the_repository_agree_with_the_results():
 
 
 @pytest.mark.usefixtures("results")
-def test_numbers_are_written_and_a_changed_one_fails_the_check(
-    monkeypatch, tmp_path, capsys
-):
+def test_numbers_are_written_and_a_changed_one_fails_the_check(run, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(
         "<!-- table first.json\ncolumns: method; step (ms)\n-->\n<!-- end -->\n\n"
         "A step: <!-- value first.json; none; step (ms) {,.0f} --><!-- end --> ms.\n"
     )
-    monkeypatch.setattr(sys, "argv", ["tables.py", str(page)])
-    tables.main()
+    run(tables, page)
     right = page.read_text()
     assert right.endswith("8,182<!-- end --> ms.\n")
-    monkeypatch.setattr(sys, "argv", ["tables.py", "--check", str(page)])
-    tables.main()
+    run(tables, "--check", page)
     wrong = right.replace("8,182", "8,183")
     page.write_text(wrong)
     capsys.readouterr()
     with pytest.raises(SystemExit, match=r"run benchmarks/tables\.py"):
-        tables.main()
+        run(tables, "--check", page)
     assert "\n-A step:" in capsys.readouterr().out
     assert page.read_text() == wrong
 

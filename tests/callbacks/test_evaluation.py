@@ -10,20 +10,21 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.callbacks import Evaluate, Retrieval, ZeroShot
 from keras_cluster_mask.callbacks import evaluation as evaluation_module
 from keras_cluster_mask.evaluation import evaluate_retrieval, evaluate_zero_shot
-from tests.helpers import assert_same_values, image_mlp, random_pairs, text_bag
+from tests.helpers import (
+    assert_same_values,
+    compiled_model,
+    random_pairs,
+)
+from tests.helpers import letters_as_tokens as tokenizer
 from tests.models.conftest import seeded  # noqa: F401
-from tests.training.training_run import CONTEXT, make_model, pairs, weights_of
+from tests.training.training_run import make_model, pairs, weights_of
 
 RECALL = "val_image_to_text_recall@1"
 NAMES = ["red", "green", "blue"]
 
 
-def tokenizer(texts):
-    return [[1 + ord(x) for x in text[:CONTEXT].ljust(CONTEXT)] for text in texts]
-
-
-def without_averages(**options):
-    return make_model(optimizer=keras.optimizers.Adam(0.02), **options)
+def without_averages():
+    return make_model(optimizer=keras.optimizers.Adam(0.02))
 
 
 def fit(callbacks, model=None, verbose=0, **options):
@@ -37,9 +38,7 @@ def fit(callbacks, model=None, verbose=0, **options):
 @pytest.fixture(scope="module")
 def small():
     """A model that trains fast, for callbacks that care for the logs alone."""
-    model = kcm.ContrastiveModel(image_mlp(), text_bag())
-    model.compile("sgd")
-    return model
+    return compiled_model()
 
 
 def log(small, *callbacks, **options):
@@ -240,7 +239,7 @@ def test_all_processes_have_the_metrics_of_the_main_one(small, monkeypatch):
         ),
         (lambda: [Retrieval(pairs()), Retrieval(pairs(8))], "`name` must distinguish"),
         (lambda: Retrieval(iter([pairs()])), "`data` must be readable"),
-        *((lambda x=x: Retrieval(pairs(), every=x), "`every`") for x in (0, 1.5, None)),
+        (lambda: Retrieval(pairs(), every=0), "`every`"),
         (lambda: ZeroShot(pairs(), NAMES, tokenizer, every=0), "`every`"),
     ],
 )

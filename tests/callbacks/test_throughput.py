@@ -9,7 +9,7 @@ import keras
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.data import stream
+from keras_cluster_mask.data import batches
 from tests.helpers import Batches
 from tests.training.training_run import StopAfter, make_dataset, make_model, pairs
 
@@ -53,15 +53,15 @@ def test_an_epoch_counts_all_its_steps_but_the_first(monkeypatch, steps, expecte
 @pytest.mark.any_backend
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="reads in a thread of its own")
 def test_the_share_of_time_that_the_program_waits_for_data(monkeypatch, write_pairs):
-    clock, read = Clock(monkeypatch), stream.in_threads
+    clock, read = Clock(monkeypatch), batches.Batches.in_threads
 
     def slow(*arguments):
         for batch in read(*arguments):
             clock.now += 3.0
             yield batch
 
-    monkeypatch.setattr(stream, "in_threads", slow)
-    dataset = make_dataset(write_pairs("a.tar", 0, 48))
+    monkeypatch.setattr(batches.Batches, "in_threads", slow)
+    dataset = make_dataset(write_pairs("a.tar", 0, 24))
     callbacks = clock, kcm.callbacks.Throughput()
     history = fit(*callbacks, x=dataset, steps_per_epoch=6, epochs=2)
     # Keras may read batches before the first epoch.

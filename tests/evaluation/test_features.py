@@ -24,7 +24,6 @@ from tests.helpers import (
     small_model,
     split,
     stream,
-    to_numpy,
     values,
     vit_encoder,
 )
@@ -62,16 +61,24 @@ def frozen_model(**options):
 
 
 def computed(model, folder, **options):
-    data = dataset(**options)
-    return compute_features(model, data, folder, tokenizer, verbose=0), data
+    return compute_features(model, dataset(**options), folder, tokenizer, verbose=0)
+
+
+@pytest.fixture
+def model():
+    return frozen_model()
+
+
+@pytest.fixture
+def features(model, tmp_path):
+    return computed(model, tmp_path)
 
 
 @pytest.mark.slow_to_compile
-def test_training_on_features_equals_training_on_images(tmp_path):
-    model, other = frozen_model(), frozen_model()
-    features, data = computed(model, tmp_path)
+def test_training_on_features_equals_training_on_images(model, features):
+    other = frozen_model()
     model.fit(features, batch_size=5, epochs=2, shuffle=False, verbose=0)
-    pairs = pairs_of(data)
+    pairs = pairs_of(dataset())
     other.fit(pairs, batch_size=5, epochs=2, shuffle=False, verbose=0)
     assert_close(model.trainable_variables, other.trainable_variables, atol=1e-5)
     logs = [model.evaluate(x, verbose=0, return_dict=True) for x in (features, pairs)]
@@ -84,11 +91,11 @@ def test_training_on_features_equals_training_on_images(tmp_path):
 def test_hidden_projections_see_standardized_features(tmp_path, monkeypatch):
     monkeypatch.setattr(kcm.training.features, "ROWS", 7)
     model = frozen_model(head="mlp")
-    features, _ = computed(model, tmp_path / "a", captions=2)
+    features = computed(model, tmp_path / "a", captions=2)
     for _ in range(2):
         model.fit(features, batch_size=5, verbose=0)
         # Those of other features do not change the space that was learned.
-        other, _ = computed(model, tmp_path / "b", seed=1)
+        other = computed(model, tmp_path / "b", seed=1)
         model.fit(other, batch_size=5, verbose=0)
     pairs = features.pairs(slice(None), np.zeros(20, int))
     texts = np.concatenate(
@@ -109,8 +116,8 @@ def test_hidden_projections_see_standardized_features(tmp_path, monkeypatch):
 @pytest.mark.any_backend
 def test_projections_that_were_trained_are_not_rescaled(tmp_path):
     model = frozen_model(head="mlp")
-    features, data = computed(model, tmp_path)
-    model.fit(pairs_of(data), batch_size=5, verbose=0)
+    features = computed(model, tmp_path)
+    model.fit(pairs_of(dataset()), batch_size=5, verbose=0)
     # Also by another optimizer.
     model.compile(keras.optimizers.SGD(0.5), **FAST)
     model.fit(features, batch_size=5, verbose=0)
@@ -121,7 +128,7 @@ def test_projections_that_were_trained_are_not_rescaled(tmp_path):
 
 @pytest.mark.any_backend
 def test_an_uncompiled_model_is_refused_and_keeps_its_scaling(tmp_path):
-    features, _ = computed(frozen_model(head="mlp"), tmp_path)
+    features = computed(frozen_model(head="mlp"), tmp_path)
     model = make_model(dino_encoder, lambda: bert(dropout=0.0), head="mlp")
     model.set_weights(frozen_model(head="mlp").get_weights())
     model.image_encoder.trainable = model.text_encoder.trainable = False
@@ -133,7 +140,7 @@ def test_an_uncompiled_model_is_refused_and_keeps_its_scaling(tmp_path):
 @pytest.mark.any_backend
 def test_micro_batches_have_no_effect_on_features_and_need_not_fit(tmp_path):
     model, other = frozen_model(micro_batch_size=2), frozen_model()
-    features, _ = computed(model, tmp_path)
+    features = computed(model, tmp_path)
     for each in (model, other):
         each.fit(features, batch_size=5, shuffle=False, verbose=0)
     assert_same_values(model.trainable_variables, other.trainable_variables)
@@ -142,7 +149,7 @@ def test_micro_batches_have_no_effect_on_features_and_need_not_fit(tmp_path):
 @pytest.mark.any_backend
 def test_features_that_vary_by_rounding_alone_are_only_centered(tmp_path):
     model = frozen_model(head="mlp")
-    features, _ = computed(model, tmp_path)
+    features = computed(model, tmp_path)
     rows = np.array(features._arrays["text_features"])
     rows[:, 1] = 0.3
     rows[::2, 1] += np.float32(1e-7)
@@ -153,10 +160,9 @@ def test_features_that_vary_by_rounding_alone_are_only_centered(tmp_path):
     assert np.all(deviation[2:] != 1)
 
 
-def test_an_interrupted_run_resumes_with_the_next_batch(tmp_path):
-    model = frozen_model()
+def test_an_interrupted_run_resumes_with_the_next_batch(model, tmp_path):
     options = {"images": 150, "captions": 2}
-    expected, _ = computed(model, tmp_path / "whole", **options)
+    expected = computed(model, tmp_path / "whole", **options)
     calls = []
 
     def interrupted(texts):
@@ -179,17 +185,16 @@ def test_an_interrupted_run_resumes_with_the_next_batch(tmp_path):
 
 
 @pytest.mark.any_backend
-def test_a_complete_folder_is_not_computed_again(tmp_path, monkeypatch):
-    model = frozen_model()
-    computed(model, tmp_path)
+@pytest.mark.usefixtures("features")
+def test_a_complete_folder_is_not_computed_again(model, tmp_path, monkeypatch):
     monkeypatch.setattr(model.image_tower, "features", None)
-    features, _ = computed(model, tmp_path)
-    assert features.num_images == features.num_texts == 20
+    found = computed(model, tmp_path)
+    assert found.num_images == found.num_texts == 20
 
 
 @pytest.mark.any_backend
-def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
-    features, _ = computed(frozen_model(), tmp_path, images=6, captions=3)
+def test_each_epoch_draws_one_caption_of_each_image(model, tmp_path):
+    features = computed(model, tmp_path, images=6, captions=3)
     whole = features.pairs(slice(None))["image_features"]
     # All captions differ.
     labels = [features.pairs(slice(None), k)["caption_labels"] for k in range(3)]
@@ -213,7 +218,7 @@ def test_each_epoch_draws_one_caption_of_each_image(tmp_path):
 
 
 @pytest.mark.any_backend
-def test_a_caption_has_one_label_whatever_its_batch_is_padded_to(tmp_path):
+def test_a_caption_has_one_label_whatever_its_batch_is_padded_to(model, tmp_path):
     def padded_to_the_longest(texts):
         texts = [x[:6] for x in texts]
         width = max(map(len, texts))
@@ -221,7 +226,6 @@ def test_a_caption_has_one_label_whatever_its_batch_is_padded_to(tmp_path):
 
     data = dataset(3, captions=2)
     data["captions"] = [("aa", "a"), ("a", "aaaa"), ("aaaa", "aa")]
-    model = frozen_model()
     found = compute_features(
         model, split(data, 1), tmp_path, padded_to_the_longest, verbose=0
     )
@@ -237,8 +241,8 @@ def test_a_caption_has_one_label_whatever_its_batch_is_padded_to(tmp_path):
 
 
 @pytest.mark.any_backend
-def test_processes_share_each_batch_of_features(tmp_path, monkeypatch):
-    features, _ = computed(frozen_model(), tmp_path, captions=3)
+def test_processes_share_each_batch_of_features(model, tmp_path, monkeypatch):
+    features = computed(model, tmp_path, captions=3)
 
     def labels_of(place):
         monkeypatch.setattr(arrays, "process_index_and_count", lambda training: place)
@@ -251,9 +255,7 @@ def test_processes_share_each_batch_of_features(tmp_path, monkeypatch):
 
 
 @pytest.mark.any_backend
-def test_features_of_other_weights_are_refused(tmp_path):
-    model = frozen_model()
-    features, _ = computed(model, tmp_path)
+def test_features_of_other_weights_are_refused(model, features, tmp_path):
     weight = model.image_encoder.weights[0]
     weight.assign(weight + 1.0)
     for use in (
@@ -266,15 +268,14 @@ def test_features_of_other_weights_are_refused(tmp_path):
 
 
 @pytest.mark.any_backend
-def test_features_of_another_precision_are_refused(tmp_path):
-    features, _ = computed(frozen_model(), tmp_path)
+def test_features_of_another_precision_are_refused(features, tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
     message = r"`features` .*dtype=\[\['float32'\], .* for \[\['bfloat16', "
     with pytest.raises(ValueError, match=message):
         frozen_model().fit(features, batch_size=5)
     # A masking does not change features, whatever its precision.
     keras.config.set_dtype_policy("bfloat16")
-    features, _ = computed(frozen_model(), tmp_path / "16")
+    features = computed(frozen_model(), tmp_path / "16")
     features.check_model(frozen_model(masking=kcm.RandomMasking(0.5)))
 
 
@@ -306,12 +307,12 @@ def test_data_of_one_of_several_processes_is_refused(tmp_path, write_pairs):
 
 
 @pytest.mark.any_backend
-def test_other_batches_and_other_captions_are_refused(tmp_path, write_pairs):
+def test_other_batches_and_other_captions_are_refused(model, tmp_path, write_pairs):
     def stream(captions):
         options = {"training": False, "include_captions": captions}
         return kcm.data.image_text_dataset(source, None, 16, 3, **options)
 
-    source, model = write_pairs("pairs.tar", 0, 6), frozen_model()
+    source = write_pairs("pairs.tar", 0, 6)
     one, other = dataset(6), dataset(6, seed=1)
     halves = split(one, 3)[:1]
     for number, (data, others) in enumerate(
@@ -327,7 +328,7 @@ def test_other_batches_and_other_captions_are_refused(tmp_path, write_pairs):
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize(("included", "expected"), [(True, ["28", "29"]), ("all", [])])
-def test_captions_that_are_left_out_are_counted(tmp_path, included, expected):
+def test_captions_that_are_left_out_are_counted(model, tmp_path, included, expected):
     source = [
         {"image": image, "caption": ["a"] * count}
         for image, count in zip(dataset(9)["images"], [5] * 7 + [1, 2])
@@ -335,21 +336,22 @@ def test_captions_that_are_left_out_are_counted(tmp_path, included, expected):
     options = {"training": False, "include_captions": included}
     data = kcm.data.image_text_dataset(source, None, 16, 8, **options)
     with warnings.catch_warnings(record=True) as found:
-        compute_features(frozen_model(), data, tmp_path, tokenizer, verbose=0)
+        compute_features(model, data, tmp_path, tokenizer, verbose=0)
     # Of the first batch, to tell early, and of all.
     assert [str(each.message).split()[0] for each in found] == expected
 
 
 @pytest.mark.any_backend
-def test_the_tokenizer_is_part_of_the_features(tmp_path):
-    model = frozen_model()
-    features, data = computed(model, tmp_path)
+def test_the_tokenizer_is_part_of_the_features(model, features, tmp_path):
+    def other(texts):
+        return tokenizer(texts) + 1
+
     # The model is saved with it.
     assert model.tokenizer is tokenizer
     model.tokenizer = None
     with pytest.raises(ValueError, match=r"`features` .*tokenizer.*Received: "):
-        compute_features(model, data, tmp_path, lambda x: tokenizer(x) + 1, verbose=0)
-    model.tokenizer = lambda x: tokenizer(x) + 1
+        compute_features(model, dataset(), tmp_path, other, verbose=0)
+    model.tokenizer = other
     for use in (model.fit, model.evaluate):
         with pytest.raises(ValueError, match=r"`tokenizer` .*Received: features in"):
             use(features, batch_size=5, verbose=0)
@@ -358,9 +360,8 @@ def test_the_tokenizer_is_part_of_the_features(tmp_path):
 
 
 @pytest.mark.any_backend
-def test_empty_batches_are_left_out(tmp_path):
-    model = frozen_model()
-    expected, data = computed(model, tmp_path / "whole", images=6)
+def test_empty_batches_are_left_out(model, tmp_path):
+    expected, data = computed(model, tmp_path / "whole", images=6), dataset(6)
     empty, (first, second) = {name: x[:0] for name, x in data.items()}, split(data, 3)
     batches = [empty, first, empty, second]
     found = compute_features(model, batches, tmp_path / "parts", tokenizer, verbose=0)
@@ -371,19 +372,17 @@ def test_empty_batches_are_left_out(tmp_path):
 
 
 @pytest.mark.any_backend
-def test_an_image_without_a_caption_is_refused(tmp_path):
+def test_an_image_without_a_caption_is_refused(model, tmp_path):
     data = dataset(4, captions=2)
     data["captions"][1] = ()
     with pytest.raises(ValueError, match=r"`data` must have a caption.*Received: 1"):
-        compute_features(frozen_model(), data, tmp_path, tokenizer, verbose=0)
+        compute_features(model, data, tmp_path, tokenizer, verbose=0)
 
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize("name", ["image_encoder", "text_encoder"])
-def test_what_changes_features_is_refused(name, tmp_path):
-    model = frozen_model()
+def test_what_changes_features_is_refused(name, model, features):
     getattr(model, name).trainable = True
-    features, _ = computed(model, tmp_path)
     with pytest.raises(ValueError, match=f"`{name}`"):
         model.fit(features, batch_size=5)
 
@@ -393,19 +392,19 @@ def test_a_masked_model_trains_on_features_without_a_step_of_its_masking(tmp_pat
     weight = keras.optimizers.schedules.PolynomialDecay(0.0, 10, 1.0)
     masking = kcm.ClusterMasking(4, embedding_weight=weight)
     model = frozen_model(masking=masking)
-    features, _ = computed(model, tmp_path)
+    features = computed(model, tmp_path)
     model.compile("adam", **FAST)
     options = {"batch_size": 5, "verbose": 0}
     found = model.fit(features, epochs=2, validation_data=features, **options).history
     loss = model.evaluate(features, return_dict=True, **options)["loss"]
     assert found["val_loss"][-1] == pytest.approx(loss, rel=1e-5)
     assert "mask_ratio" not in found
-    assert int(to_numpy(masking.step)) == 0
+    assert int(masking.step) == 0
     # Images after features, and the other way around.
     batch = features.pairs(slice(0, 4))
     images = {"images": random_images(4), "token_ids": tokenizer("abcd")}
     assert model.fit(images, batch_size=4, verbose=0).history["mask_ratio"] == [0.5]
-    assert int(to_numpy(masking.step)) == 1
+    assert int(masking.step) == 1
     assert "mask_ratio" not in model.fit(features, **options).history
     assert "mask_ratio" in model.train_on_batch(images, return_dict=True)
     assert "mask_ratio" not in model.train_on_batch(batch, return_dict=True)

@@ -177,13 +177,7 @@ def test_a_model_is_probed_by_its_embeddings(model):
         images = np.clip(images + noise, 0, 255).astype("uint8")
         data[part] = images, labels
         given[part] = embed(model, images, verbose=0)["image_embeddings"], labels
-    expected = linear_probe(
-        train_features=given["train"][0],
-        train_labels=labels,
-        test_features=given["test"][0],
-        test_labels=labels,
-        validation=given["validation"],
-    )
+    expected = linear_probe(*given["train"], *given["test"], given["validation"])
     assert expected["top_1"] > 0.5
     images, _ = data["train"]
     data["train"] = iter(split({"images": images, "labels": labels}, 10))

@@ -93,7 +93,7 @@ def round_similarity(s):
 
     A detail of this library, not of arXiv 2405.08815.
     """
-    return np.round(np.asarray(s, np.float64) / SIMILARITY_STEP) * SIMILARITY_STEP
+    return np.round(np.float64(s) / SIMILARITY_STEP) * SIMILARITY_STEP
 
 
 # === Counts and anchors ===
@@ -117,7 +117,6 @@ def anchors(noise, anchor_ratio):
 
     Returns (batch, A) indices, smallest noise first, ties by lower index.
     """
-    noise = _float64(noise)
     A = anchor_count(noise.shape[1], anchor_ratio)
     return np.argsort(noise, axis=1, kind="stable")[:, :A].astype(np.int32)
 
@@ -134,7 +133,7 @@ def highest_similarity(pairwise, anchors):
 
 def _order(cost, noise):
     """Patches of one image, lowest cost first, then larger noise, then lower index."""
-    return np.lexsort((np.arange(len(cost)), -noise, cost))
+    return np.lexsort((-noise, cost))
 
 
 def _cost(s, noise, softness):
@@ -153,8 +152,7 @@ def select_budget(s, noise, mask_ratio, softness=0.0):
     The clusters of arXiv 2405.08815, grown until N - K patches are masked. `softness`
     adds Gumbel noise to the order: 0 is pure clusters, infinity is random masking.
     """
-    noise = _float64(noise)
-    cost = _cost(np.asarray(s, np.float64), noise, softness)
+    cost = _cost(s, _float64(noise), softness)
     return _keep_highest(-cost, noise, kept_count(noise.shape[1], mask_ratio))
 
 
@@ -165,8 +163,7 @@ def select_threshold(s, noise, min_mask_ratio, threshold, hide_padding=True):
     few are filled up with the masked ones of the largest noise, which stay invisible
     unless `hide_padding` is false. If all are masked, the one of the lowest s is not.
     """
-    s, noise = np.asarray(s, np.float64), _float64(noise)
-    unmasked = ~(s > float(np.float32(threshold)))
+    unmasked = s <= np.float32(threshold)
     for s_image, noise_image, row in zip(s, noise, unmasked):
         if not row.any():
             row[_order(s_image, noise_image)[0]] = True
@@ -182,7 +179,6 @@ def select_random(noise, mask_ratio):
 
     The baseline that arXiv 2405.08815 compares with.
     """
-    noise = _float64(noise)
     return _keep_highest(noise, noise, kept_count(noise.shape[1], mask_ratio))
 
 
@@ -197,9 +193,8 @@ def gap_at_cut(s_unrounded, noise, K, softness=0.0):
     rounding step. With K = 1 it also covers the one patch that a threshold below every
     s leaves visible.
     """
-    s, noise = np.asarray(s_unrounded, np.float64), _float64(noise)
     gaps = []
-    for s_image, noise_image in zip(s, noise):
+    for s_image, noise_image in zip(s_unrounded, _float64(noise)):
         cost = _cost(s_image, noise_image, softness)
         in_order = np.append(cost[_order(cost, noise_image)], np.inf)
         gaps.append(in_order[K] - in_order[K - 1])
@@ -211,8 +206,7 @@ def margin_at_threshold(s_unrounded, threshold):
 
     The counterpart of `gap_at_cut` for the threshold of arXiv 2405.08815.
     """
-    s = np.asarray(s_unrounded, np.float64)
-    return np.abs(s - float(np.float32(threshold))).min(axis=1)
+    return np.abs(s_unrounded - np.float32(threshold)).min(axis=1)
 
 
 # === Strategies that depend on position alone ===
@@ -239,7 +233,6 @@ def centered_score(noise, grid, variance):
 
 def select_centered(noise, grid, mask_ratio, variance):
     """Centered masking: the K patches of the highest score (arXiv 2403.15837)."""
-    noise = _float64(noise)
     K = kept_count(noise.shape[1], mask_ratio)
     return _keep_highest(centered_score(noise, grid, variance), noise, K)
 
@@ -256,7 +249,6 @@ def select_grid(noise, grid, window):
         for top in range(0, rows, window)
         for left in range(0, columns, window)
     ]
-    noise = _float64(noise)
     kept = np.stack([x[noise[:, x].argmax(axis=1)] for x in windows], axis=1)
     return np.sort(kept).astype(np.int32), np.ones(kept.shape, bool)
 
@@ -303,7 +295,7 @@ def select_attentive(attention, noise, grid, teacher_grid, block_size, mask_rati
     )
     score = seen.mean(axis=(2, 4)).repeat(block_size, 1).repeat(block_size, 2)
     K = kept_count(grid[0] * grid[1], mask_ratio)
-    return _keep_highest(score.reshape(noise.shape), _float64(noise), K)
+    return _keep_highest(score.reshape(noise.shape), noise, K)
 
 
 # === Strategies that compare all patches ===
@@ -316,8 +308,8 @@ def kmeans_labels(x, noise, clusters=8, iterations=5):
     how clear the least clear assignment of each image was (batch,).
     """
     labels, clear = [], []
-    for image, row in zip(x, _float64(noise)):
-        centers = image[np.argsort(row, kind="stable")[:clusters]].copy()
+    for image, row in zip(x, noise):
+        centers = image[np.argsort(row, kind="stable")[:clusters]]
         gap = np.inf
         for _ in range(iterations + 1):
             similarity = image @ centers.T
@@ -338,7 +330,7 @@ def kmeans_labels(x, noise, clusters=8, iterations=5):
 def select_kmeans(labels, noise, mask_ratio):
     """Clusters leave in the order of their numbers; the last one is cut by noise."""
     K = kept_count(noise.shape[1], mask_ratio)
-    return _keep_highest(np.asarray(labels, float), _float64(noise), K)
+    return _keep_highest(labels, noise, K)
 
 
 def edge_map(x, grid):

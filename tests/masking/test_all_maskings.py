@@ -282,18 +282,11 @@ def test_config_round_trip_keeps_every_argument(strategy, options):
     for key, value in options.items():
         if not isinstance(value, keras.layers.Layer | type(ramp())):
             assert config[key] == value
-    for revived in (
-        strategy.from_config(config),
-        keras.saving.deserialize_keras_object(
-            keras.saving.serialize_keras_object(masking)
-        ),
-    ):
-        assert type(revived) is strategy
-        assert revived.get_config() == config
-        assert revived.dtype_policy.name == "mixed_bfloat16"
-        if "embedding_weight" in options:
-            weight = options["embedding_weight"]
-            assert type(revived.embedding_weight) is type(weight)
+    serialized = keras.saving.serialize_keras_object(masking)
+    revived = keras.saving.deserialize_keras_object(serialized)
+    assert type(revived) is strategy
+    assert revived.get_config() == config
+    assert revived.dtype_policy.name == "mixed_bfloat16"
 
 
 @pytest.mark.any_backend

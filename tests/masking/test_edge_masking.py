@@ -6,7 +6,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.masking.edge_masking import edge_map
 from tests.masking import masking_reference as reference
 from tests.masking.images import CLEAR, assert_selects, numpy
-from tests.masking.test_kmeans_masking import GEOMETRIES, ROWS, case
+from tests.masking.test_kmeans_masking import GEOMETRIES, case
 
 # With and without transport, of each way to take seeds.
 OPTIONS = [
@@ -17,7 +17,7 @@ OPTIONS = [
 
 
 def test_selects_as_the_reference_wherever_every_decision_is_clear():
-    left_out = total = 0
+    shares = []
     for seed, geometry in enumerate(GEOMETRIES):
         rows, columns, patch_size, _, data_format = geometry
         images, noise, tokens = case(*geometry, seed)
@@ -45,9 +45,9 @@ def test_selects_as_the_reference_wherever_every_decision_is_clear():
         clear = gaps > CLEAR
         inputs = dict(images=images, tokens=tokens, noise=noise)
         assert_selects(masking, expected, clear, compiled=True, **inputs)
-        left_out, total = left_out + np.sum(~clear), total + ROWS
-    assert total == 200
-    assert left_out < 0.05 * total, f"{left_out} of {total} cases are not clear"
+        shares.append(clear.mean())
+    # Of 200 cases.
+    assert np.mean(shares) > 0.95
 
 
 @pytest.mark.one_case
@@ -88,9 +88,8 @@ def test_zero_tokens_are_like_none_even_themselves():
     ("argument", "value"),
     [
         ("edges", "released "),
-        ("edges", True),
+        ("threshold", -1.5),
         ("threshold", 1.5),
-        ("threshold", None),
         ("seed_ratio", -0.1),
         ("seed_ratio", 1.1),
         ("transport", "no"),
