@@ -81,7 +81,6 @@ class Index:
 
     Attributes:
         paths: List of strings. The shards.
-        fields: Set of strings. The fields of all samples.
         faults: Counter of the reasons of broken samples. A damaged shard counts as one
             sample, because the number of samples after the damage is unknown.
         damage: List of `Fault`, one for each damaged shard.
@@ -104,8 +103,6 @@ class Index:
         ]
         self.paths = [part.shard for part in parts]
         self.stamps = [part.stamp for part in parts]
-        layouts = itertools.chain(*(part.layouts for part in parts))
-        self.fields = {name for names, _, _ in layouts for name in names}
         self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)
 
     def __len__(self):
@@ -113,6 +110,11 @@ class Index:
 
     def __reduce__(self):
         return Index, (self._parts, self._fields, self._keep)
+
+    @property
+    def fields(self):
+        """Set of strings. The names of the fields of all samples."""
+        return {x for part in self._parts for names, *_ in part.layouts for x in names}
 
     @property
     def fingerprint(self):
