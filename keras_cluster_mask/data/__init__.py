@@ -1,9 +1,8 @@
 """Image-text pairs for training and evaluation: shards, images and tokens."""
 
-from keras_cluster_mask.data.check import check
+from keras_cluster_mask.data.check import check, read_captions
 from keras_cluster_mask.data.dataset import image_text_dataset
 from keras_cluster_mask.data.frequency_masking import FrequencyTextMasking
-from keras_cluster_mask.data.index import read_captions
 from keras_cluster_mask.data.sampling import Sampling
 from keras_cluster_mask.data.shards import example_images, list_shards
 from keras_cluster_mask.data.splitting import split

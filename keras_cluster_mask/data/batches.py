@@ -160,7 +160,7 @@ class Batches:
         weights: List of floats, the weights of several sources, or `None`.
         num_samples: Integer. The number of intact samples.
         order: `Order` or `Mix`, in training.
-        rows: Integer. The number of rows per process in a full batch, rounded up.
+        rows: Integer. The number of rows per process in a full batch.
     """
 
     source: dataclasses.InitVar[Any]
@@ -199,7 +199,7 @@ class Batches:
                 "`batch_size` is global and must be divisible by the number of "
                 f"processes. Received: batch_size={self.batch_size}, {count} processes"
             )
-        self.rows = self.batch_size // count
+        self.process, self.rows = (index, count), self.batch_size // count
         if not self.training and (sampling, self.block_size) != (None, None):
             raise ValueError(
                 "`sampling` and `block_size` are for training, and evaluation reads "

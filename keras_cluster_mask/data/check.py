@@ -1,4 +1,4 @@
-"""Indexes shards, counts samples and faults, and optionally decodes all images."""
+"""Reads all samples of a source: to check them, or to list their captions."""
 
 import functools
 import os
@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
+from tqdm import tqdm
 
+from keras_cluster_mask.data.files import Threads
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
-from keras_cluster_mask.data.index import open_index, read_all
+from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.objects import ObjectIndex
+from keras_cluster_mask.data.parts import SHORT
 from keras_cluster_mask.data.samples import Fault, Fields
 from keras_cluster_mask.data.stream import SkippedSamples
 
+# The threads of `read_all`, and the number of samples that each reads together.
+READERS, TOGETHER = 16, 16
 # Decoding to a small size is fast, and still reads a JPEG to its last byte.
 TINY = 8, 8
 
@@ -127,3 +132,70 @@ def _checked(sample, decode):
     except UnreadableImage as error:
         return Fault(sample.shard, sample.key, str(error))
     return len(sample.captions)
+
+
+def read_captions(
+    source: Any,
+    caption_key: str | Sequence[str] | None = None,
+) -> list[str]:
+    """Reads all captions of a source, for training a tokenizer.
+
+    Example:
+
+    ```python
+    captions = kcm.data.read_captions(kcm.data.example_images() / "train-*.tar")
+    tokenizer = kcm.data.CLIPTokenizer.train(captions, vocabulary_size=3000)
+    ```
+
+    Args:
+        source: See `image_text_dataset`, but no dictionary.
+        caption_key: String or sequence of strings. The field that holds captions; see
+            `image_text_dataset`. Defaults to `None`: common names.
+
+    Returns:
+        List of strings, in the order of the samples. Images are neither needed nor
+        read.
+    """
+    index = open_index(source, Fields((), caption_key))
+    for fault in index.damage:
+        message = f"{fault.details}. The captions after it are missing."
+        warnings.warn(message, stacklevel=2)
+    captions, fault = [], None
+    for each in index.read(range(len(index)), with_images=False):
+        if each.key is None:
+            raise OSError(f"{each.reason}: {each.shard}: {each.details}")
+        if isinstance(each, Fault):
+            fault = fault or each
+        else:
+            captions.extend(each.captions)
+    if not captions:
+        raise ValueError(
+            "`caption_key` must name a field of `source` with captions. Received: "
+            f"caption_key={caption_key}, with the fields {index.fields}, and first "
+            f"{fault}"
+        )
+    return captions
+
+
+def read_all(index, function, title):
+    """Reads all samples in threads, with a progress bar.
+
+    Args:
+        index: `Index` or `ObjectIndex`.
+        function: Function of a `Sample` or a `Fault`.
+        title: String. The title of the progress bar.
+
+    Yields:
+        The result of the function for each sample, in order.
+    """
+
+    def read(first):
+        numbers = range(first, min(first + TOGETHER, len(index)))
+        return [*map(function, index.read(numbers))]
+
+    bar = tqdm(total=len(index), desc=title, unit=" samples", delay=SHORT)
+    with bar, Threads(READERS) as threads:
+        groups = range(0, len(index), TOGETHER)
+        for group in threads.in_order(read, groups, ahead=2 * READERS):
+            bar.update(len(group))
+            yield from group

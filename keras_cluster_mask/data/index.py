@@ -6,22 +6,17 @@ import contextlib
 import functools
 import itertools
 import os
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-from tqdm import tqdm
 
-from keras_cluster_mask.data.files import Threads
 from keras_cluster_mask.data.formats.folder import Folder
 from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.objects import ObjectIndex
-from keras_cluster_mask.data.parts import SHORT, build_parts, checksum_of
+from keras_cluster_mask.data.parts import build_parts, checksum_of
 from keras_cluster_mask.data.samples import (
     DamagedShard,
     Fault,
-    Fields,
     Sample,
     digest_of,
     hash_of,
@@ -39,8 +34,6 @@ GUESS = 2**20
 DAMAGED = "damaged shard"
 # The bytes that are read of a broken sample to find its key.
 GLANCE = 2**16
-# The threads of `read_all`, and the number of samples that each reads together.
-READERS, TOGETHER = 16, 16
 
 
 def open_index(source, fields, index_dir=None, num_workers=0, process=(0, 1)):
@@ -72,73 +65,6 @@ def open_index(source, fields, index_dir=None, num_workers=0, process=(0, 1)):
     return Index(parts, fields)
 
 
-def read_captions(
-    source: Any,
-    caption_key: str | Sequence[str] | None = None,
-) -> list[str]:
-    """Reads all captions of a source, for training a tokenizer.
-
-    Example:
-
-    ```python
-    captions = kcm.data.read_captions(kcm.data.example_images() / "train-*.tar")
-    tokenizer = kcm.data.CLIPTokenizer.train(captions, vocabulary_size=3000)
-    ```
-
-    Args:
-        source: See `image_text_dataset`, but no dictionary.
-        caption_key: String or sequence of strings. The field that holds captions; see
-            `image_text_dataset`. Defaults to `None`: common names.
-
-    Returns:
-        List of strings, in the order of the samples. Images are neither needed nor
-        read.
-    """
-    index = open_index(source, Fields((), caption_key))
-    for fault in index.damage:
-        message = f"{fault.details}. The captions after it are missing."
-        warnings.warn(message, stacklevel=2)
-    captions, fault = [], None
-    for each in index.read(range(len(index)), with_images=False):
-        if each.key is None:
-            raise OSError(f"{each.reason}: {each.shard}: {each.details}")
-        if isinstance(each, Fault):
-            fault = fault or each
-        else:
-            captions.extend(each.captions)
-    if not captions:
-        raise ValueError(
-            "`caption_key` must name a field of `source` with captions. Received: "
-            f"caption_key={caption_key}, with the fields {index.fields}, and first "
-            f"{fault}"
-        )
-    return captions
-
-
-def read_all(index, function, title):
-    """Reads all samples in threads, with a progress bar.
-
-    Args:
-        index: `Index` or `ObjectIndex`.
-        function: Function of a `Sample` or a `Fault`.
-        title: String. The title of the progress bar.
-
-    Yields:
-        The result of the function for each sample, in order.
-    """
-
-    def read(first):
-        numbers = range(first, min(first + TOGETHER, len(index)))
-        return [*map(function, index.read(numbers))]
-
-    bar = tqdm(total=len(index), desc=title, unit=" samples", delay=SHORT)
-    with bar, Threads(READERS) as threads:
-        groups = range(0, len(index), TOGETHER)
-        for group in threads.in_order(read, groups, ahead=2 * READERS):
-            bar.update(len(group))
-            yield from group
-
-
 class Index:
     """The samples of shards, with random access by number.
 
@@ -155,7 +81,6 @@ class Index:
 
     Attributes:
         paths: List of strings. The shards.
-        fields: Set of strings. The fields of all samples.
         faults: Counter of the reasons of broken samples. A damaged shard counts as one
             sample, because the number of samples after the damage is unknown.
         damage: List of `Fault`, one for each damaged shard.
@@ -178,8 +103,6 @@ class Index:
         ]
         self.paths = [part.shard for part in parts]
         self.stamps = [part.stamp for part in parts]
-        layouts = itertools.chain(*(part.layouts for part in parts))
-        self.fields = {name for names, _, _ in layouts for name in names}
         self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)
 
     def __len__(self):
@@ -187,6 +110,11 @@ class Index:
 
     def __reduce__(self):
         return Index, (self._parts, self._fields, self._keep)
+
+    @property
+    def fields(self):
+        """Set of strings. The names of the fields of all samples."""
+        return {x for part in self._parts for names, *_ in part.layouts for x in names}
 
     @property
     def fingerprint(self):

@@ -202,10 +202,6 @@ class Fields:
         wants_caption: Boolean. Whether samples without a caption are broken.
         label_key: See `Labels`. `None`: no labels.
         class_names: See `Labels`.
-
-    Attributes:
-        wanted: Dictionary from the kind of each requested content to the fields that
-            may hold it, of which a sample needs one.
     """
 
     def __init__(
@@ -223,13 +219,15 @@ class Fields:
             )
         self.image_keys = _several(image_keys, IMAGE_KEYS)
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
-        self._line_keys = ("txt",) if caption_key is None else ()
+        self.wants_caption = wants_caption
         self.labels = None if label_key is None else Labels(label_key, class_names)
-        self.wanted = {"image": self.image_keys} if self.image_keys else {}
-        if wants_caption:
-            self.wanted["caption"] = self.caption_keys
-        if self.labels:
-            self.wanted["label"] = self.labels.keys
+
+    @property
+    def wanted(self):
+        """Dictionary from the kind of each content to the fields that may hold it."""
+        captions = self.caption_keys if self.wants_caption else ()
+        labels = self.labels.keys if self.labels else ()
+        return filled({"image": self.image_keys, "caption": captions, "label": labels})
 
     def replaced(self, other):
         """Returns the fields with those of another in place of the common names."""
@@ -237,9 +235,7 @@ class Fields:
         if self.image_keys == IMAGE_KEYS:
             found.image_keys = other.image_keys
         if self.caption_keys == CAPTION_KEYS:
-            found.caption_keys, found._line_keys = other.caption_keys, other._line_keys
-        keys = {"image": found.image_keys, "caption": found.caption_keys}
-        found.wanted = {kind: keys.get(kind, x) for kind, x in self.wanted.items()}
+            found.caption_keys = other.caption_keys
         return found
 
     def describe(self):
@@ -264,8 +260,8 @@ class Fields:
             names_files: Boolean. Whether a string is the name of an image file, which
                 is relative to the folder of the shard.
         """
-        images = filled({key: fields.get(key) for key in self.image_keys})
-        image = next(iter(images.values()), None)
+        images = (fields[key] for key in self.image_keys if key in fields)
+        image = next((x for x in images if not isinstance(x, SIZED) or x), None)
         captions, label, path, fault = (), None, "", None
         if isinstance(image, np.ndarray):
             array, image = image, None
@@ -280,7 +276,7 @@ class Fields:
         # JSON lines may hold values of any type.
         if self.image_keys and not (path or isinstance(image, bytes | Image.Image)):
             return Fault(shard, key, "no image")
-        if "caption" in self.wanted:
+        if self.wants_caption:
             captions, fault = self.captions(fields)
         if not fault and self.labels:
             label, fault = self.labels.of(fields)
@@ -290,7 +286,7 @@ class Fields:
 
     def captions(self, fields):
         """Returns the captions of a sample and None, or an empty tuple and a fault."""
-        fault = "no caption"
+        fault, is_common = "no caption", self.caption_keys == CAPTION_KEYS
         for key in self.caption_keys:
             value = _value(fields, key)
             if value is None:
@@ -298,7 +294,7 @@ class Fields:
             if isinstance(value, bytes) and value.startswith(UTF_16):
                 fault = "the caption is in UTF-16: save it as UTF-8"
                 continue
-            lines = _text(value).splitlines() if key in self._line_keys else ()
+            lines = _text(value).splitlines() if is_common and key == "txt" else ()
             # img2dataset writes a caption with its line breaks, to `json`, too.
             if len(lines) > 1 and _value(fields, "json.caption") is None:
                 value = lines

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.checks import check_choice, check_integer, check_range
+from keras_cluster_mask.data.check import read_all
 from keras_cluster_mask.data.images import UnreadableImage, decoding
-from keras_cluster_mask.data.index import open_index, read_all
+from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.samples import Fields, hash_of
 
 

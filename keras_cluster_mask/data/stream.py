@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import time
+import types
 import warnings
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -116,7 +117,8 @@ class ImageTextDataset(Stream):
         """Reads the batch `start + index` in this thread."""
         if not self.training and not 0 <= index < len(self) - self.start:
             raise IndexError(index)
-        batch = self._batches.read(_Alone(), self.start + index)
+        alone = types.SimpleNamespace(count=1, map=map)
+        batch = self._batches.read(alone, self.start + index)
         return self._finished(batch, self.skipped)
 
     def __iter__(self) -> Generator[dict[str, np.ndarray], None, None]:
@@ -183,12 +185,6 @@ def _close(process, stack):
     # A fork of the process must not end its readers.
     if os.getpid() == process:
         stack.close()
-
-
-class _Alone:
-    """Stands for `Threads` in a thread that reads alone."""
-
-    count, map = 1, staticmethod(map)
 
 
 class SkippedSamples:

@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import check
+from keras_cluster_mask.data import check, files, image_text_dataset, read_captions
 from tests.data.reading import pairs_of
 
 pytestmark = pytest.mark.any_backend
@@ -129,3 +129,60 @@ def test_of_a_broken_sample_only_its_start_is_read(write_tar, storage):
     storage.requests.clear()
     assert keys_of(check(source)) == {"no caption": ["a"]}
     assert max(stop - start for _, start, stop in storage.requests) <= 2**16
+
+
+# === The captions of a source ===
+
+
+@pytest.mark.parametrize("name", ["x.tar", ""])
+def test_captions_in_utf_16_are_refused_by_name(write_tar, tmp_path, name):
+    text = "\ufeffein Hünd 猫".encode("utf-16-le" if name else "utf-16-be")
+    write_tar("x.tar", [("a.png", b"png"), ("a.txt", text)])
+    (tmp_path / "a.png").touch()
+    (tmp_path / "a.txt").write_bytes(text)
+    for read in (read_captions, lambda x: image_text_dataset(x, len, 16, 1, False)):
+        with pytest.raises(ValueError, match=rf"'a.*/{name}.*UTF-16.*save it as UTF-8"):
+            read(tmp_path / name)
+
+
+def test_captions_of_unreadable_letters_are_kept(write_tar):
+    text = "\N{REPLACEMENT CHARACTER}" * 3
+    assert read_captions(write_tar("x.tar", [("a.txt", text.encode())])) == [text]
+
+
+def test_all_captions_of_intact_samples_are_read(write_pairs, write_tar):
+    whole = write_pairs("a.tar", 0, 130)
+    # A pair is four blocks.
+    cut = write_pairs("b.tar", 3, 3)
+    cut.write_bytes(cut.read_bytes()[: 512 * 10])
+    assert read_captions(whole) == [f"no {n}" for n in range(130)]
+    with pytest.warns(UserWarning, match="b.tar is damaged after the sample"):
+        assert read_captions([whole, cut])[130:] == ["no 3", "no 4"]
+    files = [("1.jpg", b"j"), ("1.json", b'{"all": ["one", "two"]}'), ("1.txt", b"t")]
+    other = write_tar("c.tar", files)
+    assert read_captions(other) == ["t"]
+    assert read_captions(other, ["x", "json.all"]) == ["one", "two"]
+
+
+def test_a_shard_that_cannot_be_read_is_an_error(write_pairs, monkeypatch):
+    def fail(ranges):
+        return [OSError(5, "no disk")] * len(ranges)
+
+    paths = [write_pairs("a.tar", 0, 3), write_pairs("b.tar", 3, 3)]
+    read_captions(paths)
+    monkeypatch.setattr(files, "read_ranges", fail)
+    with pytest.raises(OSError, match=r"the shard cannot be read: .*a\.tar"):
+        read_captions(paths)
+
+
+def test_captions_are_read_without_image_files(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,caption\nmissing.png,one\n")
+    assert read_captions(tmp_path) == ["one"]
+    assert read_captions([{"image": b"j", "caption": ["a", "b"]}]) == ["a", "b"]
+
+
+def test_a_source_in_which_no_caption_is_found_is_an_error(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,sentence\n1.png,one\n")
+    with pytest.raises(ValueError, match=r"`caption_key` .*Received: .*'sentence'"):
+        read_captions(tmp_path)
+    assert read_captions(tmp_path, "sentence") == ["one"]

@@ -30,14 +30,10 @@ def shards(write_pairs):
 
 
 def test_evaluation_gives_every_sample_once_in_the_order_of_the_files(shards):
-    dataset = make(shards, batch_size=32)
-    received = take(dataset)
+    received = take(make(shards, batch_size=32))
     assert [len(batch["images"]) for batch in received] == [32, 32, 32, 24]
-    assert keys(dataset) == [f"{index:04}" for index in range(120)]
+    assert column(received, "keys") == [b"%04d" % index for index in range(120)]
     for batch in received:
-        assert batch["images"].dtype == np.uint8
-        assert batch["images"].shape[1:] == (16, 16, 3)
-        assert batch["token_ids"].dtype == np.int32
         np.testing.assert_array_equal(batch["token_ids"], TOKENIZER(batch["captions"]))
 
 

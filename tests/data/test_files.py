@@ -183,15 +183,10 @@ def test_what_cannot_be_read_is_read_again(address, storage):
     assert len(storage.requests) == 2
 
 
-def test_an_error_that_stays_is_returned_for_its_range_alone(address, storage):
-    ranges = [(address, 0, 5), (f"{address}b", 0, 5)]
+def test_an_error_that_stays_is_returned(address, storage):
     storage.errors.extend([RuntimeError("slow down")] * 10)
-    found = files.read_ranges(ranges[:1])
+    found = files.read_ranges([(address, 0, 5)])
     assert "slow down" in str(found[0])
-    storage.errors.clear()
-    first, second = files.read_ranges(ranges)
-    assert first == CONTENT[:5]
-    assert isinstance(second, FileNotFoundError)
 
 
 def test_a_range_beyond_the_end_is_requested_once(tmp_path, server):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import files, image_text_dataset, parts, read_captions
+from keras_cluster_mask.data import parts
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.samples import Fields, hash_of
 from tests.data.reading import pairs_of
@@ -305,63 +305,6 @@ def test_json_files_without_the_caption_do_not_count_as_captions(write_tar):
     assert index.faults == {"no caption": 7}
     assert len(open_all(shard, caption_key="json.url")) == 9
     assert len(open_all(shard, caption_key="json.caption")) == 0
-
-
-# === The captions of a source ===
-
-
-@pytest.mark.parametrize("name", ["x.tar", ""])
-def test_captions_in_utf_16_are_refused_by_name(write_tar, tmp_path, name):
-    text = "\ufeffein Hünd 猫".encode("utf-16-le" if name else "utf-16-be")
-    write_tar("x.tar", [("a.png", b"png"), ("a.txt", text)])
-    (tmp_path / "a.png").touch()
-    (tmp_path / "a.txt").write_bytes(text)
-    for read in (read_captions, lambda x: image_text_dataset(x, len, 16, 1, False)):
-        with pytest.raises(ValueError, match=rf"'a.*/{name}.*UTF-16.*save it as UTF-8"):
-            read(tmp_path / name)
-
-
-def test_captions_of_unreadable_letters_are_kept(write_tar):
-    text = "\N{REPLACEMENT CHARACTER}" * 3
-    assert read_captions(write_tar("x.tar", [("a.txt", text.encode())])) == [text]
-
-
-def test_all_captions_of_intact_samples_are_read(write_pairs, write_tar):
-    whole = write_pairs("a.tar", 0, 130)
-    # A pair is four blocks.
-    cut = write_pairs("b.tar", 3, 3)
-    cut.write_bytes(cut.read_bytes()[: 512 * 10])
-    assert read_captions(whole) == [f"no {n}" for n in range(130)]
-    with pytest.warns(UserWarning, match="b.tar is damaged after the sample"):
-        assert read_captions([whole, cut])[130:] == ["no 3", "no 4"]
-    files = [("1.jpg", b"j"), ("1.json", b'{"all": ["one", "two"]}'), ("1.txt", b"t")]
-    other = write_tar("c.tar", files)
-    assert read_captions(other) == ["t"]
-    assert read_captions(other, ["x", "json.all"]) == ["one", "two"]
-
-
-def test_a_shard_that_cannot_be_read_is_an_error(write_pairs, monkeypatch):
-    def fail(ranges):
-        return [OSError(5, "no disk")] * len(ranges)
-
-    paths = [write_pairs("a.tar", 0, 3), write_pairs("b.tar", 3, 3)]
-    read_captions(paths)
-    monkeypatch.setattr(files, "read_ranges", fail)
-    with pytest.raises(OSError, match=r"the shard cannot be read: .*a\.tar"):
-        read_captions(paths)
-
-
-def test_captions_are_read_without_image_files(tmp_path):
-    (tmp_path / "metadata.csv").write_text("file_name,caption\nmissing.png,one\n")
-    assert read_captions(tmp_path) == ["one"]
-    assert read_captions([{"image": b"j", "caption": ["a", "b"]}]) == ["a", "b"]
-
-
-def test_a_source_in_which_no_caption_is_found_is_an_error(tmp_path):
-    (tmp_path / "metadata.csv").write_text("file_name,sentence\n1.png,one\n")
-    with pytest.raises(ValueError, match=r"`caption_key` .*Received: .*'sentence'"):
-        read_captions(tmp_path)
-    assert read_captions(tmp_path, "sentence") == ["one"]
 
 
 def test_rows_without_an_image_are_samples_of_their_own(tmp_path):

@@ -10,11 +10,19 @@ from keras_cluster_mask.data import (
     Sampling,
     check,
     files,
-    image_text_dataset,
     read_captions,
     split,
 )
-from tests.data.reading import Counted, batches, keys, make_dataset, pairs_of, together
+from tests.data.reading import (
+    Counted,
+    batches,
+    column,
+    keys,
+    make_dataset,
+    pairs_of,
+    take,
+    together,
+)
 
 pytestmark = pytest.mark.any_backend
 
@@ -191,20 +199,14 @@ def test_a_part_refuses_other_uses(write, monkeypatch):
         split(source)
 
 
-def test_the_parts_remember_the_fields_of_the_split(tmp_path, encode):
-    rng = np.random.default_rng(0)
-    lines = ["photo,alt"]
-    for number in range(20):
-        pixels = rng.integers(0, 256, (8, 8, 3)).astype("uint8")
-        (tmp_path / f"{number}.png").write_bytes(encode(pixels))
-        lines.append(f"{number}.png,number {number}")
-    table = tmp_path / "pairs.csv"
-    table.write_text("\n".join(lines))
+def test_the_parts_remember_the_fields_of_the_split(write_rows, noise):
+    captions = [f"number {n:02}" for n in range(20)]
+    rows = [{"photo": noise(n), "alt": text} for n, text in enumerate(captions)]
+    table = write_rows("pairs.parquet", rows)
     train, rest = split(table, test=0.5, image_keys="photo", caption_key="alt")
     test, _ = split(rest, test=0.5)
-    captions = [text for part in (train, rest) for text in read_captions(part)]
-    assert sorted(captions) == sorted(f"number {n}" for n in range(20))
+    assert sorted(read_captions(train) + read_captions(rest)) == captions
     assert {*read_captions(test)} < {*read_captions(rest)}
-    dataset = image_text_dataset(test, None, 8, training=False, include_captions="all")
-    found = [x for batch in dataset for (x,) in batch["captions"]]
-    assert [x.decode() for x in found] == read_captions(test)
+    batches = take(make_dataset(test, include_captions=True))
+    found = [caption.decode() for caption in column(batches, "captions")]
+    assert found == read_captions(test)

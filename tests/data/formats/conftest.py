@@ -21,12 +21,12 @@ def read_all_of(path):
     format = format_of(path)
     context = format.context(path)
     entries = list(format.scan(path))
-    if any(entry.content for entry in entries):
-        contents = [entry.content for entry in entries]
-    else:
-        part = types.SimpleNamespace(shard=path)
-        # In any order.
-        contents = format.read([(part, entry.place) for entry in entries[::-1]])[::-1]
+    stored = b"".join(entry.content for entry in entries)
+    part = types.SimpleNamespace(
+        shard=path, content=lambda place: stored[place[0] : sum(place)]
+    )
+    # In any order.
+    contents = format.read([(part, entry.place) for entry in entries[::-1]])[::-1]
     samples, faults = [], []
     for number, (entry, content) in enumerate(zip(entries, contents)):
         if entry.fault:
