@@ -21,7 +21,7 @@ from keras_cluster_mask.distribution.processes import (
     to_numpy,
 )
 from keras_cluster_mask.distribution.replicas import is_main_process
-from keras_cluster_mask.training.layers import settings_of
+from keras_cluster_mask.training.layers import MadeOfParts, settings_of
 from keras_cluster_mask.training.optimizers import (
     build,
     inner_optimizer,
@@ -322,6 +322,10 @@ def describe(model, data):
     options, head = (
         {name: getattr(x, name) for name in x._settings} for x in (model, model.head)
     )
+    if type(model).get_config is not MadeOfParts.get_config:
+        # Arguments of a subclass. Names are numbered, and dictionaries are layers.
+        config = {**model.get_config(), "name": {}}
+        options |= {k: v for k, v in config.items() if not isinstance(v, dict)}
     # Steps give the same result with another one.
     del options["micro_batch_size"]
     content = {

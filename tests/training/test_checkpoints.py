@@ -23,11 +23,14 @@ from tests.helpers import (
     assert_close,
     assert_same_values,
     compiled_model,
+    image_mlp,
     random_pairs,
     run_program,
     small_model,
+    text_bag,
     values,
 )
+from tests.models.test_without_masking import Scaled
 from tests.training.training_run import (
     PROGRAM,
     StopAfter,
@@ -377,6 +380,19 @@ def test_optimizers_of_towers_and_activations_of_blocks_must_be_the_same(tmp_pat
         fit("rmsprop", "gelu")
     with pytest.raises(ValueError, match=r"with layers\.\d+: .*'quick_gelu'"):
         fit("adam", "quick_gelu")
+
+
+@pytest.mark.any_backend
+def test_an_argument_of_a_subclass_must_be_the_same(tmp_path):
+    def fit(factor):
+        model = Scaled(image_mlp(), text_bag(), factor=factor)
+        model.compile("sgd", **FAST)
+        run(random_pairs(8), tmp_path, model=model, epochs=1, **ARRAYS)
+
+    fit(1.0)
+    fit(1.0)
+    with pytest.raises(ValueError, match=r"with model\.factor: 1\.0 .*, 2\.0 in"):
+        fit(2.0)
 
 
 # === What is saved ===
