@@ -249,7 +249,7 @@ def test_weights_count_in_both_directions(loss):
 
 
 def labels_of(ids):
-    return np.array(ops.convert_to_numpy(caption_labels(ids)))
+    return ops.convert_to_numpy(caption_labels(ids))
 
 
 def test_captions_have_equal_labels_exactly_if_they_are_equal():

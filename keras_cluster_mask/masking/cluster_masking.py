@@ -260,9 +260,8 @@ class ClusterMasking(SimilarityMasking):
         super().advance()
 
     def check_ready(self) -> None:
-        if self.threshold is None:
-            return
-        if math.isinf(float(ops.convert_to_numpy(self.threshold))):
+        threshold = self.threshold
+        if threshold is not None and math.isinf(ops.convert_to_numpy(threshold)):
             raise ValueError(
                 f"The threshold of `{self.name}` is not set. Pass `threshold`, or "
                 "call `adapt(images)` before training. Received: threshold=None"

@@ -65,15 +65,15 @@ class SimilarityMasking(PatchMasking):
         check_choice("data_format", self.data_format, formats)
         if isinstance(embedding_weight, dict):
             embedding_weight = keras.saving.deserialize_keras_object(embedding_weight)
-        if not isinstance(
+        self.step = None
+        if isinstance(
             embedding_weight, keras.optimizers.schedules.LearningRateSchedule
         ):
+            self.step = add_state(self, "step", 0, "int32")
+        else:
             check_range("embedding_weight", embedding_weight, 0, 1)
             embedding_weight = float(embedding_weight)
         self.embedding_weight = embedding_weight
-        self.step = None
-        if not isinstance(embedding_weight, float):
-            self.step = add_state(self, "step", 0, "int32")
 
     @property
     def patch_size(self) -> tuple[int, int]:

@@ -12,22 +12,14 @@ from tests.helpers import (
     random_images,
     values,
 )
+from tests.masking import test_cluster_masking
 from tests.masking.images import numpy, textured
 
 pytestmark = pytest.mark.any_backend
 
 IMAGES, N = 10, 24
 PIXELS = textured(np.random.default_rng(1), IMAGES, 16, 24, 3)
-MODES = {
-    "budget": {"mask_ratio": 0.7, "anchor_ratio": 0.2},
-    "tokens": {"embedding_weight": 0.5},
-    "threshold": {"min_mask_ratio": 0.3, "threshold": 0.14},
-    "threshold_shown": {
-        "min_mask_ratio": 0.5,
-        "threshold": 0.14,
-        "hide_padding": False,
-    },
-}
+MODES = {**test_cluster_masking.MODES, "tokens": {"embedding_weight": 0.5}}
 
 
 def cluster_masking(**options):
