@@ -182,15 +182,14 @@ def _read_state_dict(source):
     for key in ("state_dict", "model"):
         if isinstance(source.get(key), Mapping):
             source = source[key]
-    state = {}
-    for name, tensor in source.items():
-        # `torch.compile` adds this prefix, and DistributedDataParallel the next one.
-        name = name.replace("_orig_mod.", "").removeprefix("module.")
-        # open_clip's `CustomTextCLIP` keeps the same text tower one level deeper.
-        name = name.removeprefix("text.")
-        if name not in BUFFERS:
-            state[name] = tensor
-    return state, label
+    # `torch.compile` adds this prefix, and DistributedDataParallel the next one.
+    state = {name.replace("_orig_mod.", ""): x for name, x in source.items()}
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): x for name, x in state.items()}
+    # open_clip's `CustomTextCLIP` keeps the same text tower one level deeper.
+    if "text.token_embedding.weight" in state:
+        state = {name.removeprefix("text."): x for name, x in state.items()}
+    return {k: x for k, x in state.items() if k not in BUFFERS}, label
 
 
 def _fault(entry, state, backbone):

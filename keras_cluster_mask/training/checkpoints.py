@@ -13,7 +13,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.processes import (
@@ -25,6 +24,7 @@ from keras_cluster_mask.training.layers import MadeOfParts, settings_of
 from keras_cluster_mask.training.optimizers import (
     build,
     inner_optimizer,
+    learning_rates,
     optimizer_parts,
 )
 from keras_cluster_mask.training.tokenizers import digest_of
@@ -284,15 +284,6 @@ def resume(run, model, path, verbose):
     run.data.origin = facts["data_origin"]
     if verbose:
         print(f"Resuming from {path}: epoch {run.epoch + 1}.")
-
-
-def learning_rates(model) -> list[float | None]:
-    """Returns the learning rate of each optimizer, or `None` for a schedule."""
-    rates = [part.learning_rate for part in optimizer_parts(model.optimizer)]
-    return [
-        float(ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None
-        for rate in rates
-    ]
 
 
 def saved_epochs(folder) -> dict[int, str]:

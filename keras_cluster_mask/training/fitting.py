@@ -22,15 +22,11 @@ from keras_cluster_mask.distribution.backends import (
 )
 from keras_cluster_mask.distribution.gradients import check_batch_size
 from keras_cluster_mask.distribution.replicas import num_replicas, verbosity
-from keras_cluster_mask.training.checkpoints import (
-    RunCallback,
-    learning_rates,
-    resume,
-)
+from keras_cluster_mask.training.checkpoints import RunCallback, resume
 from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.micro_batches import check_micro_batches
-from keras_cluster_mask.training.optimizers import optimizer_parts
+from keras_cluster_mask.training.optimizers import learning_rates, optimizer_parts
 from keras_cluster_mask.training.step_metrics import DIRECTIONS
 from keras_cluster_mask.training.tokenizers import adopt_tokenizer
 from keras_cluster_mask.training.training_data import (

@@ -6,6 +6,7 @@ of one instance are replaced, here and by `distribution`, some of them private
 """
 
 import keras
+from keras import ops
 
 from keras_cluster_mask.distribution import gradients as distribution
 from keras_cluster_mask.training.layers import all_layers, saved_weights
@@ -124,6 +125,15 @@ def optimizer_parts(optimizer):
     """Lists the optimizers that update weights: one, or those of a `MultiOptimizer`."""
     own = inner_optimizer(optimizer)
     return getattr(own, "optimizers", [own])
+
+
+def learning_rates(model) -> list[float | None]:
+    """Returns the learning rate of each optimizer, or `None` for a schedule."""
+    rates = [part.learning_rate for part in optimizer_parts(model.optimizer)]
+    return [
+        float(ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None
+        for rate in rates
+    ]
 
 
 # === Weight decay ===
