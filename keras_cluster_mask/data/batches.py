@@ -17,7 +17,7 @@ from keras_cluster_mask.checks import (
     is_positive,
 )
 from keras_cluster_mask.data import files, tokenizing
-from keras_cluster_mask.data.images import Images, UnreadableImage, name_of
+from keras_cluster_mask.data.images import Images, UnreadableImage
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.order import Mix, Order
 from keras_cluster_mask.data.samples import Fault, Fields, Sample, SampleError
@@ -81,18 +81,6 @@ class Captions:
     def __getstate__(self):
         # A Keras layer runs in the main process; worker processes do not import Keras.
         return {**vars(self), **({"tokenizer": None} if self.has_layer else {})}
-
-    @property
-    def description(self):
-        """dict. The settings that a resumed run must share."""
-        tokenizer, masking = self.tokenizer, self.text_masking
-        size = tokenizing.vocabulary_size_of(tokenizer)
-        length = tokenizing.length_of(tokenizer)
-        return {
-            "tokenizer": [name_of(tokenizer), size, length],
-            "text_masking": None if masking is None else repr(masking),
-            "include_captions": not self.training and self.include_captions,
-        }
 
     def batch(self, samples, generators, epochs):
         """Returns the entries of a batch, with the arguments of `tokenize` for a layer.
@@ -300,22 +288,6 @@ class Batches:
             "labels": self.fields.labels and Spec((rows,), "int32"),
         }
         return {name: spec for name, spec in specs.items() if spec}
-
-    @property
-    def description(self):
-        """Dictionary. The settings that a resumed run must share."""
-        return {
-            "shards": sum(len(index.paths) for index in self.indexes),
-            "samples": self.num_samples,
-            "index": [index.fingerprint for index in self.indexes],
-            "weights": self.weights,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "block_size": self.block_size,
-            "sampling": self.order.digest() if self.training else None,
-            **self.images.description,
-            **self.captions.description,
-        }
 
     def positions(self, batch):
         """Returns the range of the positions of this process in a batch."""

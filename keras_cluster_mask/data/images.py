@@ -307,16 +307,6 @@ class Images:
         if multiprocessing.parent_process() is not None:
             Image.MAX_IMAGE_PIXELS = self.max_pixels
 
-    @property
-    def description(self):
-        """dict. The settings that a resumed run must share."""
-        return {
-            "image_size": list(self.image_size),
-            "crop_scale": self.crop_scale and [*map(float, self.crop_scale)],
-            "max_image_pixels": self.max_pixels,
-            "image_transform": name_of(self.image_transform),
-        }
-
     def __call__(self, content, generator):
         """Decodes and crops an image.
 
@@ -351,13 +341,3 @@ class Images:
                     f"it gets, uint8 {shape}. Received: {part.dtype} {part.shape}"
                 )
         return part.transpose(2, 0, 1) if self.data_format == CHANNELS_FIRST else part
-
-
-def name_of(function):
-    """Returns the name of a function, or of the class of an object, for descriptions.
-
-    `None` has none.
-    """
-    if function is None:
-        return None
-    return getattr(function, "__qualname__", type(function).__qualname__)

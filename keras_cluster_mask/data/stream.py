@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.data.batches import REPORT, TEXTS, Batches
+from keras_cluster_mask.data.tokenizing import length_of
 from keras_cluster_mask.data.workers import in_processes
 from keras_cluster_mask.stream import Stream
 
@@ -80,7 +81,26 @@ class ImageTextDataset(Stream):
 
     @property
     def description(self) -> dict[str, Any]:
-        return self._batches.description
+        batches, images = self._batches, self._batches.images
+        captions = batches.captions
+        masking, crop_scale = captions.text_masking, images.crop_scale
+        return {
+            "shards": sum(len(index.paths) for index in batches.indexes),
+            "samples": self.num_samples,
+            "index": [index.fingerprint for index in batches.indexes],
+            "weights": batches.weights,
+            "batch_size": self.batch_size,
+            "seed": batches.seed,
+            "block_size": batches.block_size,
+            "sampling": batches.order.digest() if self.training else None,
+            "image_size": list(images.image_size),
+            "crop_scale": crop_scale and [*map(float, crop_scale)],
+            "max_image_pixels": images.max_pixels,
+            "image_transform": _name_of(images.image_transform),
+            "tokenizer": [_name_of(self.tokenizer), length_of(self.tokenizer)],
+            "text_masking": masking and repr(masking),
+            "include_captions": not self.training and captions.include_captions,
+        }
 
     def __len__(self) -> int:
         """Returns the number of batches.
@@ -330,3 +350,10 @@ def num_processors():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _name_of(function):
+    """Returns the name of a function, or of the class of an object, or `None`."""
+    if function is None:
+        return None
+    return getattr(function, "__qualname__", type(function).__qualname__)

@@ -57,17 +57,6 @@ def length_of(tokenizer):
     return length
 
 
-def vocabulary_size_of(tokenizer):
-    """Returns the number of ids of a tokenizer, or `None` if it is unknown."""
-    if "transformers" in libraries_of(tokenizer):
-        return len(tokenizer)
-    if is_layer(tokenizer):
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    size = getattr(tokenizer, "vocab_size", None)
-    size = getattr(tokenizer, "vocabulary_size", size)
-    return size() if callable(size) else size
-
-
 def tokenize(tokenizer, captions, context_length=None):
     """Converts captions to token ids.
 
