@@ -145,6 +145,7 @@ def test_storage_that_dies_in_training_ends_the_run_within_four_minutes(
     monkeypatch.setattr(files, "Threads", lambda _: silence)
     reason = "the storage has not answered within"
     with (
+        threads,
         pytest.warns(UserWarning, match=f"storage://{path}: {reason} 50") as told,
         pytest.raises(SampleError, match=rf"{reason} .*; 63 others"),
     ):
