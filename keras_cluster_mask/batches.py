@@ -51,8 +51,12 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
 
 
 def is_endless(data: Any) -> bool:
-    """Returns whether data is a stream for training, such as a dataset of images."""
-    return isinstance(data, Stream) and data.training
+    """Returns whether data never ends, as a stream for training."""
+    if isinstance(data, Stream):
+        return data.training
+    # A `tf.data.Dataset` knows whether it repeats without end.
+    cardinality = getattr(data, "cardinality", None)
+    return callable(cardinality) and int(cardinality()) == -1
 
 
 def read_images(data: Any, max_images: int | None = None) -> Iterator[np.ndarray]:

@@ -110,14 +110,16 @@ class Captions:
         if self.has_layer:
             batch[TEXTS] = chosen, generators, epochs
         elif self.tokenizer is not None:
-            batch["token_ids"] = self.tokenize(chosen, generators, epochs)
+            batch["token_ids"] = self.tokenize(
+                chosen, generators, epochs, self.tokenizer
+            )
         return batch
 
-    def tokenize(self, texts, generators, epochs):
+    def tokenize(self, texts, generators, epochs, tokenizer):
         """Converts the chosen captions of a batch to token ids."""
         if self.text_masking is None:
-            return tokenizing.tokenize(self.tokenizer, texts)
-        return self.text_masking.tokenize(self.tokenizer, texts, generators, epochs)
+            return tokenizing.tokenize(tokenizer, texts)
+        return self.text_masking.tokenize(tokenizer, texts, generators, epochs)
 
 
 @dataclasses.dataclass
@@ -265,13 +267,6 @@ class Batches:
             for source, index in enumerate(self.indexes)
         ]
         self.order = Mix(orders, self.weights) if self.weights else orders[0]
-        if self.order.length(0) < batch_size:
-            raise ValueError(
-                "`batch_size` must not exceed the number of samples in an epoch, all "
-                "of `source` or those that `sampling` chooses, because training uses "
-                f"full batches only. Received: batch_size={batch_size}, "
-                f"{self.order.length(0)} samples"
-            )
 
     @property
     def element_spec(self):

@@ -57,9 +57,9 @@ def image_text_dataset(
     all samples. The last partial batch of an epoch is carried over to the next epoch.
     Each image is cropped at random. `len(dataset)` is the number of full batches in an
     epoch. The same seed gives the same batches with any number of processes and
-    workers. `ContrastiveModel.fit` needs no `steps_per_epoch`. Other Keras models read
-    `fit(iter(dataset), steps_per_epoch=len(dataset))`, and TensorFlow reads
-    `dataset.as_dataset()`.
+    workers. `ContrastiveModel.fit` needs no `steps_per_epoch`. Other Keras models take
+    `fit(((batch,) for batch in dataset), steps_per_epoch=len(dataset))`, and TensorFlow
+    takes `dataset.as_dataset()`.
 
     With `training=False`, each sample is read once, in the order of the shards, with a
     center crop.

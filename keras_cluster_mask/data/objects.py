@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import functools
-import os
 import threading
 from collections.abc import Mapping
 
@@ -143,5 +142,6 @@ def _facts(sample):
     """Returns JSON values that identify a sample of an object without its pixels."""
     if isinstance(sample, Fault):
         return sample.key, sample.reason
-    image = os.path.basename(sample.path) or getattr(sample.image, "size", None)
-    return sample.key, sample.captions, sample.label, image or len(sample.image)
+    image = sample.path.rstrip("/").rpartition("/")[2]
+    image = image or getattr(sample.image, "size", None) or len(sample.image)
+    return sample.key, sample.captions, sample.label, image

@@ -1,6 +1,5 @@
 """A stream of batches, read ahead in the background, and the samples that it skips."""
 
-import atexit
 import collections
 import contextlib
 import functools
@@ -10,6 +9,7 @@ import os
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -32,10 +32,11 @@ class ImageTextDataset(Stream):
     """A dataset of batches of image-text pairs; see `image_text_dataset`.
 
     It is an iterable with a length: an endless stream in training, while evaluation
-    reads each sample once. `ContrastiveModel.fit` reads it as it is. Give other Keras
-    models `fit(iter(dataset), steps_per_epoch=len(dataset))`. `dataset[n]` is the batch
-    `n` of an iteration, so a `torch.utils.data.DataLoader(dataset, batch_size=None)`
-    reads it, too.
+    reads each sample once. `ContrastiveModel.fit` reads it as it is. Other Keras models
+    take a generator: `fit(((batch,) for batch in dataset),
+    steps_per_epoch=len(dataset))`. `dataset[n]` is the batch `start + n`, so a
+    `torch.utils.data.DataLoader(dataset, batch_size=None)` reads it, too: in training
+    one epoch from `start` on, which you set for another.
 
     Args:
         batches: `Batches`.
@@ -76,6 +77,14 @@ class ImageTextDataset(Stream):
         labels = batches.fields.labels
         self.class_names = list((labels and labels.numbers) or ())
         if self.training:
+            length = batches.order.length(0)
+            if length < self.batch_size:
+                raise ValueError(
+                    "`batch_size` must not exceed the number of samples in an epoch, "
+                    "all of `source` or those that `sampling` chooses, because "
+                    "training uses full batches only. Received: "
+                    f"batch_size={self.batch_size}, {length} samples"
+                )
             length = int(batches.order.mean_length)
             self.steps_per_epoch = max(length // self.batch_size, 1)
 
@@ -124,18 +133,19 @@ class ImageTextDataset(Stream):
         return sum(len(self._batches.positions(batch)) for batch in range(len(self)))
 
     def as_dataset(self) -> Any:
-        """Returns a `tf.data.Dataset` of the batches.
+        """Returns a `tf.data.Dataset` of the batches, in training an endless one.
 
         Each iteration over it starts at the current `start`. Tuples of captions are
-        left out, since a `tf.data.Dataset` cannot hold them.
+        left out, since a `tf.data.Dataset` cannot hold them. A `ContrastiveModel` reads
+        the dataset itself, and checks its tokenizer.
         """
         from keras_cluster_mask.distribution.tensorflow_data import dataset_of
 
-        return dataset_of(self.__iter__, self.element_spec)
+        return dataset_of(self.__iter__, self.element_spec, self.training)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Reads the batch `start + index` in this thread."""
-        if not self.training and not 0 <= index < len(self) - self.start:
+        if index < 0 or not (self.training or index < len(self) - self.start):
             raise IndexError(index)
         alone = types.SimpleNamespace(count=1, map=map)
         batch = self._batches.read(alone, self.start + index)
@@ -155,9 +165,8 @@ class ImageTextDataset(Stream):
             read = functools.partial(in_processes, read, workers, size)
         stop = 2**62 if self.training else len(self)
         stack = contextlib.ExitStack()
-        close = functools.partial(_close, process, stack)
-        # At exit, before the modules that the readers need are unloaded.
-        atexit.register(close)
+        # Also at exit, before the modules that the readers need are unloaded.
+        close = weakref.finalize(stack, _close, process, stack)
         try:
             batches = read(range(self.start, stop), stack)
             while True:
@@ -178,7 +187,6 @@ class ImageTextDataset(Stream):
                     )
         finally:
             close()
-            atexit.unregister(close)
 
     def _finished(self, batch, skipped):
         """Counts the broken samples of a batch, and adds what workers cannot make."""
@@ -190,7 +198,8 @@ class ImageTextDataset(Stream):
         skipped.report(faults, rows, total)
         # A Keras layer cannot run in worker processes.
         if TEXTS in batch:
-            batch["token_ids"] = self._batches.captions.tokenize(*batch[TEXTS])
+            captions = self._batches.captions
+            batch["token_ids"] = captions.tokenize(*batch[TEXTS], self.tokenizer)
         return {name: batch[name] for name in self.element_spec}
 
     def __repr__(self):

@@ -9,7 +9,9 @@ import keras
 from keras_cluster_mask.distribution.backends import import_triton_first
 
 
-def dataset_of(read: Callable[[], Iterator[dict]], specs: dict[str, Any]) -> Any:
+def dataset_of(
+    read: Callable[[], Iterator[dict]], specs: dict[str, Any], is_endless: bool = False
+) -> Any:
     """Returns a `tf.data.Dataset` of dictionaries.
 
     Args:
@@ -18,6 +20,7 @@ def dataset_of(read: Callable[[], Iterator[dict]], specs: dict[str, Any]) -> Any
         specs: Dictionary from the name of each entry of a batch to an object with its
             `shape`, with `None` for unknown sizes, and its `dtype`. Entries with the
             dtype `"object"` are left out.
+        is_endless: Boolean. Whether the dataset says that it never ends.
 
     Raises:
         ImportError: If TensorFlow is not installed.
@@ -35,6 +38,9 @@ def dataset_of(read: Callable[[], Iterator[dict]], specs: dict[str, Any]) -> Any
                 yield {name: batch[name] for name in specs}
 
     dataset = tf.data.Dataset.from_generator(batches, output_signature=specs)
+    if is_endless:
+        endless = tf.data.INFINITE_CARDINALITY
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(endless))
     options = tf.data.Options()
     # The samples come from Python, so `tf.distribute` has no files to shard.
     policy = tf.data.experimental.AutoShardPolicy.DATA

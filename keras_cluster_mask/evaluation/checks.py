@@ -70,7 +70,8 @@ def check_class_names(name, data, class_names, may_rename=False):
 
 def class_names_of(data):
     """Returns the `class_names` of an `image_text_dataset`; `[]` for other data."""
-    return getattr(data, "class_names", [])
+    # A `tf.data.Dataset` of Keras may have other ones.
+    return data.class_names if hasattr(data, "skipped") else []
 
 
 def check_entry(name, batch, key):

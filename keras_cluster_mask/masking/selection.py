@@ -1,8 +1,7 @@
 """Selects the patches that are kept, by the noise of a step and a strategy's scores.
 
-A model passes the noise of a step to a `MaskedEncoder`. To the maskings inside of any
-other encoder it is given by a context, because the layers between the model and a
-masking forward only arguments that they know.
+The noise of a step reaches the maskings by a context, because the layers between a
+model and a masking forward only arguments that they know.
 """
 
 import contextlib

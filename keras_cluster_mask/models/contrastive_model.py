@@ -473,7 +473,7 @@ class ContrastiveModel(
         ```
 
         Returns:
-            A model of the same class, to be cache. A subclass is made from its
+            A model of the same class, to be compiled. A subclass is made from its
             `get_config`, as when it is loaded.
 
         Raises:

@@ -29,6 +29,9 @@ from keras_cluster_mask.training.optimizers import (
 )
 from keras_cluster_mask.training.tokenizers import digest_of
 
+# Arguments that may be others when a run is resumed: names are numbered, and steps give
+# the same result with another micro-batch.
+MAY_CHANGE = "name", "trainable", "micro_batch_size"
 # The number of steps between two checks of the loss. A check of each step would keep
 # the device waiting.
 CHECK_EVERY = 100
@@ -310,15 +313,15 @@ def describe(model, data):
     """Returns what must be the same when a run is resumed, as JSON values."""
     optimizers = inner_optimizer(model.optimizer), *optimizer_parts(model.optimizer)
     trained = {id(v) for v in model.trainable_variables}
-    options, head = (
-        {name: getattr(x, name) for name in x._settings} for x in (model, model.head)
-    )
+    options = {name: getattr(model, name) for name in model._settings}
     if type(model).get_config is not MadeOfParts.get_config:
-        # Arguments of a subclass. Names are numbered, and dictionaries are layers.
-        config = {**model.get_config(), "name": {}}
-        options |= {k: v for k, v in config.items() if not isinstance(v, dict)}
-    # Steps give the same result with another one.
-    del options["micro_batch_size"]
+        # A subclass may have further arguments.
+        options = model.get_config()
+    options, head = (
+        # Dictionaries are layers.
+        {k: v for k, v in x.items() if k not in MAY_CHANGE and not isinstance(v, dict)}
+        for x in (options, model.head.get_config())
+    )
     content = {
         "data": data.description,
         "optimizer": [type(x).__name__ for x in optimizers],

@@ -73,7 +73,7 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
     tokenizer = model.tokenizer
     try:
         adopt_tokenizer(model, x)
-        validation.check(model)
+        validation.check(model, range(run.epoch, options["epochs"]))
         if resume_from is not None:
             resume(run, model, resume_from, options["verbose"])
         history = _train(model, keras_fit, run, options)
@@ -149,19 +149,26 @@ class Validation(typing.NamedTuple):
     steps: int | None
     frequency: int | Container[int]
 
-    def check(self, model):
-        """Raises an error for data that cannot be evaluated, before training begins."""
-        # A generator would lose a batch.
-        if self.data is not None and not isinstance(self.data, types.GeneratorType):
-            evaluation_data(model, self.data, steps=self.steps)
+    def check(self, model, epochs):
+        """Raises an error for data that cannot be evaluated, before training begins.
+
+        Args:
+            model: A `ContrastiveModel`.
+            epochs: Iterable of integers, the epochs to train.
+        """
+        if not isinstance(self.data, types.GeneratorType):
+            if self.data is not None:
+                evaluation_data(model, self.data, steps=self.steps)
+        elif sum(map(self._is_due, epochs)) > 1:
+            raise ValueError(
+                "`validation_data` must be data that can be read after each epoch, and "
+                "not a generator: pass arrays, an `image_text_dataset`, a "
+                "`tf.data.Dataset` or a `PyDataset`. Received: a generator"
+            )
 
     def evaluate(self, model, epoch, callbacks):
         """Returns the metrics after an epoch, or an empty dictionary without any."""
-        every = self.frequency
-        is_due = (
-            not (epoch + 1) % every if isinstance(every, int) else epoch + 1 in every
-        )
-        if self.data is None or not is_due:
+        if self.data is None or not self._is_due(epoch):
             return {}
         logs = model.evaluate(
             x=self.data,
@@ -172,6 +179,11 @@ class Validation(typing.NamedTuple):
             return_dict=True,
         )
         return {f"val_{name}": value for name, value in logs.items()}
+
+    def _is_due(self, epoch):
+        """Returns whether there is an evaluation after an epoch."""
+        every = self.frequency
+        return not (epoch + 1) % every if isinstance(every, int) else epoch + 1 in every
 
 
 def _split(x, validation_split):

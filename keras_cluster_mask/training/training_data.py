@@ -91,6 +91,11 @@ class TrainingData:
                 "`x` must be a dataset for training: make it with `training=True`. "
                 f"Received: x={data}, which was made with training=False"
             )
+        if steps is None and self.stream is None and is_endless(data):
+            raise ValueError(
+                "`steps_per_epoch` must be given for a `tf.data.Dataset` that never "
+                "ends. Received: steps_per_epoch=None"
+            )
         self._checked = checked(data, rules)
         start, seed = (getattr(self.stream, x, None) for x in ("start", "shuffle_seed"))
         self.origin = first_epoch, start or 0, seed

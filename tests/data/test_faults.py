@@ -237,10 +237,12 @@ def test_missing_images_are_found_when_the_dataset_is_made(
     for name in names[2:]:
         (tmp_path / name).write_bytes(noise(0))
     # The table is the same, but files that were missing exist.
-    with pytest.raises(
-        ValueError, match=rf"2 of 20.*is missing \({first}\).*max_skipped"
-    ):
-        make(tmp_path, max_skipped=0.01)
+    # The samples that are left are too few for a batch, too.
+    for training in (False, True):
+        with pytest.raises(
+            ValueError, match=rf"2 of 20.*is missing \({first}\).*max_skipped"
+        ):
+            make(tmp_path, training, max_skipped=0.01, batch_size=19)
     with pytest.warns(
         UserWarning, match=rf"2 of 20 .*is missing \({first}\).*left out"
     ):

@@ -185,6 +185,7 @@ def test_the_fingerprint_of_an_object_depends_on_its_samples(noise, tmp_path):
         {"image": Image.new("L", (5, 4))},
         {"image": "a.png"},
         {"image": "b.png"},
+        {"image": "https://host/c/"},
     ]
     sources = [[row()] * 9 + [row(**each)] for each in changed]
     fingerprints = {open_all(source).fingerprint for source in sources}

@@ -17,6 +17,7 @@ from keras_cluster_mask.evaluation import (
     evaluate_zero_shot,
     zero_shot_classifier,
 )
+from keras_cluster_mask.evaluation.checks import class_names_of
 from tests.helpers import random_pairs, split
 
 pytestmark = pytest.mark.any_backend
@@ -260,3 +261,9 @@ def test_a_class_without_images_does_not_shift_the_others(
             evaluate(colored(folder, None))
         # The remedy.
         evaluate(colored(folder, sorted(COLORS)))
+
+
+def test_the_class_names_of_other_data_have_no_meaning_here():
+    # As `keras.utils.image_dataset_from_directory` sets them.
+    named = types.SimpleNamespace(class_names=["cat"])
+    assert class_names_of(named) == []

@@ -383,9 +383,18 @@ def test_optimizers_of_towers_and_activations_of_blocks_must_be_the_same(tmp_pat
 
 
 @pytest.mark.any_backend
-def test_an_argument_of_a_subclass_must_be_the_same(tmp_path):
-    def fit(factor):
-        model = Scaled(image_mlp(), text_bag(), factor=factor)
+def test_arguments_of_subclasses_must_be_the_same(tmp_path):
+    class Head(kcm.models.ContrastiveHead):
+        def __init__(self, margin, **kwargs):
+            super().__init__(**kwargs)
+            self.margin = margin
+
+        def get_config(self):
+            return {**super().get_config(), "margin": self.margin}
+
+    def fit(factor, margin=0.5):
+        head = Head(projection_dim=8, margin=margin)
+        model = Scaled(image_mlp(), text_bag(), factor=factor, head=head)
         model.compile("sgd", **FAST)
         run(random_pairs(8), tmp_path, model=model, epochs=1, **ARRAYS)
 
@@ -393,6 +402,8 @@ def test_an_argument_of_a_subclass_must_be_the_same(tmp_path):
     fit(1.0)
     with pytest.raises(ValueError, match=r"with model\.factor: 1\.0 .*, 2\.0 in"):
         fit(2.0)
+    with pytest.raises(ValueError, match=r"with head\.margin: 0\.5 .*, 0\.1 in"):
+        fit(1.0, 0.1)
 
 
 # === What is saved ===

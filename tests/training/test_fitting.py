@@ -247,6 +247,19 @@ def test_validation_data_is_read_again_when_it_is_due(write_pairs):
     assert history["val_loss"][-1] == pytest.approx(logs["loss"])
 
 
+@pytest.mark.any_backend
+def test_a_generator_is_validated_once():
+    def held_out():
+        return (batch for batch in [random_pairs(4), random_pairs(4)])
+
+    model = compiled()
+    options = dict(FIT, epochs=2, validation_data=held_out())
+    history = model.fit(random_pairs(8), validation_freq=2, **options).history
+    assert len(history["val_loss"]) == 1
+    with pytest.raises(ValueError, match=r"`validation_data` must.*after each epoch"):
+        model.fit(random_pairs(8), **options)
+
+
 @pytest.mark.one_case
 def test_callbacks_see_the_validation_and_its_metrics():
     seen = []

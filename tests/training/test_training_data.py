@@ -205,6 +205,20 @@ def test_weights_in_tuples_are_those_of_the_batch():
             as_dictionary(data, sample_weight=weights)
 
 
+@pytest.mark.any_backend
+def test_a_dataset_of_tensorflow_that_never_ends_needs_a_number_of_steps(
+    write_pairs, model
+):
+    pytest.importorskip("tensorflow")
+    ours = stream(write_pairs("a.tar", 0, 8)).as_dataset()
+    for data in (ours, tf_dataset(random_pairs(8)).repeat()):
+        with pytest.raises(ValueError, match=r"`steps_per_epoch` must be given"):
+            model.fit(data, verbose=0)
+        with pytest.raises(ValueError, match=r"must end: .*Received: an endless"):
+            model.evaluate(data, verbose=0)
+        model.fit(data, steps_per_epoch=2, verbose=0)
+
+
 LEFT_OUT = "not arrays of numbers do not reach the model"
 
 
