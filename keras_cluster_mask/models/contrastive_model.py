@@ -1,6 +1,7 @@
 """The model for contrastive training on image-text pairs."""
 
 import inspect
+import os
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -11,17 +12,18 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import replicas
-from keras_cluster_mask.distribution.backends import is_traced
+from keras_cluster_mask.distribution.backends import import_keras_hub, is_traced
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD
 from keras_cluster_mask.encoders.masked import MaskedEncoder, unmasked
+from keras_cluster_mask.encoders.pooled import pretrained_towers
 from keras_cluster_mask.encoders.surgery import number_positions
 from keras_cluster_mask.encoders.towers import ImageTower, TextTower
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_masking import join
 from keras_cluster_mask.masking.selection import StepNoise, step_of
-from keras_cluster_mask.models.backbones import OfBackbones
+from keras_cluster_mask.models.backbones import parts_of_backbone
 from keras_cluster_mask.models.head import ContrastiveHead, as_head
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
 from keras_cluster_mask.training.image_files import read_images
@@ -30,7 +32,10 @@ from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_funct
 from keras_cluster_mask.training.micro_batches import embed_in_micro_batches
 from keras_cluster_mask.training.tokenizers import (
     check_kind,
+    check_tokenizer,
+    load_from_preset,
     load_tokenizer,
+    save_in_preset,
     save_tokenizer,
     tokenizer_of,
 )
@@ -57,9 +62,7 @@ UNTRACKED = ("image_tower", "text_tower", "tokenizer")
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
-class ContrastiveModel(
-    OfBackbones, ContrastiveTrainer, MadeOfParts, Exported, keras.Model
-):
+class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     """Trains an image encoder and a text encoder on image-text pairs.
 
     Each image of a batch is compared with every text; the encoders learn to place an
@@ -272,6 +275,124 @@ class ContrastiveModel(
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: keras.Model,
+        masking: PatchMasking | None = None,
+        loss: str | None = None,
+        head: str | ContrastiveHead = "linear",
+        **kwargs: Any,
+    ) -> Self:
+        """Makes a model from a two-tower keras_hub backbone.
+
+        The model trains the backbone itself, including its projections, temperature and
+        bias. After `fit`, `model.save_to_preset(folder)` saves the trained backbone and
+        the tokenizer for keras_hub.
+
+        Args:
+            backbone: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
+                `SigLIPBackbone`, fresh or pre-trained. MetaCLIP 2's text tower pools
+                the end token, so each text must have one. SigLIP's takes only texts of
+                `max_sequence_length` tokens and pools the last one: pad to the full
+                length with the end-of-text token, as SigLIP's tokenizer does.
+            masking: A `PatchMasking` layer, or `None` to train on whole images.
+            loss: `"softmax"` or `"sigmoid"`. `None` is the loss of `head`, or that of
+                the backbone's family.
+            head: `"linear"`, the projections, temperature and bias of the backbone. Or
+                a `ContrastiveHead` without `projection_dim`, which sets the temperature
+                and the bias if they are given. The scale is limited to 100, or 1000 for
+                SigLIP, by default. A fresh SigLIP, and a CLIP with the sigmoid loss,
+                start at a temperature of 0.1 and a bias of -10.
+            **kwargs: Arguments of `ContrastiveModel`, without the encoders,
+                `projection_dim` and `dtype`. `pixel_mean`, `pixel_std` and `resize`
+                default to those of the backbone's family.
+
+        Returns:
+            A model of this class, with the attribute `backbone`.
+
+        Raises:
+            ValueError: If the backbone is not supported.
+        """
+        own = {"image_encoder", "text_encoder", "projection_dim", "dtype"}
+        if given := sorted(own & kwargs.keys()):
+            raise ValueError(
+                f"`{'` and `'.join(given)}` must be left out, since the backbone has "
+                "all the layers that compute: make the backbone with what you need. "
+                f"Received: {', '.join(f'{name}={kwargs[name]!r}' for name in given)}"
+            )
+        images, texts, options = parts_of_backbone(backbone, masking, loss, head)
+        return cls(images, texts, _backbone=backbone, **{**options, **kwargs})
+
+    @classmethod
+    def from_preset(
+        cls, preset: str, masking: PatchMasking | None = None, **kwargs: Any
+    ) -> Self:
+        """Makes a model from a keras_hub preset of a two-tower backbone.
+
+        Args:
+            preset: The name of a preset, such as `"clip_vit_base_patch16"`, which
+                keras_hub downloads, or a folder that `save_to_preset` wrote.
+            masking: A `PatchMasking` layer, or `None` to train on whole images.
+            **kwargs: As for `from_backbone`; and `dtype`, that of the backbone.
+                `tokenizer` defaults to that of the preset, if it has one: a
+                `CLIPTokenizer` for CLIP, and the preprocessor for others.
+        """
+        make = import_keras_hub().models.Backbone.from_preset
+        backbone = make(str(preset), dtype=kwargs.pop("dtype", None))
+        if "tokenizer" not in kwargs:
+            kwargs["tokenizer"] = load_from_preset(str(preset), backbone)
+        return cls.from_backbone(backbone, masking, **kwargs)
+
+    @classmethod
+    def from_encoders(
+        cls,
+        image_backbone: keras.Model,
+        text_backbone: keras.Model,
+        projection_dim: int | None = None,
+        masking: PatchMasking | None = None,
+        head: str | ContrastiveHead = "linear",
+        pooling: tuple[str | None, str | None] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Makes a model from two encoders that were pre-trained separately.
+
+        Set `trainable = False` on both to train only the projections.
+
+        Args:
+            image_backbone: A keras_hub `DINOV2Backbone`, `DINOV3Backbone`,
+                `ViTBackbone` or `DeiTBackbone`. Or, without a masking, a
+                `ResNetBackbone`, `EfficientNetBackbone` or `MobileNetBackbone`.
+            text_backbone: A keras_hub `BertBackbone`, `DistilBertBackbone`,
+                `RobertaBackbone`, `XLMRobertaBackbone`, `AlbertBackbone`,
+                `ElectraBackbone` or `DebertaV3Backbone`, or a `TextEmbedder` of one.
+            projection_dim: Integer. The width of the shared embedding space. Defaults
+                to 512, or to that of a `ContrastiveHead`.
+            masking: A `PatchMasking` layer, or `None` to train on whole images.
+            head: `"linear"`, `"mlp"` or a `ContrastiveHead`, see `ContrastiveModel`.
+            pooling: Two strings, for images and for texts: `"class"`, `"mean"`, or
+                `"class_and_mean"`. `None` is that of the family: the class token and
+                the mean of the patches for DINO, the class token for ViT and DeiT, the
+                mean over all positions for convolutional networks, the mean of all
+                tokens but padding for texts. A `TextEmbedder` has its own.
+            **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
+                default to those of the family of `image_backbone`; ImageNet's for
+                convolutional networks, as in most of timm's. `tokenizer` defaults to
+                the preprocessor of a `TextEmbedder`.
+
+        Reference:
+            - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
+              https://arxiv.org/abs/2111.07991)
+        """
+        if projection_dim is None and not isinstance(head, ContrastiveHead):
+            projection_dim = 512
+        images, texts, statistics = pretrained_towers(
+            image_backbone, text_backbone, masking=masking, pooling=pooling
+        )
+        tokenizer = getattr(text_backbone, "preprocessor", None)
+        options = {"tokenizer": tokenizer, **statistics, **kwargs}
+        return cls(images, texts, projection_dim=projection_dim, head=head, **options)
 
     # === From inputs to embeddings ===
 
@@ -552,6 +673,38 @@ class ContrastiveModel(
         found = None if dir_path is None else load_tokenizer(dir_path)
         # A subclass may have made its own.
         self.tokenizer = self.tokenizer if found is None else found
+
+    def save_to_preset(
+        self, preset_dir: str | os.PathLike, tokenizer: Any = None
+    ) -> None:
+        """Writes the backbone and its tokenizer as a preset, which keras_hub loads.
+
+        Args:
+            preset_dir: str or path of a folder.
+            tokenizer: A `CLIPTokenizer`, or a preprocessor of keras_hub. Of others,
+                `from_preset` alone loads those of Hugging Face. Defaults to the
+                tokenizer of the model.
+
+        Raises:
+            ValueError: If the tokenizer does not match the model, if there is none, or
+                if the model is not of a backbone.
+        """
+        if self.backbone is None:
+            raise ValueError(
+                "`save_to_preset` is for models of `from_backbone`: save another one "
+                f"with `model.save`. Received: model={self.name} without a backbone"
+            )
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                "`tokenizer` must be given for a model without one. To save the "
+                "backbone alone, call `model.backbone.save_to_preset`. "
+                "Received: tokenizer=None"
+            )
+        check_tokenizer(self, tokenizer)
+        folder = os.path.expanduser(preset_dir)
+        self.backbone.save_to_preset(folder)
+        save_in_preset(tokenizer, folder)
 
 
 def _check_views(views, maskings):
