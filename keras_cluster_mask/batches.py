@@ -100,7 +100,7 @@ def num_images(data: Any) -> int | None:
     """
     if _is_whole(data):
         return len(_dictionary(data)["images"])
-    return getattr(data, "num_images", None)
+    return data.num_images if isinstance(data, Stream) else None
 
 
 def num_batches(data: Any) -> int | None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from keras_cluster_mask.batches import is_endless, read_batches
 from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.stream import Stream
 
 # How to get data with an entry that is missing.
 REMEDIES = {
@@ -28,7 +29,7 @@ def check_read_once(name, data):
 def check_whole(name, data):
     """Raises an error for a dataset of which each process reads a part."""
     check_read_once(name, data)
-    process = getattr(data, "process", (0, 1))
+    process = data.process if isinstance(data, Stream) else (0, 1)
     if process[1] > 1:
         raise ValueError(
             f"`{name}` must hold all images in each process: pass `process=(0, 1)` to "
@@ -71,7 +72,7 @@ def check_class_names(name, data, class_names, may_rename=False):
 def class_names_of(data):
     """Returns the `class_names` of an `image_text_dataset`; `[]` for other data."""
     # A `tf.data.Dataset` of Keras may have other ones.
-    return data.class_names if hasattr(data, "skipped") else []
+    return data.class_names if isinstance(data, Stream) else []
 
 
 def check_entry(name, batch, key):

@@ -135,7 +135,7 @@ def _describe_data(data):
 
 
 def _warn_of_unused_captions(data):
-    count = getattr(data, "unused_captions", 0)
+    count = data.unused_captions if isinstance(data, Stream) else 0
     if count:
         warnings.warn(
             f"{count} captions of the images so far are left out, because `data` has "

@@ -29,8 +29,8 @@ from keras_cluster_mask.training.optimizers import (
 )
 from keras_cluster_mask.training.tokenizers import digest_of
 
-# Arguments that may be others when a run is resumed: names are numbered, and steps give
-# the same result with another micro-batch.
+# Arguments that may be others when a run is resumed: Keras numbers names, which weights
+# are trained is compared for each, and another micro-batch gives the same result.
 MAY_CHANGE = "name", "trainable", "micro_batch_size"
 # The number of steps between two checks of the loss. A check of each step would keep
 # the device waiting.
@@ -191,7 +191,8 @@ class Checkpoint(RunCallback):
             self._stop("The loss", f"loss={loss} {place}")
 
     def _stop(self, what, found):
-        *_, last = "none", *saved_epochs(self.folder).values()
+        paths = [*saved_epochs(self.folder).values()]
+        last = paths[-1] if paths else "none"
         raise NonFiniteError(
             f"{what} must stay finite; a lower learning rate, a longer warm-up or "
             f"gradient clipping may help. The last good checkpoint is {last}. "
@@ -219,7 +220,8 @@ class Checkpoint(RunCallback):
             np.savez(file, *arrays, facts=content, **run.rng_state)
         # A process that was killed has left the file that it was writing.
         parts = _find(self.folder, r"\..*\.part")
-        for old in [*[*saved_epochs(self.folder).values()][: -self.keep], *parts]:
+        paths = [*saved_epochs(self.folder).values()]
+        for old in [*paths[: -self.keep], *parts]:
             _storage().remove(old)
 
 

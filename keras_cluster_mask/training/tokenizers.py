@@ -23,6 +23,8 @@ import numpy as np
 
 from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.losses import without_padding
+from keras_cluster_mask.stream import Stream
+from keras_cluster_mask.training.features import TowerFeatures
 
 # The number of tokens of each text that a digest depends on.
 NUM_TOKENS = 6
@@ -111,10 +113,11 @@ def check_tokenizer_of(model, data):
     Returns:
         The tokenizer of the dataset, or `None`.
     """
-    tokenizer = getattr(data, "tokenizer", None)
+    # Data of the user's own may have attributes of these names.
+    tokenizer = data.tokenizer if isinstance(data, Stream) else None
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
-    elif hasattr(data, "tokenizer_digest"):
+    elif isinstance(data, TowerFeatures):
         _check_digest(model, data.tokenizer_digest, f"features in {data.folder}")
     return tokenizer
 

@@ -205,6 +205,25 @@ def test_weights_in_tuples_are_those_of_the_batch():
             as_dictionary(data, sample_weight=weights)
 
 
+class Own(Batches):
+    """Data with attributes that an `image_text_dataset` has, with other meanings."""
+
+    tokenizer = num_images = class_names = unused_captions = tokenizer_digest = "own"
+
+    def process(self):
+        """A method of the user's own."""
+
+
+@pytest.mark.any_backend
+def test_attributes_of_the_users_own_data_mean_nothing_here(model):
+    data = Own(split(random_pairs(8)))
+    model.fit(data, validation_data=data, verbose=0)
+    assert model.tokenizer is None
+    found = kcm.evaluation.embed(model, data)
+    assert found["image_embeddings"].shape == (8, 16)
+    assert kcm.evaluation.evaluate_retrieval(model, data, verbose=0)
+
+
 @pytest.mark.any_backend
 def test_a_dataset_of_tensorflow_that_never_ends_needs_a_number_of_steps(
     write_pairs, model
