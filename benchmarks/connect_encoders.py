@@ -1,23 +1,26 @@
 """Two pre-trained encoders as a CLIP: projections on features, then tuning.
 
-    python benchmarks/connect_encoders.py features heads tune --data DIR
-    python benchmarks/connect_encoders.py tune --data DIR --methods random --seeds 1 2
-    python benchmarks/connect_encoders.py tune --data DIR \\
-        --methods "cluster 0.4" "random, short texts" "random, LoRA"
-    python benchmarks/connect_encoders.py heads --data DIR --test   # once, at the end
+    cd benchmarks
+    python connect_encoders.py features heads tune --data DIR
+    python connect_encoders.py heads --data DIR --heads linear "mlp images=8+10+12"
+    python connect_encoders.py tune --data DIR --seeds 1 --runs "random rate=1e-4"
+    python connect_encoders.py tune --data DIR --runs random none --equal-time
+    python connect_encoders.py heads tune --data DIR --test   # once, at the end
 
-`--encoders` is a folder with keras_hub presets of DINOv2 and MiniLM. Stages resume
+`--encoders` is a folder with keras_hub presets of DINOv2 and MiniLM. A run is described
+by words: its masking, and settings that differ from those of `Tuning`. Stages resume
 where they were interrupted, and finished runs are read from `--results`. Settings are
 chosen by the validation split alone. Equal time is in steps: `--costs` measures the
-processor time of a step of each method.
+processor time of a step of each masking.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
-import re
 import resource
+import subprocess
 import time
 from pathlib import Path
 
@@ -28,12 +31,14 @@ import keras
 import keras_hub
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from keras import ops
 from quality_data import loss_at_best_temperature
 from reporting import machine, mean_and_spread, parser, publish, write_json
 from timing import interleaved
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.training import features as feature_files
 
 STAGES = ("features", "heads", "tune", "report")
 SPLITS = ("train", "validation", "test")
@@ -43,7 +48,7 @@ MASKINGS = {
     "none": lambda encoder, ratio: None,
     "random": lambda encoder, ratio: kcm.RandomMasking(ratio),
     "cluster": lambda encoder, ratio: kcm.ClusterMasking(mask_ratio=ratio),
-    "softer cluster": lambda encoder, ratio: kcm.ClusterMasking(
+    "softer_cluster": lambda encoder, ratio: kcm.ClusterMasking(
         mask_ratio=ratio, softness=0.3
     ),
     "kmeans": lambda encoder, ratio: kcm.KMeansMasking(mask_ratio=ratio),
@@ -53,17 +58,85 @@ MASKINGS = {
         kcm.models.MomentumEncoder(encoder), ratio
     ),
 }
-# What a method may do besides. LoRA has ten times the rate of encoders. After "rate"
-# follows another `--learning-rate`.
-SHORT_TEXTS, LORA, LAST_BLOCKS = "short texts", "LoRA", "last blocks"
-WHOLE_LAST = "whole images last"
-# Four fifths of an average caption.
-SHORT_LENGTH = 12
-METHOD = re.compile(
-    r"(?P<name>[a-z ]+?)(?: (?P<ratio>0\.\d+))?"
-    rf"(?:, (?P<more>{SHORT_TEXTS}|{LORA}|{LAST_BLOCKS}|{WHOLE_LAST}|"
-    r"rate (?P<rate>[\d.]+(e-\d+)?)))?"
-)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Projections on features.
+
+    Attributes:
+        head: `linear` or `mlp`.
+        images: Numbers of blocks of the image encoder, such as `8+10+12`. The last one
+            by default.
+        texts: The same of the text encoder.
+    """
+
+    head: str = "mlp"
+    images: str = ""
+    texts: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """A run of both encoders, from the `mlp` projections of the same seed.
+
+    Attributes:
+        masking: One of `MASKINGS`.
+        ratio: The fraction of patches to leave out.
+        epochs: The number of epochs.
+        batch: Pairs in a step.
+        micro: Pairs of a micro-batch, or 0.
+        rate: The learning rate of the image encoder.
+        text: That of the text encoder, in parts of `rate`.
+        head: That of the projections, in parts of `rate`.
+        depth: The rate of a block in parts of that of the next.
+        warmup: The part of the steps in which rates rise.
+        decay: The weight decay.
+        crop: The smallest part of an image that a crop takes.
+        lora: The rank of LoRA, or 0.
+        last: The number of last blocks of the image encoder that are trained, and half
+            as many of the text encoder; or 0 for both encoders whole.
+        images, texts: As in `Heads`.
+    """
+
+    masking: str
+    ratio: float = 0.5
+    epochs: float = 1
+    batch: int = 64
+    micro: int = 0
+    rate: float = 3e-5
+    text: float = 1
+    head: float = 10
+    depth: float = 1
+    warmup: float = 0
+    decay: float = 0.05
+    crop: float = 0.6
+    lora: int = 0
+    last: int = 0
+    images: str = ""
+    texts: str = ""
+
+
+def run_of(kind, text):
+    """Reads the description of a run: a word, then settings such as `rate=1e-4`."""
+    first, *more = text.split()
+    settings = dict(x.split("=", 1) for x in more)
+    types = {x.name: x.type for x in dataclasses.fields(kind)}
+    if not settings.keys() <= types.keys():
+        raise argparse.ArgumentTypeError(f"there is no such setting in {text!r}")
+    run = kind(first, **{name: types[name](x) for name, x in settings.items()})
+    known = MASKINGS if kind is Tuning else ("linear", "mlp")
+    if first not in known:
+        raise argparse.ArgumentTypeError(f"there is no {first!r}")
+    return run
+
+
+def words_of(run):
+    """The shortest description of a run, by which its files are named."""
+    first, *fields = dataclasses.fields(run)
+    given = [(x.name, getattr(run, x.name), x.default) for x in fields]
+    more = [f"{name}={value}" for name, value, default in given if value != default]
+    return " ".join([getattr(run, first.name), *more])
 
 
 def common_arguments(description):
@@ -82,16 +155,15 @@ def common_arguments(description):
     add("--features", default="results/features", help="folder of features")
     add("--seeds", type=int, nargs="*", default=[1, 2, 3])
     add(
-        "--methods",
-        nargs="+",
-        type=method_of,
-        default=["none", "random"],
-        help=f"one of {', '.join(MASKINGS)}, with a ratio other than 0.5 after it, and "
-        f"', {SHORT_TEXTS}', ', {LORA}', ', {LAST_BLOCKS}', ', {WHOLE_LAST}' or, such "
-        "as, ', rate 1e-5'",
+        "--runs",
+        nargs="*",
+        type=functools.partial(run_of, Tuning),
+        default=[Tuning("none"), Tuning("random")],
+        help=f"of tuning: {', '.join(MASKINGS)}, then settings of `Tuning`",
     )
     add("--image-size", type=int, default=168, help="side in pixels")
-    add("--batch-size", type=int, default=64, help="of tuning")
+    add("--dtype", default="mixed_bfloat16", help="the dtype policy of all models")
+    add("--threads", type=int, default=1)
     return parsed
 
 
@@ -99,36 +171,40 @@ def arguments():
     parsed = common_arguments(__doc__)
     add = parsed.add_argument
     add("stages", nargs="+", choices=STAGES)
+    add(
+        "--heads",
+        nargs="*",
+        type=functools.partial(run_of, Heads),
+        default=[Heads("linear"), Heads("mlp")],
+        help="linear or mlp, then settings of `Heads`",
+    )
     add("--head-epochs", type=int, default=30)
     add("--head-batch-size", type=int, default=512)
-    add("--epochs", type=int, default=1, help="of tuning")
-    add(
-        "--equal-time",
-        action="store_true",
-        help="as long as `random` takes",
-    )
-    add("--learning-rate", type=float, default=3e-5, help="of the encoders in tuning")
-    add("--costs", action="store_true", help="time the steps of the methods first")
+    add("--equal-time", action="store_true", help="as long as `random` takes")
+    add("--costs", action="store_true", help="time the steps of the maskings first")
     add("--test", action="store_true", help="score on the test split")
     return parsed.parse_args()
 
 
-def method_of(text):
-    """Checks the name of a method."""
-    match = METHOD.fullmatch(text)
-    if not match or match["name"] not in MASKINGS:
-        raise argparse.ArgumentTypeError(f"there is no method {text!r}")
-    return text
-
-
 def main():
     options = arguments()
+    prepare(options)
     folder = Path(options.results)
     folder.mkdir(parents=True, exist_ok=True)
     for stage in STAGES[:3]:
         if stage in options.stages:
             {"features": features, "heads": heads, "tune": tune}[stage](options, folder)
     report(options, folder)
+
+
+def prepare(options):
+    """Sets how torch computes."""
+    torch.set_num_threads(options.threads)
+    keras.config.set_dtype_policy(options.dtype)
+    if options.dtype == "mixed_bfloat16" and not torch.cuda.is_available():
+        # On processors, torch's flash attention is slower than two matrix products.
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
 # === Models and data ===
@@ -144,36 +220,40 @@ def encoders(folder, image_size):
     return image, text
 
 
-def new_model(options, seed, head, method="none"):
+def new_model(options, seed, head="mlp", tuning=None, images="", texts="", **kwargs):
     """A model with the pre-trained encoders; equal seeds give equal projections."""
+    tuning = tuning or Tuning("none", images=images, texts=texts)
     image, text = encoders(options.encoders, options.image_size)
     keras.utils.set_random_seed(seed)
-    match = METHOD.fullmatch(method)
-    masking = MASKINGS[match["name"]](image, float(match["ratio"] or 0.5))
     return kcm.ContrastiveModel.from_encoders(
-        image, text, PROJECTION_DIM, masking=masking, head=head
+        image,
+        text,
+        PROJECTION_DIM,
+        masking=MASKINGS[tuning.masking](image, tuning.ratio),
+        head=head,
+        image_blocks=numbers_of(tuning.images),
+        text_blocks=numbers_of(tuning.texts),
+        micro_batch_size=tuning.micro or None,
+        **kwargs,
     )
 
 
-def dataset(options, split, training, seed=0, short=False):
-    shards = f"{options.data}/{split}-*.tar"
-    if training:
-        more = {"crop_scale": (0.6, 1.0), "seed": seed}
-        _, text = encoders(options.encoders, options.image_size)
-        tokenizer, batch_size = text.preprocessor, options.batch_size
-        if short:
-            tokenizer = type(tokenizer).from_preset(
-                f"{options.encoders}/all_minilm_l6_v2", sequence_length=SHORT_LENGTH
-            )
-            more["text_masking"] = kcm.data.RandomTextMasking()
+def numbers_of(blocks):
+    return [int(x) for x in blocks.split("+")] if blocks else None
+
+
+def dataset(options, split, model, tuning=None, seed=0):
+    """Training batches of a run; or a split to evaluate on, without one."""
+    if tuning:
+        batch_size = tuning.batch
+        more = {"crop_scale": (tuning.crop, 1.0), "seed": seed}
     else:
-        more, tokenizer, batch_size = {"include_captions": "all"}, None, 50
+        batch_size, more = 50, {"include_captions": "all"}
     return kcm.data.image_text_dataset(
-        shards,
-        tokenizer,
-        options.image_size,
-        batch_size,
-        training=training,
+        f"{options.data}/{split}-*.tar",
+        model,
+        batch_size=batch_size,
+        training=tuning is not None,
         caption_key=options.caption_key,
         **more,
     )
@@ -190,70 +270,123 @@ def scores(images, texts, owners):
     return {**both, "mean": sum(both.values()) / 2, "loss": loss}
 
 
+def commit():
+    """The commit of this program, with a plus if files were changed since."""
+    command = [
+        "git",
+        "-C",
+        Path(__file__).parent,
+        "describe",
+        "--always",
+        "--abbrev=10",
+    ]
+    return subprocess.check_output([*command, "--dirty=+"], text=True).strip()
+
+
 # === Features, once ===
 
 
 def features(options, folder):
-    """Computes the features of all splits, and writes how long it took."""
+    """Computes the features of all blocks, and writes how long it took."""
     path = folder / "features.json"
     found = json.loads(path.read_text())["splits"] if path.exists() else {}
+    blocks = ["+".join(map(str, range(1, count + 1))) for count in depths(options)]
+    model = new_model(options, 0, images=blocks[0], texts=blocks[1])
     for split in SPLITS:
-        start = time.perf_counter()
+        start = time.process_time()
         computed = kcm.evaluation.compute_features(
-            new_model(options, 0, "linear"),
-            dataset(options, split, training=False),
-            f"{options.features}/{split}",
+            model, dataset(options, split, model), f"{options.features}/{split}"
         )
         if split not in found:
             found[split] = {
                 "images": computed.num_images,
                 "texts": computed.num_texts,
-                "minutes": round((time.perf_counter() - start) / 60, 1),
+                "processor minutes": round((time.process_time() - start) / 60, 1),
                 "peak memory (GB)": round(peak_memory(), 2),
             }
-            write_json(path, machine=machine(), splits=found)
+            write_json(path, machine=machine(), commit=commit(), splits=found)
+
+
+def depths(options):
+    """The numbers of blocks of the image encoder and of the text encoder."""
+    image, text = encoders(options.encoders, options.image_size)
+    return image.num_layers, text.backbone.num_layers
 
 
 def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
 
 
+def features_of(options, split, model):
+    """The features of the blocks that a model has, from those of all blocks.
+
+    Of each block there are the class token and the mean. A model without blocks has
+    both of images, and the mean of texts.
+    """
+    towers = model.image_encoder, model.text_encoder
+    chosen = [getattr(x, "block_numbers", None) for x in towers]
+    name = "-".join("+".join(map(str, x or ["last"])) for x in chosen)
+    source, target = Path(options.features, split), Path(options.features, split, name)
+    if not (target / "features.json").exists():
+        target.mkdir(exist_ok=True)
+        progress = json.loads((source / "features.json").read_text())
+        whole = kcm.TowerFeatures(source)
+        images = whole.pairs(slice(None))["image_features"]
+        texts = all_features(whole)[1]
+        columns = [*map(blocks_of, (images, texts), chosen, depths(options))]
+        if chosen[1] is None:
+            columns[1] = columns[1][:, columns[1].shape[1] // 2 :]
+        for kind, rows in zip(("image", "text"), columns, strict=True):
+            rows.astype("float32").tofile(target / f"{kind}_features.bin")
+            progress["shapes"][f"{kind}_features"] = list(rows.shape[1:])
+        for rest in ("caption_labels.bin", "captions_of_image.bin"):
+            (target / rest).write_bytes((source / rest).read_bytes())
+        progress["description"]["towers"] = feature_files.describe_towers(model)
+        write_json(target / "features.json", **progress)
+    return kcm.TowerFeatures(target)
+
+
+def blocks_of(rows, numbers, count):
+    """The columns of some blocks out of a number; of the last one by default."""
+    by_block = rows.reshape(len(rows), count, -1)
+    return by_block[:, [x - 1 for x in numbers or [count]]].reshape(len(rows), -1)
+
+
 # === Projections on features ===
 
 
 def heads(options, folder):
-    """Trains linear projections, and ones with a hidden layer, on features."""
-    train = kcm.TowerFeatures(f"{options.features}/train")
-    batch_size = options.head_batch_size
-    steps = options.head_epochs * (train.num_images // batch_size)
-    for head in ("linear", "mlp"):
+    """Trains projections on features."""
+    for heads in options.heads:
         for seed in options.seeds:
-            path = folder / f"head-{head}-{seed}.json"
-            weights = folder / f"head-{head}-{seed}.npz"
-            result = read(path, options, ("head_epochs", "head_batch_size"))
-            if "validation" not in result:
-                model = new_model(options, seed, head)
-                model.image_encoder.trainable = model.text_encoder.trainable = False
-                rate = keras.optimizers.schedules.CosineDecay(1e-3, steps)
-                model.compile(keras.optimizers.AdamW(rate, weight_decay=0.1))
-                start = time.perf_counter()
-                model.fit(
-                    train, batch_size=batch_size, epochs=options.head_epochs, verbose=0
-                )
-                result["seconds"] = time.perf_counter() - start
-                result["pairs per second"] = steps * batch_size / result["seconds"]
-                np.savez(
-                    weights,
-                    *[ops.convert_to_numpy(x) for x in model.head.weights],
-                )
-            for split in ["validation"] + ["test"] * options.test:
-                if split not in result:
-                    model = with_head(new_model(options, seed, head), weights)
-                    result[split] = scores(
-                        *embeddings_of(projections_of(model), options, split)
-                    )
-            write_json(path, **result)
-            print(path.stem, result.get("validation"), flush=True)
+            train_heads(heads, seed, options, folder)
+
+
+def train_heads(run, seed, options, folder):
+    name = f"head-{words_of(run)}-{seed}".replace(" ", "_")
+    path, weights = folder / f"{name}.json", folder / f"{name}.npz"
+    result = read(path, options, ("head_epochs", "head_batch_size"))
+    settings = {"images": run.images, "texts": run.texts}
+    if "validation" not in result:
+        model = new_model(options, seed, run.head, **settings)
+        train = features_of(options, "train", model)
+        batch_size = options.head_batch_size
+        steps = options.head_epochs * (train.num_images // batch_size)
+        model.image_encoder.trainable = model.text_encoder.trainable = False
+        rate = keras.optimizers.schedules.CosineDecay(1e-3, steps)
+        model.compile(keras.optimizers.AdamW(rate, weight_decay=0.1))
+        start = time.process_time()
+        model.fit(train, batch_size=batch_size, epochs=options.head_epochs, verbose=0)
+        result["processor seconds"] = time.process_time() - start
+        result["commit"] = commit()
+        np.savez(weights, *[ops.convert_to_numpy(x) for x in model.head.weights])
+    for split in ["validation"] + ["test"] * options.test:
+        if split not in result:
+            model = with_head(new_model(options, seed, run.head, **settings), weights)
+            found = features_of(options, split, model)
+            result[split] = scores(*embeddings_of(projections_of(model), found))
+    write_json(path, **result)
+    print(path.stem, result.get("validation"), flush=True)
 
 
 def with_head(model, weights):
@@ -264,9 +397,8 @@ def with_head(model, weights):
     return model
 
 
-def embeddings_of(project, options, split):
+def embeddings_of(project, found):
     """The embeddings of all images and texts, from their features."""
-    found = kcm.TowerFeatures(f"{options.features}/{split}")
     images, texts, rows = all_features(found)
     return *(normalized(x) for x in project(images, texts)), rows
 
@@ -304,89 +436,67 @@ def tune(options, folder):
     facts = json.loads((folder / "features.json").read_text())
     pairs = facts["splits"]["train"]["images"]
     for seed in options.seeds:
-        for method in options.methods:
-            steps = options.epochs * (pairs // options.batch_size)
+        for run in options.runs:
+            steps = round(run.epochs * (pairs // run.batch))
             if options.equal_time:
-                shares = shares_of(method).items()
-                cost = sum(share * costs[part] for part, share in shares)
-                steps = round(steps * costs["random"] / cost)
-            tune_one(method, seed, steps, options, folder)
+                steps = round(steps * costs["random"] / costs[cost_name(run)])
+            tune_one(run, seed, steps, options, folder)
 
 
-def shares_of(method):
-    """The methods whose steps a method consists of, with the share of each."""
-    match, base = METHOD.fullmatch(method), method.partition(",")[0]
-    if match["more"] == WHOLE_LAST:
-        return {base: 7 / 8, "none": 1 / 8}
-    return {base if match["rate"] else method: 1}
-
-
-def name_of(method, seed, options):
+def name_of(run, seed, options):
     time_of = "equal_time" if options.equal_time else "equal_steps"
-    return f"tune-{method}-{options.epochs}-{time_of}-{seed}".replace(" ", "_")
+    return f"tune-{words_of(run)}-{time_of}-{seed}".replace(" ", "_")
 
 
-def tune_one(method, seed, steps, options, folder):
-    name = name_of(method, seed, options)
+def tune_one(run, seed, steps, options, folder):
+    name = name_of(run, seed, options)
     path, weights = folder / f"{name}.json", folder / f"{name}.weights.h5"
-    result = read(
-        path, options, ("epochs", "batch_size", "learning_rate", "equal_time")
-    )
+    result = read(path, options, ("equal_time",))
     if "validation" in result and not (options.test and "test" not in result):
         return
     if "validation" in result:
-        encoders.cache_clear()
-        model = new_model(options, seed, "mlp", method)
+        model = model_to_tune(options, seed, run)
         model.load_weights(weights)
     else:
-        model, found = tuned(method, seed, steps, options, folder)
+        model, found = tuned(run, seed, steps, name, options, folder)
         model.save_weights(weights)
         result |= found
     for split in ["validation"] + ["test"] * options.test:
         if split not in result:
-            found = kcm.evaluation.embed(
-                model, dataset(options, split, False), verbose=0
-            )
-            names = ("image_embeddings", "text_embeddings", "image_of_text")
-            result[split] = scores(*(found[name] for name in names))
+            result[split] = scores_of(model, options, split)
     write_json(path, **result)
     print(name, result["validation"], flush=True)
 
 
-def tuned(method, seed, steps, options, folder):
-    """Trains a model in a few epochs, each of which is saved; returns facts on it, too.
+def scores_of(model, options, split):
+    """Embeds a split, and scores it."""
+    data = dataset(options, split, model)
+    found = kcm.evaluation.embed(model, data, verbose=0)
+    names = ("image_embeddings", "text_embeddings", "image_of_text")
+    return scores(*(found[name] for name in names))
 
-    Short texts are followed by an eighth of the steps on whole texts.
-    """
-    model, more = model_to_tune(options, seed, method)
-    with_head(model, folder / f"head-mlp-{seed}.npz")
-    epochs, first_epochs = max(1, round(steps / 24)), 0
-    if more in (SHORT_TEXTS, WHOLE_LAST):
-        epochs = 8 * max(1, round(steps / 96))
-        first_epochs = epochs * 7 // 8
-    length = max(1, round(steps / epochs))
-    compile_for(model, options, epochs * length, method)
-    start, losses = time.process_time(), []
-    for first, last in ((0, first_epochs), (first_epochs, epochs)):
-        if first == last:
-            continue
-        is_first = last < epochs
-        stage = folder / (name_of(method, seed, options) + "-first" * is_first)
-        if more == WHOLE_LAST and not is_first:
-            model.maskings[0].mask_ratio = 0.0
-        is_short = is_first and more == SHORT_TEXTS
-        losses += model.fit(
-            dataset(options, "train", True, seed, short=is_short),
-            initial_epoch=first,
-            steps_per_epoch=length,
-            epochs=last,
-            verbose=0,
-            resume_from=stage,
-            callbacks=[kcm.callbacks.Checkpoint(stage)],
-        ).history.get("loss", [])
+
+def tuned(run, seed, steps, name, options, folder):
+    """Trains a model in parts, each of which is saved; returns facts on it, too."""
+    model = model_to_tune(options, seed, run)
+    head = Heads("mlp", run.images, run.texts)
+    with_head(model, folder / f"head-{words_of(head)}-{seed}.npz".replace(" ", "_"))
+    parts = max(1, round(steps * run.batch / 2048))
+    length = max(1, round(steps / parts))
+    compile_for(model, run, parts * length, depths(options))
+    start = time.process_time()
+    losses = model.fit(
+        dataset(options, "train", model, run, seed),
+        steps_per_epoch=length,
+        epochs=parts,
+        verbose=0,
+        resume_from=folder / name,
+        callbacks=[kcm.callbacks.Checkpoint(folder / name)],
+    ).history.get("loss", [])
     return model, {
-        "method": method,
-        "steps": epochs * length,
+        "run": dataclasses.asdict(run),
+        "commit": commit(),
+        "steps": parts * length,
         "losses": losses,
         "trained weights": int(sum(np.prod(x.shape) for x in model.trainable_weights)),
         "processor minutes of this process": (time.process_time() - start) / 60,
@@ -394,42 +504,59 @@ def tuned(method, seed, steps, options, folder):
     }
 
 
-def model_to_tune(options, seed, method):
-    """A model whose weights are trained or frozen, and what else its method does."""
+def model_to_tune(options, seed, run):
+    """A model whose weights are trained or frozen as a run says."""
     encoders.cache_clear()
-    model = new_model(options, seed, "mlp", method)
-    more = METHOD.fullmatch(method)["more"]
+    model = new_model(options, seed, tuning=run)
     image, text = encoders(options.encoders, options.image_size)
     text = text.backbone
-    if more == LORA:
+    if run.lora:
         for encoder in (image, text):
-            encoder.enable_lora(8)
+            encoder.enable_lora(run.lora)
             for weight in encoder.trainable_weights:
                 weight.trainable = weight.name != "bias"
-    elif more == LAST_BLOCKS:
+    elif run.last:
         _, embedding, blocks, _ = image.layers
-        first = [embedding, *blocks.layers[:-4], *text.layers]
-        for layer in first:
+        for layer in (embedding, *blocks.layers[: -run.last], *text.layers):
             layer.trainable = False
-        for layer in text.layers[-3:]:
+        for layer in text.layers[-(run.last + 1) // 2 :]:
             layer.trainable = True
-    return model, more
+    return model
 
 
-def compile_for(model, options, steps, method):
-    """Encoders have a tenth of the rate of projections, or as much with LoRA."""
-    match = METHOD.fullmatch(method)
-    rate = keras.optimizers.schedules.CosineDecay
-    adamw = functools.partial(keras.optimizers.AdamW, weight_decay=0.05)
-    tower = float(match["rate"] or options.learning_rate)
-    factor = 10 if match["more"] == LORA else 1
-    model.compile(
-        kcm.TowerOptimizer(
-            adamw(rate(10 * tower, steps)),
-            image=adamw(rate(factor * tower, steps)),
-            text=adamw(rate(factor * tower, steps)),
+def compile_for(model, run, steps, depths):
+    """Compiles a model with the rates of a run, by tower or by depth."""
+    warmup = round(run.warmup * steps)
+
+    def adamw(rate):
+        start, target = (0.0, rate) if warmup else (rate, None)
+        schedule = keras.optimizers.schedules.CosineDecay(
+            start, steps - warmup, warmup_target=target, warmup_steps=warmup
         )
-    )
+        return keras.optimizers.AdamW(schedule, weight_decay=run.decay)
+
+    rates = {"image": run.rate, "text": run.text * run.rate}
+    default = adamw(run.head * run.rate)
+    if run.depth == 1:
+        towers = {name: adamw(rate) for name, rate in rates.items()}
+        return model.compile(kcm.TowerOptimizer(default, **towers))
+    by_path = {}
+    for (name, rate), count in zip(rates.items(), depths, strict=True):
+        # A group for the embeddings, for each block, and for what follows.
+        groups = [adamw(rate * run.depth ** (count - x)) for x in range(count + 1)]
+        for weight in getattr(model, f"{name}_encoder").trainable_weights:
+            by_path[weight.path] = groups[depth_of(weight.path, count)]
+    by_path = keras.optimizers.OptimizerMap(default, by_path)
+    return model.compile(keras.optimizers.MultiOptimizer(by_path))
+
+
+def depth_of(path, count):
+    """The number of the block of a weight, from 1; 0 for embeddings."""
+    for part in path.split("/"):
+        kind, _, number = part.rpartition("_")
+        if kind in ("layers", "transformer_layer"):
+            return int(number) + 1
+    return count if path.startswith("layernorm") else 0
 
 
 def loss_of(images, texts, owners):
@@ -447,21 +574,29 @@ def loss_of(images, texts, owners):
     )
 
 
+def cost_name(run):
+    return words_of(Tuning(run.masking, run.ratio))
+
+
 def cached_costs(options, folder):
-    """Processor time per step by method, in seconds; measured only with `--costs`."""
+    """Processor time per step by masking, in seconds; measured only with `--costs`.
+
+    Costs are of whole models, in batches of the first run.
+    """
     path = folder / "costs.json"
     costs = json.loads(path.read_text())["seconds"] if path.exists() else {}
     if options.costs:
         steps = {}
-        for method in {"random", *(y for x in options.methods for y in shares_of(x))}:
-            model, more = model_to_tune(options, 0, method)
+        for run in (Tuning("random", batch=options.runs[0].batch), *options.runs):
+            run = Tuning(run.masking, run.ratio, batch=run.batch)
+            model = model_to_tune(options, 0, run)
             model.compile(keras.optimizers.AdamW(1e-9))
-            short = more == SHORT_TEXTS
-            batch = next(iter(dataset(options, "train", True, short=short)))
-            steps[method] = functools.partial(model.train_on_batch, batch)
+            batch = next(iter(dataset(options, "train", model, run)))
+            batch = model.text_tower.lengths.cut_on_host(batch)
+            steps[cost_name(run)] = functools.partial(model.train_on_batch, batch)
         found = interleaved(steps, rounds=3, clock=time.process_time)
-        costs |= {method: min(seconds) for method, seconds in found.items()}
-        write_json(path, machine=machine(), seconds=costs)
+        costs |= {name: min(seconds) for name, seconds in found.items()}
+        write_json(path, machine=machine(), commit=commit(), seconds=costs)
     return costs
 
 
@@ -470,8 +605,8 @@ def cached_costs(options, folder):
 
 def read(path, options, names):
     """The results of a run, or its setting alone."""
-    setting = {name: getattr(options, name) for name in names}
-    setting |= {"image_size": options.image_size, "data": Path(options.data).name}
+    setting = {name: getattr(options, name) for name in ("dtype", "image_size", *names)}
+    setting["data"] = Path(options.data).name
     found = json.loads(path.read_text()) if path.exists() else {"setting": setting}
     if found["setting"] != setting:
         raise ValueError(
@@ -502,7 +637,7 @@ def report(options, folder):
         rows.append(row)
     costs = cached_costs(argparse.Namespace(costs=False), folder)
     # In steps of `random`.
-    costs = {method: seconds / costs["random"] for method, seconds in costs.items()}
+    costs = {name: seconds / costs["random"] for name, seconds in costs.items()}
     more = {"runs": runs, "time of a step": costs}
     publish(folder / "connect_encoders.json", "Two pre-trained encoders", rows, **more)
     plot(folder, runs, costs)
@@ -511,36 +646,35 @@ def report(options, folder):
 def plot(folder, runs, costs):
     """Draws recall against the time of tuning, from the projections on.
 
-    Methods of one masking have its color.
+    Each line is of runs that differ in their time alone.
     """
-    before = [x["validation"]["mean"] for k, x in runs.items() if "head-mlp" in k]
+    before = [x["validation"]["mean"] for k, x in runs.items() if "head-mlp-" in k]
     lines = {}
-    for run in runs.values():
-        if run.get("method") in costs:
-            time_of = run["steps"] * costs[run["method"]]
-            points = lines.setdefault(run["method"], {0.0: before})
-            points.setdefault(time_of, []).append(run["validation"]["mean"])
+    for result in runs.values():
+        if "run" not in result:
+            continue
+        run = Tuning(**result["run"])
+        if cost_name(run) not in costs:
+            continue
+        cost = costs[cost_name(run)] * run.batch / 64
+        points = lines.setdefault(dataclasses.replace(run, epochs=1), {0.0: before})
+        score = result["validation"]["mean"]
+        points.setdefault(result["steps"] * cost, []).append(score)
+    lines = {run: points for run, points in lines.items() if len(points) > 2}
     if not lines:
         return
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    colors = {name: f"C{number}" for number, name in enumerate(MASKINGS)}
-    markers = iter("s^DvP*X<>" * len(lines))
-    for method, points in lines.items():
-        name, times = METHOD.fullmatch(method)["name"], sorted(points)
-        style = ("o", "-") if name == method else (next(markers), ":")
-        means = [np.mean(points[x]) for x in times]
-        spreads = [np.std(points[x], ddof=len(points[x]) > 1) for x in times]
+    for run, points in lines.items():
+        times = sorted(points)
         axes.errorbar(
             times,
-            means,
-            spreads,
-            color=colors[name],
-            marker=style[0],
-            linestyle=style[1],
+            [np.mean(points[x]) for x in times],
+            [np.std(points[x], ddof=len(points[x]) > 1) for x in times],
+            marker="o",
             capsize=3,
-            label="whole images" if method == "none" else method,
+            label="whole images" if run.masking == "none" else words_of(run),
         )
-    time_label = "training time, in steps on a random half"
+    time_label = "training time, in steps of random masking (50 %)"
     axes.set(xlabel=time_label, ylabel="recall@10 (%), validation")
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(folder / "tuning.png", dpi=150)

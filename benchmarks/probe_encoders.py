@@ -1,6 +1,6 @@
 """What maskings take away from encoders, and what tuned encoders still know.
 
-    python benchmarks/probe_encoders.py losses --data DIR --methods random cluster
+    python benchmarks/probe_encoders.py losses --data DIR --runs random cluster
     python benchmarks/probe_encoders.py transfer --data DIR --classes CIFAR10
 
 `losses`, on torch: the loss of validation images in which patches are left out, with
@@ -28,6 +28,7 @@ def main():
     parsed.add_argument("--classes", help="folder of shards with a class in captions")
     parsed.add_argument("--count", type=int, default=2000, help="images of a split")
     options = parsed.parse_args()
+    runs.prepare(options)
     {"losses": losses, "transfer": transfer}[options.stage](options)
 
 
@@ -36,15 +37,15 @@ def main():
 
 def losses(options, num_images=400):
     """Compares maskings on the first validation images, at their first captions."""
-    features = kcm.TowerFeatures(f"{options.features}/validation")
-    _, texts, rows = runs.all_features(features)
-    batches = runs.dataset(options, "validation", training=False)
+    model = runs.new_model(options, 0)
+    _, texts, rows = runs.all_features(runs.features_of(options, "validation", model))
+    batches = runs.dataset(options, "validation", model)
     images = np.concatenate([batch["images"] for batch in batches])[:num_images]
     found = []
-    for method in options.methods:
+    for run in options.runs:
         runs.encoders.cache_clear()
-        model = runs.new_model(options, 0, "mlp", method)
-        draws = 1 if method == "none" else options.draws
+        model = runs.new_model(options, 0, tuning=run)
+        draws = 1 if run.masking == "none" else options.draws
         seen = [masked_features(model, images) for _ in range(draws)]
         # By seed, the mean over masks.
         scores = []
@@ -52,7 +53,7 @@ def losses(options, num_images=400):
             runs.with_head(model, f"{options.results}/head-mlp-{seed}.npz")
             project = runs.projections_of(model)
             scores.append(np.mean([loss_of(project, x, texts, rows) for x in seen]))
-        row = {"method": method, "loss": runs.mean_and_spread(scores, 3)}
+        row = {"run": runs.words_of(run), "loss": runs.mean_and_spread(scores, 3)}
         found.append(row)
         print(row, flush=True)
     publish(Path(options.results) / "masked_losses.json", "Masked, not tuned", found)
@@ -95,11 +96,11 @@ def transfer(options):
             continue
         runs.encoders.cache_clear()
         if name in before:
-            model = runs.new_model(options, 0, "mlp")
+            model = runs.new_model(options, 0)
             runs.with_head(model, folder / f"{name}.npz")
         else:
-            method = json.loads((folder / f"{name}.json").read_text())["method"]
-            model = runs.new_model(options, 0, "mlp", method)
+            run = json.loads((folder / f"{name}.json").read_text())["run"]
+            model = runs.model_to_tune(options, 0, runs.Tuning(**run))
             model.load_weights(folder / f"{name}.weights.h5")
         evaluation = kcm.evaluation
         scores = evaluation.evaluate_zero_shot(model, test, names, verbose=0)

@@ -212,6 +212,8 @@ PAIR_FAMILIES = {
 # their blocks.
 EMBEDDINGS = {x.embedding: x for x in IMAGE_FAMILIES.values() if x.embedding}
 BLOCKS = {x.block: x for x in IMAGE_FAMILIES.values() if x.block}
+# The classes of the blocks of the text encoders of `from_encoders`.
+TEXT_BLOCKS = ("TransformerEncoder", "DisentangledAttentionEncoder")
 
 
 def family_of(

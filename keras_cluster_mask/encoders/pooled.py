@@ -9,6 +9,7 @@ from keras import ops
 from keras_cluster_mask.checks import check_choice
 from keras_cluster_mask.encoders.families import (
     IMAGE_FAMILIES,
+    TEXT_BLOCKS,
     TEXT_FAMILIES,
     family_of,
 )
@@ -32,6 +33,8 @@ def pretrained_towers(
     text_backbone: keras.Model,
     masking: PatchMasking | None,
     pooling: tuple[str | None, str | None] | None,
+    image_blocks: int | list[int] | None,
+    text_blocks: int | list[int] | None,
 ) -> tuple[keras.Model, keras.Model, dict[str, Any]]:
     """Returns an image encoder, a text encoder, and the statistics of pixels.
 
@@ -57,10 +60,14 @@ def pretrained_towers(
             f"reads whole images. Received: masking={masking}, image_backbone of "
             f"type {type(image_backbone).__name__}"
         )
-    images = PooledEncoder(image_backbone, of_images or family.pooling)
+    if image_blocks is None:
+        of_images = of_images or family.pooling
+    if text_blocks is None:
+        of_texts = of_texts or own
+    images = PooledEncoder(image_backbone, of_images, image_blocks)
     images = images if masking is None else with_masking(images, masking)
     statistics = {"pixel_mean": family.pixel_mean, "pixel_std": family.pixel_std}
-    return images, PooledEncoder(texts, of_texts or own), statistics
+    return images, PooledEncoder(texts, of_texts, text_blocks), statistics
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -70,28 +77,46 @@ class PooledEncoder(MadeOfParts, keras.Model):
     Args:
         backbone: A keras_hub backbone that returns tokens, or a convolutional one that
             returns `(batch, H, W, C)` features.
-        pooling: String, one of `POOLINGS`.
+        pooling: String, one of `POOLINGS`. `None`: the class token, if there is one,
+            and the mean.
+        block_numbers: Integer or list of integers, the transformer blocks after which
+            tokens are pooled, see `ContrastiveModel.from_encoders`. `None` pools the
+            output of the backbone.
         **kwargs: Arguments of `keras.Model`.
 
     Attributes:
         backbone: The backbone.
         pooling: The pooling.
+        block_numbers: List of the numbers of the blocks, from 1, or `None`.
     """
 
     _parts = ("backbone", "pooling")
+    _settings = ("block_numbers",)
 
-    def __init__(self, backbone: keras.Model, pooling: str, **kwargs: Any):
-        check_choice("pooling", pooling, POOLINGS)
-        inputs, tokens = backbone.input, backbone.output
-        if isinstance(tokens, dict):
-            tokens = tokens["sequence_output"]
+    def __init__(
+        self,
+        backbone: keras.Model,
+        pooling: str | None,
+        block_numbers: int | list[int] | None = None,
+        **kwargs: Any,
+    ):
+        inputs, outputs = backbone.input, _tokens_of(backbone)
         mask, prefix, table = inputs_of(backbone).get("padding_mask"), 0, None
-        is_grid = len(tokens.shape) == 4
+        is_grid = len(outputs.shape) == 4
+        outputs = [outputs]
+        if block_numbers is not None:
+            name = "image_blocks" if mask is None else "text_blocks"
+            after_blocks = tokens_after_blocks(backbone)
+            numbers = check_block_numbers(name, block_numbers, len(after_blocks))
+            block_numbers, outputs = numbers, [after_blocks[x - 1] for x in numbers]
         if mask is None and not is_grid:
             embedding = find_embedding_layer(backbone)
             prefix = count_prefix_tokens(backbone, stem_of(backbone, embedding.output))
             table = getattr(embedding, "interpolated_position_embeddings", None)
-        if mask is None and prefix == 0 and pooling != "mean":
+        has_class = mask is not None or prefix > 0
+        pooling = pooling or ("class_and_mean" if has_class else "mean")
+        check_choice("pooling", pooling, POOLINGS)
+        if not has_class and pooling != "mean":
             raise ValueError(
                 "`pooling` must be 'mean' for an image encoder without a class "
                 f"token. Received: pooling={pooling!r}, a {type(backbone).__name__}"
@@ -101,15 +126,18 @@ class PooledEncoder(MadeOfParts, keras.Model):
         if is_grid:
             data_format = data_format_of(backbone)
             layer = keras.layers.GlobalAveragePooling2D(data_format, **options)
-            pooled = layer(tokens)
         else:
-            pooled = TokenPooling(pooling, prefix, **options)(tokens, mask=mask)
+            layer = TokenPooling(pooling, prefix, **options)
+        more = {} if is_grid else {"mask": mask}
+        pooled = [layer(tokens, **more) for tokens in outputs]
+        pooled = ops.concatenate(pooled, axis=-1) if len(pooled) > 1 else pooled[0]
         kwargs.setdefault("name", f"pooled_{backbone.name}")
         super().__init__(inputs, pooled, **kwargs)
         # In an object that Keras does not look into: it would track layers that lead to
         # no output, such as BERT's pooler.
         self._given = types.SimpleNamespace(backbone=backbone)
         self.pooling = pooling
+        self.block_numbers = block_numbers
         if table is not None:
             self.position_table = SavedWeight(table)
         for name in ("patch_size", "vocabulary_size", "max_sequence_length"):
@@ -131,6 +159,85 @@ class PooledEncoder(MadeOfParts, keras.Model):
     def backbone(self) -> keras.Model:
         """The backbone, which shares its weights with this model."""
         return self._given.backbone
+
+
+def tokens_after_blocks(backbone: keras.Model) -> list[keras.KerasTensor]:
+    """Returns the tokens after each block of a backbone; the last are its output.
+
+    A convolutional network has none.
+    """
+    found = []
+
+    def call(layer, *args, **kwargs):
+        """Calls a layer of the backbone again, from the first block on."""
+        kind = type(layer).__name__
+        if kind in TEXT_BLOCKS:
+            found.append(outputs := layer(*args, **kwargs))
+        elif kind in ("ViTEncoder", "DeiTEncoder"):
+            found.extend(AllBlocks(layer)(*args))
+            outputs = found[-1]
+        elif kind in ("DINOV2Encoder", "DINOV3Encoder"):
+            outputs = layer(*args, **kwargs)
+            found.extend(outputs[1].values())
+        elif not found:
+            # Not called again, so that `layer.output` is still of this graph.
+            outputs = layer.output
+        else:
+            outputs = layer(*args, **kwargs)
+        return outputs
+
+    # The layers are the same. A layer of ALBERT is several blocks.
+    clone = keras.models.clone_model(backbone, backbone.input, lambda x: x, call)
+    return [*found[:-1], _tokens_of(clone)] if found else []
+
+
+def check_block_numbers(name: str, blocks: Any, count: int) -> list[int]:
+    """Returns the numbers of blocks, from 1, that an argument names."""
+    numbers = [*range(1, count + 1)]
+    if type(blocks) is int and blocks in numbers:
+        return numbers[-blocks:]
+    is_list = isinstance(blocks, list | tuple) and len(blocks) > 0
+    if is_list and [*blocks] == [x for x in numbers if x in blocks]:
+        return [*blocks]
+    raise ValueError(
+        f"`{name}` must be the number of last blocks, or an increasing list of numbers "
+        f"of blocks from 1, for an encoder of {count} transformer blocks; or None. "
+        f"Received: {name}={blocks}"
+    )
+
+
+def _tokens_of(backbone):
+    output = backbone.output
+    return output["sequence_output"] if isinstance(output, dict) else output
+
+
+class AllBlocks(keras.layers.Layer):
+    """Runs the blocks of ViT or DeiT, which return the last tokens alone.
+
+    Args:
+        encoder: A keras_hub `ViTEncoder` or `DeiTEncoder`, which shares its weights.
+
+    Returns:
+        List of `(batch, T, dim)` tensors, the tokens after each block. The last ones
+        are after the norm of the encoder.
+    """
+
+    def __init__(self, encoder: keras.layers.Layer):
+        super().__init__(name=f"{encoder.name}_blocks", dtype=encoder.dtype_policy)
+        self.encoder = encoder
+        self.supports_masking = True
+        self.built = True
+
+    def call(self, tokens: Tensor, training: bool | None = None) -> list[Tensor]:
+        outputs = []
+        if hasattr(self.encoder, "dropout"):
+            tokens = self.encoder.dropout(tokens, training=training)
+        for block in self.encoder.encoder_layers:
+            tokens = block(tokens, training=training)
+            # DeiT's block also returns its attention scores, as `None`.
+            tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+            outputs.append(tokens)
+        return [*outputs[:-1], self.encoder.layer_norm(tokens)]
 
 
 class SavedWeight(keras.layers.Layer):

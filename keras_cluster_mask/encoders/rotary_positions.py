@@ -76,6 +76,10 @@ class RotaryByImage(keras.layers.Layer):
             given.append(tokens_mask)
         return ops.vectorized_map(one_image, given)
 
+    def compute_mask(self, inputs, previous_mask=None):
+        # Keras would give it to the first output alone.
+        return [previous_mask] * (1 + self.encoder.num_layers)
+
     def compute_output_spec(self, tokens, *args, **kwargs):
         # Make a new tensor for each output, because Keras identifies tensors by `id`.
         def output():

@@ -354,6 +354,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         masking: PatchMasking | None = None,
         head: str | ContrastiveHead = "linear",
         pooling: tuple[str | None, str | None] | None = None,
+        image_blocks: int | list[int] | None = None,
+        text_blocks: int | list[int] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Makes a model from two encoders that were pre-trained separately.
@@ -376,6 +378,14 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 the mean of the patches for DINO, the class token for ViT and DeiT, the
                 mean over all positions for convolutional networks, the mean of all
                 tokens but padding for texts. A `TextEmbedder` has its own.
+            image_blocks: Integer, the number of last transformer blocks from which
+                features are pooled and concatenated; or a list of the numbers of
+                blocks, from 1. The default pooling of each is the class token, if there
+                is one, and the mean. The last block is pooled after the norm of the
+                encoder. `None` pools the output of the encoder alone. Several blocks
+                are for projections on frozen encoders
+                (`docs/how_to/connect_two_encoders.md`).
+            text_blocks: As `image_blocks`, of the text encoder.
             **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
                 default to those of the family of `image_backbone`; ImageNet's for
                 convolutional networks, as in most of timm's. `tokenizer` defaults to
@@ -388,7 +398,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         if projection_dim is None and not isinstance(head, ContrastiveHead):
             projection_dim = 512
         images, texts, statistics = pretrained_towers(
-            image_backbone, text_backbone, masking=masking, pooling=pooling
+            image_backbone, text_backbone, masking, pooling, image_blocks, text_blocks
         )
         tokenizer = getattr(text_backbone, "preprocessor", None)
         options = {"tokenizer": tokenizer, **statistics, **kwargs}

@@ -24,9 +24,9 @@ def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
 
 def settings_of(layer: keras.layers.Layer) -> list:
     """Lists what nested layers compute that weights do not show, as JSON values."""
-    names = "num_heads", "intermediate_activation", "pooling"
+    names = "num_heads", "intermediate_activation", "pooling", "block_numbers"
     found = [getattr(x, name, None) for x in all_layers(layer) for name in names]
-    return [x for x in found if isinstance(x, str | int)]
+    return [x for x in found if isinstance(x, str | int | list)]
 
 
 def as_functional(encoder: keras.Model) -> keras.Model:

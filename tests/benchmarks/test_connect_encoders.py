@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
-SIZES = dict(num_layers=1, num_heads=2, hidden_dim=16, intermediate_dim=32)
+SIZES = dict(num_layers=2, num_heads=2, hidden_dim=16, intermediate_dim=32)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, "no", *map(str, range(40))]
 
@@ -37,37 +37,40 @@ def folders(tmp_path, write_pairs):
 def test_all_stages_run_and_a_second_run_changes_nothing(folders, run, monkeypatch):
     options = f"""--encoders={folders} --data={folders} --results={folders}/results
         --features={folders}/features --caption-key=txt --image-size=24
-        --batch-size=10""".split()
+        --dtype=float32""".split()
     heads = ["--head-batch-size=20", "--head-epochs=2", "--test"]
 
     def measure(program, name, *arguments):
         run(program, *arguments, *options)
         return json.loads((folders / "results" / f"{name}.json").read_text())
 
-    monkeypatch.setattr(connect_encoders, "SHORT_LENGTH", 9)
-    stages = ["features", "heads", *heads, "--seeds", "1", "2"]
+    linear = ["linear", "mlp", "linear images=1+2", "mlp images=1 texts=1+2"]
+    stages = ["features", "heads", *heads, "--seeds", "1", "2", "--heads", *linear]
     measure(connect_encoders, "connect_encoders", *stages)
-    methods = ["random", "none", "random 0.6, LoRA", "cluster, short texts"]
-    methods += ["random, last blocks", "random, whole images last", "none, rate 1e-5"]
-    tune = ["tune", *heads, "--equal-time", "--seeds=1", "--methods", *methods]
+    changes = [" ratio=0.6 lora=2", " last=1", " rate=1e-2", " depth=0.5 warmup=0.5"]
+    changes += ["", " images=1 texts=1+2 text=2", " micro=5 crop=0.9"]
+    names = ["none batch=10", *(f"random batch=10{change}" for change in changes)]
+    tune = ["tune", *heads, "--equal-time", "--seeds=1", "--runs", *names]
     runs = measure(connect_encoders, "connect_encoders", *tune, "--costs")["runs"]
-    assert {*runs} >= {"head-mlp-2", "tune-none-1-equal_time-1"}
+    assert {*runs} >= {"head-mlp-2", "tune-none_batch=10-equal_time-1"}
     assert all(0 <= run["test"]["mean"] <= 100 for run in runs.values())
-    assert runs["tune-random-1-equal_time-1"]["steps"] == 4
-    tuned = {run["method"]: run for run in runs.values() if "method" in run}
-    assert {*tuned} == {*methods}
-    assert tuned["none, rate 1e-5"]["losses"] != tuned["none"]["losses"]
+    tuned = {name: run for name, run in runs.items() if "run" in run}
+    assert len(tuned) == len(names)
+    assert tuned["tune-random_batch=10-equal_time-1"]["steps"] == 4
     trained = {name: run["trained weights"] for name, run in tuned.items()}
-    assert trained["random 0.6, LoRA"] < trained["random, last blocks"]
-    assert trained["random, last blocks"] < trained["random"]
-    losses = ["losses", "--seeds=1", "--methods", "none", "random 0.9"]
+    of_lora, of_last = (
+        value for name, value in trained.items() if "lora" in name or "last" in name
+    )
+    assert of_last < trained["tune-random_batch=10-equal_time-1"]
+    assert of_lora < trained["tune-random_batch=10-equal_time-1"]
+    assert len({run["losses"][-1] for run in tuned.values()}) == len(names)
+    losses = ["losses", "--seeds=1", "--runs", "none", "random ratio=0.9"]
     none, masked = measure(probe_encoders, "masked_losses", *losses)["rows"]
     assert none["loss"] != masked["loss"]
     transfer = ["transfer", "--seeds=1", f"--classes={folders}/classes", "--count=10"]
     rows = measure(probe_encoders, "transfer", *transfer)["rows"]
-    assert len(rows) == 1 + len(methods)
+    assert len(rows) == 1 + len(names)
     monkeypatch.setattr(connect_encoders, "new_model", None)
     again = measure(connect_encoders, "connect_encoders", "heads", *tune)
     assert again["runs"] == runs
-    # The others consist of steps of these.
-    assert {*again["time of a step"]} == {*methods[:5]}
+    assert {*again["time of a step"]} == {"none", "random", "random ratio=0.6"}
