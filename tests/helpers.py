@@ -321,12 +321,12 @@ def vit_encoder(height=16, width=16, **options):
     return vision_encoder("ViT", image_shape=(height, width, 3), **options)
 
 
-def deit_encoder(height=16, width=16):
-    return vision_encoder("DeiT", image_shape=(height, width, 3))
+def deit_encoder(height=16, width=16, **options):
+    return vision_encoder("DeiT", image_shape=(height, width, 3), **options)
 
 
-def dino_encoder():
-    return vision_encoder("DINOV2")
+def dino_encoder(**options):
+    return vision_encoder("DINOV2", **options)
 
 
 def dino_3_encoder(num_layers=1, **options):

@@ -9,7 +9,9 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.encoders.families import BLOCKS, TEXT_BLOCKS
 from keras_cluster_mask.encoders.pooled import PooledEncoder
+from keras_cluster_mask.training.layers import all_layers
 from tests.helpers import (
     FAST,
     TRANSFORMER,
@@ -35,16 +37,12 @@ def bert(**options):
     return keras_hub.models.BertBackbone(**{**TEXT, **options})
 
 
-def roberta():
-    return keras_hub.models.RobertaBackbone(**TEXT)
+def vit_without_class(**options):
+    return vit_encoder(use_class_token=False, **options)
 
 
-def vit_without_class():
-    return vit_encoder(use_class_token=False)
-
-
-def embedder(pooling="mean"):
-    return keras_hub.models.BertTextEmbedder(bert(), pooling_mode=pooling)
+def embedder(pooling="mean", **options):
+    return keras_hub.models.BertTextEmbedder(bert(**options), pooling_mode=pooling)
 
 
 def resnet():
@@ -102,16 +100,18 @@ GRIDS = {"EfficientNet": efficientnet, "MobileNet": mobilenet, "ResNet": resnet}
 # ALBERT and ELECTRA embed tokens in a width of their own.
 EMBEDDED = dict(TEXT, embedding_dim=8)
 TEXTS = {
-    "ALBERT": lambda: keras_hub.models.AlbertBackbone(**EMBEDDED),
+    "ALBERT": lambda **more: keras_hub.models.AlbertBackbone(**EMBEDDED | more),
     "BERT": bert,
-    "DeBERTa-v3": lambda: keras_hub.models.DebertaV3Backbone(bucket_size=8, **TEXT),
-    "ELECTRA": lambda: keras_hub.models.ElectraBackbone(
-        vocab_size=EMBEDDED["vocabulary_size"],
-        **{k: v for k, v in EMBEDDED.items() if k != "vocabulary_size"},
+    "DeBERTa-v3": lambda **more: keras_hub.models.DebertaV3Backbone(
+        bucket_size=8, **TEXT | more
     ),
-    "DistilBERT": lambda: keras_hub.models.DistilBertBackbone(**TEXT),
-    "RoBERTa": roberta,
-    "XLM-R": lambda: keras_hub.models.XLMRobertaBackbone(**TEXT),
+    "ELECTRA": lambda **more: keras_hub.models.ElectraBackbone(
+        vocab_size=EMBEDDED["vocabulary_size"],
+        **{k: v for k, v in EMBEDDED.items() if k != "vocabulary_size"} | more,
+    ),
+    "DistilBERT": lambda **more: keras_hub.models.DistilBertBackbone(**TEXT | more),
+    "RoBERTa": lambda **more: keras_hub.models.RobertaBackbone(**TEXT | more),
+    "XLM-R": lambda **more: keras_hub.models.XLMRobertaBackbone(**TEXT | more),
 }
 
 
@@ -188,7 +188,9 @@ def test_a_subclass_of_an_encoder_has_the_family_of_its_base():
         pass
 
     model = make_model(texts=lambda: Own(**TEXT))
-    assert model.text_tower.family == make_model(texts=roberta).text_tower.family
+    assert (
+        model.text_tower.family == make_model(texts=TEXTS["RoBERTa"]).text_tower.family
+    )
 
 
 @pytest.mark.any_backend
@@ -216,6 +218,98 @@ def test_a_text_embedder_has_its_own_pooling(pooling):
     expected = texts(given, training=False)
     found = to_numpy(model.text_encoder(given, training=False))
     found /= np.linalg.norm(found, axis=-1, keepdims=True)
+    assert_close(found, expected, 1e-5)
+
+
+def tokens_after_blocks(monkeypatch, backbone):
+    """Records the tokens after each block of a backbone, as they are computed."""
+    names, seen = {*BLOCKS, *TEXT_BLOCKS}, []
+    (kind,) = {type(x) for x in all_layers(backbone) if type(x).__name__ in names}
+    call = kind.call
+
+    def recorded(*args, **kwargs):
+        output = call(*args, **kwargs)
+        tokens = output[0] if isinstance(output, tuple) else output
+        seen.append(to_numpy(tokens))
+        return output
+
+    monkeypatch.setattr(kind, "call", recorded)
+    return seen
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("family", ["ViT without a class", *IMAGES, *TEXTS])
+def test_blocks_are_pooled_as_they_are_and_the_last_after_its_norm(family, monkeypatch):
+    make, prefix, _ = IMAGES.get(family, (vit_without_class, 0, None))
+    make = TEXTS.get(family, make)
+    backbone = make(num_layers=3)
+    inputs, mask = random_images(2), None
+    if family in TEXTS:
+        given = pairs()["token_ids"]
+        mask = np.arange(given.shape[1]) < np.array([[3], [6], [5], [6]])
+        inputs = {name: np.zeros_like(given) for name in backbone.input}
+        inputs |= {"token_ids": given, "padding_mask": mask.astype("int32")}
+    last = backbone(inputs, training=False)
+    last = to_numpy(last["sequence_output"] if isinstance(last, dict) else last)
+    encoders = [PooledEncoder(backbone, None, x) for x in ([1, 3], 3, [2])]
+    seen = tokens_after_blocks(monkeypatch, backbone)
+    found = [to_numpy(encoder(inputs, training=False)) for encoder in encoders]
+
+    def pooled(tokens):
+        if mask is None:
+            mean = tokens[:, prefix:].mean(1)
+        else:
+            mean = [x[shown].mean(0) for x, shown in zip(tokens, mask)]
+        has_class = prefix or mask is not None
+        return np.concatenate([tokens[:, 0], mean] if has_class else [mean], -1)
+
+    one, two, _ = map(pooled, seen[:3])
+    last = pooled(last)
+    assert_close(found[0], np.concatenate([one, last], -1))
+    assert_close(found[1], np.concatenate([one, two, last], -1))
+    assert_close(found[2], two)
+    assert [x.block_numbers for x in encoders] == [[1, 3], [1, 2, 3], [2]]
+
+
+@pytest.mark.one_case
+@pytest.mark.parametrize("family", IMAGES)
+def test_the_patches_that_are_kept_alone_are_pooled_after_each_block(
+    family, monkeypatch
+):
+    make, prefix, _ = IMAGES[family]
+    backbone = make(num_layers=2)
+    encoder = PooledEncoder(backbone, "mean", 2)
+    images, noise = random_images(2), random_noise(2)
+    whole = kcm.with_masking(encoder, kcm.RandomMasking(0.0))
+    assert_close(whole(images, training=True), encoder(images, training=False), 1e-5)
+    masked = kcm.with_masking(encoder, kcm.RandomMasking(0.5))
+    if family == "DINOv3":
+        # Its blocks see one image at a time.
+        found = masked(images, training=True, noise=noise)
+        assert np.abs(to_numpy(found) - to_numpy(encoder(images))).min() > 0
+        return
+    seen = tokens_after_blocks(monkeypatch, backbone)
+    found = masked(images, training=True, noise=noise)
+    assert seen[0].shape[1] == prefix + 8
+    assert_close(found[:, :16], seen[0][:, prefix:].mean(1))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("family", IMAGES)
+def test_hidden_patches_are_not_pooled_after_any_block(family):
+    masking = kcm.ClusterMasking(
+        4, 0.6, min_mask_ratio=0.25, threshold=0.2, anchor_ratio=0.2
+    )
+    encoder = PooledEncoder(IMAGES[family][0](num_layers=2), None, [1, 2])
+    images, noise = random_images(1), random_noise(1)
+    indices, visible = map(to_numpy, masking.select(images=images, noise=noise))
+    kept = indices[0][visible[0].astype(bool)]
+    assert len(kept) < indices.shape[1]
+    # A random masking that keeps the same patches, and hides none.
+    same = kcm.RandomMasking(1 - len(kept) / 16)
+    highest = np.isin(np.arange(16), kept)[None] * 0.5 + 0.25
+    expected = kcm.with_masking(encoder, same)(images, training=True, noise=highest)
+    found = kcm.with_masking(encoder, masking)(images, training=True, noise=noise)
     assert_close(found, expected, 1e-5)
 
 
@@ -258,17 +352,23 @@ def test_hidden_patches_are_not_pooled():
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("DINOv3", {"micro_batch_size": 2}),
+        ("DINOv3", {"micro_batch_size": 2, "image_blocks": 2}),
         ("DINOv2", {"head": "mlp"}),
-        ("DeiT", {"head": "mlp"}),
-        ("ViT", {}),
+        ("DINOv2", {"head": "mlp", "image_blocks": [1, 2], "text_blocks": 2}),
+        ("DeiT", {"head": "mlp", "image_blocks": [1, 2]}),
+        ("ViT", {"image_blocks": 2, "text_blocks": [1]}),
         *((family, {"masking": None}) for family in GRIDS),
     ],
 )
 def test_a_model_trains_without_a_warning_and_reloads(family, options, tmp_path):
     options = {"masking": kcm.RandomMasking(0.5), **options}
-    make = GRIDS[family] if family in GRIDS else IMAGES[family][0]
-    model = make_model(make, embedder, **options)
+
+    def make_images():
+        if family in GRIDS:
+            return GRIDS[family]()
+        return IMAGES[family][0](num_layers=2)
+
+    model = make_model(make_images, lambda: embedder(num_layers=2), **options)
     model.text_encoder.backbone.trainable = False
     # As for a model that is tuned after its projections.
     model.image_tower.encoder.backbone.trainable = True
@@ -305,6 +405,12 @@ def test_pixels_are_those_of_the_family():
         ({"pooling": "mean"}, "`pooling` must be two values"),
         ({"images": vit_without_class}, "`pooling` must be 'mean'"),
         ({"head": "deep"}, "`head` must be 'linear'"),
+        *(
+            ({name: blocks}, f"`{name}` must be the number of last blocks")
+            for name in ("image_blocks", "text_blocks")
+            for blocks in (0, 2, True, [], [2], [1, 1], "last", 1.0)
+        ),
+        ({"images": resnet, "image_blocks": 1}, "`image_blocks` .* 0 transformer"),
     ],
 )
 def test_unsupported_encoders_are_refused(change, match):

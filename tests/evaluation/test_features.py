@@ -287,8 +287,11 @@ def test_features_of_another_precision_are_refused(features, tmp_path):
             pooling=("mean" if is_other else "class", "class")
         ),
         lambda is_other: make_model(lambda: vit_encoder(num_heads=4 - 2 * is_other)),
+        lambda is_other: make_model(
+            lambda: vit_encoder(num_layers=3), image_blocks=[1 + is_other, 3]
+        ),
     ],
-    ids=["pooling", "heads"],
+    ids=["pooling", "heads", "blocks"],
 )
 def test_features_of_other_settings_are_refused(make, tmp_path):
     model, other = make(False), make(True)
