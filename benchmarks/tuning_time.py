@@ -18,8 +18,7 @@ from reporting import publish
 from timing import interleaved
 
 # The dtype policy and whether torch's fused attention is on.
-SETTINGS = [("float32", True), ("float32", False)]
-SETTINGS += [("mixed_bfloat16", True), ("mixed_bfloat16", False)]
+SETTINGS = ("float32", True), ("mixed_bfloat16", True), ("mixed_bfloat16", False)
 
 
 def main():

@@ -26,6 +26,7 @@ from tests.helpers import (
     tiny_siglip,
     to_numpy,
     values,
+    vit_encoder,
 )
 
 MODELS = {
@@ -36,7 +37,9 @@ MODELS = {
     "own": lambda: kcm.ContrastiveModel(
         functional_vit(), text_bag(width=8), projection_dim=5
     ),
-    "encoders": lambda: make_model(head="mlp"),
+    "encoders": lambda: make_model(
+        lambda: vit_encoder(num_layers=2), head="mlp", image_blocks=2, text_blocks=1
+    ),
 }
 each_tower = pytest.mark.parametrize(
     ("kind", "side"), [(kind, side) for kind in MODELS for side in ("image", "text")]
@@ -72,8 +75,13 @@ def test_a_tower_is_saved_and_reloaded_alone(kind, side, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", ["image", "text"])
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize(
+    ("kind", "side"),
+    [
+        *((kind, side) for kind in ("clip", "siglip") for side in ("image", "text")),
+        ("encoders", "image"),
+    ],
+)
 def test_an_exported_tower_takes_batches_of_any_size(kind, side, tmp_path):
     tower, inputs = tower_of(kind, side)
     assert inputs.dtype == ("uint8" if side == "image" else "int32")
