@@ -1,0 +1,251 @@
+"""Searches a folder of photographs in the browser, by words or by a photograph.
+
+    pip install "keras_cluster_mask[torch,app]"
+    KERAS_BACKEND=torch python search_photos.py photos.keras photos/
+
+The model is a `.keras` file of this library, or a preset of keras_hub for those who
+train nothing: CLIP or SigLIP 2, by name or as a folder. The first start embeds all
+photographs and keeps their embeddings; the next one embeds what is new or has changed.
+The page is on this machine alone, and asks no other for anything.
+"""
+
+import argparse
+import atexit
+import hashlib
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+# Read when Gradio is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+_copies = tempfile.TemporaryDirectory(prefix="search_photos_")
+os.environ["GRADIO_TEMP_DIR"] = _copies.name
+atexit.register(_copies.cleanup)
+
+import gradio as gr
+import keras
+import numpy as np
+from PIL import Image, ImageOps
+
+import keras_cluster_mask as kcm
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+CACHE = Path.home() / ".cache" / "keras_cluster_mask" / "search"
+AT_A_TIME, THUMBNAIL, MAX_CHARACTERS = 32, 384, 1000
+
+
+def main():
+    parsed = argparse.ArgumentParser(
+        description="Searches a folder of photographs in the browser.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parsed.add_argument
+    add("model", help="a .keras file, or a preset of keras_hub")
+    add("photos", type=Path, help="a folder, with all folders inside")
+    add("--cache", type=Path, default=CACHE, help="folder of embeddings")
+    add("--port", type=int, default=7860, help="of the page")
+    options = parsed.parse_args()
+    index = Index(load_model(options.model), options.photos, options.cache)
+    index.update()
+    for name in index.broken:
+        print(f"Not an image: {name}")
+    if len(index.broken) == len(index.embeddings):
+        raise SystemExit(f"There is no photograph in {options.photos}.")
+    page(index).launch(
+        server_name="127.0.0.1",
+        server_port=options.port,
+        share=False,
+        ssr_mode=False,
+        # Gradio's own fonts come from the web.
+        theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]),
+        footer_links=[],
+    )
+
+
+def load_model(name):
+    """Loads a `.keras` file, or a preset of keras_hub."""
+    if name.endswith(".keras"):
+        return keras.saving.load_model(name)
+    return kcm.ContrastiveModel.from_preset(name)
+
+
+class Index:
+    """The embeddings of all photographs of a folder, which are kept in a file.
+
+    Args:
+        model: A `ContrastiveModel` with a tokenizer.
+        folder: Path.
+        cache: Path, the folder of the file.
+
+    Attributes:
+        embeddings: Dictionary from the name of a photograph to its embedding, or `None`
+            if the file is no image.
+    """
+
+    def __init__(self, model, folder, cache=CACHE):
+        if not folder.is_dir():
+            raise SystemExit(f"There is no folder {folder}.")
+        self.model, self.folder = model, folder.resolve()
+        weights = 0
+        for weight in map(keras.ops.convert_to_numpy, model.weights):
+            weights = zlib.crc32(np.ascontiguousarray(weight), weights)
+        name = hashlib.sha256(f"{self.folder} {weights}".encode()).hexdigest()[:16]
+        self.file = cache / f"{name}.npz"
+        self.embeddings = {}
+
+    def update(self):
+        """Embeds photographs that are new or have changed, with a progress bar."""
+        files = [x for x in self.folder.rglob("*") if x.suffix.lower() in SUFFIXES]
+        now = {str(x.relative_to(self.folder)): version_of(x) for x in sorted(files)}
+        self.embeddings = {
+            name: row for name, (at, row) in self._read().items() if now.get(name) == at
+        }
+        new = [name for name in now if name not in self.embeddings]
+        bar = keras.utils.Progbar(len(new), unit_name="photo")
+        for start in range(0, len(new), AT_A_TIME):
+            names = new[start : start + AT_A_TIME]
+            self.embeddings.update(zip(names, self._embed(names), strict=True))
+            bar.add(len(names))
+        self._write(now)
+
+    @property
+    def broken(self):
+        """The names of files that are no images."""
+        return [name for name, row in self.embeddings.items() if row is None]
+
+    def best(self, query, count):
+        """Returns pairs of a similarity and a name, those most similar first."""
+        found = [(x @ query, k) for k, x in self.embeddings.items() if x is not None]
+        return sorted(found, reverse=True)[:count]
+
+    def _embed(self, names):
+        try:
+            return self.model.encode_image([self.folder / name for name in names])
+        except (OSError, ValueError):
+            if len(names) == 1:
+                return [None]
+            return [row for name in names for row in self._embed([name])]
+
+    def _read(self):
+        """Returns the version and the embedding of each photograph that is known."""
+        if not self.file.exists():
+            return {}
+        with np.load(self.file) as found:
+            rows = iter(found["embeddings"])
+            return {
+                name: (version, next(rows) if is_image else None)
+                for name, version, is_image in zip(
+                    *(found[x].tolist() for x in ("names", "versions", "is_image")),
+                    strict=True,
+                )
+            }
+
+    def _write(self, versions):
+        rows = self.embeddings
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.file.with_suffix(".draft.npz")
+        np.savez(
+            draft,
+            names=np.array([*rows], str),
+            versions=np.array([versions[name] for name in rows], str),
+            is_image=np.array([x is not None for x in rows.values()], bool),
+            embeddings=np.array([x for x in rows.values() if x is not None]),
+        )
+        draft.replace(self.file)
+
+
+def version_of(path):
+    """Returns a text that changes with a file."""
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def page(index):
+    """Returns the page, a `gr.Blocks`."""
+
+    def photos_of(found):
+        """Returns small copies of photographs with captions, those that are left."""
+        shown = []
+        for name, caption in found:
+            try:
+                with Image.open(index.folder / name) as image:
+                    image = ImageOps.exif_transpose(image).convert("RGBA")
+            except OSError:
+                gr.Warning(f"{name} cannot be read any more.")
+                continue
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            shown.append((image, caption))
+        return shown
+
+    def nearest(query, count):
+        found = index.best(query, int(count))
+        return photos_of([(name, f"{score:.3f}  {name}") for score, name in found])
+
+    def by_words(words, count):
+        return nearest(index.model.encode_text([checked(words)])[0], count)
+
+    def by_photo(path, count):
+        if path is None:
+            return []
+        try:
+            (query,) = index.model.encode_image([path])
+        except (OSError, ValueError) as error:
+            raise gr.Error("This file is not an image.") from error
+        return nearest(query, count)
+
+    def by_classes(words, count):
+        """Shows the photographs of each class that are most similar to its name."""
+        names = [x.strip() for x in checked(words).split(",") if x.strip()]
+        if len(names) < 2:
+            raise gr.Error("Type at least two classes, with a comma between them.")
+        queries = index.model.encode_text(names)
+        found = {name: [] for name in names}
+        for name, embedding in index.embeddings.items():
+            if embedding is not None:
+                scores = queries @ embedding
+                best = int(scores.argmax())
+                found[names[best]].append((scores[best], name))
+        return photos_of(
+            [
+                (name, f"{kind}  {score:.3f}  {name}")
+                for kind, rows in found.items()
+                for score, name in sorted(rows, reverse=True)[: int(count)]
+            ]
+        )
+
+    num_photos = len(index.embeddings) - len(index.broken)
+    with gr.Blocks(title="Search photographs") as made:
+        gr.Markdown(f"# Search {num_photos:,} photographs")
+        if index.broken:
+            listed = ", ".join(index.broken[:10])
+            gr.Markdown(f"Files that are not images: {len(index.broken)} ({listed})")
+        count = gr.Slider(1, 60, 12, step=1, label="Photographs")
+        with gr.Tab("A sentence"):
+            words = gr.Textbox(label="Sentence", placeholder="a dog in the snow")
+        with gr.Tab("A photograph"):
+            # A `gr.Image` would convert the file, and show no message for a broken one.
+            photo = gr.File(label="Photograph", file_types=["image"], height=140)
+        with gr.Tab("Classes"):
+            classes = gr.Textbox(label="Classes", placeholder="dogs, boats, people")
+        options = dict(
+            columns=4, object_fit="contain", height="auto", interactive=False
+        )
+        gallery = gr.Gallery(label="Best first", **options)
+        for box, search in ((words, by_words), (classes, by_classes)):
+            box.submit(search, [box, count], gallery, api_visibility="private")
+        photo.upload(by_photo, [photo, count], gallery, api_visibility="private")
+    return made
+
+
+def checked(words):
+    """Raises an error of the page unless there is a text of a useful length."""
+    if not words.strip():
+        raise gr.Error("Type a text first.")
+    if len(words) > MAX_CHARACTERS:
+        raise gr.Error(f"Type at most {MAX_CHARACTERS} characters.")
+    return words
+
+
+if __name__ == "__main__":
+    main()
