@@ -196,9 +196,10 @@ def check_block_numbers(name: str, blocks: Any, count: int) -> list[int]:
     numbers = [*range(1, count + 1)]
     if type(blocks) is int and blocks in numbers:
         return numbers[-blocks:]
-    is_list = isinstance(blocks, list | tuple) and len(blocks) > 0
-    if is_list and [*blocks] == [x for x in numbers if x in blocks]:
-        return [*blocks]
+    if isinstance(blocks, list | tuple) and blocks:
+        chosen = [x for x in numbers if x in blocks]
+        if chosen == [*blocks]:
+            return chosen
     raise ValueError(
         f"`{name}` must be the number of last blocks, or an increasing list of numbers "
         f"of blocks from 1, for an encoder of {count} transformer blocks; or None. "
