@@ -37,6 +37,10 @@ def bert(**options):
     return keras_hub.models.BertBackbone(**{**TEXT, **options})
 
 
+def roberta(**options):
+    return keras_hub.models.RobertaBackbone(**TEXT | options)
+
+
 def vit_without_class(**options):
     return vit_encoder(use_class_token=False, **options)
 
@@ -110,7 +114,7 @@ TEXTS = {
         **{k: v for k, v in EMBEDDED.items() if k != "vocabulary_size"} | more,
     ),
     "DistilBERT": lambda **more: keras_hub.models.DistilBertBackbone(**TEXT | more),
-    "RoBERTa": lambda **more: keras_hub.models.RobertaBackbone(**TEXT | more),
+    "RoBERTa": roberta,
     "XLM-R": lambda **more: keras_hub.models.XLMRobertaBackbone(**TEXT | more),
 }
 
@@ -188,9 +192,7 @@ def test_a_subclass_of_an_encoder_has_the_family_of_its_base():
         pass
 
     model = make_model(texts=lambda: Own(**TEXT))
-    assert (
-        model.text_tower.family == make_model(texts=TEXTS["RoBERTa"]).text_tower.family
-    )
+    assert model.text_tower.family == make_model(texts=roberta).text_tower.family
 
 
 @pytest.mark.any_backend
