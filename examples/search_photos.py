@@ -13,6 +13,8 @@ import argparse
 import atexit
 import hashlib
 import os
+import signal
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -52,6 +54,8 @@ def main():
         print(f"Not an image: {name}")
     if len(index.broken) == len(index.embeddings):
         raise SystemExit(f"There is no photograph in {options.photos}.")
+    # The copies of photographs are deleted in this case, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     page(index).launch(
         server_name="127.0.0.1",
         server_port=options.port,
