@@ -220,7 +220,7 @@ def encoders(folder, image_size):
     return image, text
 
 
-def new_model(options, seed, head="mlp", tuning=None, images="", texts="", **kwargs):
+def new_model(options, seed, head="mlp", tuning=None, images="", texts=""):
     """A model with the pre-trained encoders; equal seeds give equal projections."""
     tuning = tuning or Tuning("none", images=images, texts=texts)
     image, text = encoders(options.encoders, options.image_size)
@@ -234,7 +234,6 @@ def new_model(options, seed, head="mlp", tuning=None, images="", texts="", **kwa
         image_blocks=numbers_of(tuning.images),
         text_blocks=numbers_of(tuning.texts),
         micro_batch_size=tuning.micro or None,
-        **kwargs,
     )
 
 
@@ -357,9 +356,9 @@ def blocks_of(rows, numbers, count):
 
 def heads(options, folder):
     """Trains projections on features."""
-    for heads in options.heads:
+    for run in options.heads:
         for seed in options.seeds:
-            train_heads(heads, seed, options, folder)
+            train_heads(run, seed, options, folder)
 
 
 def train_heads(run, seed, options, folder):

@@ -61,8 +61,8 @@ def training_flops(
     text_width = shape.text_width
     forward = (
         2 * patches * pixels * image_width  # All patches are embedded, then some left.
-        + views * _blocks(1 + kept, image_width, image_layers)
-        + _blocks(context_length, text_width, shape.text_layers)
+        + views * flops_of_blocks(1 + kept, image_width, image_layers)
+        + flops_of_blocks(context_length, text_width, shape.text_layers)
         + 2 * (views * image_width + text_width) * shape.projection
     )
     comparing = 0
@@ -93,10 +93,10 @@ def _attention(patches, pixels, width, layers):
     tokens = 1 + patches
     own = 2 * (tokens + 1) * width**2 + 2 * tokens * width
     embedding = 2 * patches * pixels * width
-    return embedding + _blocks(tokens, width, layers - 1) + layers * own
+    return embedding + flops_of_blocks(tokens, width, layers - 1) + layers * own
 
 
-def _blocks(tokens, width, layers):
+def flops_of_blocks(tokens, width, layers):
     # Four projections and two layers to four times the width and back; then every token
     # with every other, for the weights of attention and for what they weigh.
     return layers * tokens * (2 * (4 + 8) * width**2 + 2 * 2 * tokens * width)

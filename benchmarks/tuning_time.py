@@ -13,7 +13,7 @@ import statistics
 import connect_encoders as runs  # Chooses torch.
 import keras
 import torch
-from flops import _blocks
+from flops import flops_of_blocks
 from reporting import publish
 from timing import interleaved
 
@@ -86,7 +86,7 @@ def arithmetic(model, run, texts, options):
     }
     return {
         # Forward, and backward to inputs and weights.
-        name: (3 * run.batch * _blocks(*size), (run.batch * size[0], size[1]))
+        name: (3 * run.batch * flops_of_blocks(*size), (run.batch * size[0], size[1]))
         for name, size in sizes.items()
     }
 

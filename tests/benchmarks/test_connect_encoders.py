@@ -6,6 +6,8 @@ import connect_encoders
 import keras_hub
 import probe_encoders
 import pytest
+import torch
+import tuning_time
 
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
@@ -70,6 +72,12 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, run, monkeypat
     transfer = ["transfer", "--seeds=1", f"--classes={folders}/classes", "--count=10"]
     rows = measure(probe_encoders, "transfer", *transfer)["rows"]
     assert len(rows) == 1 + len(names)
+    timed = ["--rounds=1", "--runs", "none batch=10", "random batch=10"]
+    rows = measure(tuning_time, "tuning_time", *timed)["rows"]
+    torch.backends.cuda.enable_flash_sdp(True)
+    assert len(rows) == 6
+    parts = {"data", "images, both", "texts, both", "optimizer", "step"}
+    assert all(row[part] > 0 for row in rows for part in parts)
     monkeypatch.setattr(connect_encoders, "new_model", None)
     again = measure(connect_encoders, "connect_encoders", "heads", *tune)
     assert again["runs"] == runs
