@@ -1,13 +1,17 @@
 """Models that are exported for inference without Keras."""
 
+import contextlib
 import importlib.util
 import os
+import tempfile
 from typing import Any
 
 import keras
 import numpy as np
 
-# What Keras writes ONNX with.
+from keras_cluster_mask.training.layers import all_layers
+
+# What ONNX is written with.
 ONNX_PACKAGES = {"tensorflow": "tf2onnx", "jax": "jax2onnx", "torch": "onnxscript"}
 
 
@@ -28,33 +32,76 @@ class Exported:
 
         Args:
             filepath: Path of the folder or file to write.
-            format: As in `keras.Model.export`.
+            format: As in `keras.Model.export`. `"onnx"` computes in float32, also where
+                the model does not.
             verbose: As in `keras.Model.export`.
             input_signature: List of one `keras.InputSpec`, or of one dictionary of
-                them. Defaults to uint8 images and int32 token ids. Required on torch
-                and JAX if the text encoder does not define the length of texts, and,
-                with a fixed batch size, for `"onnx"` and `"litert"`.
+                them. A dimension of `None` can have any size. Defaults to uint8 images
+                and int32 token ids in batches of any size, with texts of any length if
+                the text encoder takes them; on JAX, of its context length. Required on
+                JAX if it defines none.
             **kwargs: As in `keras.Model.export`.
 
         Raises:
             ImportError: If a package that `"onnx"` needs is not installed.
         """
-        specs = self.input_specs
-        if format == "onnx":
-            _prepare_onnx()
-        if format == "torch" and "dynamic_shapes" not in kwargs:
-            import torch
-
+        signature = input_signature or [self.input_specs]
+        on_torch = keras.backend.backend() == "torch"
+        if on_torch and format in ("torch", "onnx"):
             # By default, Keras would export for a batch size of 1.
-            batch = torch.export.Dim("batch")
-            kwargs["dynamic_shapes"] = keras.tree.map_structure(
-                lambda x: {0: batch}, specs
-            )
-        super().export(filepath, format, verbose, input_signature or [specs], **kwargs)
+            free = keras.tree.map_structure(_free_dimensions, signature)
+            kwargs.setdefault("dynamic_shapes", free)
+        if format != "onnx":
+            super().export(filepath, format, verbose, signature, **kwargs)
+            return
+        _prepare_onnx()
+        with _in_float32(self), tempfile.TemporaryDirectory() as folder:
+            if not on_torch:
+                super().export(filepath, format, verbose, signature, **kwargs)
+                return
+            path = os.path.join(folder, "model.pt2")
+            super().export(path, "torch", False, signature, **kwargs)
+            _write_onnx(path, filepath, signature)
+        if verbose is not False:
+            print(f"Saved artifact at '{filepath}'.")
+
+
+@contextlib.contextmanager
+def _in_float32(model):
+    """Lets all layers compute in float32: few runtimes of ONNX know bfloat16."""
+    layers = (x for x in all_layers(model) if x.quantization_mode is None)
+    mixed = [x for x in layers if x.compute_dtype != x.variable_dtype]
+    policies = [x.dtype_policy for x in mixed]
+    try:
+        for layer in mixed:
+            layer.dtype_policy = layer.variable_dtype
+        yield
+    finally:
+        for layer, policy in zip(mixed, policies, strict=True):
+            layer.dtype_policy = policy
+
+
+def _free_dimensions(spec):
+    """Returns the dimensions of an input that can have any size, for torch."""
+    import torch
+
+    sizes = enumerate(spec.shape)
+    return {i: torch.export.Dim.DYNAMIC for i, size in sizes if size is None}
+
+
+def _write_onnx(path, filepath, signature):
+    """Writes a program of torch as ONNX; Keras would write dimensions of 1 only."""
+    import torch
+
+    program = torch.export.load(path)
+    names = [x.removeprefix("args_0_") for x in program.graph_signature.user_inputs]
+    if len(names) == 1:
+        names = [signature[0].name or "inputs"]
+    torch.onnx.export(program, input_names=names, verbose=False).save(filepath)
 
 
 def _prepare_onnx():
-    """Checks that Keras can write ONNX, and adds an operation that tf2onnx lacks."""
+    """Checks that ONNX can be written, and adds an operation that tf2onnx lacks."""
     package = ONNX_PACKAGES[keras.backend.backend()]
     # Without it, torch would fail after it has printed the whole graph.
     if importlib.util.find_spec(package) is None:

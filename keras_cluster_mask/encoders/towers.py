@@ -40,8 +40,9 @@ class Tower(MadeOfParts, Exported, keras.Model):
     - on torch: `tower.export("tower.pt2", format="torch")`, then
       `torch.export.load("tower.pt2").module()(images)`. The image tower of SigLIP needs
       a fixed batch size, because its pooling head cannot be exported without one:
-      `dynamic_shapes=None, input_signature=[
-      keras.InputSpec(shape=(8, 224, 224, 3), dtype="uint8")]`.
+      `input_signature=[keras.InputSpec(shape=(8, 224, 224, 3), dtype="uint8")]`;
+    - on torch and TensorFlow as ONNX: `tower.export("tower.onnx", format="onnx")`, then
+      `onnxruntime.InferenceSession("tower.onnx").run(None, {"images": images})`.
 
     Example:
 
@@ -158,7 +159,7 @@ class Tower(MadeOfParts, Exported, keras.Model):
         return specs if len(specs) > 1 else specs.popitem()[1]
 
     def _spec(self, given):
-        return keras.InputSpec(shape=given.shape, dtype=given.dtype)
+        return keras.InputSpec(given.dtype, given.shape, name=given.name)
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -212,7 +213,7 @@ class ImageTower(Tower):
 
     def _spec(self, given):
         dtype = given.dtype if self.pixel_mean is None else "uint8"
-        return keras.InputSpec(shape=given.shape, dtype=dtype)
+        return keras.InputSpec(dtype, given.shape, name="images")
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -301,7 +302,8 @@ class TextTower(Tower):
             )
         length, most = ids.shape[1], self.context_length
         least = most if self.family.pooling == "last token" else 0
-        if None not in (length, most) and not least <= length <= most:
+        # It is no integer while a model is exported for texts of any length.
+        if most and isinstance(length, int) and not least <= length <= most:
             raise ValueError(
                 f"`token_ids` must have {'' if least else 'at most '}{most} tokens for "
                 f"each text: {'pad' if least else 'truncate'} texts, as the tokenizer "
@@ -311,8 +313,10 @@ class TextTower(Tower):
 
     def _spec(self, given):
         shape = given.shape
-        lengths = shape[1:] if shape[1:] != (None,) else (self.context_length,)
-        return keras.InputSpec(shape=(shape[0], *lengths), dtype=given.dtype)
+        # On JAX, keras_hub compares the length with that of the position embeddings.
+        if self.family.pooling == "last token" or keras.backend.backend() == "jax":
+            shape = (shape[0], self.context_length)
+        return keras.InputSpec(given.dtype, shape, name=given.name)
 
 
 def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):

@@ -10,7 +10,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.encoders.exported import ONNX_PACKAGES
-from keras_cluster_mask.encoders.towers import Tower
+from keras_cluster_mask.encoders.towers import ImageTower, TextTower, Tower
 from tests.encoders.test_pooled import make_model
 from tests.helpers import (
     FAST,
@@ -24,7 +24,6 @@ from tests.helpers import (
     text_bag,
     tiny_clip,
     tiny_siglip,
-    to_numpy,
     values,
     vit_encoder,
 )
@@ -41,8 +40,9 @@ MODELS = {
         lambda: vit_encoder(num_layers=2), head="mlp", image_blocks=2, text_blocks=1
     ),
 }
+SIDES = ("image", "text")
 each_tower = pytest.mark.parametrize(
-    ("kind", "side"), [(kind, side) for kind in MODELS for side in ("image", "text")]
+    ("kind", "side"), [(kind, side) for kind in MODELS for side in SIDES]
 )
 # What Keras writes each format with.
 CONVERTERS = {
@@ -74,27 +74,41 @@ def test_a_tower_is_saved_and_reloaded_alone(kind, side, tmp_path):
         assert_same_values(loaded(floats), tower(floats))
 
 
+def sizes_of(tower, inputs):
+    """Batches of different sizes, of shorter texts, too, if the tower takes them."""
+    length = keras.tree.flatten(tower.input_specs)[0].shape[1]
+    if length is None:
+        return [inputs[:1, :4], inputs[:3, :4], inputs]
+    if isinstance(tower, TextTower):
+        inputs = np.pad(inputs, ((0, 0), (0, length - inputs.shape[1])))
+    return [inputs[:1], inputs]
+
+
+def prepared(tower, inputs):
+    """NumPy arrays of all inputs of a text encoder; images as they are."""
+    if isinstance(tower, ImageTower):
+        return inputs
+    return keras.tree.map_structure(np.array, tower.prepare(inputs))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "side"),
-    [
-        *((kind, side) for kind in ("clip", "siglip") for side in ("image", "text")),
-        ("encoders", "image"),
-    ],
+    [(kind, side) for kind in ("clip", "siglip", "encoders") for side in SIDES],
 )
-def test_an_exported_tower_takes_batches_of_any_size(kind, side, tmp_path):
+def test_an_exported_tower_takes_inputs_of_any_size(kind, side, tmp_path):
     tower, inputs = tower_of(kind, side)
     assert inputs.dtype == ("uint8" if side == "image" else "int32")
-    sizes, kwargs = (1, 4), {}
+    given, kwargs = sizes_of(tower, inputs), {}
     if keras.backend.backend() == "torch" and (kind, side) == ("siglip", "image"):
         # keras_hub's pooling head repeats its probe by a number that torch cannot
         # leave open, so this one tower is exported for a batch size.
         signature = [keras.InputSpec(shape=inputs.shape, dtype="uint8")]
-        sizes, kwargs = (4,), dict(input_signature=signature, dynamic_shapes=None)
+        given, kwargs = [inputs], dict(input_signature=signature)
     embed = exported(tower, tmp_path, **kwargs)
-    for size in sizes:
-        found = embed(inputs[:size])
-        assert_close(found, tower.predict(inputs[:size], verbose=0), 1e-5)
+    for x in given:
+        found = embed(prepared(tower, x))
+        assert_close(found, tower.predict(x, verbose=0), 1e-5)
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-5)
 
 
@@ -113,7 +127,7 @@ def run_file(path, inputs):
         # Its default is bfloat16 on a CPU that has it.
         options = "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
         program = pytest.importorskip("openvino").compile_model(path, *options)
-        return program([named(x.any_name) for x in program.inputs])[0]
+        return program([named(" ".join(x.names)) for x in program.inputs])[0]
     litert = pytest.importorskip("ai_edge_litert.interpreter")
     interpreter = litert.Interpreter(path)
     given = interpreter.get_input_details()
@@ -127,7 +141,7 @@ def run_file(path, inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", ["image", "text"])
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", ["clip", "encoders"])
 @pytest.mark.parametrize(("format", "ending"), ENDINGS.items())
 def test_a_tower_runs_in_the_runtime_of_a_format(format, ending, kind, side, tmp_path):
@@ -136,23 +150,39 @@ def test_a_tower_runs_in_the_runtime_of_a_format(format, ending, kind, side, tmp
         pytest.skip("The table of formats has no cell for this backend.")
     pytest.importorskip(CONVERTERS[format][backend])
     tower, inputs = tower_of(kind, side)
-    if side == "text":
-        inputs = keras.tree.map_structure(to_numpy, tower.prepare(inputs.clip(1)))
-    if backend != "tensorflow" and format != "openvino":
-        # These hold a batch size.
-        inputs = keras.tree.map_structure(lambda x: x[:1], inputs)
-
-    named = inputs if isinstance(inputs, dict) else {"input": inputs}
-    specs = {
-        name: keras.InputSpec(
-            x.dtype, (None if len(x) > 1 else 1, *x.shape[1:]), name=name
+    signature = None
+    if format == "litert":
+        # Without a length, TensorFlow would write operations that it lacks.
+        signature = keras.tree.map_structure(
+            lambda x: keras.InputSpec(x.dtype, (None, *inputs.shape[1:]), name=x.name),
+            [tower.input_specs],
         )
-        for name, x in named.items()
-    }
     path = str(tmp_path / f"tower.{ending}")
-    tower.export(path, format, False, [specs.get("input", specs)])
-    found = run_file(path, named)
-    assert_close(found, tower.predict(inputs, verbose=0), 1e-5)
+    tower.export(path, format, False, signature)
+    for x in sizes_of(tower, inputs) if signature is None else [inputs]:
+        given = prepared(tower, x)
+        given = given if isinstance(given, dict) else {"": given}
+        assert_close(run_file(path, given), tower.predict(x, verbose=0), 1e-5)
+
+
+@pytest.mark.slow
+def test_onnx_computes_in_float32_where_the_model_does_not(tmp_path):
+    backend = keras.backend.backend()
+    if backend not in CONVERTERS["onnx"]:
+        pytest.skip("The table of formats has no cell for this backend.")
+    pytest.importorskip(CONVERTERS["onnx"][backend])
+    mixed, single = (
+        kcm.ContrastiveModel.from_backbone(tiny_clip(dtype=x)).image_tower
+        for x in ("mixed_bfloat16", "float32")
+    )
+    single.set_weights(mixed.get_weights())
+    images, path = random_pairs(4)["images"], str(tmp_path / "tower.onnx")
+    rounded = mixed.predict(images, verbose=0)
+    mixed.export(path, "onnx", False)
+    expected = single.predict(images, verbose=0)
+    assert_close(run_file(path, {"images": images}), expected, 1e-5)
+    assert_same_values(mixed.predict(images, verbose=0), rounded)
+    assert abs(rounded - expected).max() > 1e-4
 
 
 @pytest.mark.any_backend

@@ -54,13 +54,14 @@ def test_a_model_with_metrics_of_its_own_trains_and_is_evaluated():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "bert"])
 def test_a_model_that_was_never_called_is_exported_for_any_batch_size(kind, tmp_path):
+    options = {}
     if kind == "clip":
         pairs, masking = random_pairs(4), kcm.RandomMasking(0.5)
         model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking)
-        options = {}
     else:
         pairs, model = texts(4), kcm.ContrastiveModel(image_mlp(), bert())
-        # A BERT takes texts of any length.
+    if kind == "bert" and keras.backend.backend() == "jax":
+        # It needs a length, which this encoder does not define.
         specs = keras.tree.map_structure(
             lambda x: keras.InputSpec(x.dtype, (None, *x.shape[1:])), pairs
         )
