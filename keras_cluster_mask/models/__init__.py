@@ -6,6 +6,7 @@ from keras_cluster_mask.encoders.momentum import MomentumEncoder
 from keras_cluster_mask.encoders.resizing import with_context_length, with_image_size
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.head import ContrastiveHead
+from keras_cluster_mask.models.model_card import save_with_card
 
 __all__ = [
     "ContrastiveHead",
@@ -13,6 +14,7 @@ __all__ = [
     "MaskedEncoder",
     "MomentumEncoder",
     "clip_backbone",
+    "save_with_card",
     "with_context_length",
     "with_image_size",
     "with_masking",

@@ -1,0 +1,145 @@
+"""A folder to give away: a model, and a card that says what it is."""
+
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+
+_CARD = """\
+---
+library_name: keras
+license:  # fill in
+tags: [clip, image-text]
+---
+
+# {name}
+
+Embeds images of {size} pixels and texts of at most {tokens} tokens in one space, where
+an image lies near the texts that describe it.
+
+## Use
+
+`pip install keras_cluster_mask {backend}`
+
+```python
+import keras
+import keras_cluster_mask  # The file has layers of it.
+
+model = keras.saving.load_model("model.keras")
+images = model.encode_image(["photo.jpg"])
+texts = model.encode_text(["a dog in the snow", "a red boat"])
+print(images @ texts.T)  # cosine similarities
+```
+
+## Data
+
+{data}
+
+## Training
+
+- **Image encoder**: {image.name}, {image_weights:,} weights
+- **Text encoder**: {text.name}, {text_weights:,} weights
+- **Masking**: {masking}
+- **Optimizer**: {optimizer}
+
+## Recall
+
+| measure | model | chance |
+| --- | --- | --- |
+{recall}
+
+## Versions
+
+{versions}
+"""
+
+# Entries of a configuration that say nothing to a reader.
+_UNSAID = {"name", "dtype", "trainable", "data_format", "ema_momentum", "epsilon"}
+
+
+def save_with_card(
+    model: keras.Model,
+    folder: str | os.PathLike,
+    data: str = "",
+    recall: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves a model and its model card, as a folder for other people.
+
+    The folder has `model.keras`, with the tokenizer, and `README.md`: how to use the
+    model, its encoders, masking and optimizer, its recall beside chance, and the
+    versions of packages. Fill in the license, which the card leaves empty. Hugging Face
+    shows such a card as the page of a model.
+
+    Example:
+
+    ```python
+    tokenizer = kcm.data.CLIPTokenizer.train(["a dog", "a boat"] * 9, 600, 8)
+    backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size, 8)
+    model = kcm.ContrastiveModel.from_backbone(backbone, tokenizer=tokenizer)
+    kcm.models.save_with_card(model, "my_model", data="500 photographs of boats.")
+    ```
+
+    Args:
+        model: A `ContrastiveModel` with a tokenizer.
+        folder: Path of a folder, which is made if needed.
+        data: What the model was trained on, as Markdown.
+        recall: Dictionary that `kcm.evaluation.evaluate_retrieval` returned.
+
+    Raises:
+        ValueError: If the model has no tokenizer, or the folder has a `README.md`.
+    """
+    folder = Path(folder)
+    card = folder / "README.md"
+    if card.exists():
+        raise ValueError(
+            "`folder` must have no README.md, which may have been edited: delete it, "
+            f"or choose another folder. Received: {folder}"
+        )
+    if model.tokenizer is None:
+        raise ValueError(
+            "`model` must have a tokenizer, to read words after it is loaded: pass "
+            "`tokenizer=` when the model is made. Received: a model without one"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save(folder / "model.keras")
+    optimizer = getattr(model, "optimizer", None)
+    packages = "keras_cluster_mask", "keras", "keras-hub", keras.backend.backend()
+    text = _CARD.format(
+        name=folder.resolve().name,
+        size=" x ".join(map(str, model.image_tower.image_size)),
+        tokens=model.text_tower.context_length,
+        backend=packages[-1],
+        data=data or "*Fill in what the model was trained on.*",
+        image=model.image_encoder,
+        image_weights=model.image_encoder.count_params(),
+        text=model.text_encoder,
+        text_weights=model.text_encoder.count_params(),
+        masking=", ".join(map(_call, model.maskings)) or "none",
+        optimizer=_call(optimizer) if optimizer else "*Fill in.*",
+        recall="\n".join(_rows(recall)) if recall else "| *Fill in.* | | |",
+        versions=", ".join(f"{x} {importlib.metadata.version(x)}" for x in packages),
+    )
+    card.write_text(text, encoding="utf-8")
+
+
+def _call(part):
+    """The call that makes a part, and the steps of an optimizer."""
+    steps = getattr(part, "iterations", None)
+    text = f"`{_described(keras.saving.serialize_keras_object(part))}`"
+    return text if steps is None else f"{text}, {int(steps):,} steps"
+
+
+def _described(part):
+    if isinstance(part, dict):
+        shown = {k: v for k, v in part["config"].items() if v and k not in _UNSAID}
+        settings = ", ".join(f"{k}={_described(v)}" for k, v in shown.items())
+        return f"{part['class_name']}({settings})"
+    return f"{part:.4g}" if isinstance(part, float) else str(part)
+
+
+def _rows(recall):
+    for name, chance in recall["chance"].items():
+        yield f"| {name.replace('_', ' ')} | {recall[name]:.1%} | {chance:.1%} |"
