@@ -163,6 +163,7 @@ def common_arguments(description):
     )
     add("--image-size", type=int, default=168, help="side in pixels")
     add("--dtype", default="mixed_bfloat16", help="the dtype policy of all models")
+    add("--equal-time", action="store_true", help="as long as `random` takes")
     add("--threads", type=int, default=1)
     return parsed
 
@@ -180,7 +181,6 @@ def arguments():
     )
     add("--head-epochs", type=int, default=30)
     add("--head-batch-size", type=int, default=512)
-    add("--equal-time", action="store_true", help="as long as `random` takes")
     add("--costs", action="store_true", help="time the steps of the maskings first")
     add("--test", action="store_true", help="score on the test split")
     return parsed.parse_args()

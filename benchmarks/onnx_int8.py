@@ -100,9 +100,7 @@ def batches_of(model, options):
     owners = np.repeat(np.arange(len(counts)), counts)
     tower = model.text_tower
     ids = model.tokenizer([text for texts in captions for text in texts])
-    given = keras.tree.map_structure(
-        lambda x: np.array(x, "int32"), tower.prepare(ids)
-    )
+    given = keras.tree.map_structure(lambda x: np.array(x, "int32"), tower.prepare(ids))
     given = given if isinstance(given, dict) else {"token_ids": given}
     # Texts of one length together, the shortest last.
     order = np.argsort(-tower.lengths.of(given), kind="stable")

@@ -2,13 +2,17 @@
 
     python benchmarks/probe_encoders.py losses --data DIR --runs random cluster
     python benchmarks/probe_encoders.py transfer --data DIR --classes CIFAR10
+    python benchmarks/probe_encoders.py averages --data DIR --classes CIFAR10
+    python benchmarks/probe_encoders.py sizes --data DIR --sizes 168 196 224
 
 `losses`, on torch: the loss of validation images in which patches are left out, with
 projections that were trained on whole images. `transfer`: zero-shot accuracy and a
 linear probe of each tuned model on photographs of single objects, whose caption ends in
-the class. Both need the runs of `connect_encoders.py` in `--results`.
+the class. `averages`: weights between those before and after tuning. `sizes`: tuned
+models on larger images. All need the runs of `connect_encoders.py` in `--results`.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -23,13 +27,17 @@ import keras_cluster_mask as kcm
 
 def main():
     parsed = runs.common_arguments(__doc__)
-    parsed.add_argument("stage", choices=("losses", "transfer"))
+    stages = {x.__name__: x for x in (losses, transfer, averages, sizes)}
+    parsed.add_argument("stage", choices=stages)
     parsed.add_argument("--draws", type=int, default=3, help="of masks for each image")
     parsed.add_argument("--classes", help="folder of shards with a class in captions")
     parsed.add_argument("--count", type=int, default=2000, help="images of a split")
+    shares = {"type": float, "nargs": "*", "default": [0, 0.25, 0.5, 0.75, 1]}
+    parsed.add_argument("--shares", help="of the tuned weights", **shares)
+    parsed.add_argument("--sizes", type=int, nargs="*", default=[168, 196, 224])
     options = parsed.parse_args()
     runs.prepare(options)
-    {"losses": losses, "transfer": transfer}[options.stage](options)
+    stages[options.stage](options)
 
 
 # === Loss without retraining ===
@@ -82,9 +90,9 @@ def masked_features(model, images, batch_size=50):
 
 def transfer(options):
     """Scores the tuned models, and the one before, on images of other classes."""
-    splits = [labeled_images(options, split) for split in ("train", "test")]
-    names = sorted({*splits[1][1]})
-    train, test = [(x, np.array([names.index(y) for y in ys])) for x, ys in splits]
+    test, names = labeled_test(options)
+    images, classes = labeled_images(options, "train")
+    train = images, np.array([names.index(x) for x in classes])
     folder, found = Path(options.results), []
     path = folder / "transfer.json"
     if path.exists():
@@ -113,6 +121,56 @@ def transfer(options):
             }
         )
         publish(path, "Transfer to other photographs", found, classes=names)
+
+
+def averages(options):
+    """Scores means of the weights before and after tuning."""
+    test, names = labeled_test(options)
+    found = []
+    for run, seed in itertools.product(options.runs, options.seeds):
+        model = runs.model_to_tune(options, seed, run)
+        runs.with_head(model, f"{options.results}/head-mlp-{seed}.npz")
+        before = model.get_weights()
+        after = tuned(model, run, seed, options).get_weights()
+        for share in options.shares:
+            both = zip(before, after, strict=True)
+            model.set_weights([(1 - share) * x + share * y for x, y in both])
+            zero_shot = kcm.evaluation.evaluate_zero_shot(model, test, names, verbose=0)
+            row = {"run": f"{runs.words_of(run)}-{seed}", "share": share}
+            row["zero-shot"] = 100 * zero_shot["top_1"]
+            found.append(row | runs.scores_of(model, options, "validation"))
+            publish(Path(options.results) / "averages.json", "Averages", found)
+
+
+def sizes(options):
+    """Scores tuned models on images of other sizes."""
+    found = []
+    for run, seed in itertools.product(options.runs, options.seeds):
+        model = tuned(runs.model_to_tune(options, seed, run), run, seed, options)
+        image, text = runs.encoders(options.encoders, options.image_size)
+        for size in options.sizes:
+            larger = kcm.models.with_image_size(image, size)
+            larger = kcm.ContrastiveModel.from_encoders(
+                larger, text, runs.PROJECTION_DIM, head="mlp"
+            )
+            larger.head.set_weights(model.head.get_weights())
+            row = {"run": f"{runs.words_of(run)}-{seed}", "size": size}
+            found.append(row | runs.scores_of(larger, options, "validation"))
+            publish(Path(options.results) / "sizes.json", "Larger images", found)
+
+
+def tuned(model, run, seed, options):
+    """Loads the weights of a run."""
+    name = runs.name_of(run, seed, options)
+    model.load_weights(Path(options.results) / f"{name}.weights.h5")
+    return model
+
+
+def labeled_test(options):
+    """Test images with numbers of their classes, and the names of all classes."""
+    images, classes = labeled_images(options, "test")
+    names = sorted({*classes})
+    return (images, np.array([names.index(x) for x in classes])), names
 
 
 def labeled_images(options, split):

@@ -224,7 +224,7 @@ def page(index):
         if index.broken:
             listed = ", ".join(index.broken[:10])
             gr.Markdown(f"Files that are not images: {len(index.broken)} ({listed})")
-        count = gr.Slider(1, 60, 12, step=1, label="Photographs")
+        count = gr.Slider(1, 60, 12, step=1, label="Photographs, best first")
         with gr.Tab("A sentence"):
             words = gr.Textbox(label="Sentence", placeholder="a dog in the snow")
         with gr.Tab("A photograph"):
@@ -235,7 +235,7 @@ def page(index):
         options = dict(
             columns=4, object_fit="contain", height="auto", interactive=False
         )
-        gallery = gr.Gallery(label="Best first", **options)
+        gallery = gr.Gallery(show_label=False, **options)
         for box, search in ((words, by_words), (classes, by_classes)):
             box.submit(search, [box, count], gallery, api_visibility="private")
         photo.upload(by_photo, [photo, count], gallery, api_visibility="private")

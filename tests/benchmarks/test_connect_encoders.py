@@ -18,10 +18,10 @@ WORDS = [*SPECIAL, "no", *map(str, range(40))]
 
 @pytest.fixture
 def folders(tmp_path, write_pairs):
-    shape = (24, 24, 3)
-    keras_hub.models.DINOV2Backbone(
-        patch_size=8, image_shape=shape, position_embedding_shape=shape, **SIZES
-    ).save_to_preset(tmp_path / "dinov2_small")
+    shapes = dict(image_shape=(24, 24, 3), position_embedding_shape=(40, 40, 3))
+    keras_hub.models.DINOV2Backbone(patch_size=8, **shapes, **SIZES).save_to_preset(
+        tmp_path / "dinov2_small"
+    )
     tokenizer = keras_hub.models.BertTokenizer(vocabulary=WORDS)
     pack = keras_hub.models.BertTextEmbedderPreprocessor(tokenizer, sequence_length=12)
     bert = keras_hub.models.BertBackbone(len(WORDS), max_sequence_length=12, **SIZES)
@@ -72,6 +72,15 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, run, monkeypat
     transfer = ["transfer", "--seeds=1", f"--classes={folders}/classes", "--count=10"]
     rows = measure(probe_encoders, "transfer", *transfer)["rows"]
     assert len(rows) == 1 + len(names)
+    of = ["--equal-time", "--seeds=1", "--runs", "random batch=10"]
+    shares = [*of, f"--classes={folders}/classes", "--shares", "0", "1"]
+    before, after = measure(probe_encoders, "averages", "averages", *shares)["rows"]
+    head, best = runs["head-mlp-1"], tuned["tune-random_batch=10-equal_time-1"]
+    assert before["mean"] == pytest.approx(head["validation"]["mean"])
+    assert after["mean"] == pytest.approx(best["validation"]["mean"])
+    rows = measure(probe_encoders, "sizes", "sizes", *of, "--sizes", "24", "32")["rows"]
+    assert rows[0]["loss"] == pytest.approx(after["loss"], abs=1e-4)
+    assert rows[1]["loss"] != pytest.approx(after["loss"], abs=1e-4)
     timed = ["--rounds=1", "--runs", "none batch=10", "random batch=10"]
     rows = measure(tuning_time, "tuning_time", *timed)["rows"]
     torch.backends.cuda.enable_flash_sdp(True)
