@@ -20,7 +20,7 @@ import keras
 import numpy as np
 import onnxruntime
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import quantize_dynamic
 from reporting import parser, publish
 from timing import interleaved
 
@@ -46,12 +46,16 @@ def main():
     model = keras.saving.load_model(options.model)
     batches, owners = batches_of(model, options)
     programs = {"Keras": keras_programs(model)}
-    files = {}
-    for kind in ("float32", "int8"):
-        files[kind] = [folder / f"{side}-{kind}.onnx" for side in SIDES]
-        for side, path in zip(SIDES, files[kind], strict=True):
-            write(getattr(model, f"{side}_tower"), path, files["float32"], kind)
-        programs[kind] = [session(path) for path in files[kind]]
+    files = {
+        kind: [folder / f"{side}-{kind}.onnx" for side in SIDES]
+        for kind in ("float32", "int8")
+    }
+    for side, single, small in zip(SIDES, *files.values(), strict=True):
+        getattr(model, f"{side}_tower").export(single, format="onnx", verbose=False)
+        quantize_dynamic(
+            single, small, op_types_to_quantize=["MatMul"], per_channel=True
+        )
+    programs |= {kind: [session(x) for x in paths] for kind, paths in files.items()}
     rows, expected = [], None
     for kind, both in programs.items():
         found = [
@@ -64,9 +68,9 @@ def main():
         for side, mine, theirs in zip(SIDES, found, expected, strict=True):
             row[f"{side}, difference"] = f"{np.abs(mine - theirs).max():.1e}"
         for name in ("image_to_text", "text_to_image"):
-            row[name.replace("_", " ")] = 100 * recall[f"{name}_recall@10"]
+            row[name.replace("_", " ")] = round(100 * recall[f"{name}_recall@10"], 2)
         for side, path in zip(SIDES, files.get(kind, ()), strict=False):
-            row[f"{side}, MB"] = path.stat().st_size / 1e6
+            row[f"{side}, MB"] = round(path.stat().st_size / 1e6, 1)
         rows.append(row)
     for side, number in (("image", 0), ("text", 1)):
         # One image; one text of the shortest group.
@@ -77,7 +81,8 @@ def main():
         }
         seconds = interleaved(steps, options.rounds)
         for row in rows:
-            row[f"{side}, ms"] = 1000 * statistics.median(seconds[row["program"]])
+            found = statistics.median(seconds[row["program"]])
+            row[f"{side}, ms"] = round(1000 * found, 2)
     title = f"{options.split} images and captions, recall@10 in percent"
     publish(Path(options.results) / "onnx_int8.json", title, rows)
 
@@ -120,21 +125,6 @@ def keras_programs(model):
         return tower.predict_on_batch(inputs)
 
     return [functools.partial(embed, getattr(model, f"{x}_tower")) for x in SIDES]
-
-
-def write(tower, path, single, kind):
-    """Exports a tower, or quantizes the export."""
-    if kind == "float32":
-        tower.export(path, format="onnx", verbose=False)
-        return
-    source = single[SIDES.index(path.name.split("-")[0])]
-    quantize_dynamic(
-        source,
-        path,
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-    )
 
 
 def session(path):

@@ -7,6 +7,8 @@ import keras
 import masking_cost
 import pytest
 
+import keras_cluster_mask as kcm
+
 pytestmark = [pytest.mark.slow, pytest.mark.any_backend]
 
 
@@ -57,3 +59,22 @@ def test_embeddings_and_weights_are_open_clips(run, tmp_path):
     (row,) = json.loads(path.read_text())["rows"]
     assert row["changed on the way to Keras and back"] == 0
     assert 0 < float(row["images: largest difference"]) < weight_parity.LIMIT
+
+
+def test_onnx_embeds_as_keras_does_and_int8_almost(run, tmp_path, write_pairs):
+    import onnx_int8
+
+    write_pairs("validation-0.tar", 0, 20)
+    captions = [str(i) for i in range(20)]
+    tokenizer = kcm.data.CLIPTokenizer.train(captions, 600, context_length=8)
+    backbone = kcm.models.clip_backbone("tiny", 24, tokenizer.vocabulary_size, 8)
+    model = kcm.ContrastiveModel.from_backbone(backbone, tokenizer=tokenizer)
+    model.save(tmp_path / "model.keras")
+    options = ("--data", tmp_path, "--caption-key", "txt", "--rounds", 1)
+    run(onnx_int8, tmp_path / "model.keras", *options, "--results", tmp_path)
+    rows = json.loads((tmp_path / "onnx_int8.json").read_text())["rows"]
+    for side in ("image", "text"):
+        of_keras, single, small = (float(row[f"{side}, difference"]) for row in rows)
+        assert of_keras == 0
+        assert single < 1e-5 < small < 0.2
+        assert rows[1][f"{side}, MB"] > rows[2][f"{side}, MB"]

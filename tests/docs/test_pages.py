@@ -121,7 +121,9 @@ def test_how_to_pages_are_few_and_short_and_each_is_in_their_index():
 
 @pytest.mark.any_backend
 def test_the_readme_and_the_pages_are_short():
-    assert len(read("README.md").split()) <= 750
+    # Comments hold code and the sources of numbers, which readers do not see.
+    seen = re.sub("<!--.*?-->", "", read("README.md"), flags=re.DOTALL)
+    assert len(seen.split()) <= 750
     prose = [TABLE_OR_CODE.sub("", read(page)) for page in all_pages()[2:]]
     assert sum(len(page.split()) for page in prose) <= 10_000
 
