@@ -69,11 +69,13 @@ class Heads:
         images: Numbers of blocks of the image encoder, such as `8+10+12`. The last one
             by default.
         texts: The same of the text encoder.
+        photos: The number of photographs that are trained on, or 0 for all.
     """
 
     head: str = "mlp"
     images: str = ""
     texts: str = ""
+    photos: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,30 +318,38 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
 
 
-def features_of(options, split, model):
+def features_of(options, split, model, photos=0):
     """The features of the blocks that a model has, from those of all blocks.
 
     Of each block there are the class token and the mean. A model without blocks has
-    both of images, and the mean of texts.
+    both of images, and the mean of texts. `photos` takes the first ones alone.
     """
     towers = model.image_encoder, model.text_encoder
     chosen = [getattr(x, "block_numbers", None) for x in towers]
     name = "-".join("+".join(map(str, x or ["last"])) for x in chosen)
+    name += f"-{photos}" if photos else ""
     source, target = Path(options.features, split), Path(options.features, split, name)
     if not (target / "features.json").exists():
         target.mkdir(exist_ok=True)
         progress = json.loads((source / "features.json").read_text())
         whole = kcm.TowerFeatures(source)
-        images = whole.pairs(slice(None))["image_features"]
-        texts = all_features(whole)[1]
+        photos = photos or whole.num_images
+        num_texts = whole.counts[:photos].sum()
+        images = whole.pairs(slice(photos))["image_features"]
+        texts = all_features(whole)[1][:num_texts]
         columns = [*map(blocks_of, (images, texts), chosen, depths(options))]
         if chosen[1] is None:
             columns[1] = columns[1][:, columns[1].shape[1] // 2 :]
         for kind, rows in zip(("image", "text"), columns, strict=True):
             rows.astype("float32").tofile(target / f"{kind}_features.bin")
             progress["shapes"][f"{kind}_features"] = list(rows.shape[1:])
-        for rest in ("caption_labels.bin", "captions_of_image.bin"):
-            (target / rest).write_bytes((source / rest).read_bytes())
+        for rest, count in (
+            ("caption_labels", 2 * num_texts),
+            ("captions_of_image", photos),
+        ):
+            found = np.fromfile(source / f"{rest}.bin", "int32")[:count]
+            found.tofile(target / f"{rest}.bin")
+        progress["rows"] = {"images": photos, "texts": int(num_texts)}
         progress["description"]["towers"] = feature_files.describe_towers(model)
         write_json(target / "features.json", **progress)
     return kcm.TowerFeatures(target)
@@ -368,7 +378,7 @@ def train_heads(run, seed, options, folder):
     settings = {"images": run.images, "texts": run.texts}
     if "validation" not in result:
         model = new_model(options, seed, run.head, **settings)
-        train = features_of(options, "train", model)
+        train = features_of(options, "train", model, run.photos)
         batch_size = options.head_batch_size
         steps = options.head_epochs * (train.num_images // batch_size)
         model.image_encoder.trainable = model.text_encoder.trainable = False

@@ -47,6 +47,7 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, run, monkeypat
         return json.loads((folders / "results" / f"{name}.json").read_text())
 
     linear = ["linear", "mlp", "linear images=1+2", "mlp images=1 texts=1+2"]
+    linear += ["mlp photos=20"]
     stages = ["features", "heads", *heads, "--seeds", "1", "2", "--heads", *linear]
     measure(connect_encoders, "connect_encoders", *stages)
     changes = [" ratio=0.6 lora=2", " last=1", " rate=1e-2", " depth=0.5 warmup=0.5"]

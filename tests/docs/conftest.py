@@ -1,6 +1,7 @@
 """Shared by the tests of the documentation: a reader's folder, and the quickstart."""
 
 import json
+import re
 
 import keras
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 import keras_cluster_mask as kcm
+from tests.helpers import ROOT
 
 # How many images each shard has in place of those of the repository.
 SHARDS = {
@@ -98,38 +100,10 @@ def small_cifar100(monkeypatch):
 
 @pytest.fixture
 def quickstart(in_folder):
-    """What the quickstart has made, as the how-to pages continue it."""
-    folder = kcm.data.example_images()
-    captions = kcm.data.read_captions(folder / "train-*.tar")
-    tokenizer = kcm.data.CLIPTokenizer.train(captions, 3000, context_length=12)
-
-    def dataset(split, training):
-        return kcm.data.image_text_dataset(
-            folder / f"{split}-*.tar", tokenizer, 48, training=training
-        )
-
-    train = dataset("train", True)
-    backbone = kcm.models.clip_backbone(
-        "tiny", 48, tokenizer.vocabulary_size, tokenizer.context_length
-    )
-    recipe = kcm.small_data_recipe(9, steps_per_epoch=len(train), learning_rate=1.5e-3)
-    model = kcm.ContrastiveModel.from_backbone(
-        backbone, masking=recipe.masking, tokenizer=tokenizer
-    )
-    model.compile(recipe.optimizer)
-    return {
-        "__name__": "__main__",
-        "keras": keras,
-        "np": np,
-        "kcm": kcm,
-        "folder": folder,
-        "captions": captions,
-        "tokenizer": tokenizer,
-        "train": train,
-        "validation": dataset("validation", False),
-        "test": dataset("test", False),
-        "backbone": backbone,
-        "masking": recipe.masking,
-        "recipe": recipe,
-        "model": model,
-    }
+    """What the first code of the quickstart makes; the how-to pages show it, too."""
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    setup = page.partition("[start:data]")[2].partition("[end:model]")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```", setup, re.DOTALL | re.MULTILINE)
+    scope = {"__name__": "__main__"}
+    exec("".join(blocks), scope)
+    return scope

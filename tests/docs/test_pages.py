@@ -120,6 +120,14 @@ def test_how_to_pages_are_few_and_short_and_each_is_in_their_index():
 
 
 @pytest.mark.any_backend
+def test_how_to_pages_begin_with_the_code_that_they_continue():
+    for path in (DOCS / "how_to").glob("*.md"):
+        shows_it = '    --8<-- "docs/quickstart.md:model"\n' in path.read_text("utf-8")
+        page = path.relative_to(ROOT).as_posix()
+        assert shows_it == (page not in TASKS and path.stem != "index"), page
+
+
+@pytest.mark.any_backend
 def test_the_readme_and_the_pages_are_short():
     # Comments hold code and the sources of numbers, which readers do not see.
     seen = re.sub("<!--.*?-->", "", read("README.md"), flags=re.DOTALL)
