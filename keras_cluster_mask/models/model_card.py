@@ -134,9 +134,9 @@ def _call(part):
 
 def _described(part):
     if isinstance(part, dict):
-        shown = {k: v for k, v in part["config"].items() if v and k not in _UNSAID}
-        settings = ", ".join(f"{k}={_described(v)}" for k, v in shown.items())
-        return f"{part['class_name']}({settings})"
+        config = part.get("config", part).items()
+        shown = [f"{k}={_described(v)}" for k, v in config if v and k not in _UNSAID]
+        return f"{part.get('class_name', '')}({', '.join(shown)})"
     return f"{part:.4g}" if isinstance(part, float) else str(part)
 
 

@@ -1,5 +1,6 @@
 """Folders of a model with its card."""
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
@@ -59,6 +60,16 @@ def test_a_card_says_how_a_model_was_trained_and_what_it_finds(model, tmp_path):
     chance = f"{recall['chance']['text_to_image_recall@5']:.1%}"
     found = f"{recall['text_to_image_recall@5']:.1%}"
     assert f"| text to image recall@5 | {found} | {chance} |" in card
+
+
+def test_a_card_names_each_of_several_optimizers(model, tmp_path):
+    rates = keras.optimizers.OptimizerMap(
+        keras.optimizers.AdamW(1e-3), {"vision.*": keras.optimizers.SGD(0.25)}
+    )
+    model.compile(keras.optimizers.MultiOptimizer(rates))
+    kcm.models.save_with_card(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert all(said in card for said in ("AdamW", "SGD", "0.25"))
 
 
 def test_a_card_is_not_overwritten(model, tmp_path):
