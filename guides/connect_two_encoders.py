@@ -11,7 +11,7 @@
 # - run the frozen encoders once, and store their features,
 # - train the projections on features, in seconds,
 # - search in your photographs by words,
-# - and tune both encoders on whole images, and on a random half of the patches in the same time.
+# - and tune both encoders on whole images, and with random masking (50 %) in the same time.
 #
 # It takes about ten minutes on two CPU cores for 400 images.
 
@@ -159,7 +159,7 @@ def tune(masking, epochs):
     return tuned, time.perf_counter() - start
 
 
-ways = {"whole images": (None, 1), "random half": (kcm.RandomMasking(0.5), 2)}
+ways = {"whole images": (None, 1), "random masking": (kcm.RandomMasking(0.5), 2)}
 for name, (masking, factor) in ways.items():
     tuned, seconds[name] = tune(masking, factor * EPOCHS)
     results[name] = kcm.evaluation.evaluate_retrieval(tuned, TEST, verbose=0)

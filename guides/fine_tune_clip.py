@@ -106,10 +106,10 @@ results = {
 # %% [markdown]
 # ## Fine-tune with and without masking
 #
-# `small_data_recipe` gives the settings: a random half of the patches, and AdamW with a learning rate
+# `small_data_recipe` gives the settings: random masking (50 %), and AdamW with a learning rate
 # that warms up and falls to zero. Without masking, the optimizer is the same.
 #
-# Masking halves the work of the image encoder, not that of the text encoder. At 36 patches both
+# Masking halves the work of the image encoder, but not of the text encoder. At 36 patches both
 # are small; the larger the images, the larger the gain.
 
 
@@ -125,7 +125,7 @@ def fine_tune(is_masked):
 
 
 speeds, models = {}, {}
-for name, is_masked in {"no masking": False, "random half": True}.items():
+for name, is_masked in {"no masking": False, "random masking": True}.items():
     print(f"\n{name}")
     models[name], speeds[name] = fine_tune(is_masked)
     recall = kcm.evaluation.evaluate_retrieval(models[name], TEST, verbose=0)
@@ -146,7 +146,7 @@ for name, recall in results.items():
     speed = speeds.get(name.removeprefix("after, "))
     print("" if speed is None else f"{speed:10.0f}")
 
-models["random half"].save_to_preset(RESULTS / "fine_tuned")
+models["random masking"].save_to_preset(RESULTS / "fine_tuned")
 colors = ["black", "C2", "gray", "C0"]
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharey=True)
 for axis, direction in zip(axes, ("image_to_text", "text_to_image")):

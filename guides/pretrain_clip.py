@@ -118,7 +118,7 @@ validation, test = dataset(VALIDATION), dataset(TEST)
 # `clip_backbone` makes a CLIP with fresh weights, and `from_backbone` adds the masking after its
 # patch embedding. A pre-trained CLIP of keras_hub works in the same way.
 #
-# `small_data_recipe` gives the settings to start with on small data: a random half of the patches,
+# `small_data_recipe` gives the settings to start with on small data: random masking (50 %),
 # AdamW, and a learning rate that warms up and falls to zero. For another masking, pass it to
 # `from_backbone`: `masking=kcm.ClusterMasking(PATCH_SIZE)`. The loss is built in: compile the
 # model with an optimizer alone.

@@ -44,9 +44,9 @@ def small_data_recipe(
 ) -> Recipe:
     """Returns suggested settings for thousands of pairs rather than millions.
 
-    From nothing:
+    From scratch:
 
-    - Images: train on a random half of the patches in each step, until the end.
+    - Images: random masking (50 %) in all steps.
     - Sentences: train on random words, about four fifths of an average sentence, and on
       whole texts in the last eighth of the epochs. Names of a few words are not masked.
     - AdamW with a weight decay of 0.1 and a `beta_2` of 0.98. The learning rate warms
@@ -54,7 +54,7 @@ def small_data_recipe(
       The benchmarks use these settings and compare no others.
 
     To tune the pre-trained encoders of `from_encoders`, after their projections
-    (`docs/how_to/connect_two_encoders.md`): a random half of the patches, whole texts,
+    (`docs/how_to/connect_two_encoders.md`): random masking (50 %), whole texts,
     and AdamW with a weight decay of 0.05 and a cosine schedule. The projections have
     ten times the learning rate of the encoders. With 6,090 photographs, three epochs
     were better than one, and more were not tried (`docs/benchmarks/quality.md`).
@@ -97,7 +97,7 @@ def small_data_recipe(
         seed: Integer. The random seed of the image masks. Text masks depend on the seed
             of the dataset.
         tune_encoders: Boolean. Whether to tune the pre-trained encoders of
-            `from_encoders`, instead of training from nothing.
+            `from_encoders`, instead of training from scratch.
 
     Returns:
         A `Recipe`. Use it for one model only.

@@ -58,7 +58,7 @@ def test_a_model_is_pre_trained_evaluated_and_fine_tuned(run_guides, tmp_path):
     assert (tmp_path / "model.keras").exists()
     for line in ("image_to_text_recall@1 ", "top_1 ", "mean_per_class ", "val_text"):
         assert line in evaluated
-    for name in ("before", "after, no masking", "after, random half"):
+    for name in ("before", "after, no masking", "after, random masking"):
         assert has_shares(tuned, name)
     assert (tmp_path / "fine_tuned").is_dir()
     shown = {"masks", "training", "search", "confusion", "similar"}
@@ -103,7 +103,7 @@ def test_two_encoders_are_tuned_in_both_ways(run_guides, tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGE_SIZE", "84")
     (printed,) = run_guides("connect_two_encoders")
     assert "120 images, 120 captions" in printed
-    for name in ("projections", "whole images", "random half"):
+    for name in ("projections", "whole images", "random masking"):
         # Of 46, chance finds 22 %.
         line = re.search(rf"^{name} +([\d.]+)% +([\d.]+)%", printed, re.MULTILINE)
         assert min(map(float, line.groups())) > 35
