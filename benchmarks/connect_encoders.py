@@ -655,7 +655,7 @@ def report(options, folder):
 def plot(folder, runs, costs):
     """Draws recall against the time of tuning, from the projections on.
 
-    Each line is of runs that differ in their time alone.
+    Each line is of runs of one masking that differ in their time alone.
     """
     before = [x["validation"]["mean"] for k, x in runs.items() if "head-mlp-" in k]
     lines = {}
@@ -669,7 +669,9 @@ def plot(folder, runs, costs):
         points = lines.setdefault(dataclasses.replace(run, epochs=1), {0.0: before})
         score = result["validation"]["mean"]
         points.setdefault(result["steps"] * cost, []).append(score)
-    lines = {run: points for run, points in lines.items() if len(points) > 2}
+    # Settings with which any masking ran for two times, and all maskings with them.
+    ran = {settings_of(run) for run, points in lines.items() if len(points) > 2}
+    lines = {run: points for run, points in lines.items() if settings_of(run) in ran}
     if not lines:
         return
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
@@ -681,12 +683,16 @@ def plot(folder, runs, costs):
             [np.std(points[x], ddof=len(points[x]) > 1) for x in times],
             marker="o",
             capsize=3,
-            label="whole images" if run.masking == "none" else words_of(run),
+            label=words_of(run).replace("none", "whole images"),
         )
     time_label = "training time, in steps of random masking (50 %)"
     axes.set(xlabel=time_label, ylabel="recall@10 (%), validation")
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(folder / "tuning.png", dpi=150)
+
+
+def settings_of(run):
+    return dataclasses.replace(run, masking="", ratio=0)
 
 
 if __name__ == "__main__":
