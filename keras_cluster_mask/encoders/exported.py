@@ -62,8 +62,6 @@ class Exported:
             path = os.path.join(folder, "model.pt2")
             super().export(path, "torch", False, signature, **kwargs)
             _write_onnx(path, filepath, signature)
-        if verbose is not False:
-            print(f"Saved artifact at '{filepath}'.")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 
 import keras
 
+from keras_cluster_mask.training.tokenizers import tokenizer_of
+
 _CARD = """\
 ---
 library_name: keras
@@ -98,28 +100,23 @@ def save_with_card(
             "`folder` must have no README.md, which may have been edited: delete it, "
             f"or choose another folder. Received: {folder}"
         )
-    if model.tokenizer is None:
-        raise ValueError(
-            "`model` must have a tokenizer, to read words after it is loaded: pass "
-            "`tokenizer=` when the model is made. Received: a model without one"
-        )
+    tokenizer_of(model)  # Raises an error if it cannot read words.
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / "model.keras")
-    optimizer = getattr(model, "optimizer", None)
     packages = "keras_cluster_mask", "keras", "keras-hub", keras.backend.backend()
     text = _CARD.format(
         name=folder.resolve().name,
         size=" x ".join(map(str, model.image_tower.image_size)),
         tokens=model.text_tower.context_length,
         backend=packages[-1],
-        data=data or "*Fill in what the model was trained on.*",
+        data=data or "Fill in.",
         image=model.image_encoder,
         image_weights=model.image_encoder.count_params(),
         text=model.text_encoder,
         text_weights=model.text_encoder.count_params(),
-        masking=", ".join(map(_call, model.maskings)) or "none",
-        optimizer=_call(optimizer) if optimizer else "*Fill in.*",
-        recall="\n".join(_rows(recall)) if recall else "| *Fill in.* | | |",
+        masking=", ".join(map(_call, model.maskings)),
+        optimizer=_call(getattr(model, "optimizer", None)),
+        recall="\n".join(_rows(recall or {"chance": {}})),
         versions=", ".join(f"{x} {importlib.metadata.version(x)}" for x in packages),
     )
     card.write_text(text, encoding="utf-8")
@@ -127,9 +124,8 @@ def save_with_card(
 
 def _call(part):
     """The call that makes a part, and the steps of an optimizer."""
-    steps = getattr(part, "iterations", None)
-    text = f"`{_described(keras.saving.serialize_keras_object(part))}`"
-    return text if steps is None else f"{text}, {int(steps):,} steps"
+    steps = f", {int(part.iterations):,} steps" if hasattr(part, "iterations") else ""
+    return f"`{_described(keras.saving.serialize_keras_object(part))}`{steps}"
 
 
 def _described(part):

@@ -83,6 +83,6 @@ def test_a_card_is_not_overwritten(model, tmp_path):
 def test_a_model_without_a_tokenizer_has_no_card(model, tmp_path):
     model = reloaded(model, tmp_path)
     model.tokenizer = None
-    with pytest.raises(ValueError, match=r"must have a tokenizer.*Received:"):
+    with pytest.raises(ValueError, match=r"`tokenizer` must be given.*Received:"):
         kcm.models.save_with_card(model, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
