@@ -674,7 +674,7 @@ def plot(folder, runs, costs):
     lines = {run: points for run, points in lines.items() if settings_of(run) in ran}
     if not lines:
         return
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for run, points in lines.items():
         times = sorted(points)
         axes.errorbar(
@@ -687,7 +687,7 @@ def plot(folder, runs, costs):
         )
     time_label = "training time, in steps of random masking (50 %)"
     axes.set(xlabel=time_label, ylabel="recall@10 (%), validation")
-    figure.legend(loc="outside right upper", frameon=False)
+    axes.legend(loc="lower right", frameon=False)
     figure.savefig(folder / "tuning.png", dpi=150)
 
 
