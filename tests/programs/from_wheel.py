@@ -19,6 +19,7 @@ ENCODERS = os.environ["KERAS_CLUSTER_MASK_ENCODERS"]
 CHANGES = {
     '"dinov2_small"': repr(f"{ENCODERS}/dinov2_small"),
     '"all_minilm_l6_v2_en"': repr(f"{ENCODERS}/all_minilm_l6_v2"),
+    '"clip_vit_base_patch16"': "'./clip'",
     "photos/*.jpg": "photos/*.webp",
     "fit(train, epochs=9": "fit(train, epochs=1, steps_per_epoch=5",
 }
@@ -35,6 +36,14 @@ def write_photographs(folder, count=64):
             table.writerow([image.name, image.with_suffix(".txt").read_text()])
 
 
+def write_clip(folder):
+    """Writes a tiny CLIP as a preset."""
+    tokenizer = kcm.data.CLIPTokenizer.train(["number"] * 9, 600, context_length=77)
+    backbone = kcm.models.clip_backbone("tiny", 48, tokenizer.vocabulary_size, 77)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    model.save_to_preset(folder, tokenizer)
+
+
 def run(page):
     """Runs the blocks of a page in one scope."""
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -49,5 +58,6 @@ if __name__ == "__main__":
     # Not the clone, which may hold the environment.
     assert ROOT / "keras_cluster_mask" not in pathlib.Path(kcm.__file__).parents
     write_photographs(pathlib.Path("photos"))
+    write_clip("clip")
     run("README.md")
     run("docs/quickstart.md")
