@@ -33,7 +33,8 @@ class Exported:
         Args:
             filepath: Path of the folder or file to write.
             format: As in `keras.Model.export`. `"onnx"` computes in float32, also where
-                the model does not.
+                the model does not. On JAX, jax2onnx 0.17 writes text towers wrongly:
+                load the `.keras` file on torch, and export there.
             verbose: As in `keras.Model.export`.
             input_signature: List of one `keras.InputSpec`, or of one dictionary of
                 them. A dimension of `None` can have any size. Defaults to uint8 images
