@@ -1,6 +1,6 @@
 """A folder to give away: a model, and a card that says what it is."""
 
-import importlib.metadata
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,7 +103,7 @@ def save_with_card(
     tokenizer_of(model)  # Raises an error if it cannot read words.
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / "model.keras")
-    packages = "keras_cluster_mask", "keras", "keras-hub", keras.backend.backend()
+    packages = "keras_cluster_mask", "keras", "keras_hub", keras.backend.backend()
     text = _CARD.format(
         name=folder.resolve().name,
         size=" x ".join(map(str, model.image_tower.image_size)),
@@ -117,7 +117,10 @@ def save_with_card(
         masking=", ".join(map(_call, model.maskings)),
         optimizer=_call(getattr(model, "optimizer", None)),
         recall="\n".join(_rows(recall or {"chance": {}})),
-        versions=", ".join(f"{x} {importlib.metadata.version(x)}" for x in packages),
+        # Not of distributions: TensorFlow has several.
+        versions=", ".join(
+            f"{x} {importlib.import_module(x).__version__}" for x in packages
+        ),
     )
     card.write_text(text, encoding="utf-8")
 

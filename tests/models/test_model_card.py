@@ -55,6 +55,7 @@ def test_a_card_says_how_a_model_was_trained_and_what_it_finds(model, tmp_path):
         "weight_decay=0.1",
         "4 steps",
         "Sixteen boats.",
+        f"keras {keras.__version__}",
     ):
         assert said in card
     chance = f"{recall['chance']['text_to_image_recall@5']:.1%}"
