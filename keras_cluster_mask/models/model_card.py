@@ -19,8 +19,8 @@ tags: [clip, image-text]
 
 # {name}
 
-Embeds images of {size} pixels and texts of at most {tokens} tokens in one space, where
-an image lies near the texts that describe it.
+Embeds images of {size} and texts of {length} in one space, where an image
+lies near the texts that describe it.
 
 ## Use
 
@@ -103,11 +103,12 @@ def save_with_card(
     tokenizer_of(model)  # Raises an error if it cannot read words.
     folder.mkdir(parents=True, exist_ok=True)
     model.save(folder / "model.keras")
+    size, length = model.image_tower.image_size, model.text_tower.context_length
     packages = "keras_cluster_mask", "keras", "keras_hub", keras.backend.backend()
     text = _CARD.format(
         name=folder.resolve().name,
-        size=" x ".join(map(str, model.image_tower.image_size)),
-        tokens=model.text_tower.context_length,
+        size="any size" if None in size else "{} x {} pixels".format(*size),
+        length=f"at most {length} tokens" if length else "any length",
         backend=packages[-1],
         data=data or "Fill in.",
         image=model.image_encoder,

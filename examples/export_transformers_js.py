@@ -1,0 +1,167 @@
+"""Writes a model for transformers.js, which runs it in a browser or in Node.
+
+    python examples/export_transformers_js.py model.keras folder
+
+The folder has ONNX files of both towers, and files that say how texts and images are
+prepared. `AutoTokenizer`, `CLIPTextModelWithProjection`, `AutoProcessor` and
+`CLIPVisionModelWithProjection` read it. Needs torch and onnxscript.
+"""
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Keras writes ONNX for batches of any size with torch.
+os.environ.setdefault("KERAS_BACKEND", "torch")
+
+import keras
+import onnx
+import tokenizers
+from onnx import TensorProto, helper
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+import keras_cluster_mask as kcm
+
+# Inputs of the towers, and their names in transformers.js.
+NAMES = {
+    "images": "pixel_values",
+    "token_ids": "input_ids",
+    "padding_mask": "attention_mask",
+    "segment_ids": "token_type_ids",
+}
+# The words of a lower-case text, as CLIP splits them.
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="a .keras file")
+    parser.add_argument("folder", help="the folder to make")
+    parser.add_argument(
+        "--tokenizer",
+        help="a folder with tokenizer.json and tokenizer_config.json of Hugging Face, "
+        "for a model with a tokenizer of keras_hub",
+    )
+    arguments = parser.parse_args()
+    model = keras.saving.load_model(arguments.model)
+    export(model, arguments.folder, arguments.tokenizer)
+    print(f"Wrote {arguments.folder}")
+
+
+def export(model, folder, tokenizer=None):
+    """Writes the files of a `ContrastiveModel`."""
+    folder = Path(folder)
+    (folder / "onnx").mkdir(parents=True)
+    config = write_tokenizer(model.tokenizer, folder, tokenizer)
+    write_tower(model.image_tower, folder / "onnx/vision_model.onnx", "image_embeds")
+    write_tower(model.text_tower, folder / "onnx/text_model.onnx", "text_embeds")
+    height, width = model.image_tower.image_size
+    size = {"height": height, "width": width}
+    crops = model.resize == "crop"
+    files = {
+        "config.json": {"model_type": "clip"},
+        "tokenizer_config.json": {
+            **config,
+            "model_max_length": model.text_tower.context_length,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": max(height, width)} if crops else size,
+            "resample": 3,  # bicubic
+            "do_center_crop": crops,
+            "crop_size": size,
+            # The tower does both.
+            "do_rescale": False,
+            "do_normalize": False,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2), "utf-8")
+
+
+def write_tokenizer(tokenizer, folder, source):
+    """Writes `tokenizer.json`, and returns the content of its configuration."""
+    if isinstance(tokenizer, kcm.data.CLIPTokenizer):
+        clip_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+        return {"tokenizer_class": "CLIPTokenizer", "pad_token": END}
+    if source is not None:
+        shutil.copy(Path(source) / "tokenizer.json", folder)
+    elif hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    else:
+        raise SystemExit(
+            "`--tokenizer` must be given for a tokenizer that writes no tokenizer.json."
+            f" Received: a model with {tokenizer}"
+        )
+    config = Path(source or folder) / "tokenizer_config.json"
+    return json.loads(config.read_text("utf-8"))
+
+
+def clip_tokenizer(tokenizer):
+    """Returns a `CLIPTokenizer` as one of Hugging Face, without the repair of texts."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_to_preset(folder)
+        assets = Path(folder) / "assets/tokenizer"
+        model = models.BPE.from_file(
+            str(assets / "vocabulary.json"),
+            str(assets / "merges.txt"),
+            unk_token=END,
+            end_of_word_suffix="</w>",
+        )
+    found = tokenizers.Tokenizer(model)
+    found.normalizer = normalizers.Lowercase()
+    found.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    found.add_special_tokens([START, END])
+    found.post_processor = processors.BertProcessing(
+        (END, tokenizer.end_token_id), (START, tokenizer.start_token_id)
+    )
+    return found
+
+
+def write_tower(tower, path, output):
+    """Writes a tower with the inputs and the output of transformers.js."""
+    tower.export(path, format="onnx")
+    program = onnx.load(path)
+    graph = program.graph
+    before = [node for given in graph.input for node in converted(given)]
+    after = helper.make_node("Identity", [graph.output[0].name], [output])
+    graph.output[0].name = output
+    nodes = [*before, *graph.node, after]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(program, path)
+
+
+def converted(given):
+    """Changes an input to that of transformers.js.
+
+    Returns:
+        List of nodes that compute the former input.
+    """
+    name, kind = given.name, given.type.tensor_type
+    given.name, dtype = NAMES[name], kind.elem_type
+    if name != "images":
+        kind.elem_type = TensorProto.INT64
+        return [helper.make_node("Cast", [given.name], [name], to=dtype)]
+    kind.elem_type = TensorProto.FLOAT
+    sizes = copy.deepcopy([*kind.shape.dim])
+    del kind.shape.dim[:]
+    kind.shape.dim.extend(sizes[axis] for axis in (0, 3, 1, 2))
+    return [
+        helper.make_node("Cast", [given.name], ["channels_first"], to=dtype),
+        helper.make_node("Transpose", ["channels_first"], [name], perm=[0, 2, 3, 1]),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The folder for transformers.js: what its files take and return."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tokenizers
+
+import keras_cluster_mask as kcm
+from tests.helpers import assert_close
+
+pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
+
+CAPTIONS = ["a red boat", "a blue car", "It's 3 dogs, isn't it?"]
+
+
+@pytest.fixture
+def model():
+    tokenizer = kcm.data.CLIPTokenizer.train(CAPTIONS * 9, 600, 16)
+    backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size, 16)
+    return kcm.ContrastiveModel.from_backbone(backbone, tokenizer=tokenizer)
+
+
+def test_the_files_embed_what_transformers_js_passes_to_them(model, tmp_path):
+    if keras.backend.backend() != "torch":
+        pytest.skip("Keras writes ONNX for batches of any size with torch.")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    import export_transformers_js
+
+    folder = tmp_path / "exported"
+    export_transformers_js.export(model, folder)
+
+    def run(part, inputs):
+        session = onnxruntime.InferenceSession(folder / f"onnx/{part}_model.onnx")
+        return session.run([f"{'image' if part == 'vision' else part}_embeds"], inputs)
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), "uint8")
+    pixels = images.transpose(0, 3, 1, 2).astype("float32")
+    (found,) = run("vision", {"pixel_values": pixels})
+    assert_close(found, model.encode_image(images), 1e-5)
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    assert processor["size"] == {"shortest_edge": 32}
+    assert not processor["do_rescale"]
+    assert not processor["do_normalize"]
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # transformers.js pads with the token that its configuration names.
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    padding = tokenizer.token_to_id(config["pad_token"])
+    tokenizer.enable_padding(pad_id=padding)
+    ids = np.array([x.ids for x in tokenizer.encode_batch(CAPTIONS)])
+    assert ids.max() == model.tokenizer.end_token_id
+    (found,) = run("text", {"input_ids": ids})
+    assert_close(found, model.encode_text(CAPTIONS), 1e-5)
+
+
+def test_the_export_asks_for_the_tokenizer_that_it_cannot_write(model, tmp_path):
+    import export_transformers_js
+
+    model.tokenizer = None
+    with pytest.raises(SystemExit, match=r"`--tokenizer` must be given.*Received:"):
+        export_transformers_js.export(model, tmp_path / "exported")
