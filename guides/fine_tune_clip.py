@@ -73,7 +73,7 @@ for folder, split in ((TRAIN, "validation"), (TEST, "test")):
         for key, image, caption in zip(
             *(batch[k] for k in ("keys", "images", "captions"))
         ):
-            rows.append((f"{key.decode()}.png", caption.decode()))
+            rows.append((f"{key}.png", caption.decode()))
             Image.fromarray(image).convert("L").save(folder / rows[-1][0])
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)

@@ -338,9 +338,7 @@ class Batches:
             **self.captions.batch(samples, generators, epochs),
         }
         if self.include_keys:
-            # Always UTF-8; `os.fsencode` depends on the locale.
-            keys = (x.key.encode("utf-8", "surrogateescape") for x in samples)
-            arrays["keys"] = np.fromiter(keys, object)
+            arrays["keys"] = np.fromiter((x.key for x in samples), object)
         if self.fields.labels:
             arrays["labels"] = np.array([sample.label for sample in samples], "int32")
         faults = [fault for _, found in results for fault in found]

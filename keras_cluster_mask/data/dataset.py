@@ -169,8 +169,8 @@ def image_text_dataset(
         include_captions: Boolean, or `"all"`. Whether batches contain `"captions"`,
             UTF-8 bytes. With `"all"`, they are tuples of all captions of each image.
             Defaults to `False`.
-        include_keys: Boolean. Whether batches contain the `"keys"` of samples, bytes.
-            Defaults to `False`.
+        include_keys: Boolean. Whether batches contain the `"keys"` of samples, str: file
+            names in a table, and bytes in a `tf.data.Dataset`. Defaults to `False`.
         max_skipped: Float. The largest fraction of samples that may be broken, from 0
             to 1. An error is raised if more samples are broken in the index, or among
             the samples that a process reads in one pass. Defaults to `0.01`.

@@ -31,14 +31,14 @@ def column(batches, name):
 
 
 def keys(dataset, count=None):
-    return [key.decode() for key in column(take(dataset, count), "keys")]
+    return column(take(dataset, count), "keys")
 
 
 def batches(dataset, first, last):
     """The keys of the batches with these numbers."""
     dataset.start = first
     read = take(dataset, last - first)
-    return [[key.decode() for key in batch["keys"]] for batch in read]
+    return [[*batch["keys"]] for batch in read]
 
 
 def together(parts):

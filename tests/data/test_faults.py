@@ -67,7 +67,7 @@ def test_a_shard_that_is_truncated_after_indexing_does_not_slow_training(
     os.truncate(shards[1], 4 * 512 * 5)
     (batch,) = take(dataset, 1)
     expected = {*numbers(range(15), range(20, 30))}
-    assert {key.decode() for key in batch["keys"]} == expected
+    assert {*batch["keys"]} == expected
     assert dataset.skipped.by_reason == {"the shard cannot be read": 5}
     assert not pauses
 
@@ -316,5 +316,5 @@ def test_an_item_that_an_object_cannot_decode_is_replaced():
 
     dataset = make(Items(), True, batch_size=12)
     (batch,) = take(dataset, 1)
-    assert {*batch["keys"].tolist()} == {b"%d" % n for n in range(1, 12)}
+    assert {*batch["keys"].tolist()} == {"%d" % n for n in range(1, 12)}
     assert dataset.skipped.by_reason == {"the sample cannot be read": 1}

@@ -31,7 +31,7 @@ make = functools.partial(
 
 
 def keys(batches):
-    return [key.decode() for key in column(batches, "keys")]
+    return column(batches, "keys")
 
 
 @pytest.fixture
@@ -77,7 +77,11 @@ def test_tensorflow_numbers_and_torch_read_the_same_batches(shards, training):
     dataset = make(shards, training)
     dataset.start = 2
     expected = take(dataset, 10)
-    assert_same(take(dataset.as_dataset(), 10), expected)
+    from_tensorflow = take(dataset.as_dataset(), 10)
+    for batch in from_tensorflow:
+        # TensorFlow's strings are bytes.
+        batch["keys"] = np.array([key.decode() for key in batch["keys"]], object)
+    assert_same(from_tensorflow, expected)
     assert_same([dataset[number] for number in range(10)], expected)
     loader = data.DataLoader(
         dataset, batch_size=None, collate_fn=lambda x: x, num_workers=2

@@ -63,7 +63,7 @@ def test_it_runs_in_a_tiny_setting(shard, tmp_path, capsys):
         for key in batch["keys"]
     ]
     embeddings = np.eye(2)[np.arange(64) // 60]
-    np.savez(tmp_path / "e.npz", keys=np.array(keys, "S"), embeddings=embeddings)
+    np.savez(tmp_path / "e.npz", keys=np.array(keys), embeddings=embeddings)
     flags = f"""--train={shard} --embeddings={tmp_path}/e.npz --num-clusters=2
         --output={tmp_path}/p.npz --image-size=16 --batch-size=8 --epochs=1"""
     model = dynamics.main(dynamics.parse(flags.split()))
