@@ -42,7 +42,7 @@ def small_data_recipe(
     seed: int | None = None,
     tune_encoders: bool = False,
 ) -> Recipe:
-    """Returns suggested settings for thousands of pairs rather than millions.
+    """Returns settings to start with, for thousands of pairs.
 
     From scratch:
 

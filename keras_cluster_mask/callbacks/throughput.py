@@ -6,7 +6,7 @@ from keras_cluster_mask.training.checkpoints import RunCallback
 
 
 class Throughput(RunCallback):
-    """Logs the number of training samples per second, and the share of waiting.
+    """Logs training samples per second, and the fraction of time spent waiting.
 
     Adds `samples_per_second` to the logs at the end of an epoch: the rate of all steps
     except the first, which may include compilation. A sample is a pair; the pairs of

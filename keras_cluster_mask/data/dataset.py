@@ -40,7 +40,7 @@ def image_text_dataset(
     num_workers: int = 0,
     index_dir: str | os.PathLike | None = None,
 ) -> ImageTextDataset:
-    """Creates a dataset of batches of images and token ids from shards.
+    """Reads images and captions, from shards, tables or folders, as batches.
 
     Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
     by `KEY.txt`), Parquet files, tables (CSV, TSV, JSON lines) that name image files,
@@ -169,8 +169,8 @@ def image_text_dataset(
         include_captions: Boolean, or `"all"`. Whether batches contain `"captions"`,
             UTF-8 bytes. With `"all"`, they are tuples of all captions of each image.
             Defaults to `False`.
-        include_keys: Boolean. Whether batches contain the `"keys"` of samples, str: file
-            names in a table, and bytes in a `tf.data.Dataset`. Defaults to `False`.
+        include_keys: Boolean. Whether batches contain the `"keys"` of samples, str. The
+            key of a row of a table is its file name. Defaults to `False`.
         max_skipped: Float. The largest fraction of samples that may be broken, from 0
             to 1. An error is raised if more samples are broken in the index, or among
             the samples that a process reads in one pass. Defaults to `0.01`.

@@ -41,7 +41,7 @@ def format_of(path):
 
 
 def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """Lists the files that a source names.
+    """Lists the files of a source.
 
     Example:
 

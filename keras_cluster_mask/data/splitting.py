@@ -68,7 +68,7 @@ def split(
     caption_key: str | Sequence[str] | None = None,
     index_dir: str | os.PathLike | None = None,
 ) -> tuple[SourcePart, SourcePart]:
-    """Splits a source into training data and test data, which share no image.
+    """Splits a source into training and test data that share no image.
 
     The side of a sample depends only on a hash of its image, and on `test` and `seed`.
     So copies of an image are on one side, also across shards, and a sample stays on its

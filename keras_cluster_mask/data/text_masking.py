@@ -201,7 +201,7 @@ class RandomTextMasking(TextMasking):
 
 
 class BlockTextMasking(TextMasking):
-    """Keeps a run of neighboring words of captions that are too long (CLIPA).
+    """Keeps consecutive words of captions that are too long (CLIPA).
 
     The first word of the run is drawn from those that leave enough tokens after them
     to fill the context. If the next word does not fit, the nearest later words that fit

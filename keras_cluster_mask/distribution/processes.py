@@ -17,7 +17,7 @@ HEARTBEAT, TIMEOUT = 25, 600
 
 
 def initialize() -> None:
-    """Joins the processes of one training run. Call it at the start of the program.
+    """Joins the processes of one training run, at the start of the program.
 
     On torch, start the program by `torchrun`, with one process per GPU; each process
     uses the GPU of its local rank, or the CPU if there is none. On JAX this calls

@@ -50,7 +50,7 @@ def process_index_and_count(training):
 
 
 def is_main_process() -> bool:
-    """Returns whether this process is the one that prints and writes files."""
+    """Returns whether this process should print and write files."""
     return process_index_and_count(training=True)[0] == 0
 
 

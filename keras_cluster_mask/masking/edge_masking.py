@@ -21,7 +21,7 @@ SINKHORN_EPSILON = 1e-3
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class EdgeMasking(SimilarityMasking):
-    """Leaves out patches that look like those with the weakest edges.
+    """Leaves out patches that are similar to the patches with the weakest edges.
 
     The masking of CLIP-PGS. In every training image a few patches become seeds: those
     with the weakest edges. A patch whose similarity to a seed exceeds `threshold` is a

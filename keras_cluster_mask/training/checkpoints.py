@@ -60,11 +60,11 @@ class RunCallback(keras.callbacks.Callback):
 
 
 class NonFiniteError(FloatingPointError):
-    """Raised if the loss or a weight is NaN or infinite: training cannot continue."""
+    """Raised if the loss or a weight is NaN or infinite."""
 
 
 class Checkpoint(RunCallback):
-    """Saves all the state of a training run, for `fit(..., resume_from=directory)`.
+    """Saves the whole state of a training run, for `fit(..., resume_from=directory)`.
 
     A checkpoint is written at the end of an epoch. For an endless dataset,
     `fit(..., steps_per_epoch=500)` sets the length of an epoch, so a killed run loses

@@ -29,7 +29,7 @@ def plot_masks(
     patch_size: int | tuple[int, int] | None = None,
     embed: Callable[[Tensor], Tensor] | None = None,
 ) -> Figure:
-    """Plots what a masking leaves out, or compares several on the same images.
+    """Plots which patches a masking leaves out, or compares several maskings.
 
     For one cluster masking, each row has five plots: the image; random masking at the
     same budget; cluster masking; the clusters, colored by anchor; and the similarity of
@@ -130,7 +130,7 @@ def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
 def plot_retrieval(
     queries: Sequence[str], images: np.ndarray, similarity: np.ndarray, k: int = 5
 ) -> Figure:
-    """Plots the images that match text queries best.
+    """Plots the best images for text queries.
 
     Example:
 

@@ -151,5 +151,5 @@ def test_evaluation_leaves_out_broken_samples_and_empty_batches(write_tar, noise
     batches = take(make(shard, include_captions=True))
     assert [len(batch["images"]) for batch in batches] == [3, 4, 4, 4]
     good = [i for i in range(24) if i not in {2, *range(4, 12)}]
-    assert column(batches, "keys") == ["%02d" % i for i in good]
+    assert column(batches, "keys") == [f"{i:02}" for i in good]
     assert all(len(v) == len(b["keys"]) for b in batches for v in b.values())

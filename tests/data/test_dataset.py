@@ -32,7 +32,7 @@ def shards(write_pairs):
 def test_evaluation_gives_every_sample_once_in_the_order_of_the_files(shards):
     received = take(make(shards, batch_size=32))
     assert [len(batch["images"]) for batch in received] == [32, 32, 32, 24]
-    assert column(received, "keys") == ["%04d" % index for index in range(120)]
+    assert column(received, "keys") == [f"{index:04}" for index in range(120)]
     for batch in received:
         np.testing.assert_array_equal(batch["token_ids"], TOKENIZER(batch["captions"]))
 
@@ -76,7 +76,7 @@ def test_objects_with_images_of_any_kind_are_sources(encode, tmp_path):
         row = {"image": kinds[index % 5], "text": f"no {index}", "label": index}
         source.append(row)
     batches = take(make(source, batch_size=4, label_key="label"))
-    assert column(batches, "keys") == ["%d" % i for i in range(10)]
+    assert column(batches, "keys") == [f"{i}" for i in range(10)]
     assert column(batches, "captions") == [b"no %d" % i for i in range(10)]
     assert column(batches, "labels") == [*range(10)]
     levels = [image[0, 0, 0] for image in column(batches, "images")]

@@ -316,5 +316,5 @@ def test_an_item_that_an_object_cannot_decode_is_replaced():
 
     dataset = make(Items(), True, batch_size=12)
     (batch,) = take(dataset, 1)
-    assert {*batch["keys"].tolist()} == {"%d" % n for n in range(1, 12)}
+    assert {*batch["keys"].tolist()} == {f"{n}" for n in range(1, 12)}
     assert dataset.skipped.by_reason == {"the sample cannot be read": 1}

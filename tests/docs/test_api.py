@@ -21,7 +21,11 @@ ENTRIES = {
     for path in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
 }
 # The names of the first page and what they link to.
-LINKS = re.findall(r"\[`(\w+)`\]\(api/(\w+\.md)#(\S+)\)", (DOCS / "api.md").read_text())
+LINKS = re.findall(
+    r"\[`(\w+)`\]\(api/(\w+\.md)#(\S+)\) \| (.*) \|$",
+    (DOCS / "api.md").read_text(),
+    re.MULTILINE,
+)
 # The module of losses has no `__all__`: other rooms use the rest of its functions.
 LOSSES = {
     "losses.sigmoid_contrastive_loss",
@@ -57,9 +61,14 @@ def test_pages_have_every_public_name_once():
 
 
 def test_the_first_page_links_to_every_public_name():
-    assert {path: page for _, page, path in LINKS} == ENTRIES
+    assert {path: page for _, page, path, _ in LINKS} == ENTRIES
     assert len(LINKS) == len(ENTRIES)
-    assert all(path.endswith(f".{name}") for name, _, path in LINKS)
+    assert all(path.endswith(f".{name}") for name, _, path, _ in LINKS)
+
+
+def test_the_first_page_says_of_each_name_what_its_docstring_begins_with():
+    for name, _, path, line in LINKS:
+        assert line == find(shown(path)).__doc__.strip().splitlines()[0], name
 
 
 @pytest.mark.parametrize("path", ENTRIES)
