@@ -633,9 +633,11 @@ def report(options, folder):
         if "validation" in run:
             runs[path.stem] = run
             groups.setdefault(path.stem.rpartition("-")[0], []).append(run)
-    rows = []
+    costs, rows = cached_costs(argparse.Namespace(costs=False), folder), []
     for name, mine in groups.items():
         row = {"run": name, "seeds": len(mine), "steps": mine[0].get("steps", "")}
+        if seconds := seconds_of(mine[0], costs):
+            row["minutes"] = round(seconds / 60, 1)
         for split in ("validation", "test"):
             scored = [run[split] for run in mine if split in run]
             for score in scored[0] if scored else ():
@@ -644,12 +646,20 @@ def report(options, folder):
                     [each[score] for each in scored], decimals
                 )
         rows.append(row)
-    costs = cached_costs(argparse.Namespace(costs=False), folder)
-    # In steps of `random`.
-    costs = {name: seconds / costs["random"] for name, seconds in costs.items()}
-    more = {"runs": runs, "time of a step": costs}
+    more = {"runs": runs, "seconds of a step": costs}
     publish(folder / "connect_encoders.json", "Two pre-trained encoders", rows, **more)
     plot(folder, runs, costs)
+
+
+def seconds_of(result, costs):
+    """Processor time of a run, from its steps: a run may have been interrupted.
+
+    `None` for runs that train a part of the encoders, whose steps were not timed.
+    """
+    run = Tuning(**result["run"]) if "run" in result else None
+    if run is None or run.lora or run.last or cost_name(run) not in costs:
+        return None
+    return result["steps"] * costs[cost_name(run)] * run.batch / 64
 
 
 def plot(folder, runs, costs):
@@ -660,22 +670,17 @@ def plot(folder, runs, costs):
     before = [x["validation"]["mean"] for k, x in runs.items() if "head-mlp-" in k]
     lines = {}
     for result in runs.values():
-        if "run" not in result:
-            continue
-        run = Tuning(**result["run"])
-        if cost_name(run) not in costs:
-            continue
-        cost = costs[cost_name(run)] * run.batch / 64
-        points = lines.setdefault(dataclasses.replace(run, epochs=1), {0.0: before})
-        score = result["validation"]["mean"]
-        points.setdefault(result["steps"] * cost, []).append(score)
+        if seconds := seconds_of(result, costs):
+            run = dataclasses.replace(Tuning(**result["run"]), epochs=1)
+            points = lines.setdefault(run, {0.0: before})
+            points.setdefault(seconds / 60, []).append(result["validation"]["mean"])
     # Settings with which any masking ran for two times, and all maskings with them.
     ran = {settings_of(run) for run, points in lines.items() if len(points) > 2}
     lines = {run: points for run, points in lines.items() if settings_of(run) in ran}
     if not lines:
         return
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for run, points in lines.items():
+    figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    for run, points in sorted(lines.items(), key=lambda line: -max(line[1])):
         times = sorted(points)
         axes.errorbar(
             times,
@@ -683,12 +688,19 @@ def plot(folder, runs, costs):
             [np.std(points[x], ddof=len(points[x]) > 1) for x in times],
             marker="o",
             capsize=3,
-            label=words_of(run).replace("none", "whole images"),
+            label=label_of(run),
         )
-    time_label = "training time, in steps of random masking (50 %)"
-    axes.set(xlabel=time_label, ylabel="recall@10 (%), validation")
+    axes.set(xlabel="training time (minutes of one CPU core)", ylabel="recall@10 (%)")
     axes.legend(loc="lower right", frameon=False)
-    figure.savefig(folder / "tuning.png", dpi=150)
+    figure.savefig(folder / "tuning.png", dpi=180)
+
+
+def label_of(run):
+    """A masking as the pages name it."""
+    whole = run.masking == "none"
+    part = f"({100 * run.ratio:.0f} %)"
+    name = "whole images" if whole else f"{run.masking} masking {part}"
+    return name if run.depth < 1 else f"{name}, one rate for all blocks"
 
 
 def settings_of(run):

@@ -91,4 +91,4 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, run, monkeypat
     monkeypatch.setattr(connect_encoders, "new_model", None)
     again = measure(connect_encoders, "connect_encoders", "heads", *tune)
     assert again["runs"] == runs
-    assert {*again["time of a step"]} == {"none", "random", "random ratio=0.6"}
+    assert {*again["seconds of a step"]} == {"none", "random", "random ratio=0.6"}
