@@ -22,7 +22,7 @@ ENTRIES = {
 }
 # The names of the first page and what they link to.
 LINKS = re.findall(
-    r"\[`(\w+)`\]\(api/(\w+\.md)#(\S+)\) \| (.*) \|$",
+    r"^- \[`kcm\.([\w.]+)`\]\(api/(\w+\.md)#(\S+)\): (.*)$",
     (DOCS / "api.md").read_text(),
     re.MULTILINE,
 )
@@ -63,7 +63,7 @@ def test_pages_have_every_public_name_once():
 def test_the_first_page_links_to_every_public_name():
     assert {path: page for _, page, path, _ in LINKS} == ENTRIES
     assert len(LINKS) == len(ENTRIES)
-    assert all(path.endswith(f".{name}") for name, _, path, _ in LINKS)
+    assert all(name == shown(path) for name, _, path, _ in LINKS)
 
 
 def test_the_first_page_says_of_each_name_what_its_docstring_begins_with():

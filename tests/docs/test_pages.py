@@ -132,7 +132,9 @@ def test_the_readme_and_the_pages_are_short():
     # Comments hold code and the sources of numbers, which readers do not see.
     seen = re.sub("<!--.*?-->", "", read("README.md"), flags=re.DOTALL)
     assert len(seen.split()) <= 750
-    prose = [TABLE_OR_CODE.sub("", read(page)) for page in all_pages()[2:]]
+    # The index of the API repeats docstrings.
+    pages = [page for page in all_pages()[2:] if page != "docs/api.md"]
+    prose = [TABLE_OR_CODE.sub("", read(page)) for page in pages]
     assert sum(len(page.split()) for page in prose) <= 10_000
 
 
