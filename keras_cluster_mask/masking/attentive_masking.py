@@ -12,15 +12,15 @@ from keras_cluster_mask.types import Tensor
 class AttentiveMasking(PatchMasking):
     """Keeps the patches that a teacher's class token attends to most.
 
-    The selection of A-CLIP. A teacher, an exponential moving average (EMA) of the
-    encoder, reads each whole image. The score of a patch is the attention of the
+    Implements the selection of A-CLIP. A teacher, an exponential moving average (EMA)
+    of the encoder, reads each whole image. The score of a patch is the attention of the
     teacher's class token to it, averaged over all layers and heads and over the square
-    block that holds the patch. Whole blocks are kept, except the last one: random
-    patches of it are kept to reach the exact number.
+    block that holds the patch. Whole blocks are kept. Of the last block, random patches
+    are kept to reach the exact number.
 
     The teacher is updated once per training step, after it has read the images. At the
-    start, its attention is that of the initial encoder, which is random if the encoder
-    is trained from scratch.
+    start, the teacher has the initial encoder's weights, so its attention is random if
+    the encoder is trained from scratch.
 
     Example:
 
@@ -33,10 +33,10 @@ class AttentiveMasking(PatchMasking):
     ```
 
     Args:
-        teacher: A `kcm.models.MomentumEncoder` of the encoder that the masking is put
-            into. It follows that encoder from then on. A teacher at the image size of
-            the encoder adds about a third to the cost of an unmasked step of the image
-            encoder; at half the size, about a twelfth.
+        teacher: A `kcm.models.MomentumEncoder` of the encoder that the masking is
+            inserted into. The teacher then follows this encoder. At the encoder's image
+            size, the teacher adds about a third to the cost of an unmasked step of the
+            image encoder. At half the size, it adds about a twelfth.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         block_size: Integer. The side of a block, in patches, which must divide both
             sides of the grid. The teacher must see a whole number of patches per block,
@@ -48,7 +48,7 @@ class AttentiveMasking(PatchMasking):
 
     Call arguments:
         tokens: `(batch, prefix + N, dim)` tensor, `N = (H / p) (W / p)`.
-        images: `(batch, H, W, C)` tensor (or channels first), normalized as for the
+        images: `(batch, H, W, C)` tensor (or channels first), normalized for the
             encoder. `kcm.with_masking` passes the images that the encoder reads.
         training: Python boolean. Tokens are left out only if it is true.
         noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
@@ -58,13 +58,13 @@ class AttentiveMasking(PatchMasking):
 
     Raises:
         ValueError: When called, if blocks do not fill the grid of patches or do not fit
-            the teacher's grid, if the images are missing, or in training, if the
+            the teacher's grid, if the images are missing, or, in training, if the
             teacher follows no encoder.
 
     Reference:
         - [Attentive Mask CLIP](https://arxiv.org/abs/2212.08653)
-        - [Official code](https://github.com/microsoft/A-CLIP), which keeps one more
-          block than half, and no parts of blocks: 100 of 196 patches.
+        - [Official code](https://github.com/microsoft/A-CLIP), which keeps only whole
+          blocks, one more than half: 100 of 196 patches.
     """
 
     # The image determines the mask. Noise only selects among patches of one block.
@@ -132,8 +132,8 @@ class AttentiveMasking(PatchMasking):
         return [v for v in self.variables if id(v) not in theirs]
 
     def settings(self) -> dict[str, Any]:
-        # Without the teacher's encoder, whose configuration has numbered names of
-        # layers. The shapes of the teacher's weights are compared instead.
+        # Omit the teacher's encoder: its configuration has numbered layer names. The
+        # shapes of the teacher's weights are compared instead.
         teacher = {x: getattr(self.teacher, x) for x in self.teacher._settings}
         return {**super().settings(), "teacher": teacher}
 

@@ -14,11 +14,11 @@ from keras_cluster_mask.types import Tensor
 class BlockMasking(PatchMasking):
     """Keeps one square block of patches of every training image.
 
-    The block masking of CLIPA. The block is the smallest square that holds the patches
-    to keep. All its positions in the image are equally likely, and everything outside
-    it is left out. If the block holds more patches than needed, random ones are left
-    out. If a side of the grid is too short for the square, the block spans this whole
-    side and is only as long as needed on the other.
+    Implements the block masking of CLIPA. The block is the smallest square that holds
+    the patches to keep. All positions in the image are equally likely, and everything
+    outside the block is left out. If the block holds more patches than needed, random
+    ones are left out. If a side of the grid is too short for the square, the block
+    spans this whole side and is only as long as needed on the other.
 
     Example:
 
@@ -33,10 +33,11 @@ class BlockMasking(PatchMasking):
         grid: Integer or tuple `(rows, columns)` of patches. `None` infers it from the
             number of patches and the size of the images, assuming square patches. If
             the layer is called without images, the grid is square. Channels-first
-            images need it, unless that is Keras's `image_data_format()`.
+            images require `grid`, unless Keras's `image_data_format()` is channels
+            first.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
-            are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
-            sets it; a layer of your own model needs it.
+            are always kept: 1 for a class token. With `None`, `kcm.with_masking` sets
+            it. Required in your own model.
         seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 

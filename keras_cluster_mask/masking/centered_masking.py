@@ -15,16 +15,16 @@ from keras_cluster_mask.types import Tensor
 class CenteredMasking(PatchMasking):
     """Leaves out random patches of every training image, more often near the border.
 
-    The masking of GLIP. The score of a patch is its noise plus the density of a
-    two-dimensional normal distribution at its position, and the patches with the
+    Implements the masking of GLIP. The score of a patch is its noise plus the density
+    of a two-dimensional normal distribution at its position, and the patches with the
     highest scores are kept. The grid spans -1 to 1 on both axes, and the distribution
     is centered on it. With the default variance and half of 14 x 14 patches left out,
     each of the four patches in the center is kept in more than 99.9 % of the images,
     and a patch on the border in 33 % on average.
 
-    If few patches are kept, those near the border are almost never seen: with 16 of 14
-    x 14 patches kept, more than a third of the patches were never kept in 100,000
-    draws. GLIP trains on whole images for one more epoch.
+    If few patches are kept, patches near the border are almost never kept: with 16 of
+    14 x 14 patches kept, more than a third of the patches were never kept in 100,000
+    draws. GLIP adds one epoch on whole images.
 
     Example:
 
@@ -41,10 +41,11 @@ class CenteredMasking(PatchMasking):
         grid: Integer or tuple `(rows, columns)` of patches. `None` infers it from the
             number of patches and the size of the images, assuming square patches. If
             the layer is called without images, the grid is square. Channels-first
-            images need it, unless that is Keras's `image_data_format()`.
+            images require `grid`, unless Keras's `image_data_format()` is channels
+            first.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
-            are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
-            sets it; a layer of your own model needs it.
+            are always kept: 1 for a class token. With `None`, `kcm.with_masking` sets
+            it. Required in your own model.
         seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 
@@ -54,10 +55,10 @@ class CenteredMasking(PatchMasking):
     Reference:
         - [Centered Masking for Language-Image Pre-Training](
           https://arxiv.org/abs/2403.15837)
-        - [Official code](https://github.com/MingliangLiang3/GLIP), whose `std` is used
-          as a variance and corresponds to `variance` here. The code derives a square
-          grid from one side of the image. Here rows and columns may differ, and a
-          single row or column is in the middle.
+        - [Official code](https://github.com/MingliangLiang3/GLIP). Its `std` is used as
+          a variance and corresponds to `variance` here. The code derives a square grid
+          from one side of the image. Here, rows and columns may differ, and a single
+          row or column is in the middle.
     """
 
     def __init__(

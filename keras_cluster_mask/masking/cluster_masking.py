@@ -54,31 +54,31 @@ class ClusterMasking(SimilarityMasking):
     ```
 
     Args:
-        patch_size: Integer or tuple `(height, width)`, in pixels. `None` takes that of
-            the encoder that the masking is put into.
+        patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
+            size of the encoder.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out:
             exactly in budget mode, on average in threshold mode.
         min_mask_ratio: Float in `[0, 1)` or `None`. The minimum fraction of the patches
             to leave out of every image in threshold mode; `None` selects budget mode.
         threshold: Float. The similarity above which a patch joins a cluster, in
-            threshold mode. With `None`, `adapt` must set it.
-        anchor_ratio: Float in `[0, 1]`. The fraction of the patches that become
-            anchors, at least one patch. At `mask_ratio` or above, the mask is random.
-        softness: Float >= 0. In budget mode, adds this much Gumbel noise to
-            the similarities: 0 leaves out pure clusters, infinity random
+            threshold mode. If it is `None`, call `adapt`.
+        anchor_ratio: Float in `[0, 1]`. The fraction of the patches that become anchors
+            (at least one). At `mask_ratio` or above, the mask is random.
+        softness: Float >= 0. In budget mode, adds this much Gumbel noise to the
+            similarities: 0 leaves out pure clusters, infinity leaves out random
             patches.
         hide_padding: Boolean. In threshold mode, whether the padding is hidden. If
-            false, it consists of random left-out patches and stays visible, without an
-            attention mask. This is the effect of the authors' released code. Hidden
-            padding has a Keras mask: in an encoder of your own, add residuals with
+            false, the padding consists of random left-out patches and stays visible,
+            without an attention mask. The authors' released code has this effect. A
+            Keras mask marks hidden padding: in your own encoder, add residuals with
             `keras.layers.Add`, because `+` drops the mask.
         embedding_weight: Float in `[0, 1]`, or a
             `keras.optimizers.schedules.LearningRateSchedule` over training steps. The
-            weight of the tokens' cosine similarity; the pixels' similarity has the
-            rest, 1 minus this weight. In threshold mode with a weight other than 0,
-            every training step moves the threshold by 0.05 times the difference between
-            the fraction of patches above it and `mask_ratio`, because the same
-            threshold has another effect for another weight.
+            weight of the tokens' cosine similarity. The pixels' similarity gets 1 minus
+            this weight. In threshold mode with a weight other than 0, every training
+            step moves the threshold by 0.05 times the difference between the fraction
+            of patches above it and `mask_ratio`, because the effect of a threshold
+            depends on the weight.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
             are always kept. `None` infers it from the number of patches.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
@@ -99,7 +99,7 @@ class ClusterMasking(SimilarityMasking):
 
     Raises:
         ValueError: If the images are missing or do not fit the patch size or the
-            tokens, or in training, if the threshold of threshold mode is not set.
+            tokens, or, in training, if the threshold is not set in threshold mode.
 
     Reference:
         - [Efficient Vision-Language Pre-training by Cluster Masking](
@@ -203,21 +203,20 @@ class ClusterMasking(SimilarityMasking):
         """Sets `threshold` so that the average mask ratio over data is `mask_ratio`.
 
         The pixels' similarity to newly drawn anchors is computed once per image. A
-        bisection then finds the threshold whose mask ratio is nearest. Call `adapt`
-        after you make the model: a `ContrastiveModel` around the masking normalizes
-        uint8 images, here as in training.
+        bisection then finds the threshold with the nearest mask ratio. Call `adapt`
+        after you make the model: `adapt` then normalizes uint8 images as the
+        `ContrastiveModel` does in training.
 
         Args:
-            data: Images as an array, or an iterable of batches (a
-                `tf.data.Dataset`, a `PyDataset`, a generator): arrays of
-                images, dictionaries with the key `"images"`, or tuples whose
-                first entry is one of these.
+            data: Images as an array, or an iterable of batches (a `tf.data.Dataset`, a
+                `PyDataset`, a generator): arrays of images, dictionaries with the key
+                `"images"`, or tuples that start with one of these.
             max_images: Integer. Stop reading after this many images.
 
         Raises:
             ValueError: In budget mode, for data without images, or if no threshold
-                comes within 0.01 of `mask_ratio`. That is the case if `mask_ratio` is
-                not greater than `min_mask_ratio`, or if all images are alike.
+                comes within 0.01 of `mask_ratio`. This happens if `mask_ratio` is not
+                greater than `min_mask_ratio`, or if all images are alike.
         """
         if self.threshold is None:
             raise ValueError(

@@ -23,16 +23,17 @@ SINKHORN_EPSILON = 1e-3
 class EdgeMasking(SimilarityMasking):
     """Leaves out patches that are similar to the patches with the weakest edges.
 
-    The masking of CLIP-PGS. In every training image a few patches become seeds: those
-    with the weakest edges. A patch whose similarity to a seed exceeds `threshold` is a
-    candidate. Exactly the fraction `mask_ratio` of the patches is left out: random
-    candidates if there are too many, else all candidates and random other patches.
+    Implements the masking of CLIP-PGS. In every training image, the patches with the
+    weakest edges become seeds. A patch is a candidate if its similarity to a seed
+    exceeds `threshold`. Exactly the fraction `mask_ratio` of the patches is left out:
+    random candidates if there are too many, otherwise all candidates and random other
+    patches.
 
     The edge map is the magnitude of a 3 x 3 Sobel filter on the mean gray levels of the
     patches, scaled to [0, 1]. The border is padded with the mean gray level of the
     image. Similarities are computed as in `ClusterMasking`. With `transport`, a doubly
-    stochastic version of their non-negative part is added to them. It results from 50
-    rounds of Sinkhorn's algorithm, columns before rows.
+    stochastic version of their non-negative part is added, computed by 50 rounds of
+    Sinkhorn's algorithm, columns before rows.
 
     Example:
 
@@ -44,25 +45,25 @@ class EdgeMasking(SimilarityMasking):
     ```
 
     Args:
-        patch_size: Integer or tuple `(height, width)`, in pixels. `None` takes that of
-            the encoder that the masking is put into.
+        patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
+            size of the encoder.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
-        seed_ratio: Float in `[0, 1]`. The fraction of the patches that become seeds, at
-            least one patch.
+        seed_ratio: Float in `[0, 1]`. The fraction of the patches that become seeds (at
+            least one).
         threshold: Float in `[-1, 1]`. The similarity above which a patch is a
             candidate.
-        edges: `"protect"`, `"released"` or `None`. The choice of seeds. `"protect"`
-            takes the patches with the weakest edges, ties at random, so an image has
-            nearly the same seeds in every step. `"released"` imitates the authors'
-            released code. There, the mean of each patch is subtracted first, so the
-            edge map holds rounding errors, and its highest values become seeds. Here,
-            seeds are drawn at random instead. `None` takes the patches with the
+        edges: `"protect"`, `"released"` or `None`. How seeds are chosen. `"protect"`
+            takes the patches with the weakest edges and breaks ties at random, so an
+            image has nearly the same seeds in every step. `"released"` imitates the
+            authors' released code. That code first subtracts the mean of each patch, so
+            its edge map holds rounding errors, and the highest values become seeds.
+            Here, seeds are drawn at random instead. `None` takes the patches with the
             smallest noise, as `ClusterMasking` does.
         transport: Boolean. Whether to add the doubly stochastic similarity.
         embedding_weight: Float in `[0, 1]`, or a
             `keras.optimizers.schedules.LearningRateSchedule` over training steps. The
-            weight of the tokens' cosine similarity; the pixels' similarity has the
-            rest, 1 minus this weight. CLIP-PGS increases it linearly from 0 to 1.
+            weight of the tokens' cosine similarity. The pixels' similarity gets 1 minus
+            this weight. CLIP-PGS increases it linearly from 0 to 1.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
             are always kept. `None` infers it from the number of patches.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
@@ -87,9 +88,8 @@ class EdgeMasking(SimilarityMasking):
 
     Reference:
         - [Seeing What Matters: Empowering CLIP with Patch Generation-to-Selection](
-          https://arxiv.org/abs/2503.17080)
-          The paper first draws candidates at random, and protects those with strong
-          edges. Here all patches are candidates.
+          https://arxiv.org/abs/2503.17080). The paper first draws candidates at random,
+          and protects candidates with strong edges. Here, all patches are candidates.
         - [Official code](https://github.com/clip-pgs/CLIP-PGS). Its Sinkhorn iteration
           divides by both sums at once and also uses negative similarities, and its edge
           map is padded with 0.

@@ -13,8 +13,8 @@ from keras_cluster_mask.types import Tensor
 class GridMasking(PatchMasking):
     """Keeps one random patch of every window of patches.
 
-    The grid masking of CLIPA. Windows of `window` x `window` patches tile every
-    training image, and each keeps exactly one patch. With the default of 2 x 2, a
+    Implements the grid masking of CLIPA. Windows of `window` x `window` patches tile
+    every training image, and each keeps exactly one patch. With the default of 2 x 2, a
     quarter of the patches is kept, and every part of the image is seen.
 
     Example:
@@ -31,11 +31,11 @@ class GridMasking(PatchMasking):
         grid: Integer or tuple `(rows, columns)` of patches, multiples of `window`.
             `None` infers it from the number of patches and the size of the images,
             assuming square patches. If the layer is called without images, the grid is
-            square. Channels-first images need it, unless that is Keras's
-            `image_data_format()`.
+            square. Channels-first images require `grid`, unless Keras's
+            `image_data_format()` is channels first.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
-            are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
-            sets it; a layer of your own model needs it.
+            are always kept: 1 for a class token. With `None`, `kcm.with_masking` sets
+            it. Required in your own model.
         seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 
@@ -46,8 +46,8 @@ class GridMasking(PatchMasking):
     Reference:
         - [An Inverse Scaling Law for CLIP Training](https://arxiv.org/abs/2305.07017)
         - [Official code](https://github.com/UCSC-VLAA/CLIPA), which describes this
-          masking but does not implement it. It does not specify if all windows keep the
-          same position; here each draws its own.
+          masking but does not implement it. It does not specify whether all windows
+          keep the same position. Here, each window draws its own.
     """
 
     def __init__(

@@ -39,8 +39,8 @@ class KMeansMasking(SimilarityMasking):
     ```
 
     Args:
-        patch_size: Integer or tuple `(height, width)`, in pixels. `None` takes that of
-            the encoder that the masking is put into.
+        patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
+            size of the encoder.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         num_clusters: Integer. The number of clusters per image, at most the number of
             patches. A patch that is equally similar to several centers joins the
@@ -49,8 +49,8 @@ class KMeansMasking(SimilarityMasking):
             their patches. The center of an empty cluster stays where it is.
         embedding_weight: Float in `[0, 1]`, or a
             `keras.optimizers.schedules.LearningRateSchedule` over training steps. The
-            weight of the tokens' cosine similarity; the pixels' similarity has the
-            rest, 1 minus this weight.
+            weight of the tokens' cosine similarity. The pixels' similarity gets 1 minus
+            this weight.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
             are always kept. `None` infers it from the number of patches.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
@@ -75,9 +75,9 @@ class KMeansMasking(SimilarityMasking):
 
     Reference:
         - [Efficient Vision-Language Pre-training by Cluster Masking](
-          https://arxiv.org/abs/2405.08815). Its code contains no k-means: the number
-          of clusters and of iterations, the first centers and the order in which
-          clusters leave are this library's.
+          https://arxiv.org/abs/2405.08815). Its code contains no k-means: the numbers
+          of clusters and iterations, the first centers and the order of clusters are
+          choices of this library.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class KMeansMasking(SimilarityMasking):
             to_sums = ops.matmul(members, similarity)
             length = ops.sum(members * to_sums, axis=-1, keepdims=True)
             to_means = to_sums * ops.rsqrt(ops.maximum(length, SHORTEST))
-            # An empty cluster, or one whose patches cancel out, has no mean.
+            # A cluster has no mean if it is empty or its patches cancel out.
             return ops.where(length > SHORTEST, round_similarity(to_means), to_centers)
 
         to_centers = round_similarity(take_rows(similarity, first))

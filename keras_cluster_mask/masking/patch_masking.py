@@ -27,14 +27,14 @@ class PatchMasking(keras.layers.Layer):
     """Base class of layers that leave out image patches while training.
 
     The layer sits in a vision transformer after the patch and position embedding and
-    before the first block. In training it keeps some of the patch tokens of every
-    image; at inference it returns its input unchanged.
+    before the first block. In training, it keeps some of the patch tokens of every
+    image. At inference, it returns its input unchanged.
 
     A strategy is a subclass with one method, `score`. The highest-scoring patches are
     kept; ties go to the patch with the larger noise. A strategy with the attribute
-    `hides_tokens = True` can score a patch `-inf`, so that it never has an influence.
-    If such a patch is needed to reach the fixed number of tokens, a Keras mask hides
-    it. One array of noise per step is the only randomness, so passing the same `noise`
+    `hides_tokens = True` can score a patch `-inf`, so that the patch has no effect. If
+    such a patch is needed to reach the fixed number of tokens, a Keras mask hides it.
+    One array of noise per step is the only randomness, so passing the same `noise`
     reproduces a mask.
 
     Example:
@@ -56,9 +56,9 @@ class PatchMasking(keras.layers.Layer):
     Args:
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens (class
-            token, registers), which are always kept. `None` infers it from the number
-            of patches, for strategies that know that number from the images. In an
-            encoder of `kcm.with_masking`, `None` uses the encoder's number.
+            token, registers), which are always kept. `None` infers it if the strategy
+            knows the number of patches from the images. In an encoder of
+            `kcm.with_masking`, `None` uses the encoder's number.
         seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
@@ -68,15 +68,15 @@ class PatchMasking(keras.layers.Layer):
     Call arguments:
         tokens: `(batch, prefix + N, dim)` tensor of embedded tokens, the patch
             tokens in row-major order of the image grid.
-        images: Images the tokens were made from, for strategies that use pixels.
+        images: The images of the tokens, for strategies that use pixels.
         training: Python boolean. Tokens are left out only if it is true.
-        noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given. Or
-            `(batch, v, N)` for `v` views, which are `v` masks of each image.
+        noise: `(batch, N)` float32 tensor in `[0, 1)`, or `(batch, v, N)` for `v`
+            views, which are `v` masks of each image. Drawn if not given.
 
     Returns:
         `(batch, prefix + K, dim)` tensor of kept tokens in their original order and
-        dtype. If some of them are hidden, it carries a Keras mask. For `v` views it has
-        `batch * v` rows, with the views of an image in consecutive rows.
+        dtype. If some tokens are hidden, the output has a Keras mask. For `v` views, it
+        has `batch * v` rows, with the views of an image in consecutive rows.
 
     Reference:
         - [Scaling Language-Image Pre-training via Masking](
@@ -91,8 +91,8 @@ class PatchMasking(keras.layers.Layer):
     # its mask.
     is_random = True
 
-    # For strategies that leave out more of some images than of others: the fraction to
-    # leave out of each image at least. `mask_ratio` is then the average.
+    # For strategies that leave out more of some images than of others: the minimum
+    # fraction to leave out of each image. `mask_ratio` is then the average.
     min_mask_ratio: float | None = None
 
     # For strategies that use images: an integer or `(height, width)` in pixels.
@@ -119,8 +119,8 @@ class PatchMasking(keras.layers.Layer):
             "num_prefix_tokens", num_prefix_tokens, 0, or_none=True
         )
         self.seed = check_integer("seed", seed, 0, or_none=True)
-        # On torch, Keras adds the number of a draw to the seed, so the masks of a seed
-        # would be those of the next seed, one step later.
+        # On torch, Keras adds the number of a draw to the seed, so neighboring seeds
+        # would give the same masks, shifted by one step.
         hashed = np.random.SeedSequence(seed).generate_state(1)[0] >> 1
         self.seed_generator = keras.random.SeedGenerator(
             None if seed is None else int(hashed)
@@ -142,12 +142,12 @@ class PatchMasking(keras.layers.Layer):
 
         Args:
             noise: `(batch, N)` float32 tensor in `[0, 1)`.
-            images: Images, or `None` if the layer was called without.
+            images: Images, or `None` if the layer was called without images.
             tokens: `(batch, prefix + N, dim)` tensor, or `None`.
 
         Returns:
-            `(batch, N)` float32 tensor. A patch with `-inf` has no influence, if the
-            strategy has `hides_tokens`. NaN is an error in the first call; later, and
+            `(batch, N)` float32 tensor. If the strategy has `hides_tokens`, a patch
+            with `-inf` has no effect. NaN raises an error in the first call. Later, and
             in compiled steps, it makes the loss NaN.
         """
         raise NotImplementedError(
@@ -167,11 +167,11 @@ class PatchMasking(keras.layers.Layer):
 
         Args:
             num_patches: Integer, N. Can be `None` if `grid` or `patch_size` is set.
-            images: Images, or `None` if the layer was called without.
+            images: Images, or `None` if the layer was called without images.
 
         Returns:
             A tuple of two integers: `grid` or, if it was not given, the grid that the
-            size of the images implies. Without images the grid is square.
+            size of the images implies. Without images, the grid is square.
         """
         if self.grid is not None:
             return self.grid
@@ -192,7 +192,7 @@ class PatchMasking(keras.layers.Layer):
         """Draws the noise of one step, the only source of randomness.
 
         Args:
-            batch_size: Integer, the number of images in the global batch, or of views.
+            batch_size: Integer, the number of images or views in the global batch.
             num_patches: Integer, the number of patches per image.
 
         Returns:
@@ -212,14 +212,14 @@ class PatchMasking(keras.layers.Layer):
 
         Args:
             images: Images, for strategies that use pixels.
-            tokens: `(batch, prefix + N, dim)` tensor, to be used or counted.
-            noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given. Or
-                `(batch, v, N)` for `v` views.
+            tokens: `(batch, prefix + N, dim)` tensor, for use or to count patches.
+            noise: `(batch, N)` float32 tensor in `[0, 1)`, or `(batch, v, N)` for `v`
+                views. Drawn if not given.
 
         Returns:
             A tuple `(indices, visible)`: `(batch, K)` int32 patch indices in ascending
             order, and `(batch, K)` booleans that are false for padding, which must have
-            no influence. Both are `(batch, v, K)` for `v` views.
+            no effect. Both are `(batch, v, K)` for `v` views.
         """
         if not any(map(is_traced, self.variables)):
             self.check_ready()
@@ -263,7 +263,7 @@ class PatchMasking(keras.layers.Layer):
         """Connects the masking to an encoder. `MaskedEncoder` calls this method.
 
         Args:
-            encoder: The encoder whose tokens are left out.
+            encoder: The encoder that contains the masking.
             embedding: The layer of the encoder that returns the tokens.
         """
 
@@ -343,8 +343,8 @@ def join(masking, prepare_pixels):
 
     Args:
         masking: A `PatchMasking`.
-        prepare_pixels: Function from images, as the model takes them, to those that
-            the masking sees.
+        prepare_pixels: Function from the model's input images to the images that the
+            masking sees.
 
     Raises:
         ValueError: If another model around the masking normalizes images differently.

@@ -8,7 +8,7 @@ from keras_cluster_mask.types import Tensor
 class RandomMasking(PatchMasking):
     """Leaves out random patches of every training image.
 
-    The masking of FLIP, and the baseline for every other strategy: each image
+    This is the masking of FLIP, and the baseline for every other strategy. Each image
     keeps a uniformly random subset of its patches, of fixed size.
 
     Example:
@@ -22,8 +22,8 @@ class RandomMasking(PatchMasking):
     Args:
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
-            are always kept: 1 for a class token. If it is `None`, `kcm.with_masking`
-            sets it; a layer of your own model needs it.
+            are always kept: 1 for a class token. With `None`, `kcm.with_masking` sets
+            it. Required in your own model.
         seed: Integer. The random seed of the noise.
         **kwargs: Arguments of `keras.layers.Layer`.
 

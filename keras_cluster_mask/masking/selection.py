@@ -59,7 +59,7 @@ class StepNoise:
 
 @contextlib.contextmanager
 def step_of(maskings, size, views=1, take=None):
-    """A context of one training step of maskings, at whose end their state advances.
+    """A context of one training step of maskings, which then advance their state.
 
     Args:
         maskings: List of `PatchMasking` layers.
@@ -73,7 +73,7 @@ def step_of(maskings, size, views=1, take=None):
 
 
 def noise_of_model():
-    """Returns the `StepNoise` of the model whose step is running, or `None`."""
+    """Returns the `StepNoise` of the model that runs a step, or `None`."""
     return getattr(_context, "noise", None)
 
 
@@ -96,8 +96,8 @@ def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, 
         prefix = None if num_tokens is None else num_tokens - num_patches
         if prefix is None or prefix < 0 or num_prefix not in (None, prefix):
             raise ValueError(
-                "`patch_size` (or `grid`) of a masking must be that of the model. "
-                "`tokens` does not fit the image grid: expected "
+                "`patch_size` (or `grid`) of a masking must match the model. `tokens` "
+                "does not fit the image grid: expected "
                 f"{'at least ' if num_prefix is None else ''}"
                 f"{num_patches + (num_prefix or 0)} tokens ({num_patches} patches, "
                 f"num_prefix_tokens={num_prefix}), found {num_tokens}. "
@@ -105,8 +105,8 @@ def split_tokens(masking, tokens, images, num_prefix: int | None) -> tuple[int, 
             )
         if num_prefix is None and prefix > MAX_PREFIX:
             raise ValueError(
-                "`patch_size` (or `grid`) of a masking must be that of the model. If "
-                f"the model has {prefix} tokens before its patches, pass "
+                "`patch_size` (or `grid`) of a masking must match the model. If the "
+                f"model has {prefix} tokens before its patches, pass "
                 f"`num_prefix_tokens={prefix}`. Received: {num_tokens} tokens, and "
                 f"{num_patches} patches of the masking {masking.name!r}"
             )
@@ -210,7 +210,7 @@ def keep_patches(masking, tokens, images=None, noise=None, num_prefix=None):
         noise: `(batch, N)` or `(batch, v, N)` float32 tensor, or the `StepNoise` of a
             model. Drawn if not given.
         num_prefix: Integer, the number of tokens before the patch tokens. `None` uses
-            that of the masking.
+            the masking's number.
 
     Returns:
         The kept tokens, `(batch, prefix + K, dim)`, with a Keras mask if the strategy

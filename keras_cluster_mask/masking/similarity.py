@@ -125,7 +125,7 @@ def round_similarity(similarity):
 
 
 def find_threshold(similarities, mask_ratio, max_visible):
-    """Finds the threshold whose mean mask ratio is nearest to the given one.
+    """Finds the threshold with the mean mask ratio nearest to the given one.
 
     Similarities are multiples of `1 / STEPS`, so there are `2 STEPS + 1` different
     thresholds, half a step above each multiple. The mask ratio falls as the threshold

@@ -31,8 +31,8 @@ class SimilarityMasking(PatchMasking):
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         embedding_weight: Float in `[0, 1]`, or a
             `keras.optimizers.schedules.LearningRateSchedule` over training steps. The
-            weight of the tokens' cosine similarity; the pixels' similarity has the
-            rest, 1 minus this weight.
+            weight of the tokens' cosine similarity. The pixels' similarity gets 1 minus
+            this weight.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens, which
             are always kept. `None` infers it from the number of patches.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to

@@ -26,8 +26,8 @@ def masking_statistics(
     """Measures how many patches a masking keeps in the images of a dataset, and where.
 
     The function reads the data once and stores only sums and one number per image. It
-    does not change the masking or its random state: the noise comes from
-    `np.random.default_rng(seed)`, `(images, N)` in the order of the images. So one seed
+    does not change the masking or its random state. The noise comes from
+    `np.random.default_rng(seed)`, `(images, N)` in the order of the images, so one seed
     gives the same masks for any batch size and, except for rounding, on every backend.
     If the masking is part of a `ContrastiveModel`, uint8 images are normalized as in
     the model. `kcm.visualization.plot_masking_statistics` draws the result.
@@ -46,10 +46,11 @@ def masking_statistics(
         masking: A `PatchMasking`.
         data: Images as an array, or an iterable of batches (a `tf.data.Dataset`, a
             `PyDataset`, a generator): arrays of images, dictionaries with the key
-            `"images"`, or tuples whose first entry is one of these. All images must
-            have the same size.
-        patch_size: Integer or tuple `(height, width)`, in pixels. `None` uses that of
-            the masking. Required for a masking without one, such as `RandomMasking`.
+            `"images"`, or tuples that start with one of these. All images must have the
+            same size.
+        patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
+            size of the masking. Required for a masking without one, such as
+            `RandomMasking`.
         embed: Function from a batch of images, a tensor, to its embedded tokens
             `(batch, prefix + N, dim)`. Required for a masking that uses tokens.
         seed: Integer, the random seed of the noise. `None` gives different noise every
@@ -57,11 +58,10 @@ def masking_statistics(
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
-        A dictionary of arrays: `"keep_ratio"`, `(images,)` float32, the fraction of the
-        patches that is kept in each image; and `"kept_by_position"`, `(rows, columns)`
-        float64, the fraction of the images in which the patch at each position is kept.
-        A patch that is kept as hidden padding does not count, because it has no
-        influence.
+        A dictionary of arrays: `"keep_ratio"`, `(images,)` float32, the fraction of
+        patches kept in each image; and `"kept_by_position"`, `(rows, columns)` float64,
+        the fraction of the images in which the patch at each position is kept. Patches
+        kept as hidden padding do not count, because they have no effect.
 
     Raises:
         ValueError: If the patch size, the tokens or the threshold that the masking
@@ -110,7 +110,7 @@ def patch_size_of(maskings, patch_size):
     names = [type(each).__name__ for each in maskings]
     raise ValueError(
         "`patch_size` must be given if no masking has one, and must otherwise be None "
-        f"or that of every masking. Received: patch_size={patch_size}, "
+        f"or match every masking. Received: patch_size={patch_size}, "
         + ", ".join(f"{name}.patch_size={x}" for name, x in zip(names, given[1:]))
     )
 
