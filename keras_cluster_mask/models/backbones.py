@@ -38,7 +38,7 @@ def parts_of_backbone(
     if not isinstance(head, ContrastiveHead) or head.projection_dim is not None:
         raise ValueError(
             "`head` must be 'linear', or a `ContrastiveHead` without `projection_dim`, "
-            f"for a backbone, which has projections of its own. Received: head={head}"
+            f"for a backbone, which has its own projections. Received: head={head}"
         )
     images, texts = _encoders(backbone)
     if masking is not None:
@@ -51,7 +51,7 @@ def parts_of_backbone(
         _share(head, backbone, scalars)
     elif head.logit_scale is not scalars.logit_scale:
         raise ValueError(
-            f"`head` must be new, or that of a model of this backbone. Received: {head}"
+            f"`head` must be new, or from a model of this backbone. Received: {head}"
         )
     options = {
         "head": head,
@@ -87,7 +87,7 @@ def _encoders(backbone):
 
 
 def _with_output(encoder, output):
-    """Returns an encoder with another output, and what a model reads of it."""
+    """Returns an encoder with another output, and the attributes that a model reads."""
     options = {"name": encoder.name, "dtype": encoder.dtype_policy}
     changed = keras.Model(encoder.input, output, **options)
     for name in ("patch_size", "vocabulary_size", "max_sequence_length"):

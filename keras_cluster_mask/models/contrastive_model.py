@@ -95,24 +95,24 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         text_encoder: A Keras model from `(batch, T)` token ids to `(batch, d)`
             features. A model with several inputs, such as
             `keras.Model(bert.inputs, bert.output["pooled_output"])` of a keras_hub
-            `BertBackbone`, receives the entries of the batch with the same names. A
-            missing `"padding_mask"` hides ids of 0, which may only be at the end of a
-            text. Missing `"segment_ids"` are all 0.
-        loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP). `None` is the loss of `head`,
-            or `"softmax"`.
+            `BertBackbone`, receives the entries of the batch with the same names.
+            Without a `"padding_mask"`, ids of 0 are hidden, and may only be at the end
+            of a text. Missing `"segment_ids"` are all 0.
+        loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP). Defaults to the loss of
+            `head`, or to `"softmax"`.
         projection_dim: Integer. The width of the shared embedding space. A projection
             maps the features of each encoder into it. `None` uses the features without
-            a projection; they must have the same width.
+            a projection; both must have the same width.
         head: `"linear"` for linear projections, or `"mlp"` for projections with one
             hidden layer, GELU and dropout, of features that `fit` on `TowerFeatures`
-            standardizes. Or a `kcm.models.ContrastiveHead`, which has an initial
-            temperature, a bias and a limit of the scale; also that of another model, to
-            share it. Sharing is not saved: a loaded model has its own head.
+            standardizes. Or a `kcm.models.ContrastiveHead`, to set the initial
+            temperature, the bias and the limit of the scale, or to share the head of
+            another model. Sharing is not saved: a loaded model has its own head.
         micro_batch_size: Integer that divides the batch size. Encodes this many pairs
-            at a time, with the memory of a batch of that size. The loss and its
-            gradients are those of the whole batch (gradient caching, as in GradCache),
-            except for batch normalization, which takes the statistics of each
-            micro-batch. Costs a second forward pass. `None` encodes the batch at once.
+            at a time, with the memory of a batch of this size. The loss and gradients
+            equal the whole batch's (gradient caching, as in GradCache), except that
+            batch normalization uses the statistics of each micro-batch. This costs a
+            second forward pass. `None` encodes the batch at once.
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
             accuracies. The softmax loss is the same for texts with equal embeddings.
@@ -128,12 +128,12 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             encoder: their center is cropped (CLIP), or the whole image is squashed
             (SigLIP).
         tokenizer: The tokenizer of the text encoder, of any kind that
-            `kcm.data.image_text_dataset` takes. If it is `None`, the first `fit` on an
+            `kcm.data.image_text_dataset` takes. If `None`, the first `fit` on an
             `image_text_dataset` sets it. `save` and `save_to_preset` save a
-            `CLIPTokenizer`, a Keras layer such as a preprocessor of keras_hub, and a
-            tokenizer of Hugging Face. For another callable they warn, and the loaded
-            model has none.
-        dtype: The dtype policy of new projections. Encoders have their own.
+            `CLIPTokenizer`, a Keras layer such as a keras_hub preprocessor, and a
+            Hugging Face tokenizer. For any other callable they warn, and the loaded
+            model has no tokenizer.
+        dtype: The dtype policy of new projections. Encoders keep their own policies.
         **kwargs: Arguments of `keras.Model`, such as `name`.
 
     Attributes:
@@ -145,21 +145,21 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             has several inputs, the tower takes a dictionary of them.
         tokenizer: The tokenizer of the text encoder, or `None` if it is not known.
             `fit`, `evaluate`, `predict` and the functions for evaluation refuse a
-            tokenizer that gives other ids. Assign another one, or `None`, to change it
-            on purpose.
+            tokenizer that gives other ids. To replace the tokenizer, assign another
+            one, or `None`.
         head: The `ContrastiveHead`.
         maskings: List of the `PatchMasking` layers in the image encoder.
-        masking: The first of them, or `None`.
+        masking: The first of these layers, or `None`.
         backbone: The keras_hub backbone of `from_backbone`, or `None`.
 
-    The others, `pixel_mean` and `pixel_std` are fixed. `views`, `duplicates` and
-    `micro_batch_size` can be assigned between two calls of `fit`. In a training loop of
-    your own, each `model(batch, training=True)` is a step of the maskings.
+    All attributes except `tokenizer` are fixed, as are `pixel_mean` and `pixel_std`.
+    `views`, `duplicates` and `micro_batch_size` can be changed between calls of `fit`.
+    In your own training loop, each `model(batch, training=True)` is a step of the
+    maskings.
 
     Metrics: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy` within the
-    batch, and `temperature`; in training also `mask_ratio`, the fraction of patches
-    that had no influence, and, after `compile(log_gradient_norm=True)`,
-    `gradient_norm`.
+    batch, and `temperature`. In training, also `mask_ratio`, the fraction of masked
+    patches, and, after `compile(log_gradient_norm=True)`, `gradient_norm`.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -219,9 +219,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         is_borrowed = head.projection_dim is None and head.image_projection is not None
         if backbone is None and is_borrowed:
             raise ValueError(
-                "`head` must not be that of a backbone, whose projections it has: pass "
-                "it to `from_backbone`, with that backbone. "
-                f"Received: head={head.name}"
+                "`head` must not hold the projections of a backbone: pass it to "
+                f"`from_backbone`, with that backbone. Received: head={head.name}"
             )
         number_positions(self.image_encoder)
         self.image_tower = ImageTower(
@@ -294,20 +293,20 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         Args:
             backbone: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
                 `SigLIPBackbone`, fresh or pre-trained. MetaCLIP 2's text tower pools
-                the end token, so each text must have one. SigLIP's takes only texts of
-                `max_sequence_length` tokens and pools the last one: pad to the full
-                length with the end-of-text token, as SigLIP's tokenizer does.
+                the end token, so each text must have one. SigLIP's text tower takes
+                only texts of `max_sequence_length` tokens and pools the last token: pad
+                to this length with the end-of-text token, as SigLIP's tokenizer does.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
-            loss: `"softmax"` or `"sigmoid"`. `None` is the loss of `head`, or that of
-                the backbone's family.
-            head: `"linear"`, the projections, temperature and bias of the backbone. Or
-                a `ContrastiveHead` without `projection_dim`, which sets the temperature
-                and the bias if they are given. The scale is limited to 100, or 1000 for
-                SigLIP, by default. A fresh SigLIP, and a CLIP with the sigmoid loss,
-                start at a temperature of 0.1 and a bias of -10.
-            **kwargs: Arguments of `ContrastiveModel`, without the encoders,
+            loss: `"softmax"` or `"sigmoid"`. Defaults to the loss of `head` or of the
+                backbone's family.
+            head: `"linear"` uses the projections, temperature and bias of the backbone.
+                A `ContrastiveHead` without `projection_dim` can set the temperature and
+                the bias. By default, the scale is limited to 100, or 1000 for SigLIP. A
+                fresh SigLIP, and a CLIP with the sigmoid loss, start at a temperature
+                of 0.1 and a bias of -10.
+            **kwargs: Arguments of `ContrastiveModel`, except the encoders,
                 `projection_dim` and `dtype`. `pixel_mean`, `pixel_std` and `resize`
-                default to those of the backbone's family.
+                default to the values of the backbone's family.
 
         Returns:
             A model of this class, with the attribute `backbone`.
@@ -318,9 +317,9 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         own = {"image_encoder", "text_encoder", "projection_dim", "dtype"}
         if given := sorted(own & kwargs.keys()):
             raise ValueError(
-                f"`{'` and `'.join(given)}` must be left out, since the backbone has "
-                "all the layers that compute: make the backbone with what you need. "
-                f"Received: {', '.join(f'{name}={kwargs[name]!r}' for name in given)}"
+                f"`{'` and `'.join(given)}` must be left out, since the backbone "
+                "defines its layers: set them when you make the backbone. Received: "
+                f"{', '.join(f'{name}={kwargs[name]!r}' for name in given)}"
             )
         images, texts, options = parts_of_backbone(backbone, masking, loss, head)
         return cls(images, texts, _backbone=backbone, **{**options, **kwargs})
@@ -335,8 +334,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             preset: The name of a preset, such as `"clip_vit_base_patch16"`, which
                 keras_hub downloads, or a folder that `save_to_preset` wrote.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
-            **kwargs: As for `from_backbone`; and `dtype`, that of the backbone.
-                `tokenizer` defaults to that of the preset, if it has one: a
+            **kwargs: Arguments of `from_backbone`, and the `dtype` of the backbone.
+                `tokenizer` defaults to the preset's tokenizer, if any: a
                 `CLIPTokenizer` for CLIP, and the preprocessor for others.
         """
         make = import_keras_hub().models.Backbone.from_preset
@@ -370,26 +369,26 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 `RobertaBackbone`, `XLMRobertaBackbone`, `AlbertBackbone`,
                 `ElectraBackbone` or `DebertaV3Backbone`, or a `TextEmbedder` of one.
             projection_dim: Integer. The width of the shared embedding space. Defaults
-                to 512, or to that of a `ContrastiveHead`.
+                to 512, or to the width of a `ContrastiveHead`.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             head: `"linear"`, `"mlp"` or a `ContrastiveHead`, see `ContrastiveModel`.
             pooling: Two strings, for images and for texts: `"class"`, `"mean"`, or
-                `"class_and_mean"`. `None` is that of the family: the class token and
-                the mean of the patches for DINO, the class token for ViT and DeiT, the
-                mean over all positions for convolutional networks, the mean of all
-                tokens but padding for texts. A `TextEmbedder` has its own.
-            image_blocks: Integer, the number of last transformer blocks from which
-                features are pooled and concatenated; or a list of the numbers of
-                blocks, from 1. The default pooling of each is the class token, if there
-                is one, and the mean. The last block is pooled after the norm of the
-                encoder. `None` pools the output of the encoder alone. Several blocks
-                are for projections on frozen encoders
+                `"class_and_mean"`. `None` uses the pooling of the family: the class
+                token and the mean of the patches for DINO, the class token for ViT and
+                DeiT, the mean over all positions for convolutional networks, and the
+                mean of all tokens except padding for texts. A `TextEmbedder` has its
+                own pooling.
+            image_blocks: Integer, the number of last transformer blocks to pool and
+                concatenate, or a list of block numbers, from 1. By default, each block
+                is pooled by the class token, if there is one, and the mean. The last
+                block is pooled after the encoder's norm. `None` pools only the output
+                of the encoder. Use several blocks for projections on frozen encoders
                 (`docs/how_to/connect_two_encoders.md`).
-            text_blocks: As `image_blocks`, of the text encoder.
+            text_blocks: As `image_blocks`, for the text encoder.
             **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
-                default to those of the family of `image_backbone`; ImageNet's for
-                convolutional networks, as in most of timm's. `tokenizer` defaults to
-                the preprocessor of a `TextEmbedder`.
+                default to the values of the family of `image_backbone`. Convolutional
+                networks use ImageNet's values, as most timm models do. `tokenizer`
+                defaults to the preprocessor of a `TextEmbedder`.
 
         Reference:
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
@@ -421,14 +420,14 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         Args:
             images: `(batch, H, W, C)` tensor, uint8 or normalized floats. Or a list of
                 images of any size: paths, `PIL.Image.Image` and uint8 arrays
-                `(height, width, 3)`, which are resized as `resize` says.
+                `(height, width, 3)`, which are resized according to `resize`.
             training: Python boolean. If true, the masking leaves out parts of the
-                images. The state of a masking advances in training calls of the model
-                alone.
+                images. The state of a masking advances only in training calls of the
+                model.
 
         Returns:
             `(batch, d)` float32 tensor, L2-normalized. In training with several
-            `views`, `(batch, views, d)`. A NumPy array for a list.
+            `views`, `(batch, views, d)`. For a list, a NumPy array.
 
         Raises:
             ValueError: If an image cannot be read, or is not valid for the encoder.
@@ -462,7 +461,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             training: Python boolean, passed to the text encoder.
 
         Returns:
-            `(batch, d)` float32 tensor, L2-normalized. A NumPy array for strings.
+            `(batch, d)` float32 tensor, L2-normalized. For strings, a NumPy array.
 
         Raises:
             ValueError: If the model has no tokenizer for strings, if the ids are not
@@ -523,7 +522,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             return self._embed(inputs)
         # A replica's rows get the same masks as in the global batch.
         count = replicas.num_replicas()
-        # TensorFlow may know the number of texts where it does not know that of images.
+        # TensorFlow may know the number of texts, but not the number of images.
         size = ops.shape(inputs["token_ids"])[0] * count
         take = replicas.local_rows if count > 1 else None
         with step_of(self.maskings, size, self.views, take) as noise:
@@ -551,8 +550,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     def preprocessing(self) -> Mapping[str, Any]:
         """How data becomes inputs: `"tokenizer"`, `"image_size"` and `"resize"`.
 
-        The image size is `(height, width)`. Each is `None` if the image encoder accepts
-        any size or does not define one.
+        The image size is `(height, width)`. Height and width are `None` if the image
+        encoder accepts any size or does not define one.
         """
         found = {
             "tokenizer": self.tokenizer,
@@ -604,13 +603,13 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         ```
 
         Returns:
-            A model of the same class, to be compiled. A subclass is made from its
+            A model of the same class, not compiled. A subclass is made from its
             `get_config`, as when it is loaded.
 
         Raises:
             ValueError: If the image encoder has a masking that `kcm.with_masking` did
                 not insert, or if a subclass has arguments that its `get_config` omits,
-                or weights of its own, which the new model would not share.
+                or weights that the new model would not share.
 
         Reference:
             - [Scaling Language-Image Pre-training via Masking](
@@ -629,7 +628,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         if omitted:
             raise ValueError(
                 f"`get_config` of `{type(self).__name__}` must return all arguments, "
-                f"of which the new model is made. Received: {omitted} are left out"
+                f"to make the new model. Received: {omitted} are left out"
             )
         whole = type(self).from_config(config)
         whole.tokenizer = self.tokenizer
@@ -637,8 +636,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         if {id(v) for v in self.weights} - masks != {id(v) for v in whole.weights}:
             raise ValueError(
                 "A model must have its masking from `kcm.with_masking`, which can "
-                "remove it, and no weights but those of its encoders and head. "
-                f"Received: a {type(self).__name__} with other weights, and maskings "
+                "remove it, and weights only in its encoders and head. Received: a "
+                f"{type(self).__name__} with other weights, and maskings "
                 f"{[masking.name for masking in self.maskings]}"
             )
         return whole
@@ -670,8 +669,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     def _make(cls, **arguments: Any) -> Self:
         return (cls.from_backbone if "backbone" in arguments else cls)(**arguments)
 
-    # Keras calls both for a `.keras` file, and then saves or loads the assets of each
-    # layer that a property returns, such as those of a tokenizer.
+    # Keras calls both for a `.keras` file. It then saves or loads the assets of each
+    # layer that a property returns, such as a tokenizer's.
 
     def save_assets(self, dir_path: str) -> None:
         """Writes the tokenizer. Keras calls it in `save`."""
@@ -691,13 +690,13 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
         Args:
             preset_dir: str or path of a folder.
-            tokenizer: A `CLIPTokenizer`, or a preprocessor of keras_hub. Of others,
-                `from_preset` alone loads those of Hugging Face. Defaults to the
-                tokenizer of the model.
+            tokenizer: A `CLIPTokenizer`, or a keras_hub preprocessor. keras_hub does
+                not load a Hugging Face tokenizer, but `from_preset` does. Defaults to
+                the tokenizer of the model.
 
         Raises:
-            ValueError: If the tokenizer does not match the model, if there is none, or
-                if the model is not of a backbone.
+            ValueError: If the tokenizer does not match the model, if there is no
+                tokenizer, or if the model has no backbone.
         """
         if self.backbone is None:
             raise ValueError(
@@ -722,14 +721,14 @@ def _check_views(views, maskings):
         raise ValueError(
             "`views` must be 1, unless the image encoder has one masking that is "
             "random, such as `RandomMasking`: put it there with `kcm.with_masking`, or "
-            "pass `masking` to `from_backbone`. Other maskings follow from the image, "
-            f"so all views would be alike. Received: views={views}, maskings="
-            f"{[masking.name for masking in maskings]}"
+            "pass `masking` to `from_backbone`. Other maskings depend only on the "
+            f"image, so all views would be alike. Received: views={views}, "
+            f"maskings={[masking.name for masking in maskings]}"
         )
 
 
 def _as_list(name, values):
-    """Returns a list of what is to be read, or `None` for an array or a tensor."""
+    """Returns a list of items to read, or `None` for an array or a tensor."""
     kind = getattr(getattr(values, "dtype", None), "kind", "") or "number"
     if isinstance(values, Mapping) or (hasattr(values, "shape") and kind not in "OSU"):
         return None

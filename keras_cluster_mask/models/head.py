@@ -21,9 +21,10 @@ class ContrastiveHead(keras.layers.Layer):
     """Projects the features of two encoders and scales their similarities to logits.
 
     The scale of the logits is 1 / temperature; the sigmoid loss adds a bias. A
-    `ContrastiveModel` makes a head from its own arguments, or takes one with another
+    `ContrastiveModel` makes a head from its own arguments, or takes a head with another
     temperature, bias or limit. A model of a keras_hub backbone uses the projections,
-    temperature and bias of the backbone, which the arguments set if they are given.
+    temperature and bias of the backbone. The arguments can set the temperature and
+    bias.
 
     Example:
 
@@ -34,26 +35,25 @@ class ContrastiveHead(keras.layers.Layer):
     ```
 
     Args:
-        loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP). `None` is the loss of a
-            backbone's family, and `"softmax"` in other models.
+        loss: `"softmax"` (CLIP) or `"sigmoid"` (SigLIP). Defaults to the loss of a
+            backbone's family, or to `"softmax"` in other models.
         projection_dim: Integer, the width of the shared embedding space. `None` uses
             the features without a projection, or the projections of a backbone.
         projection: `"linear"`, without a bias, or `"mlp"`: a `Standardization`, one
             hidden layer of twice the width of the projection, GELU and dropout of 0.3.
-        initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid; a
-            pre-trained backbone keeps its own.
-        initial_logit_bias: Float. Defaults to -10. For the sigmoid loss.
-        max_logit_scale: Float. The scale never exceeds it. Defaults to 100, and to 1000
-            for a SigLIP backbone. If the scale of a backbone is higher, that is the
-            limit.
+        initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid. A
+            pre-trained backbone keeps its temperature.
+        initial_logit_bias: Float, for the sigmoid loss. Defaults to -10.
+        max_logit_scale: Float. The maximum scale. Defaults to 100, or to 1000 for a
+            SigLIP backbone. If a backbone has a higher scale, its scale is the limit.
         **kwargs: Arguments of `keras.layers.Layer`. `dtype` is the dtype policy of the
             projections.
 
     Attributes:
         image_projection: Layer or `None`.
         text_projection: Layer or `None`.
-        logit_scale: float32 variable, the logarithm of the scale. It exists once the
-            head is part of a model, like the next one.
+        logit_scale: float32 variable, the logarithm of the scale. Both variables exist
+            once the head is part of a model.
         logit_bias: float32 variable, or `None` for softmax.
 
     Reference:
@@ -186,7 +186,7 @@ class ContrastiveHead(keras.layers.Layer):
 
         Args:
             statistics: Function from `"image"` or `"text"` to the mean and the
-                deviation of the features. `None` leaves features as they are.
+                deviation of the features. `None` does not scale features.
         """
         for name in ("image", "text"):
             projection = getattr(self, f"{name}_projection")
@@ -239,9 +239,9 @@ def _projection(kind, width, dtype, name):
 class Standardization(keras.layers.Layer):
     """Scales features to a mean of 0 and a deviation of 1.
 
-    A fixed scaling: it makes no difference between training and evaluation, and does
-    not depend on the batch. The first `ContrastiveModel.fit` sets it: on
-    `TowerFeatures` to their statistics, on other data to no scaling.
+    The scaling is fixed. It is the same in training and evaluation, and does not depend
+    on the batch. The first `ContrastiveModel.fit` sets it: on `TowerFeatures` to their
+    statistics, on other data to no scaling.
 
     Attributes:
         mean: `(width,)` float32 variable, not trained.
@@ -269,7 +269,7 @@ class Standardization(keras.layers.Layer):
         return (ops.cast(features, "float32") - self.mean) / self.deviation
 
     def set(self, mean: Any, deviation: Any) -> None:
-        """Sets the scaling. It stays as it is from then on."""
+        """Sets the scaling, which then never changes."""
         shape = tuple(self.mean.shape)
         self.mean.assign(np.broadcast_to(mean, shape))
         self.deviation.assign(np.broadcast_to(deviation, shape))
@@ -292,8 +292,8 @@ def as_head(head, loss, projection_dim=None, dtype=None):
         own = getattr(head, name)
         if value not in (None, own):
             raise ValueError(
-                f"`{name}` must be that of `head`, or None. "
-                f"Received: {name}={value!r}, head.{name}={own!r}"
+                f"`{name}` must match `head`, or be None. Received: {name}={value!r}, "
+                f"head.{name}={own!r}"
             )
     head.loss = head.loss or loss
     return head

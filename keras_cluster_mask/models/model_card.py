@@ -1,4 +1,4 @@
-"""A folder to give away: a model, and a card that says what it is."""
+"""Saves a model with a model card, as a folder to share."""
 
 import importlib
 import os
@@ -58,7 +58,7 @@ print(images @ texts.T)  # cosine similarities
 {versions}
 """
 
-# Entries of a configuration that say nothing to a reader.
+# Entries of a configuration that do not inform a reader.
 _UNSAID = {"name", "dtype", "trainable", "data_format", "ema_momentum", "epsilon"}
 
 
@@ -68,12 +68,12 @@ def save_with_card(
     data: str = "",
     recall: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves a model and its model card, as a folder for other people.
+    """Saves a model with a model card, as a folder to share.
 
-    The folder has `model.keras`, with the tokenizer, and `README.md`: how to use the
-    model, its encoders, masking and optimizer, its recall beside chance, and the
-    versions of packages. Fill in the license, which the card leaves empty. Hugging Face
-    shows such a card as the page of a model.
+    The folder holds `model.keras`, with the tokenizer, and the card, `README.md`. The
+    card describes the use of the model, its encoders, masking and optimizer, its recall
+    beside chance, and package versions. Fill in the license, which the card leaves
+    empty. Hugging Face shows such a card as the page of a model.
 
     Example:
 
@@ -86,8 +86,8 @@ def save_with_card(
 
     Args:
         model: A `ContrastiveModel` with a tokenizer.
-        folder: Path of a folder, which is made if needed.
-        data: What the model was trained on, as Markdown.
+        folder: Path of a folder, created if needed.
+        data: A description of the training data, as Markdown.
         recall: Dictionary that `kcm.evaluation.evaluate_retrieval` returned.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The training of a model of two encoders: where it differs from Keras's own."""
+"""Training of a two-encoder model, where it differs from Keras's own."""
 
 import contextlib
 import os
@@ -39,10 +39,10 @@ OPTIONS = "micro_batch_size", "views", "duplicates"
 class ContrastiveTrainer:
     """Trains, evaluates and predicts, as a mixin before `keras.Model`.
 
-    It owns the metrics and what `compile` sets. Of the model it reads:
+    It owns the metrics and what `compile` sets. From the model, it reads:
 
-    - `image_encoder`, `text_encoder` and `head`, whose weights are trained, and
-      `image_tower` and `text_tower`, which embed;
+    - `image_encoder`, `text_encoder` and `head`, which are trained, and `image_tower`
+      and `text_tower`, which embed;
     - `maskings`, the list of `PatchMasking` layers;
     - `input_rules`, the rules for batches;
     - `tokenizer`, which it also sets, `pixel_mean` and `pixel_std`;
@@ -91,8 +91,8 @@ class ContrastiveTrainer:
         """Computes the loss of a batch, and updates the metrics.
 
         To train on another loss, override this method. If it does not call
-        `super().compute_loss(...)`, the logs show only the loss and the metrics that it
-        updates.
+        `super().compute_loss(...)`, the logs show only the loss and the metrics that
+        your method updates.
 
         Args:
             x: The batch, a dictionary.
@@ -238,7 +238,7 @@ class ContrastiveTrainer:
         if changed:
             raise ValueError(
                 f"`{'` and `'.join(changed)}` must not change during a call of `fit`, "
-                "whose step is compiled once: change options between two calls. "
+                "which compiles its step once: change options between two calls. "
                 f"Received: {', '.join(f'{name}={now[name]}' for name in changed)}"
             )
 
@@ -291,20 +291,20 @@ class ContrastiveTrainer:
                 in place.
             decay_vectors: Boolean. Whether weight decay also applies to biases and
                 other vectors, such as the scales of normalization layers, class tokens
-                and the temperature. By default it applies only to matrices, except
-                those that the optimizer already excludes.
+                and the temperature. By default, weight decay applies only to matrices
+                that the optimizer does not exclude.
             log_gradient_norm: Boolean. Whether `fit` reports `gradient_norm`: the L2
                 norm of the gradients of all weights for the whole batch, before
                 clipping, averaged over the steps of an epoch. Steps that a
                 `LossScaleOptimizer` skips do not count.
-            **kwargs: Arguments of `keras.Model.compile`, without losses and metrics,
+            **kwargs: Arguments of `keras.Model.compile`, except losses and metrics,
                 which are built in. `auto_scale_loss` scales the loss if an encoder
                 computes in float16.
 
         Raises:
             ValueError: If there is no optimizer, if a loss or metrics are passed, if
                 the optimizer was built for other weights or compiled with another
-                `decay_vectors`, or if weights decay and the model is not built.
+                `decay_vectors`, or if it uses weight decay and the model is not built.
         """
         built_in = ("loss", "loss_weights", "metrics", "weighted_metrics")
         check_unused(
@@ -351,9 +351,9 @@ class ContrastiveTrainer:
         and pass their folder as `resume_from`. Training resumes with the epoch after
         the last checkpoint. Pass `steps_per_epoch` for shorter epochs, so that less
         training can be lost. On one machine and in float32, the final weights are
-        bit-identical to those of an uninterrupted run, on data whose order is known:
-        arrays, an `image_text_dataset`, or a `PyDataset` with `shuffle=False`. Keras
-        shuffles a `PyDataset` in an order that is not saved, and the `shuffle` of a
+        bit-identical to an uninterrupted run, on data in a known order: arrays, an
+        `image_text_dataset`, or a `PyDataset` with `shuffle=False`. Keras shuffles a
+        `PyDataset` in an order that is not saved, and the `shuffle` of a
         `tf.data.Dataset` starts over. If you use `CSVLogger`, pass it `append=True`.
         The returned history holds all epochs, including those before the interruption.
 
@@ -366,7 +366,7 @@ class ContrastiveTrainer:
         epoch. Another call of `fit`, and each epoch of `steps_per_epoch` steps,
         continues where the last one ended.
 
-        Arguments other than `resume_from` are those of `keras.Model.fit`, in its order.
+        All arguments except `resume_from` match `keras.Model.fit`, in the same order.
 
         Example:
 
@@ -389,21 +389,22 @@ class ContrastiveTrainer:
         Args:
             resume_from: str or path. The folder of a `kcm.callbacks.Checkpoint`, local
                 or a URL such as `gs://bucket/run`. Training starts from the last
-                checkpoint, or from the beginning if there is none, and prints which. It
-                can also be the path of one checkpoint, which must exist. The options of
-                `compile` may differ from those of the saved run; the new ones are used.
-                A learning rate that a callback changed is restored, unless you compile
-                with another rate than the saved run started with.
+                checkpoint, or from the beginning if there is none, and `fit` prints
+                which. `resume_from` can also be the path of one checkpoint, which must
+                exist. The options of `compile` may differ from the saved run; the new
+                options are used. A learning rate that a callback changed is restored,
+                unless you compile with another rate than the saved run started with.
 
         Returns:
             A `keras.callbacks.History`.
 
         Raises:
             FileNotFoundError: If `resume_from` is a checkpoint that does not exist.
-            ValueError: If the checkpoint is damaged, or of another model, masking,
-                optimizer, tokenizer or data seed; the differences are listed. If the
-                tokenizer of an `image_text_dataset` gives other ids than the model's
-                own, or lacks the special tokens that the text encoder needs.
+            ValueError: If the checkpoint is damaged, or from another model, masking,
+                optimizer, tokenizer or data seed (the differences are listed), or if
+                the tokenizer of an `image_text_dataset` gives other ids than the
+                model's tokenizer, or lacks the special tokens that the text encoder
+                needs.
         """
         args = (x, y, batch_size, epochs, *args)
         return fit(self, super().fit, resume_from, *args, **kwargs)
@@ -420,13 +421,13 @@ class ContrastiveTrainer:
     ) -> Any:
         """Computes the loss and the accuracies within batches.
 
-        Both depend on the number of negatives in a batch, so a smaller last batch is
-        left out of their means: a batch counts if it has at least nine tenths of the
+        The values depend on the number of negatives in a batch, so a smaller last batch
+        is left out of the means: a batch counts if it has at least nine tenths of the
         mean number of pairs of the batches before it. Pairs that do not fill one batch
-        are evaluated as a smaller batch. Compare only values of the same batch size.
+        are evaluated as a smaller batch. Compare only values at the same batch size.
         `fit` evaluates `validation_data` in the same way.
 
-        Arguments and results are those of `keras.Model.evaluate`.
+        Arguments and results match `keras.Model.evaluate`.
         """
         verbose, steps = replicas.verbosity(verbose), steps or num_batches(x)
         x = evaluation_data(self, x, y, sample_weight, steps)
@@ -466,10 +467,10 @@ class ContrastiveTrainer:
             return config
         if not optimizers.fits_when_reloaded(self.optimizer, self):
             warnings.warn(
-                "The optimizer was built for other weights than those that the loaded "
-                "model will train, so the model is saved without it: compile again "
-                "after weights are frozen or unfrozen, or compile the loaded model. "
-                f"Received: model={self.name}",
+                "The optimizer was built for other weights than the loaded model will "
+                "train, so the model is saved without it: compile again after weights "
+                "are frozen or unfrozen, or compile the loaded model. Received: "
+                f"model={self.name}",
                 stacklevel=2,
             )
             return None
