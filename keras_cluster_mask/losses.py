@@ -230,9 +230,9 @@ def caption_labels(token_ids: Tensor) -> Tensor:
     have the same hash with a probability of 3e-11.
 
     Args:
-        token_ids: `(batch, T)` int tensor. Negative ids, such as those of
-            `without_padding`, do not count, so that a label does not depend on the
-            length to which texts are padded.
+        token_ids: `(batch, T)` int tensor. Negative ids, as from `without_padding`, do
+            not count, so that a label does not depend on the length to which texts are
+            padded.
 
     Returns:
         `(batch, 2)` int32 tensor.
@@ -305,7 +305,7 @@ def row_losses(
             pairs and of all pairs. By default all weights are 1.
 
     Returns:
-        `(rows,)` float32 tensor, whose mean over the batch is the loss.
+        `(rows,)` float32 tensor. The loss is its mean over the batch.
     """
     scale, *bias = (ops.cast(x, "float32") for x in weights)
     if loss == "softmax":

@@ -44,7 +44,7 @@ def small_data_recipe(
 ) -> Recipe:
     """Returns settings to start with, for thousands of pairs.
 
-    From scratch:
+    Settings for training from scratch:
 
     - Images: random masking (50 %) in all steps.
     - Sentences: train on random words, about four fifths of an average sentence, and on
@@ -53,11 +53,12 @@ def small_data_recipe(
       up over the first tenth of the steps, then decays to zero with a cosine schedule.
       The benchmarks use these settings and compare no others.
 
-    To tune the pre-trained encoders of `from_encoders`, after their projections
-    (`docs/how_to/connect_two_encoders.md`): random masking (50 %), whole texts,
-    and AdamW with a weight decay of 0.05 and a cosine schedule. The projections have
-    ten times the learning rate of the encoders. With 6,090 photographs, three epochs
-    were better than one, and 22 better than three (`docs/benchmarks/quality.md`).
+    Settings for tuning the pre-trained encoders of `from_encoders`, after their
+    projections (`docs/how_to/connect_two_encoders.md`): random masking (50 %), whole
+    texts, and AdamW with a weight decay of 0.05 and a cosine schedule. The projections
+    have ten times the learning rate of the encoders. With 6,090 photographs, three
+    epochs were better than one, and 22 better than three
+    (`docs/benchmarks/quality.md`).
 
     On 6,090 photographs with sentences, these maskings gave better results than whole
     images and texts in the same training time. Training for 60 epochs instead of 30
@@ -88,11 +89,12 @@ def small_data_recipe(
     (`docs/how_to/stages.md`).
 
     Args:
-        epochs: Integer, as `fit` takes it.
+        epochs: Integer. The number of epochs.
         steps_per_epoch: Integer. `dataset.steps_per_epoch` of an `image_text_dataset`,
             which is `len(dataset)` unless it has a `sampling`.
-        learning_rate: Float. The peak learning rate, at the end of the warmup; that of
-            the encoders if `tune_encoders`. Defaults to 1e-3, or to 3e-5 to tune.
+        learning_rate: Float. The peak learning rate, at the end of the warmup. With
+            `tune_encoders`, the rate of the encoders. Defaults to 1e-3, or to 3e-5 for
+            tuning.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         seed: Integer. The random seed of the image masks. Text masks depend on the seed
             of the dataset.

@@ -1,4 +1,4 @@
-"""`Stream`: data whose order is known, so that reading starts at any batch."""
+"""`Stream`: data in a known order, so that reading can start at any batch."""
 
 from collections.abc import Generator
 from typing import Any
@@ -29,7 +29,7 @@ class Stream:
     description: dict[str, Any]
 
     def __len__(self) -> int:
-        """Returns the number of batches, in training those of an epoch."""
+        """Returns the number of batches, in training per epoch."""
         return self.steps_per_epoch
 
     def __iter__(self) -> Generator[dict[str, Any], None, None]:

@@ -15,32 +15,33 @@ from keras_cluster_mask.types import Templates
 
 
 class Evaluate(RunCallback):
-    """Evaluates the model during `fit` by a function, and adds its metrics to the logs.
+    """Evaluates the model during `fit` with a function, and logs the metrics.
 
-    The logs get `val_` and the name of each metric at the end of an epoch: for the
-    progress bar, for the `History` that `fit` returns, and for all callbacks after it
-    in the list. Put it before `keras.callbacks.ModelCheckpoint`, `EarlyStopping`,
-    `CSVLogger`, `TensorBoard` and `kcm.callbacks.Checkpoint`, and pass `mode="max"` to
-    those that monitor a metric like the accuracy.
+    At the end of an epoch, each metric is added to the logs as `val_` and its name: for
+    the progress bar, the `History` that `fit` returns, and all later callbacks in the
+    list. Put this callback before `keras.callbacks.ModelCheckpoint`, `EarlyStopping`,
+    `CSVLogger`, `TensorBoard` and `kcm.callbacks.Checkpoint`. Pass `mode="max"` to
+    callbacks that monitor a metric like accuracy.
 
-    With `every=n`, the epochs n, 2n and so on are evaluated, and also the first and the
-    last epoch of a `fit`. In other epochs the logs repeat the last metrics, since
-    Keras's callbacks do not support missing ones: `ModelCheckpoint` would save an epoch
-    without metrics as the best one. A repeated metric does not count as an improvement.
+    With `every=n`, epochs n, 2n and so on are evaluated, and the first and last epoch
+    of a `fit`. In other epochs, the logs repeat the last metrics, since Keras's
+    callbacks do not support missing ones: `ModelCheckpoint` would save an epoch without
+    metrics as the best one. A repeated metric does not count as an improvement.
     Patience is counted in epochs: give `EarlyStopping` a multiple of n.
 
-    The weights are those at the end of the epoch, as in Keras's own validation. With
-    `use_ema=True` these are not the averages, which `fit` assigns when it ends; to
-    evaluate the averages, put `keras.callbacks.SwapEMAWeights(swap_on_epoch=True)`
-    before this callback. An epoch whose loss is not finite is not evaluated. Its
-    metrics are NaN, or missing if no epoch was evaluated before.
+    The weights at the end of the epoch are evaluated, as in Keras's own validation.
+    With `use_ema=True`, these are not the averages, which `fit` assigns when it ends.
+    To evaluate the averages, put `keras.callbacks.SwapEMAWeights(swap_on_epoch=True)`
+    before this callback. An epoch without a finite loss is not evaluated: its metrics
+    are NaN, or missing if no epoch was evaluated before.
 
-    If `"chance"` is a dictionary in it, as from `kcm.evaluation.evaluate_retrieval`, it
-    is not added to the logs. `fit` prints it once, and the attribute `chance` holds it.
+    If the function returns a dictionary under `"chance"`, as
+    `kcm.evaluation.evaluate_retrieval` does, its values are not logged. `fit` prints
+    them once, and the attribute `chance` holds them.
 
-    With several processes, each calls the function, and the logs get the metrics of the
-    main process. Give all of them the same callbacks and the same, complete data: on
-    JAX an `image_text_dataset(..., process=(0, 1))`.
+    With several processes, each calls the function, and the metrics of the main process
+    are logged. Give all processes the same callbacks and the same, complete data: on
+    JAX, an `image_text_dataset(..., process=(0, 1))`.
 
     Example:
 
@@ -65,8 +66,8 @@ class Evaluate(RunCallback):
     ```
 
     Args:
-        function: A function from a model to a dictionary from names to floats. All
-            functions of `kcm.evaluation` take this model, without masking. They compile
+        function: A function from a model to a dictionary from names to floats. The
+            model has no masking. All functions of `kcm.evaluation` take it, and compile
             it once for a whole `fit`. Its attribute `model` is the `ContrastiveModel`.
         every: Integer. The number of epochs between evaluations.
         name: String. Distinguishes several callbacks: `name="coco"` writes
@@ -188,7 +189,7 @@ class EvaluateData(Evaluate):
 
 
 class Retrieval(EvaluateData):
-    """Computes retrieval metrics during `fit`, by `kcm.evaluation.evaluate_retrieval`.
+    """Computes the metrics of `kcm.evaluation.evaluate_retrieval` during `fit`.
 
     Adds `val_image_to_text_recall@1` and the other metrics to the logs. `fit` prints
     the recall at chance once, and the attribute `chance` holds it. See
@@ -230,8 +231,8 @@ class Retrieval(EvaluateData):
 
     Raises:
         ValueError: For an iterator, and for an `image_text_dataset` with
-            `training=True` or of one of several processes. From `fit`, before it
-            trains: for data without texts or images, callbacks that write the same
+            `training=True` or for one of several processes. From `fit`, before
+            training: for data without texts or images, callbacks that write the same
             metrics, or a model that is not a `ContrastiveModel`.
     """
 
@@ -295,8 +296,8 @@ class ZeroShot(EvaluateData):
 
     Raises:
         ValueError: For an iterator, and for an `image_text_dataset` with
-            `training=True`, of one of several processes, or with other
-            `class_names`. From `fit`, before it trains: for arguments that
+            `training=True`, for one of several processes, or with other `class_names`.
+            From `fit`, before training: for arguments that
             `kcm.evaluation.evaluate_zero_shot` does not accept, callbacks that write
             the same metrics, or a model that is not a `ContrastiveModel`.
     """

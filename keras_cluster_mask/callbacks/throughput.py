@@ -10,17 +10,16 @@ class Throughput(RunCallback):
 
     Adds `samples_per_second` to the logs at the end of an epoch: the rate of all steps
     except the first, which may include compilation. A sample is a pair; the pairs of
-    all devices count. Validation is not counted. This works for arrays and for datasets
-    whose batches have a known size (`drop_remainder=True`); for other data nothing is
-    reported.
+    all devices count. Validation is not counted. The rate is reported only for arrays
+    and for datasets with a known batch size (`drop_remainder=True`).
 
-    For an `image_text_dataset`, it also adds `data_wait`, the share of the time that
+    For an `image_text_dataset`, it also adds `data_wait`, the fraction of the time that
     the program waits for the next batch. On JAX, and on TensorFlow, where another
-    thread reads batches, earlier steps may run meanwhile. If the share is large, more
-    `num_workers` may help.
+    thread reads batches, earlier steps may run meanwhile. If the fraction is large,
+    more `num_workers` may help.
 
-    Put it before callbacks that write the logs, such as `keras.callbacks.CSVLogger`. It
-    does not make the program wait for steps.
+    Put this callback before callbacks that write the logs, such as
+    `keras.callbacks.CSVLogger`. It does not make the program wait for steps.
 
     Example:
 

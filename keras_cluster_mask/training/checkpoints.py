@@ -80,16 +80,16 @@ class Checkpoint(RunCallback):
     Training waits until the file is written.
 
     An `image_text_dataset` resumes at the next batch, even with another number of
-    workers or processes; other data, seeds or options are refused. For other data, each
-    epoch is a pass over it. The state of other callbacks is not saved. An epoch that a
-    callback stops early is not saved either.
+    workers or processes. Its samples, seed and options must not change. For other kinds
+    of data, each epoch is a pass over the data. The state of other callbacks is not
+    saved. An epoch that a callback stops early is not saved either.
 
     A NaN or infinite loss stops the run with an error that names the last checkpoint,
-    and the steps among which the loss occurred. The mean loss of the epoch is read
+    and the steps between which the loss occurred. The mean loss of the epoch is read
     every 100 steps and at the end of the epoch, because reading it makes training wait.
-    A model whose own `metrics` leave out the loss is checked at saves alone. A NaN or
-    infinite weight or optimizer moment at a save stops the run too. Such an epoch is
-    not saved.
+    If a model overrides `metrics` without the loss, the loss is checked only at saves.
+    A NaN or infinite weight or optimizer moment at a save stops the run too. Such an
+    epoch is not saved.
 
     Example:
 
@@ -209,7 +209,7 @@ class Checkpoint(RunCallback):
             "learning_rates": [run.first_rates, learning_rates(self.model)],
             "description": describe(self.model, run.data),
         }
-        # NumPy's files do not support bfloat16, whose values float32 holds exactly.
+        # NumPy's files do not support bfloat16. float32 holds its values exactly.
         arrays = [
             x.astype("float32") if x.dtype.name == "bfloat16" else x for x in arrays
         ]
@@ -270,7 +270,7 @@ def resume(run, model, path, verbose):
     if differing:
         raise ValueError(
             "`resume_from` must be a checkpoint of the same model and data. Use "
-            "another folder, or make model and data as they were. Received: "
+            "another folder, or restore the model and data. Received: "
             f"resume_from={path}, {len(differing)} differences, with "
             + "; ".join(differing[:10])
         )
@@ -302,7 +302,7 @@ def saved_epochs(folder) -> dict[int, str]:
 
 
 def _variables(model):
-    """Lists the variables of a model and its optimizer, but learning rates.
+    """Lists the variables of a model and its optimizer, except learning rates.
 
     Whether a learning rate is a variable may change: a schedule may replace a number.
     """
@@ -377,7 +377,7 @@ def _storage():
 
 
 def _find(folder, pattern):
-    """Returns the sorted paths of the files whose names match a pattern."""
+    """Returns the sorted paths of the files with names that match a pattern."""
     system, found = _storage().file_system(folder)
     # Clients of object stores cache listings.
     system.invalidate_cache(found)

@@ -31,8 +31,8 @@ ARRAYS = {
 class TowerFeatures:
     """Features of both towers for a dataset, in memory-mapped files.
 
-    `kcm.evaluation.compute_features` makes them, and `ContrastiveModel.fit` trains the
-    projections on them. Each epoch draws one caption of each image.
+    `kcm.evaluation.compute_features` computes them, and `ContrastiveModel.fit` trains
+    the projections on them. Each epoch draws one caption of each image.
 
     Example:
 
@@ -53,9 +53,9 @@ class TowerFeatures:
         folder: str or path. A folder that `compute_features` has filled.
 
     Attributes:
-        description: Dictionary. What the features depend on: the encoders and the types
-            in which they compute, the pixel mean and deviation of the model, the
-            tokenizer, and the data.
+        description: Dictionary. What the features depend on: the encoders and their
+            compute dtypes, the pixel mean and deviation of the model, the tokenizer,
+            and the data.
         tokenizer_digest: String, or `None`. Identifies the tokenizer.
         num_images: Integer. The number of images.
         num_texts: Integer. The number of captions of all images.
@@ -89,7 +89,7 @@ class TowerFeatures:
         self.first_text = np.cumsum(self.counts) - self.counts
 
     def check_model(self, model: keras.Model, training: bool = False) -> None:
-        """Raises an error unless the features are those that a model computes.
+        """Raises an error unless a model computes the same features.
 
         Args:
             model: A `ContrastiveModel`.
@@ -189,11 +189,11 @@ def describe_towers(model: keras.Model) -> dict[str, Any]:
 
 
 def check_same(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
-    """Raises an error if features are of other towers or data than given."""
+    """Raises an error if features come from other towers or data than given."""
     differs = [name for name in expected if found.get(name) != expected[name]]
     if differs:
         raise ValueError(
-            f"`features` must be those of the same {what}: compute them again, in "
+            f"`features` must come from the same {what}: compute them again, in "
             "another folder. Received: features that differ in "
             + "; ".join(f"{x}={found.get(x)} for {expected[x]}" for x in differs)
         )

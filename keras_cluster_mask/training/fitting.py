@@ -141,7 +141,7 @@ class Validation(typing.NamedTuple):
     """The evaluations in `fit`, each of which reads the data again.
 
     Keras would start one iterator over the data, and has none for a stream that ends.
-    The arguments are those of Keras's `fit`.
+    The arguments match Keras's `fit`.
     """
 
     data: Any
@@ -249,7 +249,7 @@ def _warn_of_rate_zero(optimizer, steps):
             warnings.warn(
                 "The schedule of a learning rate reaches 0 before the end of this "
                 "`fit`, and its weights no longer change: compile the model with a new "
-                "optimizer, whose schedule has as many steps. Received: a rate of 0 in "
+                "optimizer and a schedule of as many steps. Received: a rate of 0 in "
                 f"step {int(step) + 1}, and a `fit` of {steps or 'unknown'} steps",
                 stacklevel=5,
             )
@@ -315,9 +315,8 @@ class TrainingRun(keras.callbacks.Callback):
             # Layers without a seed draw from the global generator of torch, and so do
             # iterators over data when they start. A resumed run starts other iterators,
             # so the state at the end of the last epoch is restored before the first
-            # step. Data whose batches are not known may be a `DataLoader`, which
-            # shuffles by this generator: with the restored state, it would repeat its
-            # order.
+            # step. Data with unknown batches may be a `DataLoader`, which shuffles by
+            # this generator: with the restored state, it would repeat its order.
             if self.data.spec is not None:
                 write_rng_state(self.rng_state)
         self._last = batch

@@ -132,7 +132,7 @@ class InputRules:
         """
         shapes = {}
         for name, values in batch.items():
-            # Lists have no shape, and that of a TensorFlow tensor may be unknown.
+            # Lists have no shape, and a TensorFlow tensor may have an unknown shape.
             with contextlib.suppress(AttributeError, ValueError):
                 shapes[name] = tuple(values.shape)
         shape, inputs = shapes.get("token_ids", ()), self.text_inputs
@@ -170,8 +170,8 @@ class InputRules:
         if self.training and rows < 2:
             raise ValueError(f"{LONELY} Received: a batch of {rows}")
         # A batch of bright normalized images may look like pixels. Once a batch shows
-        # that the images are normalized, those of later batches are not checked.
-        # Never set back to False: batches may be checked in several threads.
+        # that the images are normalized, later batches are not checked. Never set back
+        # to False: batches may be checked in several threads.
         is_unknown = "images" in batch and not self.is_normalized
         if is_unknown and self.check_images(batch["images"]):
             self.is_normalized = True
@@ -191,8 +191,8 @@ class InputRules:
             most = "" if longest is None else f", of at most {longest} columns"
             raise ValueError(
                 f"`token_ids` must be integers of shape {expected}{most}, as "
-                "`tokenizer(texts)` returns. Its `context_length` must be that of the "
-                "text encoder, which `kcm.models.with_context_length` changes. "
+                "`tokenizer(texts)` returns. Its `context_length` must match the text "
+                "encoder: `kcm.models.with_context_length` changes the encoder's. "
                 f"Received: token_ids of type {ids.dtype} and shape {ids.shape}"
             )
         low, high = (ids.min(), ids.max()) if ids.size else (0, 0)
@@ -234,8 +234,8 @@ class InputRules:
         if expected is not None and not fits_shape(shape, (None, *expected)):
             raise ValueError(
                 f"`images` must have shape {(None, *expected)}: the `image_size` of "
-                "the data must be that of the encoder, which "
-                f"`kcm.models.with_image_size` changes. Received: images.shape={shape}"
+                "the data must match the encoder: `kcm.models.with_image_size` changes "
+                f"the encoder's. Received: images.shape={shape}"
             )
         if self.pixel_range is None or not is_float(images):
             return False
@@ -350,6 +350,6 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
 
 def _is_numeric(values):
     dtype = getattr(values, "dtype", "string")
-    # TensorFlow's dtypes and those of a `Stream` have no `kind`, but equal their names.
+    # Dtypes of TensorFlow and of a `Stream` have no `kind`, but equal their names.
     is_text = dtype in ("string", "object")
     return not is_text and getattr(dtype, "kind", None) not in (*"SUOMm",)

@@ -50,8 +50,8 @@ def averaged_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
     """Returns the variables that each replica updates from its own rows.
 
     They must be averaged over replicas. These are the float `state_variables`, except
-    those of layers with the attribute `equal_on_replicas`, whose updates are equal on
-    all replicas.
+    in layers with the attribute `equal_on_replicas`, which update equally on all
+    replicas.
     """
     return [
         v
@@ -81,10 +81,10 @@ def merged_weights(layer: keras.layers.Layer) -> dict[int, Tensor]:
 
 
 def omitted_settings(layer: keras.layers.Layer) -> dict[str, list]:
-    """Returns what the configurations of layers omit, for that of a layer around them.
+    """Returns settings that the configurations of nested layers omit.
 
-    Those of attention layers and of keras_hub's encoders omit which parts are frozen,
-    and those of keras_hub's CLIP the epsilon of normalizations.
+    Configurations of attention layers and of keras_hub's encoders omit which parts are
+    frozen. Configurations of keras_hub's CLIP omit the epsilon of normalizations.
 
     Returns:
         A dictionary of lists:
@@ -140,16 +140,17 @@ def _weights_of(layers):
 
 
 class MadeOfParts:
-    """Base class of layers whose configuration contains other layers.
+    """Base class of layers with other layers in their configuration.
 
-    Dictionaries in the configuration are those of layers and models, except for
+    Dictionaries in the configuration describe layers and models, except for
     `"omitted"`, the result of `omitted_settings`, or `None` for parts that already
     exist.
 
     Attributes:
         _parts: Names of the arguments of the class that have attributes of their names.
-        _settings: Names of further such arguments, whose values need no serialization.
-            They must not change when a run is resumed, except for `micro_batch_size`.
+        _settings: Names of further such arguments, with values that need no
+            serialization. They must not change when a run is resumed, except for
+            `micro_batch_size`.
     """
 
     _parts: tuple[str, ...] = ()

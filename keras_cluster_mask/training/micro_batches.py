@@ -44,7 +44,7 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
     batch_size = None if rows is None else rows * num_replicas()
     check_micro_batches(batch_size, micro_batch_size, num_replicas())
     num_chunks = batch_size // micro_batch_size
-    # The states of all seed generators, except those of maskings, are seeds.
+    # The states of all seed generators, except in maskings, are seeds.
     not_seeds = {id(v) for v in model.weights}
     not_seeds.update(id(masking.seed_generator.state) for masking in model.maskings)
     seeds = [v for v in model.non_trainable_variables if id(v) not in not_seeds]
@@ -130,7 +130,7 @@ def call_statelessly(function, variables, values):
     Returns:
         A tuple: the output of the function; a list with the loss that layers added,
         empty if there is none; and a list of the new values of the variables, `None`
-        for those that were not assigned.
+        for variables that were not assigned.
     """
     mapping = list(zip(variables, values))
     with keras.StatelessScope(mapping, collect_losses=True) as scope:

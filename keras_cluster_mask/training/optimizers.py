@@ -81,7 +81,7 @@ def check_built(optimizer, variables):
 
 
 def build(model):
-    """Creates the variables of the optimizer of a model whose weights exist."""
+    """Creates the optimizer's variables, once the model's weights exist."""
     if model.built and not model.optimizer.built:
         # The model may be trained outside of the scope in which it was made.
         with distribution.strategy_scope(model):
@@ -92,8 +92,8 @@ def fits_when_reloaded(optimizer, model) -> bool:
     """Returns whether a file of a model can hold its optimizer.
 
     Keras creates the optimizer of a loaded model for the weights that it trains, and
-    drops the saved state, with only a warning, if that of other weights was saved. The
-    rate and the decay of the optimizer were chosen for those others, too.
+    drops the saved state, with only a warning, if it belongs to other weights. The rate
+    and the decay of the optimizer were chosen for the other weights, too.
     """
     trained = {id(v) for v in saved_weights(model) if v.trainable}
     built = inner_optimizer(optimizer).built
@@ -122,7 +122,7 @@ def inner_optimizer(optimizer):
 
 
 def optimizer_parts(optimizer):
-    """Lists the optimizers that update weights: one, or those of a `MultiOptimizer`."""
+    """Lists the optimizers that update weights: one, or all in a `MultiOptimizer`."""
     own = inner_optimizer(optimizer)
     return getattr(own, "optimizers", [own])
 
@@ -162,9 +162,9 @@ def exclude_vectors_from_decay(optimizer, model):
         raise ValueError(
             "A model must be built before it is compiled with weight decay, which "
             "excludes its vectors: call it on a batch first, `model(batch)`, or pass "
-            "`decay_vectors=True`. Received: a layer whose weights do not exist yet"
+            "`decay_vectors=True`. Received: a layer that is not built"
         )
-    # With the weights of the user, whose list Keras replaces.
+    # Include the user's weights, because Keras replaces the list.
     spared = [v for v in model.weights if is_vector(v) or not decays(v)]
     optimizer.exclude_from_weight_decay(spared)
     optimizer.spares_vectors = True

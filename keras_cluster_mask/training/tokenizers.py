@@ -141,7 +141,8 @@ def digest_of(model, tokenizer):
     """Hashes the token ids of fixed texts, as far as the text tower reads them.
 
     Tokenizers of different kinds, versions and lengths that give the same ids have
-    digests that start alike. That of a `CLIPTokenizer` also depends on its vocabulary.
+    digests with the same start. The digest of a `CLIPTokenizer` also depends on its
+    vocabulary.
 
     Args:
         model: A `ContrastiveModel`.
@@ -176,7 +177,7 @@ def digest_of(model, tokenizer):
 
 
 def _check_digest(model, digest, received):
-    """Raises an error for a digest other than that of the model's tokenizer."""
+    """Raises an error for a digest that differs from the model's tokenizer."""
     expected = digest_of(model, model.tokenizer)
     # Those of two kinds have only the first part in common.
     known = zip(digest or (), expected or ())
@@ -341,7 +342,7 @@ def load_beside_weights(
         folder: The folder of the weights, or `None`.
         kind: `"clip"`: OpenAI's vocabulary, from the folder or from the package
             open_clip. `"hugging_face"`: the folder's files of Hugging Face. Or `None`.
-        context_length: Integer, that of the text encoder.
+        context_length: Integer, the context length of the text encoder.
 
     Returns:
         As `load_tokenizer`.

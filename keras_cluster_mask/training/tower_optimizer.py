@@ -1,4 +1,4 @@
-"""A Keras optimizer with an optimizer of its own for each tower."""
+"""A Keras optimizer with a separate optimizer for each tower."""
 
 from collections.abc import Sequence
 from typing import Any, Self
@@ -10,10 +10,10 @@ from keras_cluster_mask.types import Tensor
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class TowerOptimizer(keras.optimizers.MultiOptimizer):
-    """Trains each tower of a `ContrastiveModel` with an optimizer of its own.
+    """Trains each tower of a `ContrastiveModel` with its own optimizer.
 
     Use it to train pre-trained towers at a lower rate than new weights. Keras's
-    callbacks that change a learning rate change that of each optimizer.
+    callbacks that change a learning rate change the rate of each optimizer.
 
     Example:
 
@@ -29,14 +29,14 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
     ```
 
     Args:
-        default: Keras optimizer, or its name, of all other weights: projections,
-            temperature, bias, and a tower without an optimizer of its own.
-        image: The same, of the weights of `model.image_encoder`.
-        text: The same, of the weights of `model.text_encoder`.
-        global_clipnorm: Float. The largest L2 norm that the gradients of all weights
-            together may have in a step. `None` does not clip. What the optimizers do
-            with gradients follows: the `global_clipnorm` of one of them clips those of
-            its own weights, and `gradient_accumulation_steps` adds up clipped ones.
+        default: Keras optimizer, or its name, for all other weights: projections,
+            temperature, bias, and a tower without its own optimizer.
+        image: The same, for the weights of `model.image_encoder`.
+        text: The same, for the weights of `model.text_encoder`.
+        global_clipnorm: Float. The maximum L2 norm of the gradients of all weights
+            together. `None` does not clip. The optimizers get the clipped gradients:
+            the `global_clipnorm` of an optimizer clips the gradients of its own
+            weights, and `gradient_accumulation_steps` adds up clipped gradients.
         **kwargs: Arguments of `keras.optimizers.MultiOptimizer`.
     """
 
@@ -59,8 +59,8 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
         grads: Sequence[Tensor | None],
         trainable_variables: Sequence[keras.Variable] | None = None,
     ) -> None:
-        # Each optimizer would clip the gradients of its own weights alone. They are
-        # those of the scaled loss.
+        # Each optimizer would clip only its own weights' gradients. They are gradients
+        # of the scaled loss.
         norm, scale = self.global_clipnorm, self.loss_scale_factor or 1.0
         self.global_clipnorm = norm and norm * scale
         clipped = iter(self._clip_gradients([x for x in grads if x is not None]))
@@ -87,7 +87,8 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
 class _Towers(keras.optimizers.OptimizerMap):
     """Maps variables to optimizers by the tower that they belong to.
 
-    Not by path: weights of two towers may have the same, and a reload may change them.
+    Paths are not used: weights of two towers may share a path, and a reload may change
+    paths.
 
     Args:
         default: Keras optimizer.

@@ -44,7 +44,7 @@ class TrainingData:
         shuffle: Boolean, whether to shuffle arrays, or the batches of a `PyDataset`.
             `None` shuffles.
         steps_per_epoch: Integer, for data that continues across epochs, or `None`.
-            Defaults to that of a stream. If it is `None`, each epoch is a pass.
+            Defaults to the value of a stream. If it is `None`, each epoch is a pass.
         first_epoch: Integer, the first epoch to train.
 
     Attributes:
