@@ -193,7 +193,7 @@ class Batches:
         if not self.training and (sampling, self.block_size) != (None, None):
             raise ValueError(
                 "`sampling` and `block_size` are for training, and evaluation reads "
-                "all of `source` in order: give it a source of its own. Received: "
+                "all of `source` in order: give it a separate source. Received: "
                 f"sampling={sampling!r}, block_size={self.block_size}, training=False"
             )
         self._open(source, sampling, index_dir)
@@ -231,8 +231,8 @@ class Batches:
             names = sorted(name for name in index.fields if not name.endswith("."))
             raise ValueError(
                 f"`source` has no intact sample: {next(known)}. Each sample needs one "
-                f"of these fields: {self.fields.wanted}, or of those that "
-                "`image_keys`, `caption_key` and `label_key` name. Received: "
+                f"of these fields: {self.fields.wanted}, or a field that `image_keys`, "
+                "`caption_key` or `label_key` names. Received: "
                 f"{dict(faults) or 'no sample'} with the fields {names} from "
                 f"{len(index.paths)} shards"
             )

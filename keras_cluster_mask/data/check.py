@@ -36,12 +36,12 @@ def check(
     """Indexes shards, and counts their samples and their faults.
 
     A sample is broken if it has no image or no caption, if its key is a duplicate
-    within the shard, or if it is a row of a table whose image is a missing local file.
-    A damaged shard counts as one broken sample, because the number of samples after the
-    damage is unknown. Captions of blanks alone are only found if `decode`, which reads
-    all samples. Unchanged shards are not indexed again, so an interrupted check
-    can be resumed. A progress bar is shown after one second. Set the environment
-    variable `TQDM_DISABLE=1` to hide it.
+    within the shard, or if it is a table row that names a missing local image file. A
+    damaged shard counts as one broken sample, because the number of samples after the
+    damage is unknown. Blank captions are found only with `decode=True`, which reads all
+    samples. Unchanged shards are not indexed again, so an interrupted check can be
+    resumed. A progress bar is shown after one second. Set the environment variable
+    `TQDM_DISABLE=1` to hide it.
 
     Example:
 
@@ -51,10 +51,10 @@ def check(
     ```
 
     Args:
-        source: See `image_text_dataset`, but no dictionary.
+        source: See `image_text_dataset`. Dictionaries are not supported.
         image_keys: String or sequence of strings; see `image_text_dataset`.
         caption_key: String or sequence of strings; see `image_text_dataset`.
-        label_key: String or sequence of strings; see `image_text_dataset`. Such as
+        label_key: String or sequence of strings; see `image_text_dataset`. For example,
             `"folder"` for a folder with a subfolder for each class. Samples then need
             no caption, unless `caption_key` is given. Defaults to `None`: samples need
             no label.
@@ -67,8 +67,8 @@ def check(
     Returns:
         Dictionary: `"samples"`, the number of intact samples; `"captions"`, the number
         of their captions, or `None` unless all samples are read; `"row_groups"`, the
-        mean number of places in Parquet files that are read for a sample, 1 if they are
-        sorted by image, or `None` without such files; `"broken"`, the number
+        mean number of row groups that are read for a sample of Parquet files, 1 if
+        these are sorted by image, or `None` without such files; `"broken"`, the number
         of broken samples; `"by_reason"`, a dictionary from each reason to a count; and
         `"examples"`, a dictionary from each reason to a list of the first 20 broken
         samples, dictionaries of `"shard"`, `"key"`, `"reason"` and `"details"`.
@@ -148,13 +148,12 @@ def read_captions(
     ```
 
     Args:
-        source: See `image_text_dataset`, but no dictionary.
+        source: See `image_text_dataset`. Dictionaries are not supported.
         caption_key: String or sequence of strings. The field that holds captions; see
             `image_text_dataset`. Defaults to `None`: common names.
 
     Returns:
-        List of strings, in the order of the samples. Images are neither needed nor
-        read.
+        List of strings, in the order of the samples. No images are needed or read.
     """
     index = open_index(source, Fields((), caption_key))
     for fault in index.damage:

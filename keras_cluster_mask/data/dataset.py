@@ -50,8 +50,8 @@ def image_text_dataset(
     `python -m keras_cluster_mask.data check SOURCE --workers N` indexes them in N
     processes.
 
-    The rows of a table or Parquet file that have the same image are one sample with
-    several captions. They must be in one file, and have the same label.
+    Rows of a table or Parquet file with the same image form one sample with several
+    captions. They must be in one file and have the same label.
 
     In training, the dataset is an endless stream. Each epoch is a new permutation of
     all samples. The last partial batch of an epoch is carried over to the next epoch.
@@ -65,13 +65,13 @@ def image_text_dataset(
     center crop.
 
     The index leaves out samples without an image or a caption, samples with a duplicate
-    key, samples after the damage in a damaged shard, and rows of a table whose image is
-    a missing local file. An image that cannot be decoded, or cannot be read, is
-    replaced in training by another image of the same batch, so the number of steps
-    never depends on broken samples. In evaluation it is skipped. `dataset.skipped`, a
-    `SkippedSamples`, counts both. A read is tried four times within 6 seconds. Storage
-    at a URL that does not answer for 60 seconds counts as a failed read, so its last
-    error comes after 4 minutes.
+    key, samples after the damage in a damaged shard, and table rows that name a missing
+    local image file. An image that cannot be read or decoded is replaced in training by
+    another image of the same batch, so the number of steps never depends on broken
+    samples. In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts
+    both. A read is tried four times within 6 seconds. Storage at a URL that does not
+    answer for 60 seconds counts as a failed read, so its last error comes after 4
+    minutes.
 
     Images stay uint8, and models scale them on the device. The EXIF orientation is
     applied. Transparent pixels become white. The order of the axes is
@@ -79,10 +79,10 @@ def image_text_dataset(
 
     An image of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels counts as broken. The
     limit is read when the dataset is created, also for worker processes, and must stay
-    the same while the dataset is read; `None` is no limit. In training, a large JPEG is
-    reduced while it is decoded, so only its reduced size must keep to the limit, and
-    its full size to twice the limit. Each pixel of a progressive JPEG counts as four,
-    because its coefficients are kept in full.
+    the same while the dataset is read; `None` means no limit. In training, a large JPEG
+    is reduced while it is decoded, so its reduced size must be within the limit, and
+    its full size within twice the limit. Each pixel of a progressive JPEG counts as
+    four, because its coefficients are kept in full.
 
     Training shuffles samples of local files one by one. Files at URLs and Parquet files
     are read in blocks of up to 64 consecutive samples; see `block_size`.
@@ -113,21 +113,21 @@ def image_text_dataset(
     Args:
         source: String or path, or a list of them: shards, folders, or patterns such as
             `"data/train-{00000..00127}.tar"` or `"gs://bucket/*.tar"`; see
-            `list_shards`. Or an object with `__len__` and `__getitem__` whose items are
+            `list_shards`. Or an object with `__len__` and `__getitem__` that holds
             dictionaries, such as a `Dataset` of the package `datasets`; an image is
             bytes, a file name, a `PIL.Image.Image`, or a uint8 array. Only one thread
             at a time reads items of objects and decodes their images, unless the object
-            has the attribute `thread_safe = True`. Or a part of these, as `split`
-            returns it. Or a dictionary from several of these to weights, which mixes
-            them in these proportions.
+            has the attribute `thread_safe = True`. Or a part that `split` returned. Or
+            a dictionary from several such sources to weights, to mix the sources in
+            these proportions.
         tokenizer: A `CLIPTokenizer`; any callable from a list of strings to integers
-            `(batch, length)`; a tokenizer of open_clip; a tokenizer of Hugging Face,
-            whose rows are padded and truncated to its `model_max_length`; or a Keras
-            layer, such as a KerasHub `CLIPPreprocessor`, which does not clean captions,
-            may split numbers differently from CLIP, and needs TensorFlow. With `None`,
-            batches have no `"token_ids"`, and samples need no caption. Or a
-            `ContrastiveModel`, of which the dataset takes the tokenizer, the image size
-            and `resize`; if `label_key` is given without `caption_key`, no tokenizer.
+            `(batch, length)`; an open_clip tokenizer; a Hugging Face tokenizer, with
+            rows padded and truncated to its `model_max_length`; or a Keras layer, such
+            as a KerasHub `CLIPPreprocessor`, which does not clean captions, may split
+            numbers differently from CLIP, and needs TensorFlow. With `None`, batches
+            have no `"token_ids"`, and samples need no caption. Or a `ContrastiveModel`,
+            to use its tokenizer, image size and `resize`; if `label_key` is given
+            without `caption_key`, its tokenizer is not used.
         image_size: Integer or `(height, width)`, in pixels. Must be `None` for a model,
             unless its image encoder takes images of any size.
         batch_size: Integer. The global batch size, over all processes and devices.
@@ -144,11 +144,11 @@ def image_text_dataset(
             several are given, the first that is not empty is used. `"json.caption"` is
             the entry `caption` of the file `KEY.json`. If the field is a list of
             captions, one is drawn in each epoch; evaluation uses the first. Captions
-            are UTF-8; bytes that are not become U+FFFD, and a sample in UTF-16 is
-            broken. Defaults to `None`: `"txt"` and other common names. Each line of
-            the field `txt` is then a caption, as in shards of CLIP_benchmark, unless
-            `KEY.json` has the entry `caption`, as in shards of img2dataset. `"txt"`
-            makes the whole field one caption.
+            are UTF-8: invalid bytes become U+FFFD, and a sample in UTF-16 is broken.
+            Defaults to `None`: `"txt"` and other common names. Each line of the field
+            `txt` is then a caption, as in shards of CLIP_benchmark, unless `KEY.json`
+            has the entry `caption`, as in shards of img2dataset. `"txt"` makes the
+            whole field one caption.
         label_key: String or sequence of strings. The field that holds the class, such
             as `"cls"`, `"json.label"` or, for images in a folder, `"folder"`, the name
             of the folder. Batches then hold `"labels"`, int32. Defaults to `None`: no
@@ -159,30 +159,31 @@ def image_text_dataset(
             sorted names of the folders with images.
         resize: String. `"crop"`: random crops in training, and CLIP's center crop in
             evaluation. `"squash"`: the whole image with a changed aspect ratio, as for
-            SigLIP. Defaults to `None`: as the model does, or `"crop"` without one.
+            SigLIP. Defaults to `None`: the model's value, or `"crop"` without a model.
         crop_scale: Pair of floats. The range of the area of random crops, as a fraction
             of the image's area. Must be `None` for `resize="squash"`. Defaults to
             `None`: `(0.4, 1.0)`.
-        image_transform: Function of a cropped image, uint8 `(height, width, 3)`, and a
-            `np.random.Generator`, that returns an image of the same shape and dtype, in
-            training. It may change the image in place. Defaults to `None`.
+        image_transform: Function of a cropped training image, uint8
+            `(height, width, 3)`, and a `np.random.Generator`, that returns an image of
+            the same shape and dtype. It may change the image in place. Defaults to
+            `None`.
         include_captions: Boolean, or `"all"`. Whether batches contain `"captions"`,
-            UTF-8 bytes. With `"all"`, they are tuples of all captions of each image.
+            UTF-8 bytes. With `"all"`, each is a tuple of all captions of an image.
             Defaults to `False`.
         include_keys: Boolean. Whether batches contain the `"keys"` of samples, str. The
-            key of a row of a table is its file name. Defaults to `False`.
-        max_skipped: Float. The largest fraction of samples that may be broken, from 0
+            key of a table row is its file name. Defaults to `False`.
+        max_skipped: Float. The maximum fraction of samples that may be broken, from 0
             to 1. An error is raised if more samples are broken in the index, or among
             the samples that a process reads in one pass. Defaults to `0.01`.
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
             `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions that have
-            more tokens than the `context_length` of the `tokenizer`, of any kind whose
-            rows end in padding. It does not change `"captions"`, and evaluation is
-            never masked. Defaults to `None`: captions that are too long are truncated.
-        sampling: A `Sampling`, the samples of each epoch of training. Only these
-            samples are read, in shuffled order. `len(dataset)` is the number of full
-            batches in the epoch that the dataset starts in, and `steps_per_epoch` in an
-            epoch of mean length. Defaults to `None`: each sample once.
+            more tokens than the `context_length` of the `tokenizer`, which must pad the
+            ends of rows. It does not change `"captions"`, and evaluation is never
+            masked. Defaults to `None`: captions that are too long are truncated.
+        sampling: A `Sampling`, which chooses the samples of each training epoch. Only
+            these samples are read, in shuffled order. `len(dataset)` is the number of
+            full batches in the epoch that the dataset starts in, and `steps_per_epoch`
+            in an epoch of mean length. Defaults to `None`: each sample once.
         block_size: Integer. In training, blocks of this many consecutive samples are
             read together, which is faster on object stores and hard disks. A block may
             begin in one batch and end in the next. The number of processes must divide
@@ -199,9 +200,8 @@ def image_text_dataset(
             process, which share the GIL and decode at most about 2,200 images per
             second on any number of cores.
         index_dir: String or path. The folder of the index. `"beside"` writes a hidden
-            file next to each shard, if it is local and its folder can be written to.
-            Defaults to `None`: `~/.cache/keras_cluster_mask`, unless there is such a
-            hidden file.
+            file next to each local shard in a writable folder. Defaults to `None`:
+            `~/.cache/keras_cluster_mask`, unless such a hidden file exists.
 
     Returns:
         An `ImageTextDataset`, an iterable of dictionaries of NumPy arrays: `"images"`,

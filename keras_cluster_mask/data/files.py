@@ -180,7 +180,7 @@ class _RemoteFile(AbstractBufferedFile):
 
     def __init__(self, path):
         self._address = path
-        # pyarrow reads in threads of its own.
+        # pyarrow reads in its own threads.
         self._patience = _patience.get(None)
         system, name = file_system(path)
         size = retried(lambda: limited(system, system.size, name))

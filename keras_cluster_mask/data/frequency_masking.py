@@ -83,7 +83,7 @@ class FrequencyTextMasking(TextMasking):
         """Counts the words of captions, and replaces `frequencies`.
 
         Args:
-            captions: Iterable of strings or bytes, such as those of `read_captions`.
+            captions: Iterable of strings or bytes, such as from `read_captions`.
 
         Returns:
             The masking itself.
@@ -114,7 +114,7 @@ class FrequencyTextMasking(TextMasking):
         if self.frequencies is None:
             raise ValueError(
                 "`frequencies` must be known before captions are masked: pass them, or "
-                "call `fit` with the captions of the training data, such as those of "
+                "call `fit` with the captions of the training data, such as from "
                 f"`kcm.data.read_captions`. Received: {self!r}"
             )
         draws = caption.generator.random(len(caption.words)).tolist()

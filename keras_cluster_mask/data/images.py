@@ -18,7 +18,7 @@ from keras_cluster_mask.checks import check_choice, sides_of
 # memory, even if the image is reduced.
 PROGRESSIVE = 4
 CROP_SCALE = 0.4, 1.0
-# The range of the width / height of a crop, relative to that of the resized crop.
+# The range of the aspect ratio of a crop, width / height, relative to the resized crop.
 RATIO = 3 / 4, 4 / 3
 ORIENTATION = 0x0112
 CHANNELS_FIRST = "channels_first"

@@ -24,7 +24,7 @@ from keras_cluster_mask.data.samples import (
 )
 from keras_cluster_mask.data.shards import find_shards, format_of
 
-# The number of shards with broken samples whose intact samples are cached.
+# The number of shards with broken samples for which intact samples are cached.
 REMEMBERED = 1024
 # The maximum size of samples that are read together, and the size that is assumed for
 # a sample of unknown size, in bytes.
@@ -41,7 +41,7 @@ def open_index(source, fields, index_dir=None, num_workers=0, process=(0, 1)):
 
     Args:
         source: String or path, or a list of them; see `list_shards`. Or an object with
-            `__len__` and `__getitem__` whose items are dictionaries. Or a `SourcePart`.
+            `__len__` and `__getitem__` that holds dictionaries. Or a `SourcePart`.
         fields: `Fields`.
         index_dir: See `build_parts`.
         num_workers: See `build_parts`.
@@ -336,7 +336,7 @@ class _Shard:
     def intact(self):
         """Returns the numbers of the intact records, sorted by sample, and the starts.
 
-        Those of the sample `n` are `numbers[starts[n] : starts[n + 1]]`.
+        The records of sample `n` are `numbers[starts[n] : starts[n + 1]]`.
         """
         numbers = self._numbers(None)
         firsts = self.part.first_rows()[numbers] if self.part.has_groups else numbers

@@ -51,9 +51,9 @@ class ObjectIndex:
         # An item of a DataFrame is a column, and streams have no length.
         except (TypeError, SampleError) as error:
             raise ValueError(
-                "`source` must be paths, or an object with `len` whose items are "
-                "dicts: pass `[{'image': x, 'caption': y} for x, y in pairs]` instead "
-                "of pairs, and `frame.to_dict('records')` instead of a DataFrame, and "
+                "`source` must be paths, or an object with `len` that holds dicts: "
+                "pass `[{'image': x, 'caption': y} for x, y in pairs]` instead of "
+                "pairs, and `frame.to_dict('records')` instead of a DataFrame, and "
                 "load a streaming dataset without streaming. Received: "
                 f"source={self.paths[0]}: {error}"
             ) from error

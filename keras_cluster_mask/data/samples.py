@@ -130,7 +130,7 @@ class Format:
     """A format of shards: how its rows become samples.
 
     Attributes:
-        has_rows: Boolean. Whether a shard has rows, of which those of one image are a
+        has_rows: Boolean. Whether a shard has rows. All rows of one image form a
             sample. In other formats, a duplicate key in a shard is a fault.
         names_files: Boolean. Whether samples may hold the names of image files, which
             are relative to the folder of the shard.
@@ -230,7 +230,7 @@ class Fields:
         return filled({"image": self.image_keys, "caption": captions, "label": labels})
 
     def replaced(self, other):
-        """Returns the fields with those of another in place of the common names."""
+        """Returns the fields, with another's in place of the common names."""
         found = copy.copy(self)
         if self.image_keys == IMAGE_KEYS:
             found.image_keys = other.image_keys

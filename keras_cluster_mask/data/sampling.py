@@ -17,21 +17,20 @@ class Sampling:
     `probability` gives the expected number of copies of each sample in an epoch. A
     sample with a probability of 0.3 occurs in 30 % of all epochs, and one with 0 is
     never read. One with 2.3 occurs two or three times: `floor(2.3 + u)` times, where
-    `u` is uniform in [0, 1). Samples are drawn independently, by `seed` and the epoch.
-    So all processes and resumed runs draw the same samples, with any number of workers.
-
+    `u` is uniform in [0, 1). Samples are drawn independently, by `seed` and the epoch,
+    so all processes and resumed runs draw the same samples, with any number of workers.
     The length of an epoch is random. `len(dataset)` is the number of batches in the
     epoch that the dataset starts in, and `dataset.steps_per_epoch` is the number in an
     epoch of mean length. `ContrastiveModel.fit` trains for `steps_per_epoch` steps in
     each epoch. No sample is lost between epochs.
 
-    No samples are read to draw them, because the index of the shards has the hashes of
-    all keys. (Objects whose samples have `"__key__"` are read.) The keys are in the
+    Drawing reads no samples, because the index of the shards has the hashes of all
+    keys. (Objects with `"__key__"` in their samples are read.) The keys are in the
     metadata that img2dataset writes, or in the batches of a dataset with
     `include_keys=True`.
 
     A dataset uses 8 bytes of memory per sample, in each process and worker process, and
-    8 bytes per sample of two epochs. While it draws an epoch, it uses 32 more.
+    8 bytes per sample of two epochs. While drawing an epoch, it uses 32 more.
 
     `examples/dynamic_cluster_sampling.py` (DynamiCS) and
     `examples/frequency_pruning.py` (WFPP) compute probabilities.
@@ -61,8 +60,8 @@ class Sampling:
         probability: Dictionary from the key of each sample, a string or bytes, to a
             number of at least 0. It must contain all samples of the dataset, and may
             contain others. Or an iterable of keys, such as a list or an array: these
-            samples occur once in each epoch, or as often as they are listed, and all
-            others never. Keys are those that batches contain with `include_keys`.
+            samples occur once in each epoch, or as often as they are listed, and other
+            samples never. Keys match the `"keys"` of batches with `include_keys`.
         seed: Integer. The random seed of the samples that are drawn. Defaults to `0`.
 
     Raises:
@@ -79,7 +78,7 @@ class Sampling:
         seed: int = 0,
     ):
         self.seed = check_integer("seed", seed, 0)
-        # The number of copies of samples whose key is missing; NaN means an error.
+        # The number of copies of samples with a missing key; NaN means an error.
         self._default = 0.0
         if isinstance(probability, Mapping):
             self._default = np.nan

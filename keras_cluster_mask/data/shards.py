@@ -54,9 +54,9 @@ def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
         source: String or path, or a list of them. A file; a folder with a table,
             `metadata.csv`, `.tsv` or `.jsonl`; a folder of images, which may have
             subfolders; a pattern with `*`, `?` or `[...]` for all existing files that
-            match it; or a pattern with `{a,b}` or `{000..123}`, each of whose files
-            must exist. Each may be a URL, such as `"s3://bucket/train-*.tar"`, or a
-            chain of fsspec, such as `"simplecache::s3://bucket/train-*.tar"`.
+            match it; or a pattern with `{a,b}` or `{000..123}`, for files that must all
+            exist. Each may be a URL, such as `"s3://bucket/train-*.tar"`, or a chain of
+            fsspec, such as `"simplecache::s3://bucket/train-*.tar"`.
 
     Returns:
         A sorted list of strings without duplicates. A folder of images ends with `/`.
@@ -79,9 +79,9 @@ def find_shards(source):
     for item in source if is_list else [source]:
         if not isinstance(item, str | os.PathLike):
             raise ValueError(
-                "`source` must be a path, a list of paths, or an object whose items "
-                "are dicts. Split a list instead of listing parts, and pass a dict "
-                f"of weights to `image_text_dataset` only. Received: source={item!r}"
+                "`source` must be a path, a list of paths, or an object that holds "
+                "dicts. Split a list instead of listing parts, and pass a dict of "
+                f"weights to `image_text_dataset` only. Received: source={item!r}"
             )
         item = os.fspath(item)
         if not files.is_address(item):

@@ -37,16 +37,16 @@ class SourcePart:
         fields = fields.replaced(self.fields)
         if fields.image_keys not in ((), self.fields.image_keys):
             raise ValueError(
-                "`image_keys` must be those of `split`, which finds the images of the "
-                "samples by them: pass the same to both. Received: image_keys="
-                f"{fields.image_keys}, and in `split` {self.fields.image_keys}"
+                "`image_keys` must match `split`, which finds the images with them: "
+                f"pass the same to both. Received: image_keys={fields.image_keys}, and "
+                f"in `split` {self.fields.image_keys}"
             )
         index_dir = index_dir or self.index_dir
         index = open_index(self.source, fields, index_dir, num_workers, process)
         if index.stamps != self.stamps:
             raise ValueError(
                 "`source` must not change after it was split: split it again. Samples "
-                f"stay on their sides. Received: {self}, whose files have changed"
+                f"stay on their sides. Received: {self}, with changed files"
             )
         return index.select(self.keep)
 
@@ -71,17 +71,18 @@ def split(
     """Splits a source into training and test data that share no image.
 
     The side of a sample depends only on a hash of its image, and on `test` and `seed`.
-    So copies of an image are on one side, also across shards, and a sample stays on its
-    side when others are added, removed or sorted. A larger `test` only moves samples
-    from the training data to the test data. Their shares are approximate.
+    So copies of an image are on the same side, even across shards, and a sample stays
+    on its side when other samples are added, removed or sorted. A larger `test` only
+    moves samples from the training data to the test data. The fractions are
+    approximate.
 
-    All images are read once, with a progress bar after one second, but not decoded
-    (those of objects are). For large shards, `by="key"` reads none.
+    All images are read once, with a progress bar after one second. Only images of
+    objects are decoded. For large shards, `by="key"` reads no images.
 
     A sample with a missing or unreadable image is on the side of its key, and counts as
-    broken there. The damage of a shard counts on both sides. If files change later, the
-    part raises an error: split again. Changes of image files that a table or a folder
-    names, and of objects of the same length, are not noticed.
+    broken there. A damaged shard counts on both sides. If files change later, the part
+    raises an error: split again. Changes are not noticed in image files that a table or
+    folder names, or in objects of the same length.
 
     Example:
 
@@ -94,8 +95,8 @@ def split(
     ```
 
     Args:
-        source: See `image_text_dataset`, but no dictionary: split each of its sources.
-            Or a part that this function returned.
+        source: See `image_text_dataset`, or a part that this function returned. Instead
+            of a dictionary, split each of its sources.
         test: Float. The fraction of test data, between 0 and 1. Defaults to `0.2`.
         by: String. `"image"`: by the bytes of the file of an image, or the pixels of an
             array or a `PIL.Image.Image`. `"key"`: by the key of a sample, such as its
@@ -103,7 +104,7 @@ def split(
             other keys may then be on both sides. Defaults to `"image"`.
         seed: Integer. The random seed of the sides. Defaults to `0`.
         image_keys: String or sequence of strings; see `image_text_dataset`. Also used
-            by whatever reads the parts. Defaults to `None`: common names.
+            to read the parts. Defaults to `None`: common names.
         caption_key: String or sequence of strings; see `image_text_dataset`. The
             default for the parts. Defaults to `None`: common names.
         index_dir: String or path; see `image_text_dataset`. The default for the parts.

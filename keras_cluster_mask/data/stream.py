@@ -31,12 +31,13 @@ MAX_EXAMPLES = 20
 class ImageTextDataset(Stream):
     """A dataset of batches of image-text pairs; see `image_text_dataset`.
 
-    It is an iterable with a length: an endless stream in training, while evaluation
-    reads each sample once. `ContrastiveModel.fit` reads it as it is. Other Keras models
-    take a generator: `fit(((batch,) for batch in dataset),
-    steps_per_epoch=len(dataset))`. `dataset[n]` is the batch `start + n`, so a
-    `torch.utils.data.DataLoader(dataset, batch_size=None)` reads it, too: in training
-    one epoch from `start` on, which you set for another.
+    The dataset is an iterable with a length. Training reads it as an endless stream,
+    and evaluation reads each sample once. Pass it directly to `ContrastiveModel.fit`.
+    Other Keras models take a generator:
+    `fit(((batch,) for batch in dataset), steps_per_epoch=len(dataset))`. `dataset[n]`
+    is the batch `start + n`, so a
+    `torch.utils.data.DataLoader(dataset, batch_size=None)` also reads it, in training
+    for one epoch from `start` on. Set `start` for another epoch.
 
     Args:
         batches: `Batches`.
@@ -45,19 +46,18 @@ class ImageTextDataset(Stream):
         start: Integer. The batch at which an iteration starts. `ContrastiveModel.fit`
             sets it to the batch after the last one that it trained on.
         skipped: `SkippedSamples`. The broken samples of the last pass.
-        unused_captions: Integer. The captions left out in the last pass, of images
-            with several.
+        unused_captions: Integer. The number of captions left out in the last pass, for
+            images with several.
         batch_size: Integer. The global batch size.
-        num_samples: Integer. The number of intact samples, from which `Sampling` may
-            choose those of an epoch.
+        num_samples: Integer. The number of intact samples, before any `Sampling`.
         element_spec: Dictionary from the name of each entry of a batch to its `Spec`.
         description: Dictionary. The settings that determine the samples of each batch.
             A run can only be resumed on a dataset with an equal `description`.
         tokenizer: The tokenizer, or `None`.
         process: Pair of integers. The index of this process, and the number of
             processes.
-        class_names: List of strings, the names that labels are indices into, if known.
-        waited: Float. The seconds for which the program has waited for batches.
+        class_names: List of strings, the names that labels index, if known.
+        waited: Float. The seconds that the program has waited for batches.
     """
 
     steps_per_epoch: int
@@ -81,9 +81,9 @@ class ImageTextDataset(Stream):
             if length < self.batch_size:
                 raise ValueError(
                     "`batch_size` must not exceed the number of samples in an epoch, "
-                    "all of `source` or those that `sampling` chooses, because "
-                    "training uses full batches only. Received: "
-                    f"batch_size={self.batch_size}, {length} samples"
+                    "all of `source` or the choice of `sampling`, because training "
+                    f"uses full batches only. Received: batch_size={self.batch_size}, "
+                    f"{length} samples"
                 )
             length = int(batches.order.mean_length)
             self.steps_per_epoch = max(length // self.batch_size, 1)

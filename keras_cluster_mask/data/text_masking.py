@@ -20,7 +20,7 @@ from keras_cluster_mask.data.tokenizers import (
 )
 from keras_cluster_mask.data.tokenizing import PROBES, tokenize
 
-# The number of words whose tokens are counted only once.
+# The number of words for which token counts are cached.
 MAX_WORDS = 1 << 16
 # The length of the rows in which they are counted, of a tokenizer of any length.
 MAX_TOKENS = 128
@@ -50,13 +50,12 @@ class TextMasking:
     groups of words together, and `of_epoch`, to change with the epoch.
     `examples/concept_curriculum.py` does both.
 
-    Words are those of CLIP's tokenizer, in lower case and before byte-pair encoding:
-    runs of letters, single digits, endings of contractions, and runs of other
+    Captions are split as in CLIP's tokenizer, in lower case and before byte-pair
+    encoding: runs of letters, single digits, endings of contractions, and runs of other
     characters. In scripts without spaces between words (Chinese, Japanese, Thai, Lao,
     Khmer and Burmese), each character is a word. Tokens of a character are counted
-    alone, so rows of such scripts may be shorter. Another tokenizer gets the kept words
-    as they are in the caption, with their case. Its tokens of a word are those of the
-    word alone.
+    alone, so rows of such scripts may be shorter. Other tokenizers get the kept words
+    with the case of the caption, and their tokens are counted for each word alone.
 
     Draw all random numbers from `generator`, so that all processes, workers and resumed
     runs mask in the same way. With `num_workers`, a masking must be picklable. A run
@@ -102,7 +101,7 @@ class TextMasking:
 
         Returns:
             Sequence of floats, one for each word. Words with the highest scores are
-            kept; of equal scores, the first in the caption.
+            kept. Among equal scores, earlier words are kept.
         """
         raise NotImplementedError(f"{type(self).__name__} needs `score(caption)`.")
 
@@ -153,12 +152,12 @@ class TextMasking:
         """Masks captions, and converts them to token ids.
 
         Args:
-            tokenizer: A tokenizer that `image_text_dataset` takes, whose rows end in
-                padding.
+            tokenizer: A tokenizer that `image_text_dataset` takes and that pads the
+                ends of rows.
             captions: List of strings or bytes.
             generators: List of `np.random.Generator`, one for each caption.
-            epochs: List of integers. The epoch of each caption. Defaults to `None`: 0,
-                the first.
+            epochs: List of integers. The epoch of each caption. Defaults to `None`:
+                epoch 0.
 
         Returns:
             NumPy int32 array of shape `(len(captions), context_length)`.
@@ -203,9 +202,9 @@ class RandomTextMasking(TextMasking):
 class BlockTextMasking(TextMasking):
     """Keeps consecutive words of captions that are too long (CLIPA).
 
-    The first word of the run is drawn from those that leave enough tokens after them
-    to fill the context. If the next word does not fit, the nearest later words that fit
-    fill the row, then the nearest earlier ones.
+    The first word of the run is drawn from the words with enough tokens after them to
+    fill the context. If the next word does not fit, the nearest later words that fit
+    fill the row, then the nearest earlier words.
 
     In scripts without spaces between words, such as Chinese, each character is a word.
 
@@ -253,8 +252,9 @@ class WordTokenizer:
         self._most = int(_num_tokens(self._counter, long_text)[0])
         if self._num_tokens_left < 1:
             raise ValueError(
-                "`text_masking` needs a `tokenizer` whose rows end in padding, so that "
-                f"the tokens of a word can be counted. Received: tokenizer={tokenizer}"
+                "`text_masking` needs a `tokenizer` that pads the ends of rows, so "
+                "that the tokens of a word can be counted. Received: "
+                f"tokenizer={tokenizer}"
             )
 
     def __call__(self, captions, maskings, generators):

@@ -30,7 +30,7 @@ END = "<end_of_text>"
 CLIP_MERGES = 49408 - 2 * 256 - 2
 # A word is the ending of a contraction, a run of letters, one digit, or a run of other
 # characters that are not white space. The reference implementation ignores case, which
-# also drops U+0345, an accent whose upper case is a letter.
+# also drops U+0345, an accent with a letter as upper case.
 OTHERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 WORD_PATTERN = r"\p{L}+|" + OTHERS
 # Scripts without spaces between words, and the mark of a long vowel in Japanese. A text
@@ -104,7 +104,7 @@ def clip_vocabulary(merges):
 
 
 class CLIPTokenizer:
-    """Lower-cased byte-pair tokenizer that returns exactly CLIP's token ids.
+    """Lower-casing byte-pair tokenizer that returns exactly CLIP's token ids.
 
     Captions are cleaned as in OpenAI's and open_clip's tokenizers (broken encodings
     repaired, HTML entities resolved, white space collapsed, lower case), so that
@@ -115,8 +115,8 @@ class CLIPTokenizer:
 
     Letters newer than Unicode 16 may be split differently from open_clip.
 
-    Use one of the constructors `from_open_clip`, `from_file`, `from_preset` or `train`
-    in most cases. The tokenizer does not need TensorFlow.
+    In most cases, use one of the constructors `from_open_clip`, `from_file`,
+    `from_preset` or `train`. The tokenizer does not need TensorFlow.
 
     Example:
 
@@ -251,8 +251,8 @@ class CLIPTokenizer:
         Args:
             preset: String. A preset of `keras_hub.models.CLIPTokenizer`, such as
                 `"clip_vit_base_patch32"`, or the folder of a preset.
-            context_length: Integer. Defaults to `None`: that of the text encoder in the
-                folder, or 77.
+            context_length: Integer. Defaults to `None`: the text encoder's length in
+                the folder, or 77.
 
         Returns:
             A `CLIPTokenizer`.
@@ -309,7 +309,7 @@ class CLIPTokenizer:
         context_length: int = 32,
         min_frequency: int = 2,
     ) -> Self:
-        """Learns a vocabulary from captions.
+        """Trains a tokenizer on captions.
 
         A small dataset needs a small vocabulary: most of CLIP's 49,408 embeddings would
         never be trained. The same captions always give the same vocabulary.

@@ -21,7 +21,7 @@ _reading = threading.Lock()
 
 
 class Parquet(Format):
-    """Parquet files, whose columns are the fields. Needs pyarrow.
+    """Parquet files, with columns as fields. Needs pyarrow.
 
     The image column contains bytes, file names, or dictionaries of `"bytes"` and
     `"path"`, as the package `datasets` writes them. The rows of one image are a sample

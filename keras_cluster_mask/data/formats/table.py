@@ -25,15 +25,15 @@ NO_JSON = "a line that is not a JSON object"
 
 
 class Table(Format):
-    """Tables, whose columns are the fields.
+    """Tables, with columns as fields.
 
     The names of image files are relative to the folder of the table, unless they are
     absolute paths or URLs. The rows of one image are a sample with several captions.
     Its key is the value of the first column in its first row. A broken row affects no
     other row.
 
-    Quotes are those of CSV, but many TSV files have none: there, a cell that is not
-    quoted as in CSV keeps its quotes, and a line that has all cells is a row.
+    Quotes follow CSV, but many TSV files have none: there, a cell that is not quoted as
+    in CSV keeps its quotes, and a line that has all cells is a row.
 
     Args:
         delimiter: String. The delimiter of cells; None for JSON lines.

@@ -135,8 +135,8 @@ def _key_and_field(member):
     """Returns the key and field of a member, or empty strings if it is unrelated."""
     folder, _, base = member.name.removeprefix("./").rpartition("/")
     base, _, field = base.partition(".")
-    # Links and sparse files lack their plain content. Hidden files, such as those of
-    # macOS, have no name before the dot.
+    # Links and sparse files lack their plain content. Hidden files, such as on macOS,
+    # have no name before the dot.
     if not member.isfile() or member.issparse() or not base or not field:
         return "", ""
     return posixpath.join(folder, base), field.lower()
