@@ -194,7 +194,7 @@ def apply_global_gradients(model, record=None) -> None:
 
 
 def reduce_gradients(gradients: list, variables: list) -> list:
-    """Computes the gradients of the global batch from those of this replica.
+    """Computes the gradients of the global batch from this replica's gradients.
 
     Args:
         gradients: List of tensors, `None` for a variable without a gradient.

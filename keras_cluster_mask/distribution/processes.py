@@ -19,10 +19,10 @@ HEARTBEAT, TIMEOUT = 25, 600
 def initialize() -> None:
     """Joins the processes of one training run, at the start of the program.
 
-    On torch, start the program by `torchrun`, with one process per GPU; each process
+    On torch, start the program with `torchrun` and one process per GPU. Each process
     uses the GPU of its local rank, or the CPU if there is none. On JAX this calls
     `keras.distribution.initialize`, which reads the environment variables
-    `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID`; afterwards
+    `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID`. Afterwards,
     set a `keras.distribution.DataParallel(auto_shard_dataset=False)`. If a process
     dies, the others end with an error within a minute.
 
@@ -52,8 +52,8 @@ def initialize() -> None:
     if "WORLD_SIZE" not in os.environ:
         raise RuntimeError(
             "`initialize` needs what `torchrun` says about the processes: start the "
-            "program by `torchrun --nproc-per-node=NUMBER program.py`. "
-            "Received: no environment variable WORLD_SIZE"
+            "program with `torchrun --nproc-per-node=NUMBER program.py`. Received: no "
+            "environment variable WORLD_SIZE"
         )
     import torch
 

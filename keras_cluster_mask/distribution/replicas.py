@@ -1,4 +1,4 @@
-"""Rows of a batch: those of data parallel replicas, and those of each sample.
+"""Rows of a batch: by data parallel replica, and by sample.
 
 A JAX step sees the global batch whatever the number of devices, so it has one replica.
 TensorFlow and torch run the same step on every replica.
@@ -106,7 +106,7 @@ def local_rows(x):
 
 
 def local_loss(loss):
-    """Adjusts a replica's loss so that gradients and logs are those of the batch.
+    """Adjusts a replica's loss so that gradients and logs match the batch.
 
     On TensorFlow, Keras sums the losses of replicas, and averages the values that it
     reports. On torch, gradients are averaged in this package, and reported values are

@@ -163,9 +163,9 @@ class Architecture:
         return {**sizes, "intermediate_activation": self.activation}
 
 
-# All sizes except "tiny" are those of open_clip's model configurations of the same
-# names (https://github.com/mlfoundations/open_clip). The paper uses ViT-B/16.
-# The first four numbers are those of the image tower, the next four of the text tower.
+# All sizes except "tiny" match open_clip's model configurations of the same names
+# (https://github.com/mlfoundations/open_clip). The paper uses ViT-B/16. The first four
+# numbers are for the image tower, the next four for the text tower.
 SIZES = {
     "tiny": Architecture(96, 3, 3, 384, 96, 1, 3, 384, 8, 96),
     "vit_s_16": Architecture(384, 12, 6, 1536, 384, 12, 6, 1536, 16, 384),
@@ -201,8 +201,8 @@ def clip_backbone(
         vocabulary_size: Integer. The tokenizer's number of ids; 49,408 for
             CLIP's vocabulary.
         context_length: Integer. The maximum number of tokens of a text.
-        patch_size: Integer. Defaults to that of the size: 8 for `"tiny"`, else the
-            number in its name.
+        patch_size: Integer. Defaults to 8 for `"tiny"`, otherwise to the number in the
+            name of the size.
         activation: `"gelu"`, or `"quick_gelu"` as in OpenAI's weights.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
 

@@ -108,8 +108,8 @@ def attention_of_block(block, tokens):
 
 def _refusal(encoder):
     return ValueError(
-        "`encoder` must be a vision transformer with a class token whose attention is "
-        "known: keras_hub's CLIPVisionEncoder, MetaCLIP2VisionEncoder, ViTBackbone, "
+        "`encoder` must be a supported vision transformer with a class token: "
+        "keras_hub's CLIPVisionEncoder, MetaCLIP2VisionEncoder, ViTBackbone, "
         "DeiTBackbone or DINOV2Backbone, or a functional model around one. SigLIP has "
         f"no class token. Received: encoder={getattr(encoder, 'name', encoder)} of "
         f"type {type(encoder).__name__}"

@@ -28,7 +28,7 @@ class Exported:
     ) -> None:
         """Exports the model for inference on batches of any size.
 
-        Export `image_tower` or `text_tower` for one of the encoders alone.
+        To export only one of the encoders, export `image_tower` or `text_tower`.
 
         Args:
             filepath: Path of the folder or file to write.

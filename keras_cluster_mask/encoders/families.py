@@ -42,8 +42,8 @@ class ImageFamily:
             has no class token.
         resizable: Boolean. Whether `with_image_size` supports it: config, positions and
             patch size are known.
-        pooling: String, the pooling of `from_encoders`; `None` if the encoder is not
-            one of its own.
+        pooling: String, the pooling of `from_encoders`; `None` if that method does not
+            take the encoder.
         pixel_mean: Three floats, by channel.
         pixel_std: Three floats, by channel.
     """
@@ -208,8 +208,8 @@ PAIR_FAMILIES = {
     ),
 }
 
-# The families of image encoders by the class of their embedding layer, and by that of
-# their blocks.
+# The families of image encoders by the class of their embedding layer, and by the class
+# of their blocks.
 EMBEDDINGS = {x.embedding: x for x in IMAGE_FAMILIES.values() if x.embedding}
 BLOCKS = {x.block: x for x in IMAGE_FAMILIES.values() if x.block}
 # The classes of the blocks of the text encoders of `from_encoders`.

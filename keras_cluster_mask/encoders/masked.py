@@ -56,8 +56,8 @@ def with_masking(
             SigLIP 2), `ViTBackbone`, `DeiTBackbone`, `DINOV2Backbone`,
             `DINOV3Backbone` or `BLIP2VisionEncoder`, or a model of your own.
         masking: A `PatchMasking` layer. It can be used in several encoders, which may
-            have different prefix tokens. Without a `patch_size`, it keeps that of the
-            first one.
+            have different prefix tokens. Without a `patch_size`, it keeps the patch
+            size of the first encoder.
         layer: String. The name of the layer that outputs the embedded tokens,
             `(batch, tokens, dim)`, after the position embedding. Not needed for the
             encoders above.
@@ -67,8 +67,8 @@ def with_masking(
         `encoder`.
 
     Raises:
-        ValueError: If the layer is unknown (the candidates are listed) or before the
-            position embedding, if the masking does not fit the patches and
+        ValueError: If the layer is unknown (the candidates are listed) or comes before
+            the position embedding, if the masking does not fit the patches and
             `num_prefix_tokens` of the encoder, or if the masking hides tokens with a
             Keras mask that the encoder does not honor.
     """
@@ -87,11 +87,11 @@ class MaskedEncoder(MadeOfParts, keras.Model):
 
     Call arguments:
         inputs: Images, in the form that `encoder` takes: a tensor, or a dictionary with
-            it.
+            a tensor.
         training: Python boolean. Patches are left out only if it is true.
-        noise: `(batch, N)` float32 tensor for the masking. Drawn if not given. Or
-            `(batch, v, N)` for `v` views of each image: the patches are embedded once,
-            and the output has `batch * v` rows, with the views of an image in
+        noise: `(batch, N)` float32 tensor for the masking, or `(batch, v, N)` for `v`
+            views of each image. Drawn if not given. For views, the patches are embedded
+            once, and the output has `batch * v` rows, with the views of an image in
             consecutive rows.
 
     Attributes:
@@ -122,9 +122,9 @@ class MaskedEncoder(MadeOfParts, keras.Model):
             )
         if any(isinstance(x, PatchMasking) for x in all_layers(encoder)):
             raise ValueError(
-                "`encoder` must have no masking yet. Take that of a masked encoder "
-                "out of it, `masked.encoder`, to put in another. "
-                f"Received: encoder={encoder.name} of type {type(encoder).__name__}"
+                "`encoder` must have no masking yet. To replace the masking of a "
+                "masked encoder, pass `masked.encoder`. Received: "
+                f"encoder={encoder.name} of type {type(encoder).__name__}"
             )
 
         # === Layers ===

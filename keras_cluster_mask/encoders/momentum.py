@@ -35,8 +35,8 @@ from keras_cluster_mask.types import Tensor
 class MomentumEncoder(MadeOfParts, keras.layers.Layer):
     """An exponential moving average (EMA) of a vision transformer, as a teacher.
 
-    The teacher of `kcm.AttentiveMasking`. It is not trained. Each update moves its
-    weights towards those of the encoder that it follows:
+    This is the teacher of `kcm.AttentiveMasking`. It is not trained. Each update moves
+    its weights towards the weights of the encoder that it follows:
 
         teacher = momentum * teacher + (1 - momentum) * encoder
 
@@ -44,10 +44,10 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
     cosine over `steps` updates. Weights are averaged in float32, whatever the compute
     dtype of the encoder. All layers run in inference mode.
 
-    The teacher starts with the weights that `encoder` has when the teacher is made. It
-    follows the encoder that its masking is put into, by `kcm.with_masking` or
-    `kcm.ContrastiveModel.from_backbone`, or the one given to `follow`. That encoder is
-    not part of the teacher: a saved teacher contains only its own weights.
+    The teacher starts with the current weights of `encoder`. It follows the encoder
+    that its masking is inserted into, by `kcm.with_masking` or
+    `kcm.ContrastiveModel.from_backbone`, or the encoder given to `follow`. The followed
+    encoder is not part of the teacher: a saved teacher contains only its own weights.
 
     Example:
 
@@ -65,18 +65,18 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
             keras_hub's `CLIPVisionEncoder`, `MetaCLIP2VisionEncoder`, `ViTBackbone`,
             `DeiTBackbone` or `DINOV2Backbone`, or a functional Keras model around one.
         momentum: Float in `[0, 1]`, the momentum of the first update.
-        final_momentum: Float in `[0, 1]`, the momentum after `steps` updates. It needs
+        final_momentum: Float in `[0, 1]`, the momentum after `steps` updates. Requires
             `steps`.
         steps: Integer, the number of updates over which the momentum rises. `None`
             keeps it at `momentum`.
         image_size: Integer or `(height, width)` in pixels, divisible by the patch size.
-            The teacher reads images resized to it (bilinear, antialiased), with
+            The teacher reads images resized to this size (bilinear, antialiased), with
             position embeddings resized as by `kcm.models.with_image_size`. Half the
             size costs about a quarter as much. `None` does not resize images.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name`.
 
     Call arguments:
-        images: `(batch, H, W, C)` tensor, or channels first, normalized as for the
+        images: `(batch, H, W, C)` tensor, or channels first, normalized for the
             encoder.
 
     Returns:
@@ -162,7 +162,7 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
         rescaled to a sum of 1.
 
         Args:
-            images: `(batch, H, W, C)` tensor, or channels first, normalized as for the
+            images: `(batch, H, W, C)` tensor, or channels first, normalized for the
                 encoder.
 
         Returns:
@@ -198,9 +198,9 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
         nothing changes.
 
         Args:
-            encoder: A vision transformer whose weights have the shapes of the
-                teacher's, in the same order. Position embeddings may be for another
-                image size, and weights may follow, such as those of a pooling.
+            encoder: A vision transformer with weights of the teacher's shapes, in the
+                same order. Position embeddings may be for another image size, and
+                further weights may follow, such as a pooling's.
 
         Raises:
             ValueError: If the weights do not match, or the teacher already follows
@@ -228,7 +228,7 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
             )
 
     def update(self) -> None:
-        """Moves the weights towards those of the encoder that the teacher follows.
+        """Moves the weights towards the encoder that the teacher follows.
 
         `kcm.AttentiveMasking` calls it once in each step of training.
         """
@@ -254,7 +254,7 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
 
     def _match(self, encoder):
         """Returns triples: own weight, followed weight, resize matrix or `None`."""
-        # An encoder may have further weights at its end, such as those of a pooling.
+        # An encoder may have further weights at its end, such as a pooling's.
         own = self.copied_weights
         theirs = saved_weights(encoder)[: len(own)]
         num_blocks = sum(type(x).__name__ in BLOCKS for x in all_layers(encoder))
@@ -272,11 +272,11 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
         ):
             return pairs
         raise ValueError(
-            "`teacher` must be a copy of the encoder that it is to follow, of the same "
-            "shapes: make it by `MomentumEncoder(encoder)` of that encoder, or call "
-            "`teacher.follow` on the part of the encoder that it was made of. "
-            f"Received: a teacher of {self._attention.encoder.count_params()} numbers, "
-            f"encoder={encoder.name} of {encoder.count_params()}"
+            "`teacher` must be a copy of the encoder that it follows, of the same "
+            "shapes: make it by `MomentumEncoder(encoder)`, or call `teacher.follow` "
+            "on the part of the encoder that it was made from. Received: a teacher of "
+            f"{self._attention.encoder.count_params()} numbers, encoder={encoder.name} "
+            f"of {encoder.count_params()}"
         )
 
     def _resized_tables(self, encoder):

@@ -271,7 +271,7 @@ class TokenPooling(keras.layers.Layer):
     Args:
         pooling: `"class"`: the first token. `"mean"`: the mean of the tokens after the
             prefix that are not hidden. `"class_and_mean"`: both, concatenated.
-        num_prefix_tokens: Integer, the number of tokens before those of the mean.
+        num_prefix_tokens: Integer, the number of tokens that the mean skips.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:

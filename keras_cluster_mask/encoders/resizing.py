@@ -52,13 +52,13 @@ def with_image_size(
         model: A keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or `SigLIPBackbone`, the
             vision encoder of one, a `ViTBackbone` or a `DINOV2Backbone`. DINOv2 has two
             tables of positions: the table used in computation is interpolated, not the
-            one of its checkpoint.
+            checkpoint's table.
         image_size: Integer or `(height, width)`, divisible by the patch size. Only
             `ViTBackbone` supports images that are not square.
 
     Returns:
-        A model of the same class with its own weights. Layers that are frozen in the
-        given model are frozen in it too, and it has the same LoRA.
+        A model of the same class with its own weights. Frozen layers stay frozen, and
+        LoRA is kept.
 
     Raises:
         ValueError: For an unsupported model, or a size that is not divisible by the
@@ -122,8 +122,8 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
             number.
 
     Returns:
-        A model of the same class with its own weights. Layers that are frozen in the
-        given model are frozen in it too, and it has the same LoRA.
+        A model of the same class with its own weights. Frozen layers stay frozen, and
+        LoRA is kept.
 
     Raises:
         ValueError: For an unsupported model, or a length below 3 (a start token, a word
@@ -153,8 +153,7 @@ def with_context_length(model: keras.Model, length: int) -> keras.Model:
 def copy_with(model, tower: str, changes: dict) -> keras.Model:
     """Copies a model with changes in the configuration of one tower.
 
-    Layers that are frozen in the model are frozen in the copy, and those with LoRA have
-    it too. Weights are copied unless their shape has changed.
+    Frozen layers and LoRA are kept. Weights are copied unless their shape has changed.
 
     Args:
         model: A keras_hub backbone of two towers, or one of them alone.

@@ -42,7 +42,7 @@ def context_length_of(encoder) -> int | None:
 
 def data_format_of(encoder) -> str:
     """Returns an encoder's data format, `"channels_last"` or `"channels_first"`."""
-    # That of the first layer that has one, which reads the images.
+    # The first layer with a data format reads the images.
     found = (getattr(layer, "data_format", None) for layer in all_layers(encoder))
     return next(filter(None, found), keras.config.image_data_format())
 
@@ -197,9 +197,8 @@ def number_positions(encoder):
 
     `CLIPVisionEmbedding` creates its position ids as zeros and relies on a checkpoint
     to set them, so in an encoder built from scratch all patches would share a position.
-    Ids that are a tensor, as those of MetaCLIP 2, and the frequencies of DINOv3 become
-    arrays: TensorFlow cannot differentiate a loop over micro-batches that captures a
-    tensor.
+    Tensors of ids, as in MetaCLIP 2, and the frequencies of DINOv3 become arrays:
+    TensorFlow cannot differentiate a loop over micro-batches that captures a tensor.
     """
     for layer in all_layers(encoder):
         if (frequencies := getattr(layer, "inv_freq", None)) is not None:

@@ -62,8 +62,8 @@ class TextLengths:
         """Cuts the inputs of a text encoder to the longest text, rounded up.
 
         Args:
-            batch: Dictionary of arrays. Entries that are no inputs of the encoder stay
-                as they are.
+            batch: Dictionary of arrays. Other entries than the encoder's inputs are not
+                changed.
         """
         found = {name: batch[name] for name in self.names if name in batch}
         shapes = {tuple(np.shape(values)) for values in found.values()}
@@ -74,7 +74,7 @@ class TextLengths:
         return {**batch, **{name: values[:, :length] for name, values in found.items()}}
 
     def chunked(self, batch: Mapping[str, Any], num_chunks: int):
-        """Orders texts so that those of a chunk have similar lengths.
+        """Orders texts so that each chunk has texts of similar lengths.
 
         Args:
             batch: As for `of`.

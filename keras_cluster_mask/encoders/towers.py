@@ -105,7 +105,7 @@ class Tower(MadeOfParts, Exported, keras.Model):
             training: Boolean. An encoder without trainable weights runs as in
                 inference, since dropout would change its features.
             noise: The `StepNoise` of a training step, for the maskings in the encoder.
-            encoder: The encoder with its masking. Defaults to that of the tower.
+            encoder: The encoder with its masking. Defaults to the tower's encoder.
         """
         encoder = self.encoder if encoder is None else encoder
         if training and encoder.weights and not encoder.trainable_weights:
@@ -151,7 +151,7 @@ class Tower(MadeOfParts, Exported, keras.Model):
         given = inputs_of(self.encoder)
         if not given:
             raise ValueError(
-                "Only a tower with a functional encoder, whose inputs are known, can "
+                "Only a tower with a functional encoder, which has known inputs, can "
                 f"be exported. Received: {self.encoder.name} of type "
                 f"{type(self.encoder).__name__}"
             )
@@ -172,8 +172,8 @@ class ImageTower(Tower):
         pixel_mean: Mean of each channel, used to normalize uint8 images. `None` for
             images that are not normalized.
         pixel_std: Standard deviation of each channel.
-        data_format: `"channels_last"` or `"channels_first"`. Defaults to that of the
-            encoder.
+        data_format: `"channels_last"` or `"channels_first"`. Defaults to the encoder's
+            format.
         **kwargs: Arguments of `keras.Model`.
 
     Attributes:
@@ -225,8 +225,8 @@ class TextTower(Tower):
             `(batch, width)` features. A single input may have any name. If there are
             several, one must be named `"token_ids"`.
         projection: A layer from features to `(batch, d)`, or `None`.
-        context_length: Integer, the maximum number of tokens of a text. Defaults to
-            that of the encoder.
+        context_length: Integer, the maximum number of tokens of a text. Defaults to the
+            encoder's length.
         **kwargs: Arguments of `keras.Model`.
 
     Attributes:
@@ -313,7 +313,7 @@ class TextTower(Tower):
 
     def _spec(self, given):
         shape = given.shape
-        # On JAX, keras_hub compares the length with that of the position embeddings.
+        # On JAX, keras_hub compares the length with the position embeddings.
         if self.family.pooling == "last token" or keras.backend.backend() == "jax":
             shape = (shape[0], self.context_length)
         return keras.InputSpec(given.dtype, shape, name=given.name)
@@ -337,7 +337,7 @@ def normalize_pixels(images, mean=CLIP_MEAN, std=CLIP_STD, data_format=None):
         A float32 tensor for uint8 images; any other tensor unchanged.
 
     Raises:
-        ValueError: For integers other than uint8, whose range is not known.
+        ValueError: For integers other than uint8, which have no known range.
     """
     images = ops.convert_to_tensor(images)
     dtype = keras.backend.standardize_dtype(images.dtype)

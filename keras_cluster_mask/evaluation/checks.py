@@ -38,7 +38,7 @@ def check_whole(name, data):
 
 
 def check_class_names(name, data, class_names, may_rename=False):
-    """Raises an error unless the classes of a dataset are those of other data.
+    """Raises an error unless a dataset has the same classes as other data.
 
     Labels are indices of names. With another list of names, they are other classes.
 

@@ -96,7 +96,7 @@ def zero_shot_classifier(
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of one that was saved.
+            `SigLIPBackbone`, or the path of a saved one.
         class_names: List of str. Duplicates have equal weights, and cause a warning.
         tokenizer: See `embed`. Defaults to the tokenizer of the model.
         templates: A str with one `{}` or `{c}` as the placeholder for the name, or a
@@ -131,9 +131,9 @@ def evaluate_zero_shot(
 ) -> dict[str, float]:
     """Computes the accuracy of zero-shot classification.
 
-    The metrics are those of clip_benchmark. If classes have the same name, such as the
-    two cranes of ImageNet, only the first is predicted: images of the others count as
-    wrong in top-1, and as right in top-5 if their class is among the five.
+    The metrics match clip_benchmark. If classes have the same name, such as the two
+    cranes of ImageNet, only the first is predicted: images of the others count as wrong
+    in top-1, and as right in top-5 if their class is among the five.
 
     Example:
 
@@ -159,26 +159,25 @@ def evaluate_zero_shot(
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of one that was saved.
+            `SigLIPBackbone`, or the path of a saved one.
         data: See `embed`. Batches hold `"images"` and `"labels"`, indices into
             `class_names`.
         class_names: List of str, the name of each class. For an `image_text_dataset`,
-            these are its `class_names`, in letters of either case and with spaces for
-            "_" and "-", and more classes may follow. Or they are as many other names,
-            as for the folders of ImageNet. To change some names, pass a dictionary as
-            `templates`.
+            pass its `class_names`: case may differ, spaces may replace "_" and "-", and
+            more classes may follow. Or pass as many other names, as for the folders of
+            ImageNet. To change some names, pass a dictionary as `templates`.
         tokenizer: See `embed`. Defaults to the tokenizer of the model.
         templates: See `zero_shot_classifier`.
         ks: See `classification_accuracy`.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
-        A dictionary, as `classification_accuracy` returns it.
+        The dictionary of `classification_accuracy`.
 
     Raises:
-        ValueError: As `zero_shot_classifier` does, for data without labels, for labels
-            out of range, and for an `image_text_dataset` with `training=True`, with
-            other `class_names` than its labels or than here, or of one of several
+        ValueError: In the cases of `zero_shot_classifier`, for data without labels, for
+            labels out of range, and for an `image_text_dataset` with `training=True`,
+            with other `class_names` than its labels or than here, or for one of several
             processes.
     """
     ks = check_ks(ks)

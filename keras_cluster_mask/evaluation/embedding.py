@@ -47,19 +47,19 @@ def embed(
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of one that was saved.
+            `SigLIPBackbone`, or the path of a saved one.
         data: Batches, or arrays. An iterable of batches (`image_text_dataset`, a
-            `tf.data.Dataset`, a `PyDataset`), each a dictionary with `"images"`, or
-            a pair `(images, labels)`, or images alone; or one such dictionary, pair or
+            `tf.data.Dataset`, a `PyDataset`), each a dictionary with `"images"`, or a
+            pair `(images, labels)`, or images alone; or one such dictionary, pair or
             array that holds all data. Images are `(batch, H, W, C)`, uint8 or
-            normalized floats. All batches have the same entries. Of an
+            normalized floats. All batches must have the same entries. For an
             `image_text_dataset`, each process embeds the images that it reads.
-        tokenizer: A callable from a list of str to ints `(batch, length)`, such as
-            a `CLIPTokenizer`; or a tokenizer of open_clip or Hugging Face, which pads
-            and truncates to its own length or the model's, whichever is shorter. It
-            reads the `"captions"` of the batches: one per image, or a tuple of several.
-            Defaults to the tokenizer of the model. Batches without captions have their
-            `"token_ids"` embedded, if there are any.
+        tokenizer: A callable from a list of str to ints `(batch, length)`, such as a
+            `CLIPTokenizer`; or a tokenizer of open_clip or Hugging Face, which pads and
+            truncates to its own length or the model's, whichever is shorter. The
+            tokenizer reads the `"captions"` of the batches: one per image, or a tuple
+            of several. Defaults to the tokenizer of the model. For batches without
+            captions, `"token_ids"` are embedded, if present.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -160,7 +160,7 @@ def embed_texts(
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of one that was saved.
+            `SigLIPBackbone`, or the path of a saved one.
         texts: List of str or bytes.
         tokenizer: As for `embed`. Defaults to the tokenizer of the model.
         verbose: `"auto"`, 0 or 1. Whether to show progress.

@@ -44,8 +44,8 @@ def compute_features(
 ) -> TowerFeatures:
     """Runs both towers of a model once over a dataset, and stores their features.
 
-    To train only the projections of a model takes seconds an epoch on features. A run
-    that was interrupted resumes. A folder that is complete is returned as it is.
+    Training only the projections of a model on features takes seconds per epoch. An
+    interrupted run resumes. A complete folder is returned without computation.
 
     Args:
         model: A `ContrastiveModel`.
@@ -64,7 +64,7 @@ def compute_features(
     Raises:
         ValueError: If the folder holds features of other towers, of another tokenizer
             or of other data. Data other than arrays and an `image_text_dataset` is
-            known by its first batch, and an iterator not at all.
+            identified by its first batch, and iterators are not identified.
     """
     model = embedder_of(model).model
     data = pairs_of(model, data)
@@ -146,7 +146,7 @@ def _warn_of_unused_captions(data):
 
 
 def _append(folder, found, arrays):
-    """Adds the rows of a batch to the files, after those that are complete."""
+    """Adds the rows of a batch to the files, after the complete rows."""
     shapes = {name: [*array.shape[1:]] for name, array in arrays.items()}
     if found.setdefault("shapes", shapes) != shapes:
         raise ValueError(

@@ -44,8 +44,8 @@ def linear_probe(
     regression, fitted by scikit-learn's L-BFGS in float64. `LogisticRegressionCV` tries
     96 regularization strengths from 1e6 to 1e-6 on validation data. Each fit starts
     from the one before. If scores are equal, the largest strength is chosen. A final
-    fit uses training and validation data, and is evaluated on the test data, which
-    nothing else depends on.
+    fit uses training and validation data. It is evaluated on the test data, which
+    nothing else uses.
 
     Features are neither centered nor scaled, as in the paper: the strengths suit both
     embeddings of length 1 and larger features.
@@ -76,11 +76,11 @@ def linear_probe(
             cross-entropy summed over items. `None` chooses it on validation data.
         metric: `"top_1"`, or `"mean_per_class"` for unbalanced classes. The metric on
             the validation data that chooses the strength.
-        validation_split: Float in `(0, 1)`. The share of the training data that is held
-            out to choose the strength, stratified by class, with one item for each
-            class at least. Each class needs two items or more.
+        validation_split: Float in `(0, 1)`. The fraction of the training data that is
+            held out to choose the strength, stratified by class, with at least one item
+            per class. Each class needs at least two items.
         max_iterations: Integer. The maximum number of L-BFGS iterations in each fit.
-            scikit-learn warns of fits that need more.
+            scikit-learn warns about fits that need more.
         seed: Integer. The seed of the validation split.
 
     Returns:
@@ -93,7 +93,7 @@ def linear_probe(
         ImportError: If scikit-learn is not installed.
         ValueError: For features that are not finite, for labels that do not match them,
             for a single class, for validation or test data with a class that the
-            training data lacks, and for a validation split of a class of one item.
+            training data lacks, and for a validation split with a class of one item.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -159,8 +159,8 @@ def evaluate_linear_probe(
 ) -> dict[str, Any]:
     """Computes the accuracy of a logistic regression on image embeddings.
 
-    The embeddings are the L2-normalized ones of the shared space. Radford et al. use
-    the features before the projection; pass such features to `linear_probe`.
+    Uses the L2-normalized embeddings of the shared space. Radford et al. use the
+    features before the projection; pass such features to `linear_probe`.
 
     Example:
 
@@ -187,7 +187,7 @@ def evaluate_linear_probe(
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of one that was saved.
+            `SigLIPBackbone`, or the path of a saved one.
         train: See `embed`. Batches hold `"images"` and `"labels"`, ints; other entries
             are ignored.
         test: Data of the same kind.
@@ -198,13 +198,13 @@ def evaluate_linear_probe(
             `validation_split`, `max_iterations` and `seed`.
 
     Returns:
-        A dictionary, as `linear_probe` returns it.
+        The dictionary of `linear_probe`.
 
     Raises:
         ImportError: If scikit-learn is not installed.
         ValueError: For data without labels, for an `image_text_dataset` with
             `training=True`, with other `class_names` than its labels or than `train`,
-            or of one of several processes, and as `linear_probe` does.
+            or for one of several processes, and in the cases of `linear_probe`.
     """
     # Checked before embedding, which may take hours.
     _check_options(**options)

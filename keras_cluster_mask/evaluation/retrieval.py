@@ -38,7 +38,7 @@ def retrieval_recall(
 ) -> dict[str, float]:
     """Computes the recall of image-to-text and text-to-image retrieval.
 
-    Recall@k is the share of queries with a match among the k most similar items. A
+    Recall@k is the fraction of queries with a match among the k most similar items. A
     wrong item that is as similar as the best match, up to float32 rounding, ranks ahead
     of it. So a model that embeds everything alike scores 0.
 
@@ -65,7 +65,7 @@ def retrieval_recall(
         `image_to_text_recall@k` and `text_to_image_recall@k` for each k.
 
     Raises:
-        ValueError: For embeddings whose widths differ, for NaN embeddings, and for
+        ValueError: For embeddings of different widths, for NaN embeddings, and for
             texts without an image. An image without a text counts as a miss.
     """
     ks = check_ks(ks)
@@ -116,8 +116,8 @@ def evaluate_retrieval(
     # {"image_to_text_recall@1": 0.08, ...}
     ```
 
-    A source, whose images may have several captions each, for a model that has a
-    tokenizer:
+    A model with a tokenizer can evaluate a source, which may have several captions per
+    image:
 
     ```
     kcm.evaluation.evaluate_retrieval(model, "flickr30k-test.tar")
@@ -125,7 +125,7 @@ def evaluate_retrieval(
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of one that was saved.
+            `SigLIPBackbone`, or the path of a saved one.
         data: A source of images and captions, such as a path; see `image_text_dataset`.
             Or data as for `embed`. Batches hold `"images"`, and `"captions"` or, if
             there is no tokenizer, `"token_ids"`. A text matches the image in its row.
@@ -137,12 +137,12 @@ def evaluate_retrieval(
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
-        A dictionary, as `retrieval_recall` returns it, and `"chance"`, one of the same
-        keys with the recall of random embeddings; see `chance_recall`.
+        The dictionary of `retrieval_recall`, and `"chance"`, a dictionary with the same
+        keys and the recall of random embeddings; see `chance_recall`.
 
     Raises:
         ValueError: For data without texts, and for an `image_text_dataset` with
-            `training=True` or of one of several processes.
+            `training=True` or for one of several processes.
     """
     check_choice("duplicates", duplicates, ("positive", "negative"))
     ks = check_ks(ks)
@@ -176,9 +176,9 @@ def chance_recall(
 ) -> dict[str, float]:
     """Computes the expected recall of random embeddings.
 
-    Equal captions have the same embedding. The more of them there are, the higher is
-    the chance from text to image, where more images match. The chance from image to
-    text is the mean of many random orders, which are the same in each call.
+    Equal captions have the same embedding, and raise the chance from text to image,
+    because more images match. The chance from image to text is the mean of many random
+    orders, which are the same in each call.
 
     Example:
 

@@ -15,7 +15,7 @@ weights = zeroshot_classification.zero_shot_classifier(
 weights.shape  # (96, 2)
 ```
 
-- Pass `amp=False`. A Keras model computes in the precision of its own dtype policy, and
+- Pass `amp=False`. A Keras model computes in the precision of its dtype policy, and
   half precision would only round the scores of classes.
 - On JAX and TensorFlow, load data without workers (`num_workers=0`). Workers are
   forked, and a forked process can wait forever for a lock that one of the backend's
@@ -50,8 +50,8 @@ def adapt(model: Any, tokenizer: Any = None) -> tuple["Adapter", Callable, Calla
 
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
-            `SigLIPBackbone`, or the path of a file with one of them that `save` wrote,
-            or the path of a folder with a keras_hub preset.
+            `SigLIPBackbone`, or the path of a saved one: a file, or the folder of a
+            keras_hub preset.
         tokenizer: See `kcm.evaluation.embed`. Defaults to the tokenizer of the model.
 
     Returns:

@@ -35,7 +35,7 @@ def fixed(*values: Any) -> Entry:
 
 
 def choice(field: str, values: dict) -> Entry:
-    """Returns an entry whose values stand for values of a field, first the default."""
+    """Returns an entry that maps its values to values of a field, the default first."""
     return Entry(field, next(iter(values)), values)
 
 
@@ -52,8 +52,8 @@ def _channels(values):
     return tuple(map(float, values)) if is_right else None
 
 
-# Functions from the value of an entry to that of a field, or to `None` if the value is
-# not what the key says.
+# Functions from the value of an entry to the value of a field, or to `None` if the
+# value is not what the key says.
 RULES = {
     "count": lambda x: x if is_integer(x) and x > 0 else None,
     "square": side_of,
@@ -66,7 +66,7 @@ RULES = {
 
 
 def flatten(config: Mapping, parts: tuple[str, ...]) -> dict:
-    """Returns all entries of a config: those of its parts are named `part.name`."""
+    """Returns all entries of a config. Entries of its parts are named `part.name`."""
     entries = {key: value for key, value in config.items() if key not in parts}
     for part in parts:
         part_entries = (config.get(part) or {}).items()

@@ -99,8 +99,8 @@ def load_hugging_face(
 ) -> ContrastiveModel:
     """Loads a CLIP, MetaCLIP 2 or SigLIP model saved by transformers.
 
-    Reads the files that `save_pretrained` of `CLIPModel`, `MetaClip2Model` and
-    `SiglipModel` writes, and those of a downloaded model, without transformers. Sizes,
+    Reads the files of a downloaded model, and the files that `save_pretrained` of
+    `CLIPModel`, `MetaClip2Model` and `SiglipModel` writes, without transformers. Sizes,
     attention heads and activation are read from `config.json`, and the mean and
     deviation of pixels from `preprocessor_config.json` or `processor_config.json`;
     without either file, they are the defaults for the kind of model. Other models of
@@ -108,8 +108,8 @@ def load_hugging_face(
     compute are refused. Half-precision weights become float32.
 
     The model resizes images as in its training: it squashes them for SigLIP, and crops
-    them for the others. A warning is issued if the files state another way. Files that
-    state another size of images than the model's are refused.
+    them for the others. A warning is issued if the files state another method. Files
+    that state another image size than the model's are refused.
 
     Example:
 
@@ -120,10 +120,10 @@ def load_hugging_face(
     ```
 
     Args:
-        source: Path of a folder with `model.safetensors` (read without torch) or
-            `pytorch_model.bin`, or with several of such files and their `.index.json`,
-            and with `config.json`; or path of the file of weights, or of the index, in
-            such a folder.
+        source: Path of a folder with `config.json` and `model.safetensors` (read
+            without torch), `pytorch_model.bin`, or several such files and their
+            `.index.json`. Or the path of the weight file, or of the index, in such a
+            folder.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
         **kwargs: Arguments of `ContrastiveModel.from_backbone`, such as `masking`. They
             take precedence over the files. `tokenizer` defaults to the one in the
@@ -166,8 +166,8 @@ def _read_config(path):
     kind = config.get("model_type") if isinstance(config, Mapping) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
-            f"`source` must be a model of transformers whose {CONFIG_FILE} has a "
-            f"`model_type` of {sorted(FAMILIES)}. `load_open_clip` reads models of "
+            f"`source` must be a model of transformers, with a {CONFIG_FILE} that has "
+            f"a `model_type` of {sorted(FAMILIES)}. `load_open_clip` reads models of "
             f"open_clip. Received: source={str(path)!r}, with model_type={kind!r}"
         )
     # Old configs have a second dictionary. transformers fills it with defaults and then

@@ -67,20 +67,20 @@ def load_open_clip(
             (`"ViT-B-32-quickgelu"`), the path of an `open_clip_config.json`, or such a
             dictionary. Defaults to the config that `save_open_clip` wrote with the
             file. For the two file names above, it is the folder's
-            `open_clip_config.json`; files with other names do not use that one, which
-            may belong to another model. A named config does not state the mean and
-            deviation of pixels: pass `pixel_mean` and `pixel_std` for weights that were
-            not trained with CLIP's. OpenAI's weights need the names that end in
+            `open_clip_config.json`; files with other names do not use this config,
+            which may belong to another model. A named config does not state the mean
+            and deviation of pixels: pass `pixel_mean` and `pixel_std` for weights that
+            were not trained with CLIP's. OpenAI's weights need the names that end in
             `-quickgelu`.
         dtype: A dtype policy for the computations, such as `"mixed_bfloat16"`.
         **kwargs: Arguments of `ContrastiveModel.from_backbone`, such as `masking`.
             `tokenizer` defaults to CLIP's, from `vocab.json` and `merges.txt` in the
             folder of the file or from the installed open_clip; to the files of Hugging
             Face in that folder, if the config names one of its tokenizers; or to `None`
-            if there are none. Arguments take precedence over the config, whose
-            `pixel_mean` and `pixel_std` are the defaults. `loss` defaults to
-            `"sigmoid"` for weights with a `logit_bias`, which is loaded;
-            `loss="softmax"` leaves it out.
+            if there are none. Arguments take precedence over the config, which sets the
+            defaults of `pixel_mean` and `pixel_std`. `loss` defaults to `"sigmoid"` for
+            weights with a `logit_bias`, which is loaded; `loss="softmax"` leaves it
+            out.
 
     Returns:
         A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`, or a
@@ -118,7 +118,7 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
 
     Convert the arrays to tensors for `load_state_dict` of an open_clip model. A state
     dict contains neither the number of heads nor the activation, which `save_open_clip`
-    writes too. All epsilons of open_clip are 1e-5; in a backbone that is not from
+    also writes. All epsilons of open_clip are 1e-5; in a backbone that is not from
     `load_open_clip`, the text tower's last one is 1e-6.
 
     Example:
@@ -138,8 +138,8 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
         A dictionary from name to float32 NumPy array, a copy of the weight.
 
     Raises:
-        ValueError: For an unsupported model; or for a backbone made by keras_hub itself
-            whose patches all have position 0, which open_clip cannot represent.
+        ValueError: For an unsupported model, or for a backbone made by keras_hub itself
+            with all patches at position 0, which open_clip cannot represent.
     """
     backbone = getattr(model, "backbone", model)
     if not any(hasattr(backbone, x) for x in ("clip_head", "metaclip_2_head")):

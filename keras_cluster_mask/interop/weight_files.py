@@ -1,4 +1,4 @@
-"""Reads files of weights of safetensors and torch, and writes those of safetensors."""
+"""Reads weight files of safetensors and torch, and writes safetensors files."""
 
 import contextlib
 import importlib
@@ -30,8 +30,8 @@ def read_weights(path: pathlib.Path) -> Any:
         A dictionary of NumPy arrays for safetensors; the object in the file for torch.
 
     Raises:
-        ImportError: For a torch file, without torch or with a version whose reader is
-            not safe.
+        ImportError: For a torch file, without torch or with a version that reads files
+            unsafely.
         ValueError: If the file is damaged, of another kind, or contains code.
     """
     if path.name.endswith(INDEX):

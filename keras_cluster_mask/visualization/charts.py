@@ -26,14 +26,14 @@ def plot_history(
     """Plots the curves of a training run: loss, accuracy within the batch, and recall.
 
     Metrics that are not in the logs are left out. The recall comes from
-    `kcm.callbacks.Retrieval`, and a loss of your own may have no accuracies.
+    `kcm.callbacks.Retrieval`, and your own loss may have no accuracies.
 
     Args:
         history: The `keras.callbacks.History` that the `fit` of a `ContrastiveModel`
             returned, or its dictionary.
         validation_freq: Integer, or a list of epochs counted from 1, as passed to
             `fit`.
-        chance: Dictionary from metrics, without `"val_"`, to their values at random,
+        chance: Dictionary from metrics, without `"val_"`, to their values at chance,
             which are drawn as dotted lines: for example
             `{"loss": math.log(batch_size)} | retrieval.chance` for a softmax loss and a
             `kcm.callbacks.Retrieval`.
@@ -42,7 +42,7 @@ def plot_history(
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: If `validation_freq` is not that of the run, or if there is no
+        ValueError: If `validation_freq` does not match the run, or if there is no
             metric to plot.
     """
     logs = getattr(history, "history", history)
@@ -54,13 +54,14 @@ def plot_history(
     count, due = len(logs.get("val_loss", ())), int(was_due.sum())
     if count not in (0, due):
         raise ValueError(
-            "`validation_freq` must be that of `fit`. Received: validation_freq="
-            f"{validation_freq}, {due} epochs in {len(epochs)}, and {count} validations"
+            "`validation_freq` must match `fit`. Received: "
+            f"validation_freq={validation_freq}, {due} epochs in {len(epochs)}, and "
+            f"{count} validations"
         )
     recall = {
         x: x.removeprefix("val_").replace("_", " ") for x in logs if "recall@" in x
     }
-    # A loss of one's own may have no accuracies.
+    # A user's own loss may have no accuracies.
     panels = {**PANELS, "recall": recall}
     panels = {title: x for title, x in panels.items() if not x.keys().isdisjoint(logs)}
     if not panels:
@@ -100,8 +101,8 @@ def plot_history(
 def plot_masking_statistics(statistics: Mapping[str, np.ndarray]) -> Figure:
     """Plots how many patches a masking keeps in the images of a dataset, and where.
 
-    The figure has a histogram of the fraction that is kept of each image, and a map of
-    how often each position is kept.
+    The figure has a histogram of the kept fraction of each image, and a map of how
+    often each position is kept.
 
     Example:
 
@@ -131,7 +132,7 @@ def plot_masking_statistics(statistics: Mapping[str, np.ndarray]) -> Figure:
         label=f"mean {values.mean():.3f}",
     )  # fmt: skip
     ratios.set_title("keep ratio of each image", fontsize=11)
-    ratios.set(xlabel="share of the patches that is kept", ylabel="share of the images")
+    ratios.set(xlabel="fraction of patches kept", ylabel="fraction of images")
     ratios.set_xlim(-0.02, 1.02)
     ratios.legend(fontsize=8)
     # Use a range of at least 0.2. Otherwise a difference of a few images would look
@@ -146,5 +147,5 @@ def plot_masking_statistics(statistics: Mapping[str, np.ndarray]) -> Figure:
     positions.set(xlabel="column of patches", ylabel="row of patches")
     for direction in (positions.xaxis, positions.yaxis):
         direction.get_major_locator().set_params(integer=True)
-    figure.colorbar(shown, ax=positions, shrink=0.75, label="share of the images")
+    figure.colorbar(shown, ax=positions, shrink=0.75, label="fraction of images")
     return figure

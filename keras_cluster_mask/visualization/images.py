@@ -37,8 +37,8 @@ def plot_masks(
     for several, each row has the image and the patches that each masking keeps.
 
     All maskings get the same noise. If a masking is part of a `ContrastiveModel`, uint8
-    images are normalized as in the model, so the masks are those of its training. The
-    random state of a masking does not change.
+    images are normalized as in the model, so the masks match its training. The random
+    state of a masking does not change.
 
     Example:
 
@@ -54,12 +54,12 @@ def plot_masks(
     Args:
         images: `(batch, H, W, C)` array, uint8, or floats in `[0, 1]`. Each is a row of
             the figure.
-        masking: A `PatchMasking`. Or several, each a column of the figure: a dictionary
-            from titles, of one or more lines, to maskings.
+        masking: A `PatchMasking`. Or a dictionary from titles, of one or more lines, to
+            maskings, each a column of the figure.
         noise: `(batch, N)` float32 array in `[0, 1)`. Drawn if not given.
         seed: Integer, the random seed of the noise.
         patch_size: As in `kcm.masking.masking_statistics`: required if no masking has
-            one, such as `RandomMasking`. All maskings must have the same.
+            one, such as `RandomMasking`. All maskings must have the same patch size.
         embed: As in `kcm.masking.masking_statistics`: required if a masking uses
             tokens, for example `embed_patches` of the model that `kcm.with_masking`
             returns.
@@ -188,7 +188,7 @@ class _Grid:
         return np.where(self.spread(kept)[..., None], image, LEFT_OUT)
 
     def tint(self, image, colors):
-        """Colors the patches whose color is not NaN, and lightens the others."""
+        """Colors the patches with a color that is not NaN, and lightens the others."""
         colors = self.spread(colors)
         tinted = 0.35 * image.mean(axis=-1, keepdims=True) + 0.65 * colors
         return np.where(np.isnan(colors), 0.5 + 0.5 * image, tinted)

@@ -67,7 +67,7 @@ def reduce_gradients(gradients: list, weights: list) -> list:
         torch.zeros_like(weight) if x is None else x
         for x, weight in zip(gradients, weights)
     ]
-    # Behind the gradients, the share of processes that have each.
+    # After the gradients, the fraction of processes that have each.
     shares = given[0].new_tensor([float(not x) for x in is_missing])
     flat = torch.cat([x.flatten() for x in (*given, shares)])
     flat /= distributed.get_world_size()
