@@ -264,7 +264,7 @@ class ZeroShot(EvaluateData):
     Adds `val_zero_shot_top_1` and the other metrics of
     `kcm.evaluation.evaluate_zero_shot` to the logs. See `kcm.callbacks.Evaluate` for
     the order of callbacks, epochs without evaluation, weights and processes. Masking,
-    training and the first batch are as for `kcm.callbacks.Retrieval`.
+    training and the first batch work as in `kcm.callbacks.Retrieval`.
 
     Example:
 

@@ -55,8 +55,8 @@ def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
             `metadata.csv`, `.tsv` or `.jsonl`; a folder of images, which may have
             subfolders; a pattern with `*`, `?` or `[...]` for all existing files that
             match it; or a pattern with `{a,b}` or `{000..123}`, for files that must all
-            exist. Each may be a URL, such as `"s3://bucket/train-*.tar"`, or a chain of
-            fsspec, such as `"simplecache::s3://bucket/train-*.tar"`.
+            exist. Each may be a URL, such as `"s3://bucket/train-*.tar"`, or an fsspec
+            chain, such as `"simplecache::s3://bucket/train-*.tar"`.
 
     Returns:
         A sorted list of strings without duplicates. A folder of images ends with `/`.

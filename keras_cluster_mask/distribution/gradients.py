@@ -97,8 +97,8 @@ def waits_for_data(train_step):
         import tensorflow as tf
 
         tensors = [x for x in tree.flatten(data) if x is not None]
-        # If one entry of the batches has a free dimension, `tf.distribute` keeps the
-        # number of rows of this entry alone. Other entries may have no row a pair.
+        # If one entry of the batches has a free dimension, `tf.distribute` keeps only
+        # the number of rows of this entry. Other entries may have no row a pair.
         batch, *_ = keras.utils.unpack_x_y_sample_weight(data[0])
         batched = [batch[k] for k in PAIRED if k in batch]
         batched = [x for x in batched if tf.is_symbolic_tensor(x)]

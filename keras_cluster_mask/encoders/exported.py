@@ -32,15 +32,15 @@ class Exported:
 
         Args:
             filepath: Path of the folder or file to write.
-            format: As in `keras.Model.export`. `"onnx"` computes in float32, also where
+            format: As in `keras.Model.export`. `"onnx"` computes in float32, even if
                 the model does not. On JAX, jax2onnx 0.17 writes text towers wrongly:
                 load the `.keras` file on torch, and export there.
             verbose: As in `keras.Model.export`.
             input_signature: List of one `keras.InputSpec`, or of one dictionary of
                 them. A dimension of `None` can have any size. Defaults to uint8 images
                 and int32 token ids in batches of any size, with texts of any length if
-                the text encoder takes them; on JAX, of its context length. Required on
-                JAX if it defines none.
+                the text encoder takes them; on JAX, texts have its context length.
+                Required on JAX if the encoder defines none.
             **kwargs: As in `keras.Model.export`.
 
         Raises:

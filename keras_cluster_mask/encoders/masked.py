@@ -51,10 +51,10 @@ def with_masking(
     ```
 
     Args:
-        encoder: A functional Keras model from images to anything: keras_hub's
+        encoder: A functional Keras model that takes images: keras_hub's
             `CLIPVisionEncoder`, `MetaCLIP2VisionEncoder`, `SigLIPVisionEncoder` (also
-            SigLIP 2), `ViTBackbone`, `DeiTBackbone`, `DINOV2Backbone`,
-            `DINOV3Backbone` or `BLIP2VisionEncoder`, or a model of your own.
+            SigLIP 2), `ViTBackbone`, `DeiTBackbone`, `DINOV2Backbone`, `DINOV3Backbone`
+            or `BLIP2VisionEncoder`, or a model of your own.
         masking: A `PatchMasking` layer. It can be used in several encoders, which may
             have different prefix tokens. Without a `patch_size`, it keeps the patch
             size of the first encoder.
@@ -80,7 +80,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
     """A vision transformer with patch masking, made by `kcm.with_masking`.
 
     Args:
-        encoder: A functional Keras model from images to anything.
+        encoder: A functional Keras model that takes images.
         masking: A `PatchMasking` layer.
         layer: String or `None`, the name of the embedding layer.
         **kwargs: Arguments of `keras.Model`.
@@ -132,8 +132,8 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         self.encoder = encoder = as_functional(encoder)
         self.masking = masking
         self.embedding_layer = found
-        # `None` is saved as it is, because keras_hub names layers by the encoder's name
-        # after a reload.
+        # `None` is saved unchanged, because keras_hub names layers by the encoder's
+        # name after a reload.
         self.layer = layer
         number_positions(encoder)
 

@@ -72,7 +72,7 @@ class MomentumEncoder(MadeOfParts, keras.layers.Layer):
         image_size: Integer or `(height, width)` in pixels, divisible by the patch size.
             The teacher reads images resized to this size (bilinear, antialiased), with
             position embeddings resized as by `kcm.models.with_image_size`. Half the
-            size costs about a quarter as much. `None` does not resize images.
+            size costs about a quarter. `None` does not resize images.
         **kwargs: Arguments of `keras.layers.Layer`, such as `name`.
 
     Call arguments:

@@ -213,7 +213,7 @@ def _tokens_of(backbone):
 
 
 class AllBlocks(keras.layers.Layer):
-    """Runs the blocks of ViT or DeiT, which return the last tokens alone.
+    """Runs the blocks of ViT or DeiT, which return only the last tokens.
 
     Args:
         encoder: A keras_hub `ViTEncoder` or `DeiTEncoder`, which shares its weights.

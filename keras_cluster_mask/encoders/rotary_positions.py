@@ -77,7 +77,7 @@ class RotaryByImage(keras.layers.Layer):
         return ops.vectorized_map(one_image, given)
 
     def compute_mask(self, inputs, previous_mask=None):
-        # Keras would give it to the first output alone.
+        # Keras would give it only to the first output.
         return [previous_mask] * (1 + self.encoder.num_layers)
 
     def compute_output_spec(self, tokens, *args, **kwargs):

@@ -90,7 +90,7 @@ class TextLengths:
         return chunks.T.ravel(), [rounded_up(int(length)) for length in longest]
 
     def cut_on_host(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Cuts arrays and lists. Tensors are on a device, and stay as they are."""
+        """Cuts arrays and lists. Tensors are on a device, and are not changed."""
         if any(map(ops.is_tensor, batch.values())) or is_traced(ops.zeros(())):
             return batch
         return self.cut({name: np.asarray(values) for name, values in batch.items()})
@@ -142,7 +142,7 @@ def _is_exact(tower):
         return False
     end = 7 if family.end_id is None else family.end_id
     words = [x for x in range(7) if x not in (end, family.padding_id)]
-    # The two shortest lengths: an encoder may take multiples of a block alone.
+    # The two shortest lengths: an encoder may take only multiples of a block.
     width = rounded_up(LEAST + 1)
     width = min(width, tower.context_length or width)
     ids = np.full((len(LENGTHS), width), family.padding_id, "int32")

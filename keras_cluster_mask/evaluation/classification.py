@@ -99,8 +99,8 @@ def zero_shot_classifier(
             `SigLIPBackbone`, or the path of a saved one.
         class_names: List of str. Duplicates have equal weights, and cause a warning.
         tokenizer: See `embed`. Defaults to the tokenizer of the model.
-        templates: A str with one `{}` or `{c}` as the placeholder for the name, or a
-            function from the name to a text, or a list of these; or a dictionary from
+        templates: A str with one `{}` or `{c}` as the placeholder for the name, a
+            function from the name to a text, or a list of these. Or a dictionary from
             each name to a list of texts.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 

@@ -48,12 +48,12 @@ def embed(
     Args:
         model: A `ContrastiveModel`, a keras_hub `CLIPBackbone`, `MetaCLIP2Backbone` or
             `SigLIPBackbone`, or the path of a saved one.
-        data: Batches, or arrays. An iterable of batches (`image_text_dataset`, a
-            `tf.data.Dataset`, a `PyDataset`), each a dictionary with `"images"`, or a
-            pair `(images, labels)`, or images alone; or one such dictionary, pair or
-            array that holds all data. Images are `(batch, H, W, C)`, uint8 or
-            normalized floats. All batches must have the same entries. For an
-            `image_text_dataset`, each process embeds the images that it reads.
+        data: An iterable of batches (`image_text_dataset`, a `tf.data.Dataset`, a
+            `PyDataset`), each a dictionary with `"images"`, a pair `(images, labels)`,
+            or only images. Or one such dictionary, pair or array with all data. Images
+            are `(batch, H, W, C)`, uint8 or normalized floats. All batches must have
+            the same entries. For an `image_text_dataset`, each process embeds the
+            images that it reads.
         tokenizer: A callable from a list of str to ints `(batch, length)`, such as a
             `CLIPTokenizer`; or a tokenizer of open_clip or Hugging Face, which pads and
             truncates to its own length or the model's, whichever is shorter. The
@@ -187,14 +187,14 @@ def embed_texts(
 
 
 def embedder_of(model):
-    """Returns the `Embedder` of a model; an embedder is returned as it is."""
+    """Returns the `Embedder` of a model; returns an embedder unchanged."""
     return (
         model if isinstance(model, Embedder) else Embedder(as_contrastive_model(model))
     )
 
 
 def pairs_of(model, data):
-    """Returns a dataset of the images and captions of a source; other data as it is."""
+    """Returns a dataset of the pairs of a source; returns other data unchanged."""
     first = data[0] if isinstance(data, list | tuple) and len(data) else data
     # Rows of an object, and not batches.
     is_rows = isinstance(first, Mapping) and first is not data and "images" not in first

@@ -61,7 +61,7 @@ def read_weights(path: pathlib.Path) -> Any:
 
 
 def find_weights(source: Any, names: tuple[str, ...]) -> Any:
-    """Returns the path of a file of weights; a state dict as it is.
+    """Returns the path of a file of weights; a state dict is returned unchanged.
 
     Args:
         source: Path of a file or of a folder, or a state dict.

@@ -706,9 +706,9 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
             raise ValueError(
-                "`tokenizer` must be given for a model without one. To save the "
-                "backbone alone, call `model.backbone.save_to_preset`. "
-                "Received: tokenizer=None"
+                "`tokenizer` must be given for a model without one. To save only the "
+                "backbone, call `model.backbone.save_to_preset`. Received: "
+                "tokenizer=None"
             )
         check_tokenizer(self, tokenizer)
         folder = os.path.expanduser(preset_dir)

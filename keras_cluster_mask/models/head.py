@@ -52,8 +52,8 @@ class ContrastiveHead(keras.layers.Layer):
     Attributes:
         image_projection: Layer or `None`.
         text_projection: Layer or `None`.
-        logit_scale: float32 variable, the logarithm of the scale. Both variables exist
-            once the head is part of a model.
+        logit_scale: float32 variable, the logarithm of the scale. This and `logit_bias`
+            exist once the head is part of a model.
         logit_bias: float32 variable, or `None` for softmax.
 
     Reference:

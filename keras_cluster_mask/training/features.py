@@ -118,7 +118,7 @@ class TowerFeatures:
         mean = sum(part.sum(axis=0, dtype="float64") for part in parts) / len(rows)
         square = sum(((part - mean) ** 2).sum(axis=0) for part in parts) / len(rows)
         deviation = np.sqrt(square)
-        # A feature that varies by rounding alone is only centered.
+        # A feature that varies only by rounding is only centered.
         return mean, np.where(deviation > 1e-4 * deviation.mean(), deviation, 1.0)
 
     def pairs(self, images: Any, captions: Any = 0) -> dict[str, np.ndarray]:

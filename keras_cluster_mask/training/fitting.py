@@ -112,7 +112,7 @@ def _take_data(model, options):
     if isinstance(x, dict) and split and held_out is None:
         x, held_out = _split(model.input_rules.check_keys(x), split)
     if held_out is not None:
-        # Keras gets batches, and splits arrays alone.
+        # Keras gets batches, and splits only arrays.
         options["validation_split"] = 0.0
     validation = Validation(
         data=held_out,

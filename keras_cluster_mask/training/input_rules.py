@@ -49,7 +49,7 @@ class InputRules:
         padding_id: Integer, the id that is hidden as padding if there is no
             `"padding_mask"`, or `None`.
         pixel_range: Two floats, the values of a black and a white pixel after
-            normalization; `None` for a model that takes images as they are.
+            normalization; `None` for a model that does not normalize images.
         lengths: The `TextLengths` of the text encoder, or `None` to cut no padding off.
         training: Boolean. Whether the batches are for training.
         is_normalized: Boolean. Whether an earlier batch showed that images are

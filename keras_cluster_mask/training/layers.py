@@ -169,7 +169,7 @@ class MadeOfParts:
     ) -> Self:
         config = dict(config)
         omitted = config.pop("omitted", None)
-        # Parts that already exist are given as they are.
+        # Parts that already exist are passed unchanged.
         described = {key: x for key, x in config.items() if isinstance(x, dict)}
         parts = keras.saving.deserialize_keras_object(described, custom_objects)
         made = cls._make(**{**config, **parts})

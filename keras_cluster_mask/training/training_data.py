@@ -300,8 +300,7 @@ def _checked_dataset(data, specs, rules):
 
     cut = () if rules.lengths is None else rules.lengths.names
     names = {*KEYS, "sample_weight", "padding_mask", *cut} & specs.keys()
-    # Images that are not floats are checked by their type alone, since copies take
-    # time.
+    # Images that are not floats are checked only by their type, since copies take time.
     if not specs["images"].dtype.is_floating:
         names.remove("images")
     names = sorted(names)

@@ -75,8 +75,8 @@ def plot_history(
         for name, label in labels.items():
             if name not in logs:
                 continue
-            # A resumed run may have got the recall in its last epochs alone. The curve
-            # of a single epoch is a point, which only a marker shows.
+            # A resumed run may have the recall only for its last epochs. The curve of a
+            # single epoch is a point, which only a marker shows.
             shown = epochs[-len(logs[name]) :]
             (line,) = axis.plot(shown, logs[name], ".-", label=label)
             values = logs.get(f"val_{name}", ())

@@ -132,7 +132,7 @@ class Forgetful(Scaled):
         # Its config omits an argument.
         (Forgetful, "`Forgetful` must.*Received: .*factor"),
         # It has weights of its own.
-        (Owner, "no weights but .*Received: .*Owner"),
+        (Owner, "weights only in .*Received: .*Owner"),
     ],
 )
 def test_a_subclass_that_cannot_be_made_again_keeps_its_masking(kind, match):

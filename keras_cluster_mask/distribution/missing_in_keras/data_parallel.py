@@ -1,7 +1,7 @@
 """Data parallel training with torch processes.
 
-`keras.distribution.DataParallel` supports JAX alone. Once it supports torch, delete
-this file, and the calls of it in `replicas.py` and `gradients.py`.
+`keras.distribution.DataParallel` supports only JAX. Once it supports torch, delete this
+file, and the calls of it in `replicas.py` and `gradients.py`.
 
 Gradients are averaged after the backward pass, in one reduction, which takes less time
 than one for each weight. `torch.nn.parallel.DistributedDataParallel` reduces during the
