@@ -67,8 +67,8 @@ class Evaluate(RunCallback):
 
     Args:
         function: A function from a model to a dictionary from names to floats. The
-            model has no masking. All functions of `kcm.evaluation` take it, and compile
-            it once for a whole `fit`. Its attribute `model` is the `ContrastiveModel`.
+            model has no masking. All functions of `kcm.evaluation` accept it, and
+            compile it once per `fit`. Its attribute `model` is the `ContrastiveModel`.
         every: Integer. The number of epochs between evaluations.
         name: String. Distinguishes several callbacks: `name="coco"` writes
             `val_coco_recall` for `recall`.

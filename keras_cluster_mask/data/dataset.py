@@ -69,8 +69,8 @@ def image_text_dataset(
     local image file. An image that cannot be read or decoded is replaced in training by
     another image of the same batch, so the number of steps never depends on broken
     samples. In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts
-    both. A read is tried four times within 6 seconds. Storage at a URL that does not
-    answer for 60 seconds counts as a failed read, so its last error comes after 4
+    both cases. A read is tried four times within 6 seconds. Storage at a URL that does
+    not answer for 60 seconds counts as a failed read, so its last error comes after 4
     minutes.
 
     Images stay uint8, and models scale them on the device. The EXIF orientation is

@@ -61,7 +61,7 @@ class Sampling:
             number of at least 0. It must contain all samples of the dataset, and may
             contain others. Or an iterable of keys, such as a list or an array: these
             samples occur once in each epoch, or as often as they are listed, and other
-            samples never. Keys match the `"keys"` of batches with `include_keys`.
+            samples never occur. Keys match the `"keys"` of batches with `include_keys`.
         seed: Integer. The random seed of the samples that are drawn. Defaults to `0`.
 
     Raises:

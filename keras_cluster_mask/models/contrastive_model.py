@@ -110,9 +110,9 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             another model. Sharing is not saved: a loaded model has its own head.
         micro_batch_size: Integer that divides the batch size. Encodes this many pairs
             at a time, with the memory of a batch of this size. The loss and gradients
-            equal the whole batch's (gradient caching, as in GradCache), except that
-            batch normalization uses the statistics of each micro-batch. This costs a
-            second forward pass. `None` encodes the batch at once.
+            are the same as for the whole batch (gradient caching, as in GradCache),
+            except that batch normalization uses the statistics of each micro-batch.
+            This costs a second forward pass. `None` encodes the batch at once.
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
             accuracies. The softmax loss is the same for texts with equal embeddings.
@@ -158,7 +158,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     maskings.
 
     Metrics: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy` within the
-    batch, and `temperature`. In training, also `mask_ratio`, the fraction of masked
+    batch, and `temperature`. Training adds `mask_ratio`, the fraction of masked
     patches, and, after `compile(log_gradient_norm=True)`, `gradient_norm`.
 
     Reference:
