@@ -1,17 +1,17 @@
 # %% [markdown]
 # # Compare maskings
 #
-# Maskings that leave out the same number of patches cost nearly the same, except for
+# Maskings that leave out the same number of patches cost nearly the same, except
 # `AttentiveMasking`, which runs a teacher. They differ in the patches that they keep. This guide
 # compares [cluster masking](https://arxiv.org/abs/2405.08815) with random masking
 # ([FLIP](https://arxiv.org/abs/2212.00794)) and with whole images. It shows
 #
-# - what they keep of an image,
-# - where they keep patches, over a dataset,
-# - and what a small CLIP learns with each, from the same weights and in as many steps.
+# - which patches each masking keeps in an image,
+# - how often cluster masking keeps each position,
+# - the recall of a small CLIP trained with each, from the same weights and for as many steps.
 #
-# It takes about two minutes on two CPU cores. Add a masking to `MASKINGS` to compare it, too;
-# [this page](../docs/which_masking.md) lists all of them.
+# The guide takes about two minutes on two CPU cores. To compare another masking, add it to
+# `MASKINGS`. [Methods and sources](../docs/which_masking.md) lists all maskings.
 
 # %%
 import os
@@ -51,11 +51,11 @@ def show(figure, name):
 
 
 # %% [markdown]
-# ## What they keep
+# ## Kept patches
 #
-# On photographs, random masking leaves a little of everything. Cluster masking leaves out the
-# sky, the table or the wall, and keeps most of what differs from them. Each step draws new anchors,
-# so the masks change.
+# On photographs, random masking keeps a part of every object. Cluster masking leaves out the sky,
+# the table or the wall, and keeps most of the other patches. Each step draws new anchors, so the
+# masks change.
 
 # %%
 names = "astronaut", "coffee", "chelsea", "rocket"
@@ -69,11 +69,11 @@ columns = {
 show(kcm.visualization.plot_masks(photographs, columns), "compared_masks")
 
 # %% [markdown]
-# ## Where they keep patches
+# ## Kept positions
 #
-# `masking_statistics` measures the share of the patches that is kept of each image, and how often
-# each position is kept. By default the share is the same for all images. The anchors of cluster
-# masking are random, so on this dataset no part of the image is kept much more often than another.
+# `masking_statistics` measures the fraction of patches kept in each image, and how often each
+# position is kept. By default, the fraction is the same for all images. Cluster masking uses random
+# anchors, so on this dataset no part of the image is kept much more often than another.
 
 # %%
 captions = kcm.data.read_captions(IMAGES / "train-*.tar")
@@ -102,10 +102,10 @@ show(kcm.visualization.plot_masking_statistics(statistics), "cluster_statistics"
 # ## Train with each
 #
 # All models start from the same weights and see the same images, crops and captions in the same
-# order. A model without masking reads 64 patches of an image, the others 32.
+# order. The model without masking reads 64 patches per image; the other models read 32.
 #
-# `kcm.callbacks.Retrieval` computes the recall of the validation pairs after every epoch, on whole
-# images. `kcm.callbacks.Throughput` measures the speed of the steps alone.
+# `kcm.callbacks.Retrieval` computes the recall on the validation pairs after every epoch, on whole
+# images. `kcm.callbacks.Throughput` measures the speed of training steps only.
 
 
 # %%
@@ -138,9 +138,9 @@ for name, make in MASKINGS.items():
 # %% [markdown]
 # ## Results
 #
-# Recall@10 on 346 test pairs has a 95 % interval of about ± 3 to 4 points, so one short run of each
-# says little about small differences: repeat it with several seeds, and on your own data. The
-# [longer studies](../docs/benchmarks/from_nothing.md) have several seeds, and photographs.
+# Recall@10 on 346 test pairs has a 95 % confidence interval of about ± 3 to 4 points, so one short
+# run says little about small differences. Repeat the runs with several seeds and on your own data.
+# The [longer studies](../docs/benchmarks/from_nothing.md) use photographs and several seeds.
 
 # %%
 print(f"{'':10}{'seconds':>8}{'image to text':>16}{'text to image':>16}")

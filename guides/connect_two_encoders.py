@@ -1,17 +1,17 @@
 # %% [markdown]
 # # Connect two pre-trained encoders
 #
-# With a few hundred or thousand photographs, do not train from scratch. DINOv2 was pre-trained on
-# images, and MiniLM on sentences. A projection of each into one space, trained on your pairs,
-# makes a CLIP of both.
+# With a few hundred or thousand photographs, do not train from scratch. Connect two separately
+# pre-trained encoders: DINOv2 for images, and MiniLM for sentences. You only train a small
+# projection from each into a shared embedding space.
 #
 # This guide shows how to
 #
-# - lay out photographs and captions of your own,
+# - prepare your own photographs and captions,
 # - run the frozen encoders once, and store their features,
 # - train the projections on features, in seconds,
-# - search in your photographs by words,
-# - and tune both encoders on whole images, and with random masking (50 %) in the same time.
+# - search your photographs by text,
+# - tune both encoders on whole images and, in the same time, with random masking (50 %).
 #
 # It takes about ten minutes on two CPU cores for 400 images.
 
@@ -36,9 +36,9 @@ import keras_cluster_mask as kcm
 # %% [markdown]
 # ## Settings
 #
-# The encoders are presets of [KerasHub](https://keras.io/keras_hub/presets/), which downloads
-# them. Where nothing can be downloaded, set `KERAS_CLUSTER_MASK_ENCODERS` to a folder that has a
-# folder of each, in the format of KerasHub or of Hugging Face.
+# [KerasHub](https://keras.io/keras_hub/presets/) downloads the encoders. To use local files, set
+# `KERAS_CLUSTER_MASK_ENCODERS` to a folder that has one folder per encoder, in the format of KerasHub
+# or Hugging Face.
 
 # %%
 FOLDER = os.environ.get("KERAS_CLUSTER_MASK_ENCODERS")
@@ -52,12 +52,12 @@ BATCH_SIZE = 64
 # %% [markdown]
 # ## Your photographs
 #
-# A folder of images is enough, with a table of the columns `file_name` and `caption` for the images
-# to train on, and one for those to test on. Replace this cell by the paths of your own tables.
+# You need a folder of images and two CSV files, one for training and one for testing, with the
+# columns `file_name` and `caption`. Replace this cell with the paths of your own files.
 #
-# Here the folder holds 400 captioned drawings, a fourth of them for the test, and six photographs,
-# all for the test. They show that each step works. They do not show how well it works on
-# photographs like yours, because the model is trained on drawings only.
+# Here the folder holds 400 captioned drawings, a quarter of them for testing, and six photographs for
+# testing. This data shows that each step works. It does not show how well the model works on
+# photographs like yours, because it is trained on drawings only.
 
 # %%
 PHOTOGRAPHS = RESULTS / "photographs"
@@ -84,8 +84,8 @@ for table, content in rows.items():
 # %% [markdown]
 # ## Two encoders, one model
 #
-# `from_encoders` pools each encoder in the way of its family: for DINOv2, the class token and the
-# mean of the patches. The preprocessor of the text encoder is the tokenizer of the model.
+# `from_encoders` chooses the pooling of each encoder by its family: for DINOv2, the class token and
+# the mean of the patches. The preprocessor of the text encoder becomes the model's tokenizer.
 
 
 # %%
@@ -104,10 +104,10 @@ def connect(masking=None):
 model = connect()
 
 # %% [markdown]
-# ## Features, and projections trained on them
+# ## Train projections on features
 #
-# Frozen encoders return the same features in every epoch. `compute_features` stores them in a
-# folder. A run that was interrupted resumes there, and a second run reads what is stored.
+# Frozen encoders return the same features in every epoch. `compute_features` stores these features
+# in a folder. An interrupted run resumes, and a second run reads the stored features.
 
 # %%
 model.image_encoder.trainable = model.text_encoder.trainable = False
@@ -121,10 +121,10 @@ seconds = {"projections": time.perf_counter() - start}
 results = {"projections": kcm.evaluation.evaluate_retrieval(model, TEST, verbose=0)}
 
 # %% [markdown]
-# ## Search in your photographs
+# ## Search your photographs
 #
 # Each row shows the test images that match a query best. The projections were trained on drawings
-# only, so some of the photographs rank behind drawings.
+# only, so some photographs rank below drawings.
 
 # %%
 options = dict(training=False)
@@ -140,9 +140,9 @@ figure
 # %% [markdown]
 # ## Tune with and without masking
 #
-# From the trained projections, tune all weights: the encoders at a tenth of the learning rate,
-# which falls to zero. A step on half of the patches takes about half the time, so the masked
-# model trains for twice as many epochs. The model is always evaluated on whole images.
+# Start from the trained projections and tune all weights, the encoders at a tenth of the learning
+# rate. The learning rate falls to zero. A step on half of the patches takes about half the time, so
+# the masked model trains for twice as many epochs. Evaluation always uses whole images.
 
 
 # %%
@@ -167,8 +167,8 @@ for name, (masking, factor) in ways.items():
 # %% [markdown]
 # ## Recall
 #
-# The 95 % interval of a recall of 106 pairs is about ± 9 points, and one run has one seed: these
-# numbers do not rank the two ways to tune. On your own data, compare them with several seeds.
+# With 106 test pairs, the 95 % confidence interval of the recall is about ± 9 points, and each run
+# has one seed. These numbers do not rank the two runs. On your own data, compare several seeds.
 
 # %%
 print(f"{'recall@10':16}{'image to text':>15}{'text to image':>15}{'seconds':>10}")
@@ -178,4 +178,4 @@ for name, recall in results.items():
 tuned.save(RESULTS / "connected.keras")
 
 # %% [markdown]
-# [All steps on one page](../docs/how_to/connect_two_encoders.md).
+# [Connect two encoders](../docs/how_to/connect_two_encoders.md) shows all steps on one page.

@@ -1,18 +1,17 @@
 # %% [markdown]
 # # Evaluate an image-text model
 #
-# A contrastive model is trained on pairs, and its loss says little about its quality. These
-# metrics, on images that it has not seen, say more:
+# The loss of a contrastive model says little about its quality. These metrics on unseen images say
+# more:
 #
 # - **retrieval**: does an image find its caption among all captions, and a caption its image?
-# - **zero-shot classification**: does the model classify images from the names of the classes
-#   alone?
-# - **linear probe**: how well does a linear classifier work on its embeddings?
+# - **zero-shot classification**: does the model classify images from class names alone?
+# - **linear probe**: how well does a linear classifier work on the embeddings?
 #
-# This guide evaluates the model of the [first guide](pretrain_clip.py), so
-# run that before, or set `MODEL` and `TOKENIZER` to files of your own. Recall and accuracies
-# equal those of [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark) (except for ties and
-# equal captions). The guide needs scikit-learn and
+# This guide evaluates the model of the [first guide](pretrain_clip.py). Run that guide first, or set
+# `MODEL` and `TOKENIZER` to your own files. Recall and accuracies match
+# [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark), except for ties and equal captions.
+# The guide needs scikit-learn and
 # [faiss](https://github.com/facebookresearch/faiss): `pip install -e ".[probe,search]"`.
 
 # %%
@@ -47,8 +46,8 @@ def show(figure, name):
 
 
 # %% [markdown]
-# For evaluation, `image_text_dataset` gives every image once, in order, with the center crop of
-# open_clip. It takes the tokenizer and the image size of the model.
+# For evaluation, `image_text_dataset` yields every image once, in order, with open_clip's center
+# crop. It uses the model's tokenizer and image size.
 
 
 # %%
@@ -65,9 +64,10 @@ def dataset(split, training=False):
 # %% [markdown]
 # ## Retrieval
 #
-# Recall@k on held-out pairs, in both directions, with its 95 % interval and beside the recall of
-# a random ranking. Equal captions match the images of one another, as in training; with
-# `duplicates="negative"` these images count as wrong. All captions of an image are read.
+# The table shows recall@k on held-out pairs in both directions, with its 95 % confidence interval
+# and the recall of a random ranking. If two images have the same caption, each counts as a match for
+# it, as in training. With `duplicates="negative"`, the other image counts as wrong. All captions of
+# an image are used.
 
 # %%
 recall = kcm.evaluation.evaluate_retrieval(model, IMAGES / "test-*.tar", verbose=0)
@@ -82,11 +82,11 @@ for name, value in recall.items():
 # %% [markdown]
 # ## Zero-shot classification
 #
-# The model gets only the names of the classes. Each is put into templates, and an image is
-# assigned to the class with the most similar texts. Data usually has labels
+# The model gets only the class names. Templates turn each name into texts, and each image is assigned
+# to the class with the most similar texts. Data usually has labels
 # (`image_text_dataset(..., label_key="cls")`, or `label_key="folder"` for one folder per class).
-# This dataset has captions only, so the guide takes the images whose caption contains exactly
-# one of these words, which is their class.
+# This dataset has captions only, so the guide uses the images with exactly one class name in their
+# caption.
 
 # %%
 NAMES = ["flag", "food", "sign", "face", "animal", "woman", "man", "plant", "computer"]
@@ -113,7 +113,7 @@ for name, value in zero_shot.items():
     print(f"{name:16} {value:.1%}")
 
 # %% [markdown]
-# A confusion matrix shows which classes it takes for which:
+# A confusion matrix shows which classes the model confuses:
 
 # %%
 images = np.concatenate([batch["images"] for batch in labeled("test")])
@@ -132,8 +132,8 @@ show(figure, "confusion")
 # %% [markdown]
 # ## Linear probe
 #
-# A logistic regression on the frozen embeddings. Its regularization is chosen on the validation
-# images; the test images are used once, at the end.
+# A linear probe is a logistic regression on frozen embeddings. Its regularization is chosen on the
+# validation images. The test images are used once, at the end.
 
 # %%
 train, test, validation = map(labeled, ("train", "test", "validation"))
@@ -146,9 +146,9 @@ for name in ("top_1", "mean_per_class"):
 # %% [markdown]
 # ## Metrics during training
 #
-# `kcm.callbacks.Retrieval` computes the recall of validation pairs at the end of epochs, for
+# `kcm.callbacks.Retrieval` computes the recall on validation pairs at the end of epochs, for
 # `History`, `TensorBoard`, `ModelCheckpoint` and `EarlyStopping`. Here the model trains for two
-# more epochs, and the weights of the epoch with the best recall are kept.
+# more epochs, and `ModelCheckpoint` keeps the weights with the best recall.
 
 # %%
 best = str(RESULTS / "best.weights.h5")
@@ -167,7 +167,7 @@ model.load_weights(best)
 #
 # Embeddings are L2-normalized, so an inner product is a cosine similarity. `IndexFlatIP` of faiss
 # is exact; `IndexIVFFlat` and `IndexHNSWFlat` are faster for millions of images. The first image
-# of each row is the query, and the others are the most similar ones.
+# of each row is the query, and the other images are most similar to it.
 
 # %%
 images = np.concatenate([batch["images"] for batch in dataset("test")])
@@ -187,5 +187,5 @@ show(figure, "similar")
 # %% [markdown]
 # ## Public benchmarks
 #
-# The page [Evaluate with CLIP_benchmark](../docs/how_to/evaluate.md#clip_benchmark) evaluates a model on
-# the datasets of CLIP_benchmark.
+# [Evaluate with CLIP_benchmark](../docs/how_to/evaluate.md#clip_benchmark) shows how to evaluate a
+# model on the datasets of CLIP_benchmark.

@@ -1,17 +1,17 @@
 # %% [markdown]
 # # Fine-tune a pre-trained CLIP on your own photographs
 #
-# A pre-trained CLIP knows common photographs. Yours may differ: scans, products, medical images,
-# captions with words of their own. A few hundred pairs and some epochs adapt it, and masking
+# A pre-trained CLIP knows common photographs. Yours may differ: scans, products, medical images, or
+# captions with special terms. A few hundred pairs and a few epochs adapt CLIP to them, and masking
 # makes each step cheaper.
 #
-# This guide adapts the model of the [first guide](pretrain_clip.py), which
-# has seen colored drawings, to an archive in black and white. Run it first, or set `PRESET`. This
-# guide shows how to
+# This guide adapts the model of the [first guide](pretrain_clip.py), which was trained on colored
+# drawings, to an archive in black and white. Run that guide first, or set `PRESET`. This guide shows
+# how to
 #
-# - lay out photographs and captions of your own,
-# - measure the recall before and after,
-# - and train with and without masking, and compare recall and time.
+# - prepare your own photographs and captions,
+# - measure the recall before and after fine-tuning,
+# - train with and without masking, and compare recall and time.
 #
 # It takes a minute on two CPU cores. A large CLIP needs a GPU.
 
@@ -35,8 +35,8 @@ import keras_cluster_mask as kcm
 # ## Settings
 #
 # `PRESET` is a folder, here the one that the first guide saved, or the name of a CLIP, SigLIP or
-# MetaCLIP 2 of [KerasHub](https://keras.io/keras_hub/presets/), which is downloaded. For
-# `"clip_vit_base_patch32"` set `LEARNING_RATE = 1e-5`: a high rate destroys what it knows.
+# MetaCLIP 2 that [KerasHub](https://keras.io/keras_hub/presets/) downloads. For
+# `"clip_vit_base_patch32"`, set `LEARNING_RATE = 1e-5`: a high rate destroys what the model knows.
 
 # %%
 RESULTS = Path(os.environ.get("RESULTS", "results"))
@@ -55,12 +55,11 @@ def show(figure, name):
 # %% [markdown]
 # ## Your photographs
 #
-# A folder of images and a table `metadata.csv` with the columns `file_name` and `caption` are
-# enough. Shards, other tables and Hugging Face datasets work, too; see
-# `kcm.data.image_text_dataset`.
+# You need a folder of images and a file `metadata.csv` with the columns `file_name` and `caption`.
+# Shards, other tables and Hugging Face datasets work, too; see `kcm.data.image_text_dataset`.
 #
-# Here two such folders are made of images that the first guide has not trained on: 433 to train
-# on, and 346 to test. Replace this cell by the paths of your own folders.
+# This cell makes two such folders of images that the first guide did not train on: 433 for training
+# and 346 for testing. Replace it with the paths of your own folders.
 
 # %%
 TRAIN, TEST = RESULTS / "archive" / "train", RESULTS / "archive" / "test"
@@ -87,9 +86,9 @@ plt.close(figure)
 show(figure, "archive")
 
 # %% [markdown]
-# ## Recall before
+# ## Recall before fine-tuning
 #
-# `load` gives a fresh copy of the pre-trained model, with its tokenizer.
+# `load` returns a fresh copy of the pre-trained model, with its tokenizer.
 
 
 # %%
@@ -107,10 +106,10 @@ results = {
 # ## Fine-tune with and without masking
 #
 # `small_data_recipe` gives the settings: random masking (50 %), and AdamW with a learning rate
-# that warms up and falls to zero. Without masking, the optimizer is the same.
+# that warms up and falls to zero. The run without masking uses the same optimizer.
 #
-# Masking halves the work of the image encoder, but not of the text encoder. At 36 patches both
-# are small; the larger the images, the larger the gain.
+# Masking halves the work of the image encoder, but not of the text encoder. The larger the images,
+# the larger the gain; here, images have only 36 patches.
 
 
 # %%
@@ -132,10 +131,10 @@ for name, is_masked in {"no masking": False, "random masking": True}.items():
     results[f"after, {name}"] = recall
 
 # %% [markdown]
-# ## Recall after
+# ## Recall after fine-tuning
 #
-# The 95 % interval of a recall of 346 pairs is about ± 3 to 4 points, so the difference between the two
-# ways to train is not significant. The gain over the model before is larger.
+# With 346 test pairs, the 95 % confidence interval of the recall is about ± 3 to 4 points, so the
+# difference between the two runs is not significant. The gain from fine-tuning is larger.
 
 # %%
 print(f"{'recall@10':22}{'image to text':>15}{'text to image':>15}{'images/s':>10}")
@@ -163,5 +162,6 @@ show(figure, "fine_tuned")
 # %% [markdown]
 # ## Next steps
 #
-# - `model.backbone.vision_encoder.trainable = False` before `compile` freezes the image tower (LiT).
-#   `kcm.TowerOptimizer(AdamW(1e-3), image=AdamW(1e-4))` trains it at a tenth of the rate.
+# - To freeze the image tower (LiT), set `model.backbone.vision_encoder.trainable = False` before
+#   `compile`.
+# - To train it at a tenth of the rate, use `kcm.TowerOptimizer(AdamW(1e-3), image=AdamW(1e-4))`.

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Masking in a ViT classifier and in a masked autoencoder
 #
-# A masking is a layer. `kcm.with_masking` puts it into a vision transformer after the patch
-# embedding: the blocks read a part of the patches in training, and all of them in inference.
-# This guide does so for two models that are not CLIP:
+# A masking is a layer. `kcm.with_masking` inserts it into a vision transformer after the patch
+# embedding. The blocks then read only some patches in training, and all patches at inference.
+# This guide uses masking in two models other than CLIP:
 #
 # - a **classifier** on KerasHub's `ViTBackbone`, which trains faster on half of the patches;
 # - a **masked autoencoder** ([MAE](https://arxiv.org/abs/2111.06377)), which reads a quarter of
-#   the patches and learns to reconstruct the others. It needs to know which patches stay.
+#   the patches and learns to reconstruct the others. It needs to know which patches are kept.
 
 # %%
 import os
@@ -42,7 +42,7 @@ def show(figure, name):
 # %% [markdown]
 # ## Data
 #
-# The key of each image says whether it is an emoji or a drawing, which is its class here.
+# The classes are emoji and drawing. The key of each image names its class.
 
 
 # %%
@@ -66,9 +66,9 @@ print(f"{len(train_images)} training images, {train_labels.mean():.0%} of them e
 # %% [markdown]
 # ## A classifier
 #
-# `with_masking` returns a model that shares the encoder's weights. It knows the encoders of KerasHub; for
-# another Keras model name the layer that returns the embedded tokens. An epoch on half of the
-# patches takes about two thirds of the time here, so six of them fit into the time of four.
+# `with_masking` returns a model that shares the encoder's weights. It supports KerasHub's encoders.
+# For another Keras model, name the layer that returns the embedded tokens. Here, an epoch on half of
+# the patches takes about two thirds of the time, so six epochs fit into the time of four.
 
 
 # %%
@@ -89,7 +89,7 @@ def train_classifier(encoder, epochs):
     images = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
     features = ops.mean(
         encoder(images)[:, 1:], axis=1
-    )  # Of those patches that are read.
+    )  # The mean of the patches that are read.
     model = keras.Model(images, keras.layers.Dense(2)(features))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(1e-3), loss, metrics=["accuracy"])
@@ -116,9 +116,9 @@ for name, (masking, epochs) in runs.items():
 # %% [markdown]
 # ## A masked autoencoder
 #
-# Its decoder gets the encoded patches at their positions, and a learned token for every other patch.
-# A masking depends on its `noise`. To know the positions, draw the noise first and pass it to both
-# calls:
+# The decoder gets the encoded patches at their positions, and a learned token for every other patch.
+# The `noise` determines which patches are kept. To know their positions, draw the noise first and
+# pass it to both calls:
 #
 # - `masking.draw(batch, N)` draws the noise of a step,
 # - `masking.select(images, tokens, noise)` returns the indices of the patches that stay, and
@@ -167,8 +167,8 @@ autoencoder.compile(keras.optimizers.AdamW(1e-3))
 history = autoencoder.fit(train_images, batch_size=64, epochs=EPOCHS)
 
 # %% [markdown]
-# Test images: what the encoder reads, what the decoder reconstructs in place of the rest, and the image.
-# After such a short run it knows shapes and colors, and no details.
+# The rows show the patches that the encoder reads, the reconstruction of the other patches, and the
+# test image. After such a short run, the model reconstructs shapes and colors, but no details.
 
 
 # %%

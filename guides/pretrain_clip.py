@@ -2,19 +2,18 @@
 # # Pre-train CLIP on half of each image
 #
 # [CLIP](https://arxiv.org/abs/2103.00020) trains an image encoder and a text encoder on images
-# and their captions. The embedding of an image becomes more similar to that of its own caption
-# than to the other captions of the batch. The trained model searches images by text and
-# classifies images without labels.
+# and their captions. The embedding of an image becomes more similar to its own caption than to the
+# other captions of the batch. The trained model searches images by text and classifies images
+# without labels.
 #
-# A masking makes this training cheaper: in every step, the image encoder reads half of the
-# patches of each image.
+# Masking makes this training cheaper: in every step, the image encoder reads half of each image.
 #
 # This guide trains a small CLIP on 3,223 captioned emoji and drawings, in about two minutes on two
 # CPU cores, with JAX, TensorFlow or PyTorch (`KERAS_BACKEND`). It shows how to
 #
 # - plot the patches that a masking leaves out,
 # - add a masking to CLIP and train it with `fit()` on WebDataset shards,
-# - measure the recall on held-out pairs, and search images by words.
+# - measure the recall on held-out pairs, and search images by text.
 
 # %%
 import os
@@ -35,9 +34,9 @@ import keras_cluster_mask as kcm
 # %% [markdown]
 # ## Settings
 #
-# All settings are here. To train on your own data, set `TRAIN`, `VALIDATION` and `TEST` to your
-# shards: tar files in which `KEY.jpg` (or png, webp) is followed by `KEY.txt`, as
-# [img2dataset](https://github.com/rom1504/img2dataset) writes them. For photographs take a
+# To train on your own data, set `TRAIN`, `VALIDATION` and `TEST` to your shards: tar files in which
+# `KEY.jpg` (or png, webp) is followed by `KEY.txt`, as
+# [img2dataset](https://github.com/rom1504/img2dataset) writes them. For photographs, use a
 # larger `IMAGE_SIZE`, such as 224 pixels with patches of 16, and a larger model, such as
 # `"vit_b_16"`.
 
@@ -70,13 +69,13 @@ def show(figure, name):
 # ## Masks
 #
 # Random masking leaves gaps everywhere. Cluster masking removes whole surfaces and keeps others
-# complete. A few random patches become anchors, outlined in red, and the patches most similar to
-# an anchor are left out until half of all are gone. The last column is the similarity to the
-# nearest anchor.
+# complete. A few random patches become anchors, outlined in red. The patches most similar to an
+# anchor are left out, until half of all patches are left out. The last column shows the similarity
+# to the nearest anchor.
 #
 # This guide trains with random masking, the setting to start with
-# ([measurements](../docs/benchmarks/from_nothing.md)). The
-# [guide to maskings](compare_maskings.py) compares them.
+# ([measurements](../docs/benchmarks/from_nothing.md)). Another
+# [guide](compare_maskings.py) compares maskings.
 
 # %%
 names = "astronaut", "coffee", "chelsea", "rocket"
@@ -88,10 +87,10 @@ show(kcm.visualization.plot_masks(photographs, masking), "masks")
 # %% [markdown]
 # ## Data
 #
-# The tokenizer is trained on the captions, so nothing is downloaded. For web captions use
+# The tokenizer is trained on the captions, so nothing is downloaded. For web captions, use
 # CLIP's own vocabulary: `kcm.data.CLIPTokenizer.from_open_clip()`.
 #
-# The images have transparent backgrounds, which become white.
+# Transparent backgrounds of images become white.
 
 # %%
 captions = kcm.data.read_captions(TRAIN)
@@ -115,13 +114,13 @@ validation, test = dataset(VALIDATION), dataset(TEST)
 # %% [markdown]
 # ## Model
 #
-# `clip_backbone` makes a CLIP with fresh weights, and `from_backbone` adds the masking after its
+# `clip_backbone` makes a CLIP with fresh weights, and `from_backbone` inserts the masking after the
 # patch embedding. A pre-trained CLIP of keras_hub works in the same way.
 #
 # `small_data_recipe` gives the settings to start with on small data: random masking (50 %),
-# AdamW, and a learning rate that warms up and falls to zero. For another masking, pass it to
-# `from_backbone`: `masking=kcm.ClusterMasking(PATCH_SIZE)`. The loss is built in: compile the
-# model with an optimizer alone.
+# AdamW, and a learning rate that warms up and falls to zero. To use another masking, pass it to
+# `from_backbone`: `masking=kcm.ClusterMasking(PATCH_SIZE)`. The loss is built in, so `compile`
+# takes only an optimizer.
 
 # %%
 recipe = kcm.small_data_recipe(EPOCHS, len(train), LEARNING_RATE, seed=1)
@@ -136,8 +135,8 @@ model.compile(recipe.optimizer)
 # %% [markdown]
 # ## Training
 #
-# The progress bar shows the loss, and in `acc` the mean of two accuracies within the batch: the
-# share of images whose own caption is the most similar one, and the reverse. After each epoch,
+# The progress bar shows the loss and `acc`, the mean of two accuracies within the batch: the
+# fraction of images that are most similar to their own caption, and the reverse. After each epoch,
 # `kcm.callbacks.Retrieval` adds the recall on the validation images.
 
 # %%
@@ -149,14 +148,14 @@ chance = {"loss": np.log(BATCH_SIZE)} | recall.chance
 show(kcm.visualization.plot_history(history, chance=chance), "training")
 
 # %% [markdown]
-# The model overfits: its training loss falls to the end, while its validation loss is lowest after
-# 3 or 4 epochs and ends above chance. The recall rises for longer. It depends on the order of the
-# similarities alone, and not on how certain the model is.
+# The model overfits: the training loss keeps falling, while the validation loss is lowest after
+# 3 or 4 epochs and ends above chance. The recall rises for longer, because it depends only on the
+# order of the similarities, not on the model's confidence.
 #
 # ## Recall
 #
-# Recall@k on the test pairs: the share of images whose caption is among the k most similar
-# captions, and the reverse. Chance is the recall of a random ranking.
+# Recall@k is the fraction of test images with their caption among the k most similar captions, and
+# the reverse. Chance is the recall of a random ranking.
 
 # %%
 recall = kcm.evaluation.evaluate_retrieval(model, test, verbose=0)
@@ -165,11 +164,11 @@ for name, value in recall.items():
     print(f"{name:25} {value:6.1%}   chance {chance[name]:5.1%}")
 
 # %% [markdown]
-# ## Search by words
+# ## Search by text
 #
-# Embed the queries and rank the test images by their similarity to each. The queries were chosen
-# on the validation images. The model finds kinds of which the data holds many: flags, faces and
-# people, though not all of them women. It knows hardly any single objects.
+# Embed the queries and rank the test images by their similarity to each query. We chose the queries
+# on the validation images. The model finds frequent kinds of images: flags, faces and people, though
+# not all of them are women. It knows hardly any single objects.
 
 # %%
 QUERIES = ["flag", "face", "woman"]
@@ -181,9 +180,9 @@ show(kcm.visualization.plot_retrieval(QUERIES, images, similarity), "search")
 # %% [markdown]
 # ## Save
 #
-# With this library, `model.keras` can be loaded, reads texts, and can be trained further. The preset
-# holds the CLIP and its tokenizer: keras_hub loads them with `CLIPBackbone.from_preset(path)` and
-# `CLIPTokenizer.from_preset(path)`, without this library.
+# Load `model.keras` with this library to embed texts or continue training. The preset holds the CLIP
+# and its tokenizer. keras_hub loads them without this library, with
+# `CLIPBackbone.from_preset(path)` and `CLIPTokenizer.from_preset(path)`.
 
 # %%
 model.save(RESULTS / "model.keras")

@@ -17,7 +17,7 @@ import nbconvert
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
-# What terminals show as colors, and what progress bars write to go back.
+# Colors of terminals, and the backspaces of progress bars.
 ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\x08")
 
 
@@ -26,7 +26,7 @@ def run(path):
     notebook = jupytext.read(path)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook.metadata["kernelspec"] = kernel
-    # Where the guide is started from, too, as it writes to `results`.
+    # Runs in the current folder, because guides write to `results`.
     client = nbclient.NotebookClient(
         notebook, timeout=1800, resources={"metadata": {"path": Path.cwd()}}
     )
@@ -60,7 +60,7 @@ def write(notebook, name, folder):
     text, resources = exporter.from_notebook_node(notebook, resources)
     text = re.sub(r"\]\((\w+)\.py", r"](\1.md", text)
     text = text.replace("](../docs/", "](../")
-    # Files that are not on the site keep their names alone.
+    # Links to files that are not on the site become plain names.
     text = re.sub(r"\[([^\]]+)\]\(\.\./(examples/[^)]+)\)", r"\1 (`\2`)", text)
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in resources["outputs"].items():

@@ -1,20 +1,19 @@
 # %% [markdown]
 # # Train on small images and short texts first
 #
-# Most of training can use small images and short texts. Only its last stage needs the size at
-# which the model will be used: the patch embedding, the blocks and most of what they have learned
-# do not depend on it. This is the recipe of
-# [CLIPA](https://arxiv.org/abs/2305.07017), and of
+# Most of training can use small images and short texts. Only the last stage needs the final size,
+# because the patch embedding, the blocks and most of what they have learned do not depend on it.
+# This is the recipe of [CLIPA](https://arxiv.org/abs/2305.07017) and
 # [RECLIP](https://arxiv.org/abs/2304.06028). [CLIPA-v2](https://arxiv.org/abs/2306.15658) also
-# leaves out 30 to 40 % of the patches in the stages of high resolution.
+# leaves out 30 to 40 % of the patches in the high-resolution stages.
 #
-# A stage is a copy of the model with other position embeddings:
+# Each stage is a copy of the model with resized position embeddings:
 #
-# - `kcm.models.with_image_size` interpolates those of the image tower (bicubic), and
-# - `kcm.models.with_context_length` those of the text tower (linear).
+# - `kcm.models.with_image_size` resizes the image tower (bicubic interpolation), and
+# - `kcm.models.with_context_length` resizes the text tower (linear interpolation).
 #
-# This guide trains a small CLIP on 3,223 captioned emoji and drawings in two stages, and another
-# one at full size from the start, in two minutes on two CPU cores.
+# This guide trains a small CLIP on 3,223 captioned emoji and drawings in two stages, and a second
+# CLIP at full size from the start, in two minutes on two CPU cores.
 
 # %%
 import os
@@ -34,7 +33,7 @@ IMAGES = kcm.data.example_images()
 TRAIN, TEST = IMAGES / "train-*.tar", IMAGES / "test-*.tar"
 RESULTS = Path(os.environ.get("RESULTS", "results"))
 PATCH_SIZE = 6
-IMAGE_SIZE = 48  # 64 patches; half of the side has 16.
+IMAGE_SIZE = 48  # 64 patches; 16 at half the image size.
 CONTEXT_LENGTH = 16
 EPOCHS = int(os.environ.get("EPOCHS", 8))
 BATCH_SIZE = 64
@@ -58,12 +57,11 @@ def dataset(source, image_size, context_length, training):
 # ## Stages
 #
 # Each stage has an image size, a context length, a mask ratio, a number of epochs and a learning
-# rate. The first stage takes most of the epochs. Its images have a quarter of the patches, and its
-# texts half of the tokens. The second one has a tenth of the learning rate, which warms up again,
-# and leaves out 40 % of the patches. `small_data_recipe` makes the optimizer.
+# rate. The first stage takes most of the epochs, with a quarter of the patches and half of the text
+# tokens. The second stage uses a tenth of the learning rate, which warms up again, and leaves out
+# 40 % of the patches. `small_data_recipe` makes the optimizer.
 #
-# A model of a new stage has a new optimizer. The temperature is a weight of the backbone, and so
-# it is carried over.
+# Each stage has a new optimizer. The temperature is a weight of the backbone, so it is carried over.
 
 # %%
 STAGES = [
@@ -88,9 +86,9 @@ def train(backbone, stages):
 # %% [markdown]
 # ## Compare with training at full size
 #
-# Both models start from the same weights. The one at full size trains for half as many epochs,
-# which takes about as long on torch. JAX and TensorFlow compile each stage, which at this size
-# takes longer than the training.
+# Both models start from the same weights. The full-size model trains for half as many epochs, which
+# takes about as long on torch. JAX and TensorFlow compile each stage, which takes longer than
+# training at this size.
 
 
 # %%
@@ -116,8 +114,8 @@ for name, stages in {"in stages": STAGES, "at full size": FULL_SIZE}.items():
     recall[name] = kcm.evaluation.evaluate_retrieval(model, test, verbose=0)
 
 # %% [markdown]
-# Recall@k on 346 held-out pairs. A random ranking has a recall@10 of 2.9 %. The 95 % interval is
-# about ± 3 to 4 points.
+# The plots show recall@k on 346 held-out pairs. A random ranking has a recall@10 of 2.9 %. The 95 %
+# confidence interval is about ± 3 to 4 points.
 
 # %%
 RESULTS.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Train on eight GPUs
 #
-# In data parallel training the batch is divided among the devices, each of which has all the
-# weights. A contrastive loss compares every image with the texts of *all* devices: a program that
-# trains eight small batches side by side trains a different model, without a warning. Here the batch
-# of eight devices is one batch: losses, gradients and masks are those of a single device.
+# In data parallel training, every device has all the weights and a part of the batch. A contrastive
+# loss must compare every image with the texts of *all* devices. A program that trains eight small
+# batches side by side trains a different model, without a warning. Here, the eight devices train on
+# one batch: losses, gradients and masks are the same as on a single device.
 #
-# This guide writes a training program, starts it on several devices, and checks it. Without GPUs
-# it takes two virtual devices of the CPU, or two processes; it was run on these, not on GPUs.
+# This guide writes a training program, starts it on several devices, and checks it. Without GPUs,
+# it uses two virtual CPU devices or two processes. We ran it on these, not on GPUs.
 
 # %%
 import os
@@ -37,13 +37,13 @@ FOLDER.mkdir(parents=True)
 # %% [markdown]
 # ## The program
 #
-# Only the function `devices` differs from training on one device. On torch it joins the processes;
-# on JAX and TensorFlow it returns the scope in which the model is made. `batch_size` counts the
-# pairs of all devices, so nothing else changes with their number. `image_text_dataset` gives every
-# process its own samples.
+# Only the function `devices` differs from training on one device. On torch, it connects the
+# processes. On JAX and TensorFlow, it returns the scope in which the model is made. `batch_size`
+# counts the pairs of all devices, so nothing else depends on their number. `image_text_dataset`
+# gives every process its own samples.
 #
-# `Checkpoint` and `resume_from` let the run continue after a crash, on another number of devices
-# too. `if __name__ == "__main__"` lets `num_workers` start processes that decode images.
+# `Checkpoint` and `resume_from` resume the run after a crash, also on another number of devices.
+# `if __name__ == "__main__"` lets `num_workers` start processes that decode images.
 
 # %%
 PROGRAM = """
@@ -107,7 +107,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Start it
 #
-# The arguments: the number of devices, a folder for checkpoints, and the folder of the shards.
+# The arguments are the number of devices, a folder for checkpoints, and the folder of the shards.
 #
 # | backend | one machine | several machines |
 # | --- | --- | --- |
@@ -146,8 +146,9 @@ one, several = start(1, "one"), start(DEVICES, "several")
 # %% [markdown]
 # ## What to check
 #
-# **The losses are those of one device**, to rounding, with the same seed. If each device compared
-# only its own half of the batch, the loss would start near log(32) = 3.5; here it starts above 4.2.
+# **The losses equal the losses on one device** up to rounding, with the same seed. If each device
+# compared only its own half of the batch, the loss would start near log(32) = 3.5. Here it starts
+# above 4.2.
 
 # %%
 for name in ("loss", "gradient_norm", "mask_ratio", "image_to_text_accuracy"):
@@ -158,23 +159,24 @@ if difference > 1e-2:
     raise RuntimeError("the devices do not train as one")
 
 # %% [markdown]
-# **It resumes.** Started again, the program finds that all steps are done, and returns the same
-# history. Kill a real run once in its first hour, and look whether the loss continues.
+# **The run resumes.** If you start it again, the program finds that all steps are done, and returns
+# the same history. Kill a real run once in its first hour, and check that the loss continues.
 
 # %%
 again = start(DEVICES, "several")
 print("the same history:", again["loss"] == several["loss"])
 
 # %% [markdown]
-# **The devices are busy.** `Throughput` reports `samples_per_second` over all devices. Eight
-# should be nearly eight times as fast as one with an eighth of the batch. If not, look at the
-# utilization of the GPUs: if it has gaps, images are decoded too slowly, and `num_workers` of
-# `image_text_dataset` helps, since the threads of one process decode at most about 2,200 images
-# per second, however many cores it has.
+# **The devices are busy.** `Throughput` reports `samples_per_second` over all devices. Eight devices
+# should be nearly eight times as fast as one device with an eighth of the batch. If not, check the
+# GPU utilization. If it has gaps, images are decoded too slowly: set `num_workers` of
+# `image_text_dataset`. The threads of one process decode at most about 2,200 images per second,
+# on any number of cores.
 #
-# **The memory suffices.** If not, `micro_batch_size` trains on parts of the batch and still compares
-# all pairs. Weights that do not fit on a device can be shared by several, on JAX. Set this before you
-# make the model. Here two devices share one: attention heads and hidden units are divided among them.
+# **The memory is sufficient.** If not, `micro_batch_size` trains on parts of the batch and still
+# compares all pairs. On JAX, several devices can share weights that do not fit on one. Set the
+# distribution before you make the model. Here, two devices share one model: its attention heads and
+# hidden units are divided between them.
 #
 # ```python
 # devices = keras.distribution.list_devices()
@@ -196,4 +198,4 @@ print("the same history:", again["loss"] == several["loss"])
 # keras.distribution.set_distribution(distribution)
 # ```
 #
-# [`examples/train.py`](../examples/train.py) is a whole program with options.
+# [`examples/train.py`](../examples/train.py) is a complete program with options.

@@ -3,12 +3,11 @@
 #
 # A masking decides which patches of an image the encoder reads in training. To write one,
 # subclass `kcm.PatchMasking` and implement one method, `score`: the patches with the highest
-# scores stay. The base class takes care of random numbers, the exact number of patches, prefix
+# scores are kept. The base class handles random numbers, the exact number of patches, prefix
 # tokens, several devices, and saving.
 #
-# The example suits drawings and products on a plain background, where random masking spends many
-# tokens on nothing. `ContentMasking` leaves out blank patches first, and of the others random
-# ones.
+# The example suits drawings and products on a plain background, where random masking keeps many
+# blank patches. `ContentMasking` leaves out blank patches first, then random other patches.
 
 # %%
 import os
@@ -44,20 +43,20 @@ def show(figure, name):
 # %% [markdown]
 # ## The score
 #
-# `score` gets the `noise` of a step, `(batch, N)` uniform random numbers, and the images as the
-# model normalized them. It returns `(batch, N)` scores. Patches of equal score are ranked by
-# their noise, so a score of 0 for blank patches and of 1 for all others is enough: the budget is
-# filled with random patches that show something, and with random blank ones if there are too few.
+# `score` gets the `noise` of a step, `(batch, N)` uniform random numbers, and the normalized images.
+# It returns `(batch, N)` scores. Patches with equal scores are ranked by their noise, so
+# `ContentMasking` only scores blank patches 0 and all others 1. It then keeps random patches with
+# content, and random blank patches if there are too few.
 #
-# Four rules keep a masking right on every backend and on any number of devices:
+# Four rules keep a masking correct on every backend and on any number of devices:
 #
 # - compute with `keras.ops`;
 # - take sizes from `ops.shape(noise)`: the batch size may be unknown when TensorFlow compiles;
-# - take all randomness from `noise`, and draw none of your own;
-# - score each image on its own, as a device sees only its part of the batch.
+# - take all randomness from `noise`;
+# - score each image independently, because a device sees only its part of the batch.
 #
 # The attribute `patch_size` lets the base class count the patches of an image. Register the
-# class, and return its arguments from `get_config`, so that models with it can be saved.
+# class, and return its arguments from `get_config`, so that Keras can save models with it.
 
 
 # %%
@@ -95,7 +94,7 @@ class ContentMasking(kcm.PatchMasking):
 # ## Look at the masks
 #
 # `plot_masks` shows several maskings with the same noise. It does not normalize images unless the
-# masking is part of a model. So the images here are floats in [0, 1], where a contrast of 0.05
+# masking is part of a model. Here, the images are floats in [0, 1], where a contrast of 0.05
 # corresponds to about 0.2 on normalized images. A patch of a single color inside an object also
 # counts as blank, so `ContentMasking` prefers outlines and details.
 
@@ -123,11 +122,11 @@ show(kcm.visualization.plot_masks(images[:4] / 255.0, maskings), "own_masks")
 # ## Check the numbers
 #
 # A masking that keeps the wrong patches still trains, so check it on many images.
-# `masking_statistics` counts how often each position is kept. Here patches near the border are kept
-# least often, since the drawings are in the middle.
+# `masking_statistics` counts how often each position is kept. Here, patches near the border are kept
+# least often, because the drawings are in the middle.
 #
-# A property of your own is worth a test, too: no blank patch may stay while one that shows
-# something is left out.
+# Also test what your masking promises: `ContentMasking` must not keep a blank patch while it leaves
+# out a patch with content.
 
 # %%
 statistics = kcm.masking.masking_statistics(
@@ -138,16 +137,15 @@ show(kcm.visualization.plot_masking_statistics(statistics), "own_statistics")
 # %%
 content = maskings["ContentMasking"].score(np.zeros((len(images), 64)), images / 255.0)
 for name, masking in maskings.items():
-    # In place of tokens: 1 for a patch that shows something, and 0 for a blank one.
+    # Instead of tokens: 1 for a patch that shows something, and 0 for a blank patch.
     kept = masking(content[:, :, None], images=images / 255.0, training=True)
     print(f"{name:15} {float(ops.mean(kept)):.1%} of the kept patches show something")
 
 # %% [markdown]
 # ## Train with it
 #
-# It goes where every masking goes: into `ContrastiveModel.from_backbone`, or into
-# `kcm.with_masking` for other vision transformers. The metric `mask_ratio` must be the ratio
-# that was asked for.
+# Pass the masking to `ContrastiveModel.from_backbone`, or to `kcm.with_masking` for other vision
+# transformers. The metric `mask_ratio` must equal the ratio that you set.
 
 # %%
 backbone = kcm.models.clip_backbone(
@@ -159,10 +157,10 @@ model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
 history = model.fit(dataset("train", training=True, seed=1), epochs=EPOCHS)
 
 # %% [markdown]
-# ## Save and load it
+# ## Save and load the model
 #
-# The loaded model has the masking with its settings, and continues the sequence of its random
-# numbers. A program that loads it must import the module that registers the class.
+# The loaded model has the masking with its settings, and continues its sequence of random numbers.
+# A program that loads the model must import the module that registers the class.
 
 # %%
 model.save(RESULTS / "own_masking.keras")
@@ -182,4 +180,4 @@ print(f"largest difference of an embedding: {difference:.1e}")
 #
 # - With `hides_tokens = True`, a score of `-inf` excludes a patch from the step, so images may keep
 #   different numbers of patches; see `kcm.PatchMasking`.
-# - [Compare](compare_maskings.py) the masking with others at equal steps.
+# - [Compare](compare_maskings.py) the masking with other maskings, at an equal number of steps.
