@@ -121,7 +121,7 @@ for name, (masking, epochs) in runs.items():
 # pass it to both calls:
 #
 # - `masking.draw(batch, N)` draws the noise of a step,
-# - `masking.select(images, tokens, noise)` returns the indices of the patches that stay, and
+# - `masking.select(images, tokens, noise)` returns the indices of the kept patches, and
 # - `masked(images, training=True, noise=noise)` encodes the same patches, in the same order.
 
 
