@@ -74,8 +74,7 @@ def show(figure, name):
 # to the nearest anchor.
 #
 # This guide trains with random masking, the setting to start with
-# ([measurements](../docs/benchmarks/from_nothing.md)). Another
-# [guide](compare_maskings.py) compares maskings.
+# ([measurements](../docs/benchmarks/from_nothing.md)).
 
 # %%
 names = "astronaut", "coffee", "chelsea", "rocket"
