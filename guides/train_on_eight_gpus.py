@@ -146,9 +146,8 @@ one, several = start(1, "one"), start(DEVICES, "several")
 # %% [markdown]
 # ## What to check
 #
-# **The losses equal the losses on one device** up to rounding, with the same seed. If each device
-# compared only its own half of the batch, the loss would start near log(32) = 3.5. Here it starts
-# above 4.2.
+# **The losses match a single device** up to rounding, with the same seed. If each device compared
+# only its own half of the batch, the loss would start near log(32) = 3.5. Here it starts above 4.2.
 
 # %%
 for name in ("loss", "gradient_norm", "mask_ratio", "image_to_text_accuracy"):
@@ -168,10 +167,9 @@ print("the same history:", again["loss"] == several["loss"])
 
 # %% [markdown]
 # **The devices are busy.** `Throughput` reports `samples_per_second` over all devices. Eight devices
-# should be nearly eight times as fast as one device with an eighth of the batch. If not, check the
-# GPU utilization. If it has gaps, images are decoded too slowly: set `num_workers` of
-# `image_text_dataset`. The threads of one process decode at most about 2,200 images per second,
-# on any number of cores.
+# should be nearly eight times as fast as one with an eighth of the batch. If not, check the GPU
+# utilization. If it has gaps, decoding is too slow: set `num_workers` of `image_text_dataset`. The
+# threads of one process decode at most about 2,200 images per second, on any number of cores.
 #
 # **The memory is sufficient.** If not, `micro_batch_size` trains on parts of the batch and still
 # compares all pairs. On JAX, several devices can share weights that do not fit on one. Set the
