@@ -8,8 +8,8 @@
 # - **zero-shot classification**: does the model classify images from class names alone?
 # - **linear probe**: how well does a linear classifier work on the embeddings?
 #
-# This guide evaluates the model of the [first guide](pretrain_clip.py). Run that guide first, or set
-# `MODEL` and `TOKENIZER` to your own files. Recall and accuracies match
+# This guide evaluates the model of the [first guide](pretrain_clip.py). Run that guide first, or load
+# a model of your own below. Recall and accuracies match
 # [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark), except for ties and equal captions.
 # The guide needs scikit-learn and
 # [faiss](https://github.com/facebookresearch/faiss): `pip install -e ".[probe,search]"`.

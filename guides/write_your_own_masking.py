@@ -66,7 +66,7 @@ class ContentMasking(kcm.PatchMasking):
 
     Args:
         patch_size: Integer, in pixels.
-        mask_ratio: Float in `[0, 1)`. The share of the patches to leave out.
+        mask_ratio: Float in `[0, 1)`. The fraction of patches to leave out.
         contrast: Float. A patch is blank if the deviation of its normalized pixels
             is at most this.
         **kwargs: Arguments of `kcm.PatchMasking`, such as `seed`.
