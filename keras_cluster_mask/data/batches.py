@@ -1,6 +1,5 @@
 """Turns samples into batches: which samples a batch holds, and their arrays."""
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -18,7 +17,7 @@ from keras_cluster_mask.checks import (
 )
 from keras_cluster_mask.data import files, tokenizing
 from keras_cluster_mask.data.images import Images, UnreadableImage
-from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.index import no_intact_sample, open_index
 from keras_cluster_mask.data.order import Mix, Order
 from keras_cluster_mask.data.samples import Fault, Fields, Sample, SampleError
 from keras_cluster_mask.data.sampling import Sampling
@@ -225,17 +224,7 @@ class Batches:
             examples = [*index.read(range(0, len(index), step))]
             if any(isinstance(example, Sample) for example in examples):
                 continue
-            faults = collections.Counter(fault.reason for fault in examples)
-            faults.update(index.faults)
-            known = itertools.chain(examples, index.examples(1), index.paths)
-            names = sorted(name for name in index.fields if not name.endswith("."))
-            raise ValueError(
-                f"`source` has no intact sample: {next(known)}. Each sample needs one "
-                f"of these fields: {self.fields.wanted}, or a field that `image_keys`, "
-                "`caption_key` or `label_key` names. Received: "
-                f"{dict(faults) or 'no sample'} with the fields {names} from "
-                f"{len(index.paths)} shards"
-            )
+            raise no_intact_sample(index, examples)
 
     def _shuffle(self, sampling):
         """Sets the order of training, and the default of `block_size`."""

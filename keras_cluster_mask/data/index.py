@@ -65,6 +65,25 @@ def open_index(source, fields, index_dir=None, num_workers=0, process=(0, 1)):
     return Index(parts, fields)
 
 
+def no_intact_sample(index, examples=()):
+    """Returns the error for a source without samples that can be read.
+
+    Args:
+        index: `Index` or `ObjectIndex`.
+        examples: Sequence of `Fault`, of samples that were read.
+    """
+    faults = collections.Counter(fault.reason for fault in examples) + index.faults
+    known = itertools.chain(examples, index.examples(1), index.paths)
+    names = sorted(name for name in index.fields if not name.endswith("."))
+    return ValueError(
+        f"`source` has no intact sample: {next(known)}. Each sample needs one "
+        f"of these fields: {index.wanted}. `image_keys`, `caption_key` and "
+        "`label_key` choose other fields. Received: "
+        f"{dict(faults) or 'no sample'} with the fields {names} from "
+        f"{len(index.paths)} shards"
+    )
+
+
 class Index:
     """The samples of shards, with random access by number.
 
@@ -85,6 +104,7 @@ class Index:
             sample, because the number of samples after the damage is unknown.
         damage: List of `Fault`, one for each damaged shard.
         stamps: List of strings, which change with the dates of the shards.
+        wanted: Dictionary of the fields that a sample needs, see `Fields.wanted`.
     """
 
     def __init__(self, parts, fields, keep=()):
@@ -103,6 +123,7 @@ class Index:
         ]
         self.paths = [part.shard for part in parts]
         self.stamps = [part.stamp for part in parts]
+        self.wanted = fields.wanted
         self._intact = functools.lru_cache(REMEMBERED)(_Shard.intact)
 
     def __len__(self):

@@ -42,7 +42,7 @@ class ObjectIndex:
     """
 
     def __init__(self, source, fields, numbers=None):
-        self._source, self._fields = source, fields
+        self._source, self._fields, self.wanted = source, fields, fields.wanted
         self.paths = [type(source).__name__]
         self.faults, self.damage = collections.Counter(), []
         try:

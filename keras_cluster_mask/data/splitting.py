@@ -10,7 +10,7 @@ import numpy as np
 from keras_cluster_mask.checks import check_choice, check_integer, check_range
 from keras_cluster_mask.data.check import read_all
 from keras_cluster_mask.data.images import UnreadableImage, decoding
-from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.index import no_intact_sample, open_index
 from keras_cluster_mask.data.samples import Fields, hash_of
 
 
@@ -125,6 +125,8 @@ def split(
     if isinstance(source, SourcePart):
         fields = fields.replaced(source.fields)
     index = open_index(source, fields, index_dir)
+    if not len(index):
+        raise no_intact_sample(index)
     if by == "image":
         hashes = np.fromiter(read_all(index, _hash, "split"), "u8", len(index))
     else:
