@@ -164,8 +164,12 @@ def exclude_vectors_from_decay(optimizer, model):
             "excludes its vectors: call it on a batch first, `model(batch)`, or pass "
             "`decay_vectors=True`. Received: a layer that is not built"
         )
-    # Include the user's weights, because Keras replaces the list.
-    spared = [v for v in model.weights if is_vector(v) or not decays(v)]
+    # Include the user's weights, because Keras replaces the list. From Keras 3.16 on,
+    # `_use_weight_decay` raises an error until the optimizer is built.
+    excludes = getattr(
+        optimizer, "_is_excluded_from_weight_decay", lambda v: not decays(v)
+    )
+    spared = [v for v in model.weights if is_vector(v) or excludes(v)]
     optimizer.exclude_from_weight_decay(spared)
     optimizer.spares_vectors = True
 
