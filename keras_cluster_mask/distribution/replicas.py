@@ -4,6 +4,8 @@ A JAX step sees the global batch whatever the number of devices, so it has one r
 TensorFlow and torch run the same step on every replica.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -11,6 +13,28 @@ if keras.backend.backend() == "torch":
     from torch import distributed
 
     from keras_cluster_mask.distribution.missing_in_keras import data_parallel
+
+
+class OwnReduction:
+    """A mixin before `keras.Model` of models that this package alone reduces on torch.
+
+    From Keras 3.16 on, a model that trains or predicts after torch processes have
+    joined is wrapped in `DistributedDataParallel`, and its metrics are summed over
+    processes. It would reduce all gradients twice. A frozen tower could not predict,
+    and a process that evaluates alone would wait for the others. Keras 3.15 does
+    neither.
+    """
+
+    # Keras wraps a model where this is `None`, and calls the model itself where it is
+    # false. It has no documented switch.
+    ddp_model = property(lambda self: False, lambda self, value: None)
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        results = {}
+        for metric in self.metrics:
+            value = metric.result()
+            results |= value if isinstance(value, dict) else {metric.name: value}
+        return results
 
 
 def num_replicas() -> int:

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.distribution.backends import needs_xla
+from keras_cluster_mask.distribution.replicas import OwnReduction
 
 # The maximum number of rows passed to a model at a time.
 MAX_SIZE = 1024
@@ -81,7 +82,7 @@ class Embedder:
         return np.concatenate(found)
 
 
-class _Encoder(keras.Model):
+class _Encoder(OwnReduction, keras.Model):
     """Embeds with a tower, or computes its features, compiled by Keras."""
 
     def __init__(self, tower, features, name):

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution.backends import keeping_weights
+from keras_cluster_mask.distribution.replicas import OwnReduction
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, text_family_of
 from keras_cluster_mask.encoders.pixels import check_statistics, pixel_range
@@ -26,7 +27,7 @@ from keras_cluster_mask.training.layers import MadeOfParts
 from keras_cluster_mask.types import Tensor
 
 
-class Tower(MadeOfParts, Exported, keras.Model):
+class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
     """Embeds images or texts: the base class of `ImageTower` and `TextTower`.
 
     `model.image_tower` and `model.text_tower` of a `ContrastiveModel` share its weights

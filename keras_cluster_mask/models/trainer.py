@@ -36,7 +36,7 @@ from keras_cluster_mask.types import Tensor
 OPTIONS = "micro_batch_size", "views", "duplicates"
 
 
-class ContrastiveTrainer:
+class ContrastiveTrainer(replicas.OwnReduction):
     """Trains, evaluates and predicts, as a mixin before `keras.Model`.
 
     It owns the metrics and what `compile` sets. From the model, it reads:

@@ -3,6 +3,9 @@
 import keras
 import pytest
 
+from keras_cluster_mask.callbacks import Retrieval
+from tests.helpers import compiled_model, random_pairs
+
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="others reduce in compiled code"
 )
@@ -46,3 +49,21 @@ def test_a_gradient_that_a_process_lacks_counts_as_0_there(monkeypatch):
     assert found[3] is None
     for mean, value in zip(found, (2.0, 1.0, 1.0)):
         torch.testing.assert_close(mean, torch.full((2,), value))
+
+
+def test_keras_reduces_neither_gradients_nor_metrics(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("Keras reduces, too")
+
+    model, pairs = compiled_model(), random_pairs(4)
+    model.text_encoder.trainable = False
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(torch.distributed, "all_reduce", refuse)
+        wrapper = torch.nn.parallel.DistributedDataParallel
+        monkeypatch.setattr(wrapper, "__init__", refuse)
+        model.fit(pairs, validation_data=pairs, callbacks=[Retrieval(pairs)], verbose=0)
+        model.text_tower.predict(pairs["token_ids"], verbose=0)
+    finally:
+        torch.distributed.destroy_process_group()
