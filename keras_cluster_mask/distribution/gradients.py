@@ -129,11 +129,13 @@ def over_processes(train_function, model, averaged):
 
     @functools.wraps(train_function)
     def wrapped(data):
-        for weight in model.trainable_weights:
-            weight.value.grad = None
-        logs = train_function(data)
-        for variable in averaged:
-            variable.assign(replica_mean(variable.value))
+        # From Keras 3.16 on, the batches of `steps_per_execution` steps; else one.
+        for batch in data:
+            for weight in model.trainable_weights:
+                weight.value.grad = None
+            logs = train_function([batch])
+            for variable in averaged:
+                variable.assign(replica_mean(variable.value))
         return logs
 
     return wrapped

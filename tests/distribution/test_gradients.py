@@ -46,6 +46,21 @@ def test_each_step_starts_without_gradients_of_weights_with_equal_paths(paths):
     np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="Others keep none.")
+def test_each_step_of_an_execution_starts_without_gradients():
+    model = small_model()
+    tensors = [weight.value for weight in model.trainable_weights]
+
+    def train_function(batches):
+        for batch in batches:
+            assert all(x.grad is None for x in tensors)
+            for x in tensors:
+                x.grad = x.detach() + batch
+
+    gradients.over_processes(train_function, model, ())([1.0, 2.0])
+    assert all(x.grad is not None for x in tensors)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="It splits all batches.")
 def test_batches_that_devices_cannot_share_are_refused(monkeypatch):
     class IndivisibleError(ValueError):
