@@ -24,7 +24,7 @@ def update_in_place(optimizer):
     Gradients are clipped in-place. The rest of `apply` stays Keras's own: decay,
     accumulation, averages, constraints. Keras also performs the update if a weight is
     not float32, for AMSGrad, and for optimizers other than Adam and AdamW. Its update
-    of SGD is already in-place.
+    of SGD is in-place in 3.15, and copies the gradients once from 3.16 on.
 
     Keras has no public hook for decay, clipping and the update within `apply`, so three
     private methods of one optimizer are replaced. A test fails if a version of Keras
