@@ -1,11 +1,10 @@
 """Data parallel training with torch processes.
 
-Keras 3.15 has none. From Keras 3.16 on, models are wrapped in torch's
-`DistributedDataParallel`, unless they are an `OwnReduction` of `replicas.py`. The wrapper
-requires that every weight has a gradient in every process, that a model is not frozen,
-and that all processes evaluate together. None of this holds here. Once Keras can do
-without, delete this file and that class, and their calls in `replicas.py` and
-`gradients.py`.
+Keras 3.15 has none. Keras 3.16 wraps models in torch's `DistributedDataParallel`, unless
+they are an `OwnReduction` of `replicas.py`. The wrapper requires that every weight has a
+gradient in every process, that a model is not frozen, and that all processes evaluate
+together. None of this holds here. Once Keras can do without, delete this file and that
+class, and their calls in `replicas.py` and `gradients.py`.
 
 Gradients are averaged after the backward pass, in one reduction, which takes less time
 than one for each weight.
