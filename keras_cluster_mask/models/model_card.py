@@ -24,7 +24,7 @@ lies near the texts that describe it.
 
 ## Use
 
-`pip install keras_cluster_mask {backend}`
+Needs the packages keras_cluster_mask and {backend}, and `KERAS_BACKEND={backend}`.
 
 ```python
 import keras
@@ -49,8 +49,6 @@ print(images @ texts.T)  # cosine similarities
 
 ## Recall
 
-| measure | model | chance |
-| --- | --- | --- |
 {recall}
 
 ## Versions
@@ -70,8 +68,8 @@ def save_with_card(
 ) -> None:
     """Saves a model with a model card, as a folder to share.
 
-    The folder holds `model.keras`, with the tokenizer, and the card, `README.md`. The
-    card describes the use of the model, its encoders, masking and optimizer, its recall
+    The folder holds `model.keras`, with the tokenizer and without masking and
+    optimizer, and the card, `README.md`. The card describes the use of the model, its encoders, masking and optimizer, its recall
     beside chance, and package versions. Fill in the license, which the card leaves
     empty. Hugging Face shows such a card as the page of a model.
 
@@ -100,10 +98,11 @@ def save_with_card(
             "`folder` must have no README.md, which may have been edited: delete it, "
             f"or choose another folder. Received: {folder}"
         )
-    tokenizer_of(model)  # Raises an error if it cannot read words.
+    tokenize = tokenizer_of(model)  # Raises an error if it cannot read words.
     folder.mkdir(parents=True, exist_ok=True)
-    model.save(folder / "model.keras")
-    size, length = model.image_tower.image_size, model.text_tower.context_length
+    # Without its optimizer, which is larger than the weights.
+    model.without_masking().save(folder / "model.keras")
+    size, length = model.image_tower.image_size, tokenize.keywords["context_length"]
     packages = "keras_cluster_mask", "keras", "keras_hub", keras.backend.backend()
     text = _CARD.format(
         name=folder.resolve().name,
@@ -117,7 +116,7 @@ def save_with_card(
         text_weights=model.text_encoder.count_params(),
         masking=", ".join(map(_call, model.maskings)),
         optimizer=_call(getattr(model, "optimizer", None)),
-        recall="\n".join(_rows(recall or {"chance": {}})),
+        recall="\n".join(_rows(recall)) if recall else "Fill in.",
         # Not of distributions: TensorFlow has several.
         versions=", ".join(
             f"{x} {importlib.import_module(x).__version__}" for x in packages
@@ -141,5 +140,7 @@ def _described(part):
 
 
 def _rows(recall):
+    yield "| measure | model | chance |"
+    yield "| --- | --- | --- |"
     for name, chance in recall["chance"].items():
         yield f"| {name.replace('_', ' ')} | {recall[name]:.1%} | {chance:.1%} |"

@@ -68,6 +68,14 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
         grads = [x if x is None else next(clipped) for x in grads]
         super().apply(grads, trainable_variables)
 
+    # Keras saves the variables of `optimizers`, and would save them here once more.
+
+    def save_own_variables(self, store: dict[str, Any]) -> None:
+        store["iterations"] = self.iterations.numpy()
+
+    def load_own_variables(self, store: dict[str, Any]) -> None:
+        self.iterations.assign(store["iterations"])
+
     def get_config(self) -> dict[str, Any]:
         parts = {"default": self.towers.default_optimizer, **self.towers}
         return {

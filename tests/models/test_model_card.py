@@ -61,6 +61,10 @@ def test_a_card_says_how_a_model_was_trained_and_what_it_finds(model, tmp_path):
     chance = f"{recall['chance']['text_to_image_recall@5']:.1%}"
     found = f"{recall['text_to_image_recall@5']:.1%}"
     assert f"| text to image recall@5 | {found} | {chance} |" in card
+    # Others get no optimizer, and no masking.
+    shared = keras.saving.load_model(tmp_path / "boats" / "model.keras")
+    assert not shared.compiled
+    assert not shared.maskings
 
 
 def test_a_card_names_each_of_several_optimizers(model, tmp_path):

@@ -1,5 +1,8 @@
 """Each tower has an optimizer of its own, and all gradients are clipped by one norm."""
 
+import zipfile
+
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -111,3 +114,23 @@ def test_callbacks_change_the_rate_of_each_tower_under_loss_scaling(tmp_path):
     assert sum(name.startswith("learning_rate") for name in history) == 2
     loaded = reloaded(model, tmp_path).optimizer
     assert_same_values(loaded.variables, model.optimizer.variables)
+
+
+def test_a_file_has_the_state_of_each_optimizer_once(tmp_path):
+    model, pairs = make_model(), random_pairs(8)
+    model.compile(
+        kcm.TowerOptimizer(
+            keras.optimizers.Adam(1e-3), image=keras.optimizers.Adam(1e-4)
+        )
+    )
+    model.fit(pairs, batch_size=4, verbose=0)
+    loaded = reloaded(model, tmp_path)
+    assert loaded.optimizer.iterations == 2
+    assert_same_values(loaded.optimizer.variables, model.optimizer.variables)
+    with zipfile.ZipFile(tmp_path / "model.keras") as file:
+        path = file.extract("model.weights.h5", tmp_path)
+    sizes = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, x: sizes.update({name: getattr(x, "size", 0)}))
+    saved = sum(size for name, size in sizes.items() if name.startswith("optimizer/"))
+    assert saved == sum(int(np.prod(v.shape)) for v in model.optimizer.variables)
