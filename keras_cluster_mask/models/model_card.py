@@ -68,10 +68,11 @@ def save_with_card(
 ) -> None:
     """Saves a model with a model card, as a folder to share.
 
-    The folder holds `model.keras`, with the tokenizer and without masking and
-    optimizer, and the card, `README.md`. The card describes the use of the model, its encoders, masking and optimizer, its recall
-    beside chance, and package versions. Fill in the license, which the card leaves
-    empty. Hugging Face shows such a card as the page of a model.
+    The folder holds the card, `README.md`, and `model.keras`, with the tokenizer and
+    without masking and optimizer. The card describes the use of the model, its
+    encoders, masking and optimizer, its recall beside chance, and package versions.
+    Fill in the license, which the card leaves empty. Hugging Face shows such a card as
+    the page of a model.
 
     Example:
 

@@ -71,10 +71,16 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
     # Keras saves the variables of `optimizers`, and would save them here once more.
 
     def save_own_variables(self, store: dict[str, Any]) -> None:
-        store["iterations"] = self.iterations.numpy()
+        for number, variable in enumerate(self._own_variables()):
+            store[str(number)] = variable.numpy()
 
     def load_own_variables(self, store: dict[str, Any]) -> None:
-        self.iterations.assign(store["iterations"])
+        for number, variable in enumerate(self._own_variables()):
+            variable.assign(store[str(number)])
+
+    def _own_variables(self):
+        others = {id(v) for optimizer in self.optimizers for v in optimizer.variables}
+        return [v for v in self.variables if id(v) not in others]
 
     def get_config(self) -> dict[str, Any]:
         parts = {"default": self.towers.default_optimizer, **self.towers}
