@@ -288,7 +288,7 @@ def resume(run, model, path, verbose):
     run.epoch, run.history = facts["epoch"], facts["history"]
     run.data.origin = facts["data_origin"]
     if verbose:
-        print(f"Resuming from {path}: epoch {run.epoch + 1}.")
+        print(f"Resuming from {path}, after epoch {run.epoch}.")
 
 
 def saved_epochs(folder) -> dict[int, str]:

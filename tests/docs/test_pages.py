@@ -135,7 +135,7 @@ def test_the_readme_and_the_pages_are_short():
     # The index of the API repeats docstrings.
     pages = [page for page in all_pages()[2:] if page != "docs/api.md"]
     prose = [TABLE_OR_CODE.sub("", read(page)) for page in pages]
-    assert sum(len(page.split()) for page in prose) <= 10_000
+    assert sum(len(page.split()) for page in prose) <= 11_000
 
 
 @pytest.mark.any_backend
