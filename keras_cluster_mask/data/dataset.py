@@ -171,7 +171,7 @@ def image_text_dataset(
             UTF-8 bytes. With `"all"`, each is a tuple of all captions of an image.
             Defaults to `False`.
         include_keys: Boolean. Whether batches contain the `"keys"` of samples, str. The
-            key of a table row is its file name. Defaults to `False`.
+            key of a table row is the value of its first column. Defaults to `False`.
         max_skipped: Float. The maximum fraction of samples that may be broken, from 0
             to 1. An error is raised if more samples are broken in the index, or among
             the samples that a process reads in one pass. Defaults to `0.01`.

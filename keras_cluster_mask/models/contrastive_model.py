@@ -736,8 +736,8 @@ def _as_list(name, values):
     found = [] if is_single else list(values)
     if not found:
         raise ValueError(
-            f"`{name}` must be an array, or a list with at least one item, such as "
-            f"[item] for a single item. "
+            f"`{name}` must be a list of at least one item, or an array: pass `[x]` for "
+            "a single item. "
             f"Received: {name}={values!r}"
         )
     return found

@@ -234,8 +234,8 @@ def test_a_run_says_where_it_starts(whole, folder, shards, tmp_path, capsys):
 
     for start, expected in (
         (tmp_path, f"No checkpoint in {tmp_path}: starting at the beginning"),
-        (folder / "epoch-00001.npz", "epoch-00001.npz: epoch 2."),
-        (folder, "epoch-00003.npz: epoch 4."),
+        (folder / "epoch-00001.npz", "epoch-00001.npz, after epoch 1."),
+        (folder, "epoch-00003.npz, after epoch 3."),
     ):
         found, printed = fit(start)
         assert expected in printed
