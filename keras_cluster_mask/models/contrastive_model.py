@@ -736,9 +736,8 @@ def _as_list(name, values):
     found = [] if is_single else list(values)
     if not found:
         raise ValueError(
-            f"`{name}` must be a list of at least one item, or an array: pass `[x]` for "
-            "a single item. "
-            f"Received: {name}={values!r}"
+            f"`{name}` must be a list of at least one item, or an array: pass `[x]` "
+            f"for a single item. Received: {name}={values!r}"
         )
     return found
 
