@@ -30,6 +30,14 @@ def column(batches, name):
     return [value for batch in batches for value in batch[name]]
 
 
+def take_from_tensorflow(dataset, count):
+    """Batches of the `tf.data.Dataset`, with keys as str: its strings are bytes."""
+    batches = take(dataset.as_dataset(), count)
+    for batch in batches:
+        batch["keys"] = np.array([key.decode() for key in batch["keys"]], object)
+    return batches
+
+
 def keys(dataset, count=None):
     return column(take(dataset, count), "keys")
 

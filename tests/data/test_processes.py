@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.reading import assert_same, keys, make_dataset, take
+from tests.data.reading import (
+    assert_same,
+    keys,
+    make_dataset,
+    take,
+    take_from_tensorflow,
+)
 
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
 
@@ -73,7 +79,7 @@ def test_workers_feed_a_tensorflow_dataset(source):
     expected = take(make(source), 20)
     dataset = make(source, num_workers=2)
     dataset.start = 7
-    assert_same(take(dataset.as_dataset(), 13), expected[7:])
+    assert_same(take_from_tensorflow(dataset, 13), expected[7:])
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")
