@@ -36,6 +36,8 @@ NAMES = {
 # The words of a lower-case text, as CLIP splits them.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 START, END = "<|startoftext|>", "<|endoftext|>"
+# The length of texts without a limit.
+ANY = 10**9
 
 
 def main():
@@ -67,7 +69,9 @@ def export(model, folder, tokenizer=None):
         "config.json": {"model_type": "clip"},
         "tokenizer_config.json": {
             **config,
-            "model_max_length": model.text_tower.context_length,
+            "model_max_length": min(
+                config["model_max_length"], model.text_tower.context_length or ANY
+            ),
         },
         "preprocessor_config.json": {
             "image_processor_type": "CLIPImageProcessor",
@@ -86,11 +90,15 @@ def export(model, folder, tokenizer=None):
 
 def write_tokenizer(tokenizer, folder, source):
     """Writes `tokenizer.json`, and returns the content of its configuration."""
-    if isinstance(tokenizer, kcm.data.CLIPTokenizer):
-        clip_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
-        return {"tokenizer_class": "CLIPTokenizer", "pad_token": END}
     if source is not None:
         shutil.copy(Path(source) / "tokenizer.json", folder)
+    elif isinstance(tokenizer, kcm.data.CLIPTokenizer):
+        clip_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+        return {
+            "tokenizer_class": "CLIPTokenizer",
+            "pad_token": END,
+            "model_max_length": tokenizer.context_length,
+        }
     elif hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     else:
@@ -99,11 +107,11 @@ def write_tokenizer(tokenizer, folder, source):
             f" Received: a model with {tokenizer}"
         )
     config = Path(source or folder) / "tokenizer_config.json"
-    return json.loads(config.read_text("utf-8"))
+    return {"model_max_length": ANY, **json.loads(config.read_text("utf-8"))}
 
 
 def clip_tokenizer(tokenizer):
-    """Returns a `CLIPTokenizer` as one of Hugging Face, without the repair of texts."""
+    """Converts a `CLIPTokenizer` to Hugging Face's format, which repairs no texts."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_to_preset(folder)
         assets = Path(folder) / "assets/tokenizer"
@@ -143,7 +151,7 @@ def write_tower(tower, path, output):
 
 
 def converted(given):
-    """Changes an input to that of transformers.js.
+    """Renames and retypes an input as transformers.js passes it.
 
     Returns:
         List of nodes that compute the former input.

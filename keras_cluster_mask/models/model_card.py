@@ -90,7 +90,8 @@ def save_with_card(
         recall: Dictionary that `kcm.evaluation.evaluate_retrieval` returned.
 
     Raises:
-        ValueError: If the model has no tokenizer, or the folder has a `README.md`.
+        ValueError: If the model has no tokenizer, or a masking that `without_masking`
+            cannot remove, or if the folder has a `README.md`.
     """
     folder = Path(folder)
     card = folder / "README.md"
@@ -100,9 +101,10 @@ def save_with_card(
             f"or choose another folder. Received: {folder}"
         )
     tokenize = tokenizer_of(model)  # Raises an error if it cannot read words.
-    folder.mkdir(parents=True, exist_ok=True)
     # Without its optimizer, which is larger than the weights.
-    model.without_masking().save(folder / "model.keras")
+    shared = model.without_masking()
+    folder.mkdir(parents=True, exist_ok=True)
+    shared.save(folder / "model.keras")
     size, length = model.image_tower.image_size, tokenize.keywords["context_length"]
     packages = "keras_cluster_mask", "keras", "keras_hub", keras.backend.backend()
     text = _CARD.format(

@@ -68,7 +68,7 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
         grads = [x if x is None else next(clipped) for x in grads]
         super().apply(grads, trainable_variables)
 
-    # Keras saves the variables of `optimizers`, and would save them here once more.
+    # Keras also saves the variables of each of `optimizers`: do not save them twice.
 
     def save_own_variables(self, store: dict[str, Any]) -> None:
         for number, variable in enumerate(self._own_variables()):

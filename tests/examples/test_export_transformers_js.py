@@ -44,10 +44,11 @@ def test_the_files_embed_what_transformers_js_passes_to_them(model, tmp_path):
     assert processor["size"] == {"shortest_edge": 32}
     assert not processor["do_rescale"]
     assert not processor["do_normalize"]
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["model_max_length"] == 16
 
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     # transformers.js pads with the token that its configuration names.
-    config = json.loads((folder / "tokenizer_config.json").read_text())
     padding = tokenizer.token_to_id(config["pad_token"])
     tokenizer.enable_padding(pad_id=padding)
     ids = np.array([x.ids for x in tokenizer.encode_batch(CAPTIONS)])
@@ -62,3 +63,16 @@ def test_the_export_asks_for_the_tokenizer_that_it_cannot_write(model, tmp_path)
     model.tokenizer = None
     with pytest.raises(SystemExit, match=r"`--tokenizer` must be given.*Received:"):
         export_transformers_js.export(model, tmp_path / "exported")
+
+
+def test_a_tokenizer_that_is_given_replaces_that_of_the_model(model, tmp_path):
+    import export_transformers_js
+
+    given, folder = tmp_path / "given", tmp_path / "exported"
+    given.mkdir()
+    folder.mkdir()
+    (given / "tokenizer.json").write_text("{}")
+    (given / "tokenizer_config.json").write_text('{"model_max_length": 9}')
+    config = export_transformers_js.write_tokenizer(model.tokenizer, folder, given)
+    assert config == {"model_max_length": 9}
+    assert (folder / "tokenizer.json").read_text() == "{}"
