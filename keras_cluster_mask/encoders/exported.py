@@ -11,8 +11,9 @@ import numpy as np
 
 from keras_cluster_mask.training.layers import all_layers
 
-# What ONNX is written with.
-ONNX_PACKAGES = {"tensorflow": "tf2onnx", "jax": "jax2onnx", "torch": "onnxscript"}
+# What ONNX is written with. For most towers, jax2onnx 0.17 fails, or writes a file that
+# does not run.
+ONNX_PACKAGES = {"tensorflow": "tf2onnx", "torch": "onnxscript"}
 
 
 class Exported:
@@ -33,8 +34,8 @@ class Exported:
         Args:
             filepath: Path of the folder or file to write.
             format: As in `keras.Model.export`. `"onnx"` computes in float32, even if
-                the model does not. On JAX, jax2onnx 0.17 writes text towers wrongly:
-                load the `.keras` file on torch, and export there.
+                the model does not, and needs TensorFlow or torch. If you trained on
+                JAX, load the `.keras` file there.
             verbose: As in `keras.Model.export`.
             input_signature: List of one `keras.InputSpec`, or of one dictionary of
                 them. A dimension of `None` can have any size. Defaults to uint8 images
@@ -44,6 +45,7 @@ class Exported:
             **kwargs: As in `keras.Model.export`.
 
         Raises:
+            ValueError: If `format` is `"onnx"` on JAX.
             ImportError: If a package that `"onnx"` needs is not installed.
         """
         signature = input_signature or [self.input_specs]
@@ -101,7 +103,14 @@ def _write_onnx(path, filepath, signature):
 
 def _prepare_onnx():
     """Checks that ONNX can be written, and adds an operation that tf2onnx lacks."""
-    package = ONNX_PACKAGES[keras.backend.backend()]
+    backend = keras.backend.backend()
+    if backend not in ONNX_PACKAGES:
+        raise ValueError(
+            "`format='onnx'` needs the backend torch or TensorFlow. Save the model as "
+            "a `.keras` file, load it with `KERAS_BACKEND=torch`, and export it there. "
+            f"Received: format='onnx' with the backend {backend}"
+        )
+    package = ONNX_PACKAGES[backend]
     # Without it, torch would fail after it has printed the whole graph.
     if importlib.util.find_spec(package) is None:
         raise ImportError(

@@ -194,6 +194,17 @@ def test_a_format_names_the_package_that_is_missing(tmp_path, monkeypatch):
         tower.export(str(tmp_path / "tower.onnx"), "onnx")
 
 
+def test_onnx_names_the_backends_that_write_it(tmp_path, monkeypatch):
+    backend = keras.backend.backend()
+    monkeypatch.delitem(ONNX_PACKAGES, backend, raising=False)
+    tower, _ = tower_of("own", "image")
+    message = (
+        f"needs the backend torch or TensorFlow.*Save the model.*Received:.*{backend}"
+    )
+    with pytest.raises(ValueError, match=message):
+        tower.export(str(tmp_path / "tower.onnx"), "onnx")
+
+
 @pytest.mark.slow
 def test_a_signature_exports_an_image_tower_for_normalized_floats(tmp_path):
     tower, images = MODELS["own"]().image_tower, random_images(4)
