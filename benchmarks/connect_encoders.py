@@ -690,7 +690,8 @@ def plot(folder, runs, costs):
             capsize=3,
             label=label_of(run),
         )
-    axes.set(xlabel="training time (minutes of one CPU core)", ylabel="recall@10 (%)")
+    axes.set_xlabel("steps of tuning (minutes of one CPU core)")
+    axes.set_ylabel("recall@10, validation (%)")
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(folder / "tuning.png", dpi=180)
 

@@ -139,7 +139,7 @@ def averages(options):
             row = {"run": f"{runs.words_of(run)}-{seed}", "share": share}
             row["zero-shot"] = 100 * zero_shot["top_1"]
             found.append(row | runs.scores_of(model, options, "validation"))
-            publish(Path(options.results) / "averages.json", "Averages", found)
+            publish_by_commit(options, "averages", "Averages", found)
 
 
 def sizes(options):
@@ -156,7 +156,12 @@ def sizes(options):
             larger.head.set_weights(model.head.get_weights())
             row = {"run": f"{runs.words_of(run)}-{seed}", "size": size}
             found.append(row | runs.scores_of(larger, options, "validation"))
-            publish(Path(options.results) / "sizes.json", "Larger images", found)
+            publish_by_commit(options, "sizes", "Larger images", found)
+
+
+def publish_by_commit(options, name, title, rows):
+    path = Path(options.results) / f"{name}.json"
+    publish(path, title, rows, commit=runs.commit())
 
 
 def tuned(model, run, seed, options):
