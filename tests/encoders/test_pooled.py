@@ -297,12 +297,14 @@ def test_the_patches_that_are_kept_alone_are_pooled_after_each_block(
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("family", IMAGES)
-def test_hidden_patches_are_not_pooled_after_any_block(family):
+@pytest.mark.parametrize(
+    "make", [*(make for make, _, _ in IMAGES.values()), vit_without_class]
+)
+def test_hidden_patches_are_not_pooled_after_any_block(make):
     masking = kcm.ClusterMasking(
         4, 0.6, min_mask_ratio=0.25, threshold=0.2, anchor_ratio=0.2
     )
-    encoder = PooledEncoder(IMAGES[family][0](num_layers=2), None, [1, 2])
+    encoder = PooledEncoder(make(num_layers=2), None, [1, 2])
     images, noise = random_images(1), random_noise(1)
     indices, visible = map(to_numpy, masking.select(images=images, noise=noise))
     kept = indices[0][visible[0].astype(bool)]
@@ -375,12 +377,14 @@ def test_a_model_trains_without_a_warning_and_reloads(family, options, tmp_path)
     # As for a model that is tuned after its projections.
     model.image_tower.encoder.backbone.trainable = True
     model.compile("adam", **FAST)
+    frozen = values(model.text_encoder.weights)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         # torch's attention over the positions of DINOv3's kept patches.
         warnings.filterwarnings("ignore", ".*performance drop")
         model.fit(pairs(), batch_size=4, validation_data=pairs(), verbose=0)
         kcm.evaluation.embed(model, pairs(), verbose=0)
+    assert_same_values(values(model.text_encoder.weights), frozen)
     loaded = reloaded(model, tmp_path)
     assert len(loaded.trainable_variables) == len(model.trainable_variables)
     assert_close(*(x.predict(pairs(), verbose=0) for x in (loaded, model)))
@@ -412,7 +416,10 @@ def test_pixels_are_those_of_the_family():
             for name in ("image_blocks", "text_blocks")
             for blocks in (0, 2, True, [], [2], [1, 1], "last", 1.0)
         ),
-        ({"images": resnet, "image_blocks": 1}, "`image_blocks` .* 0 transformer"),
+        *(
+            ({"images": grid, "image_blocks": 1}, "`image_blocks` .* 0 transformer")
+            for grid in GRIDS.values()
+        ),
     ],
 )
 def test_unsupported_encoders_are_refused(change, match):

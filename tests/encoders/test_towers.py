@@ -11,7 +11,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask.encoders.exported import ONNX_PACKAGES
 from keras_cluster_mask.encoders.towers import ImageTower, TextTower, Tower
-from tests.encoders.test_pooled import make_model
+from tests.encoders.test_pooled import bert, make_model
 from tests.helpers import (
     FAST,
     assert_close,
@@ -37,7 +37,11 @@ MODELS = {
         functional_vit(), text_bag(width=8), projection_dim=5
     ),
     "encoders": lambda: make_model(
-        lambda: vit_encoder(num_layers=2), head="mlp", image_blocks=2, text_blocks=1
+        lambda: vit_encoder(num_layers=2),
+        lambda: bert(num_layers=2),
+        head="mlp",
+        image_blocks=2,
+        text_blocks=2,
     ),
 }
 SIDES = ("image", "text")

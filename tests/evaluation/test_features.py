@@ -51,10 +51,15 @@ def pairs_of(data):
     return {"images": data["images"], "token_ids": tokenizer(texts)}
 
 
+SEVERAL_BLOCKS = {"image_blocks": [1, 2], "text_blocks": 2}
+
+
 def frozen_model(**options):
     keras.utils.set_random_seed(0)
+    layers = {"num_layers": 2 if "image_blocks" in options else 1}
     # Dropout is off where features are computed.
-    model = make_model(dino_encoder, lambda: bert(dropout=0.0), **options)
+    encoders = lambda: dino_encoder(**layers), lambda: bert(dropout=0.0, **layers)
+    model = make_model(*encoders, **options)
     model.image_encoder.trainable = model.text_encoder.trainable = False
     model.compile(keras.optimizers.SGD(0.5), **FAST)
     return model
@@ -75,8 +80,11 @@ def features(model, tmp_path):
 
 
 @pytest.mark.slow_to_compile
-def test_training_on_features_equals_training_on_images(model, features):
-    other = frozen_model()
+@pytest.mark.one_case
+@pytest.mark.parametrize("options", [SEVERAL_BLOCKS, {}])
+def test_training_on_features_equals_training_on_images(options, tmp_path):
+    model, other = frozen_model(**options), frozen_model(**options)
+    features = computed(model, tmp_path)
     model.fit(features, batch_size=5, epochs=2, shuffle=False, verbose=0)
     pairs = pairs_of(dataset())
     other.fit(pairs, batch_size=5, epochs=2, shuffle=False, verbose=0)
@@ -88,9 +96,10 @@ def test_training_on_features_equals_training_on_images(model, features):
 
 
 @pytest.mark.any_backend
-def test_hidden_projections_see_standardized_features(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, SEVERAL_BLOCKS])
+def test_hidden_projections_see_standardized_features(options, tmp_path, monkeypatch):
     monkeypatch.setattr(kcm.training.features, "ROWS", 7)
-    model = frozen_model(head="mlp")
+    model = frozen_model(head="mlp", **options)
     features = computed(model, tmp_path / "a", captions=2)
     for _ in range(2):
         model.fit(features, batch_size=5, verbose=0)
