@@ -51,6 +51,8 @@ class BlockMasking(PatchMasking):
           it. It does not specify the shape and position of the block.
     """
 
+    _settings = (*PatchMasking._settings, "grid")
+
     def __init__(
         self,
         mask_ratio: float = 0.5,
@@ -81,9 +83,6 @@ class BlockMasking(PatchMasking):
         # Do not use the noise itself. The noise of the first patch selects the place,
         # so it is always small if the block contains that patch.
         return ops.where(is_inside, second_draw(noise), -1.0)
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "grid": self.grid}
 
 
 def _block_sides(rows, columns, num_kept):

@@ -61,6 +61,8 @@ class CenteredMasking(PatchMasking):
           row or column is in the middle.
     """
 
+    _settings = (*PatchMasking._settings, "variance", "grid")
+
     def __init__(
         self,
         mask_ratio: float = 0.5,
@@ -83,9 +85,6 @@ class CenteredMasking(PatchMasking):
         density = np.exp(-(x * x + y * y) / (2 * self.variance))
         density = density.ravel() / (2 * math.pi * self.variance)
         return noise + ops.convert_to_tensor(density, dtype="float32")
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "variance": self.variance, "grid": self.grid}
 
 
 def _axis(count):

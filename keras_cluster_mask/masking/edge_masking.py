@@ -95,6 +95,14 @@ class EdgeMasking(SimilarityMasking):
           map is padded with 0.
     """
 
+    _settings = (
+        *SimilarityMasking._settings,
+        "seed_ratio",
+        "threshold",
+        "edges",
+        "transport",
+    )
+
     def __init__(
         self,
         patch_size: int | tuple[int, int] | None = None,
@@ -154,15 +162,6 @@ class EdgeMasking(SimilarityMasking):
         # left out.
         count = anchor_count(noise.shape[1], self.seed_ratio)
         return order_by_score(preferred, -noise)[:, :count]
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "seed_ratio": self.seed_ratio,
-            "threshold": self.threshold,
-            "edges": self.edges,
-            "transport": self.transport,
-        }
 
 
 def edge_map(patches, grid):

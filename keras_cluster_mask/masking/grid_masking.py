@@ -50,6 +50,8 @@ class GridMasking(PatchMasking):
           keep the same position. Here, each window draws its own.
     """
 
+    _settings = ("window", "grid", "num_prefix_tokens", "seed")
+
     def __init__(
         self,
         window: int = 2,
@@ -73,17 +75,8 @@ class GridMasking(PatchMasking):
                 "`window` must divide the rows and columns of the grid of patches. "
                 f"Received: window={side}, rows={rows}, columns={columns}"
             )
-        down, across = rows // side, columns // side
-        windows = ops.reshape(noise, (-1, down, side, across, side))
-        windows = ops.transpose(windows, (0, 1, 3, 2, 4))
-        windows = ops.reshape(windows, (-1, down, across, side * side))
+        sizes = {"h": rows // side, "p": side, "w": columns // side, "q": side}
+        windows = ops.rearrange(noise, "b (h p w q) -> b h w (p q)", **sizes)
         # Select by index, not by value: equal noise would keep two patches of a window.
         is_kept = ops.one_hot(ops.argmax(windows, axis=-1), side * side)
-        is_kept = ops.reshape(is_kept, (-1, down, across, side, side))
-        is_kept = ops.transpose(is_kept, (0, 1, 3, 2, 4))
-        return ops.reshape(is_kept, (-1, rows * columns))
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        del config["mask_ratio"]
-        return {**config, "window": self.window, "grid": self.grid}
+        return ops.rearrange(is_kept, "b h w (p q) -> b (h p w q)", **sizes)

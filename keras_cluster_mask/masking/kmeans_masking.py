@@ -80,6 +80,8 @@ class KMeansMasking(SimilarityMasking):
           choices of this library.
     """
 
+    _settings = (*SimilarityMasking._settings, "num_clusters", "iterations")
+
     def __init__(
         self,
         patch_size: int | tuple[int, int] | None = None,
@@ -133,10 +135,3 @@ class KMeansMasking(SimilarityMasking):
         to_centers = ops.fori_loop(0, self.iterations, move, to_centers)
         # Clusters are in the order of their first centers' noise, which is random.
         return ops.cast(ops.argmax(to_centers, axis=1), "float32")
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            **super().get_config(),
-            "num_clusters": self.num_clusters,
-            "iterations": self.iterations,
-        }

@@ -99,6 +99,9 @@ class PatchMasking(keras.layers.Layer):
     patch_size: int | tuple[int, int] | None = None
     data_format: str | None = None
 
+    # Names of arguments of `__init__` that `get_config` returns as they are.
+    _settings: tuple[str, ...] = ("mask_ratio", "num_prefix_tokens", "seed")
+
     # For strategies that depend on position: `(rows, columns)` of patches, if given.
     grid: tuple[int, int] | None = None
 
@@ -332,9 +335,7 @@ class PatchMasking(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "mask_ratio": self.mask_ratio,
-            "num_prefix_tokens": self.num_prefix_tokens,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in self._settings},
         }
 
 

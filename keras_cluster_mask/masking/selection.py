@@ -57,21 +57,6 @@ class StepNoise:
             _context.noise = before
 
 
-@contextlib.contextmanager
-def step_of(maskings, size, views=1, take=None):
-    """A context of one training step of maskings, which then advance their state.
-
-    Args:
-        maskings: List of `PatchMasking` layers.
-        size: See `StepNoise`, like the next arguments.
-        views: Integer.
-        take: Function or `None`.
-    """
-    yield StepNoise(size, views, take)
-    for masking in maskings:
-        masking.advance()
-
-
 def noise_of_model():
     """Returns the `StepNoise` of the model that runs a step, or `None`."""
     return getattr(_context, "noise", None)
@@ -315,5 +300,4 @@ def second_draw(noise):
         the noise.
     """
     # Exact, so equal on all backends, because 4096 is a power of two.
-    scaled = noise * 4096.0
-    return scaled - ops.floor(scaled)
+    return noise * 4096.0 % 1.0

@@ -107,8 +107,7 @@ def token_similarity(tokens, anchors=None):
         `(batch, A, N)` float32 tensor in `[-1, 1]`, 0 for a zero token.
     """
     tokens = ops.stop_gradient(ops.cast(tokens, "float32"))
-    length = ops.sum(ops.square(tokens), axis=-1, keepdims=True)
-    tokens = tokens * ops.rsqrt(ops.maximum(length, 1e-12))
+    tokens = ops.normalize(tokens, epsilon=1e-6)
     return ops.matmul(_rows(tokens, anchors), ops.transpose(tokens, (0, 2, 1)))
 
 

@@ -22,7 +22,7 @@ from keras_cluster_mask.encoders.surgery import number_positions
 from keras_cluster_mask.encoders.towers import ImageTower, TextTower
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_masking import join
-from keras_cluster_mask.masking.selection import StepNoise, step_of
+from keras_cluster_mask.masking.selection import StepNoise
 from keras_cluster_mask.models.backbones import parts_of_backbone
 from keras_cluster_mask.models.head import ContrastiveHead, as_head
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
@@ -521,18 +521,18 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         if not training:
             return self._embed(inputs)
         # A replica's rows get the same masks as in the global batch.
-        count = replicas.num_replicas()
         # TensorFlow may know the number of texts, but not the number of images.
-        size = ops.shape(inputs["token_ids"])[0] * count
-        take = replicas.local_rows if count > 1 else None
-        with step_of(self.maskings, size, self.views, take) as noise:
-            if self.micro_batch_size:
-                embeddings, extra_losses = embed_in_micro_batches(
-                    self, self._embed, inputs, noise, self.micro_batch_size
-                )
-                self.add_loss(extra_losses)
-            else:
-                embeddings = self._embed(inputs, training, noise)
+        size = ops.shape(inputs["token_ids"])[0] * replicas.num_replicas()
+        noise = StepNoise(size, self.views, replicas.local_rows)
+        if self.micro_batch_size:
+            embeddings, extra_losses = embed_in_micro_batches(
+                self, self._embed, inputs, noise, self.micro_batch_size
+            )
+            self.add_loss(extra_losses)
+        else:
+            embeddings = self._embed(inputs, training, noise)
+        for masking in self.maskings:
+            masking.advance()
         return embeddings
 
     # === Inputs, and other models that share the weights ===
