@@ -175,19 +175,23 @@ def resize(image, size, box):
     return np.frombuffer(target.get_buffer(), "uint8").reshape(*size, 3)
 
 
-def cut_middle(image, size):
-    """Returns the center crop of CLIP's evaluation, identical in every pixel.
+def fitted(image, size, resize):
+    """Resizes an image as CLIP's or SigLIP's evaluation does, identical in every pixel.
 
-    The shorter side of the image is resized to fit `size`, and the longer side is
-    cropped equally at both ends.
+    For CLIP, the shorter side of the image is resized to fit `size`, and the longer
+    side is cropped equally at both ends. For SigLIP, the whole image is resized;
+    `EncodedImage.part` is faster and differs by rounding.
 
     Args:
         image: `PIL.Image.Image` in any color mode.
         size: Pair of integers. The height and width of the result.
+        resize: `"crop"`, or `"squash"` for SigLIP.
 
     Returns:
         `PIL.Image.Image` in the same mode.
     """
+    if resize == "squash":
+        return image.resize(size[::-1], Image.Resampling.BICUBIC)
     (width, height), (rows, columns) = image.size, size
     if height * columns >= width * rows:
         covered = columns * height // width, columns
@@ -201,21 +205,6 @@ def cut_middle(image, size):
     # Halves are rounded to even numbers, as in torchvision.
     top, left = round((covered[0] - rows) / 2), round((covered[1] - columns) / 2)
     return image.crop((left, top, left + columns, top + rows))
-
-
-def squash(image, size):
-    """Resizes the whole image as SigLIP's evaluation does, identical in every pixel.
-
-    `EncodedImage.part` is faster and differs by rounding.
-
-    Args:
-        image: `PIL.Image.Image` in any color mode.
-        size: Pair of integers. The height and width of the result.
-
-    Returns:
-        `PIL.Image.Image` in the same mode.
-    """
-    return image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def random_box(size, image_size, draws, scale=CROP_SCALE):
@@ -322,8 +311,7 @@ class Images:
         """
         image = EncodedImage(content, self.max_pixels)
         if not self.training:
-            fit = squash if self.resize == "squash" else cut_middle
-            part = np.asarray(fit(image.decoded(), self.image_size))
+            part = np.asarray(fitted(image.decoded(), self.image_size, self.resize))
         else:
             box = (0, 0, *image.size)
             if self.resize == "crop":

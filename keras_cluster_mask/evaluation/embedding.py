@@ -9,7 +9,7 @@ from PIL import Image
 
 from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
 from keras_cluster_mask.data.dataset import image_text_dataset
-from keras_cluster_mask.data.images import cut_middle, squash
+from keras_cluster_mask.data.images import fitted
 from keras_cluster_mask.data.splitting import SourcePart
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
@@ -241,6 +241,5 @@ def resize_image(
     Returns:
         `(height, width, 3)` uint8 array.
     """
-    fitted = (squash if resize == "squash" else cut_middle)(image, image_size)
     # Converted last, as in open_clip, which matters for palettes and transparency.
-    return np.array(fitted.convert("RGB"))
+    return np.array(fitted(image, image_size, resize).convert("RGB"))
