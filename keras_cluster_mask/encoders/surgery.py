@@ -29,8 +29,7 @@ def inputs_of(encoder) -> dict[str, keras.KerasTensor]:
 
 def image_shape_of(encoder) -> tuple | None:
     """Returns the shape of an encoder's first input, without the batch, or `None`."""
-    shapes = [tuple(x.shape[1:]) for x in inputs_of(encoder).values()]
-    return shapes[0] if shapes else None
+    return next((tuple(x.shape[1:]) for x in inputs_of(encoder).values()), None)
 
 
 def context_length_of(encoder) -> int | None:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_cluster_mask.evaluation.checks import (
@@ -198,8 +199,7 @@ def _weights(model, prompts, tokenizer, verbose):
     embeddings = embed_texts(model, texts, tokenizer, verbose)
     starts = np.cumsum([0, *map(len, places)])[:-1]
     sums = np.add.reduceat(embeddings, starts, axis=0)
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    return (sums / np.maximum(norms, 1e-12)).T, [places[each] for each in prompts]
+    return keras.utils.normalize(sums).T, [places[each] for each in prompts]
 
 
 def _prompts(class_names, templates):

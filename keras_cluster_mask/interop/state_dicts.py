@@ -3,11 +3,11 @@
 import dataclasses
 import os
 import pathlib
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import braceexpand
 import keras
 import numpy as np
 from keras import ops
@@ -82,11 +82,7 @@ class TensorEntry:
             variable.assign(convert(part).reshape(variable.shape))
 
     def _variables(self, model):
-        before, *braces = re.split("[{}]", self.path)
-        if not braces:
-            return [_find(model, before)]
-        names, after = braces
-        return [_find(model, before + name + after) for name in names.split(",")]
+        return [_find(model, path) for path in braceexpand.braceexpand(self.path)]
 
 
 def entries(names: TensorNames, backbone: Any, has_bias: bool) -> list[TensorEntry]:

@@ -158,8 +158,7 @@ class ContrastiveTrainer(replicas.OwnReduction):
         # Not in the logs of a step on features, where nothing is masked.
         self._mask_ratio.is_updated = False
         for masking in self.maskings if training and "images" in x else ():
-            ratio = masking.last_mask_ratio
-            ratio = replicas.replica_mean(ratio) if is_split else ratio
+            ratio = replicas.replica_mean(masking.last_mask_ratio)
             self._mask_ratio.update_state(ratio)
         return loss
 

@@ -332,7 +332,6 @@ class TrainingRun(keras.callbacks.Callback):
         begun = self._last + self.model.steps_per_execution
         steps = self.params["steps"]
         self.is_partial = self.model.stop_training and (steps is None or begun < steps)
-        logs = {} if logs is None else logs
         logs.update(self.validation.evaluate(self.model, epoch, self.callbacks))
         # Later callbacks add to these logs.
         self.history.append({"epoch": epoch, "logs": logs})
@@ -373,7 +372,6 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
         super().on_epoch_end(epoch, self._shown(logs))
 
     def _shown(self, logs):
-        logs = logs or {}
         shown = {k: v for k, v in logs.items() if not k.endswith(self._left_out)}
         for prefix in ("", "val_"):
             both = [shown.pop(f"{prefix}{x}_accuracy", None) for x in DIRECTIONS]
