@@ -505,6 +505,8 @@ def tuned(run, seed, steps, name, options, folder):
     return model, {
         "run": dataclasses.asdict(run),
         "commit": commit(),
+        # The runs of a study may be from several machines.
+        "processor": machine()["processor"],
         "steps": parts * length,
         "losses": losses,
         "trained weights": int(sum(np.prod(x.shape) for x in model.trainable_weights)),
