@@ -1,6 +1,5 @@
 """Linear probe: the accuracy of a linear classifier on frozen features."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,8 +76,8 @@ def linear_probe(
         metric: `"top_1"`, or `"mean_per_class"` for unbalanced classes. The metric on
             the validation data that chooses the strength.
         validation_split: Float in `(0, 1)`. The fraction of the training data that is
-            held out to choose the strength, stratified by class, with at least one item
-            per class. Each class needs at least two items.
+            held out to choose the strength, of each class, rounded, but at least one
+            item and not all. Each class needs at least two items.
         max_iterations: Integer. The maximum number of L-BFGS iterations in each fit.
             scikit-learn warns about fits that need more.
         seed: Integer. The seed of the validation split.
@@ -91,7 +90,8 @@ def linear_probe(
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        ValueError: For features that are not finite, for labels that do not match them,
+        ValueError: For features that are not finite or differ in width, for labels that
+            do not match them,
             for a single class, for validation or test data with a class that the
             training data lacks, and for a validation split with a class of one item.
 
@@ -101,7 +101,7 @@ def linear_probe(
     """
     _check_options(regularization, metric, validation_split, max_iterations)
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
-    from sklearn.model_selection import PredefinedSplit, StratifiedShuffleSplit
+    from sklearn.model_selection import PredefinedSplit
 
     features, labels = _check_items("train", train_features, train_labels)
     known, counts = np.unique(labels, return_counts=True)
@@ -114,20 +114,26 @@ def linear_probe(
             "choose the strength on; or pass `validation` or `regularization`. "
             f"Received: one item of the class {known[counts.argmin()]}"
         )
-    test_features, test_labels = _check_items("test", test_features, test_labels, known)
-    # An item of each class at least.
-    size = max(math.ceil(validation_split * len(labels)), len(known))
-    split = StratifiedShuffleSplit(1, test_size=size, random_state=seed)
+    seen = known, features.shape[1]
+    test_features, test_labels = _check_items("test", test_features, test_labels, seen)
+    # As scikit-learn numbers them: -1 for training, 0 for validation.
+    parts = np.full(len(labels), -1)
     if validation is not None:
-        held_out, held_out_labels = _check_items("validation", *validation, known)
-        split = PredefinedSplit(np.repeat([-1, 0], [len(features), len(held_out)]))
+        held_out, held_out_labels = _check_items("validation", *validation, seen)
+        parts = np.repeat([-1, 0], [len(features), len(held_out)])
         features = np.concatenate([features, held_out])
         labels = np.concatenate([labels, held_out_labels])
+    elif is_split:
+        rng = np.random.default_rng(seed)
+        for each in known:
+            rows = rng.permutation(np.flatnonzero(labels == each))
+            count = np.clip(round(validation_split * len(rows)), 1, len(rows) - 1)
+            parts[rows[:count]] = 0
     options = {"tol": TOLERANCE / len(known), "max_iter": max_iterations}
     if regularization is None:
         classifier = LogisticRegressionCV(
             Cs=1 / STRENGTHS,
-            cv=split,
+            cv=PredefinedSplit(parts),
             scoring=SCORING[metric],
             l1_ratios=(0.0,),
             use_legacy_attributes=False,
@@ -238,20 +244,27 @@ def _check_options(
     check_choice("metric", metric, ("top_1", "mean_per_class"))
     check_range("validation_split", validation_split, 1e-6, 1, "[)")
     check_integer("max_iterations", max_iterations)
+    check_integer("seed", seed, 0)
 
 
-def _check_items(name, features, labels, known=None):
+def _check_items(name, features, labels, seen=None):
     """Returns features and labels, after a check that they match.
 
     Args:
         name: String, the name of the part of the data in errors.
         features: `(items, d)` array.
         labels: `(items,)` ints.
-        known: The classes of the training data, or `None` for the training data.
+        seen: The classes and the width of the training data, or `None` for it.
     """
     features = check_matrix(f"{name}_features", features)
     labels = check_labels(f"{name}_labels", labels, len(features))
-    unknown = () if known is None else np.setdiff1d(labels, known)
+    known, width = seen or (labels, features.shape[1])
+    if features.shape[1] != width:
+        raise ValueError(
+            f"`{name}_features` must be as wide as `train_features`. Received: "
+            f"{features.shape[1]} columns instead of {width}"
+        )
+    unknown = np.setdiff1d(labels, known)
     if len(unknown):
         raise ValueError(
             f"`{name}_labels` must be classes that occur in `train_labels`. Received: "

@@ -157,12 +157,25 @@ def test_the_seed_decides_the_split():
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
 def test_two_items_of_each_class_are_enough_to_choose_on():
     labels = np.tile(np.arange(10), 2)
-    found = linear_probe(*[clusters(labels, 1), labels] * 2, max_iterations=20)
+    options = {"max_iterations": 20, "validation_split": 0.99}
+    found = linear_probe(*[clusters(labels, 1), labels] * 2, **options)
     # Each of the ten items that are held out has another class.
     counts = 10 * np.array([*found["validation"].values()])
     np.testing.assert_allclose(counts, np.round(counts), atol=1e-9)
     with pytest.raises(ValueError, match=r"`train_labels` must .*Received: .* class 0"):
         linear_probe(*[clusters(labels[1:], 1), labels[1:]] * 2)
+
+
+@pytest.mark.parametrize("part", [0.01, 0.2, 0.8])
+def test_rare_classes_are_in_both_parts(part):
+    labels = np.repeat([0, 1, 2], [100, 3, 2])
+    features = clusters(labels, 1, noise=0.1)
+    options = {"metric": "mean_per_class", "validation_split": part}
+    found = linear_probe(*[features, labels] * 2, **options)
+    # The rare classes raise the metric once the regularization is weak enough.
+    scores = found["validation"].values()
+    assert (min(scores), max(scores)) == (pytest.approx(1 / 3), 1.0)
+    assert found["mean_per_class"] == 1.0
 
 
 # === Of a model ===
@@ -225,6 +238,10 @@ def test_errors_come_before_anything_is_embedded(model, monkeypatch):
         evaluate_linear_probe(model, None, None)
 
 
-def test_a_class_that_is_only_in_the_validation_part_is_no_error():
-    found = probe(validation=None, validation_split=0.95)
-    assert 0 < found["top_1"] < 1
+def test_features_are_as_wide_as_those_of_training():
+    wide = np.zeros((105, 13))
+    match = r"`{}_features` must be as wide .*Received: 13 columns instead of 12"
+    with pytest.raises(ValueError, match=match.format("test")):
+        probe(test_features=wide)
+    with pytest.raises(ValueError, match=match.format("validation")):
+        probe(validation=(wide, NAMES[TEST]))
