@@ -24,6 +24,8 @@ def main(arguments=None):
     add("--image-key", action="append", dest="image_keys", help="may be repeated")
     add("--caption-key", action="append", help="such as json.caption; may be repeated")
     add("--label-key", action="append", help="such as folder: no captions needed")
+    names = "such as cat, if labels are names; repeated for each class"
+    add("--class-name", action="append", dest="class_names", help=names)
     add("--workers", type=int, default=0, dest="num_workers", help="processes")
     add("--index", dest="index_dir", help="folder, or beside; default: ~/.cache")
     add("--decode", action="store_true", help="read and decode every image, too")

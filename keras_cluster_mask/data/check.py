@@ -29,6 +29,7 @@ def check(
     image_keys: str | Sequence[str] | None = None,
     caption_key: str | Sequence[str] | None = None,
     label_key: str | Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
     decode: bool = False,
     index_dir: str | os.PathLike | None = None,
     num_workers: int = 0,
@@ -58,6 +59,7 @@ def check(
             `"folder"` for a folder with a subfolder for each class. Samples then need
             no caption, unless `caption_key` is given. Defaults to `None`: samples need
             no label.
+        class_names: Sequence of strings; see `image_text_dataset`.
         decode: Boolean. Whether to also read and decode every image. Defaults to
             `False`.
         index_dir: String or path; see `image_text_dataset`.
@@ -77,7 +79,7 @@ def check(
         FileNotFoundError: If a shard is missing.
     """
     wants_caption = label_key is None or caption_key is not None
-    fields = Fields(image_keys, caption_key, wants_caption, label_key)
+    fields = Fields(image_keys, caption_key, wants_caption, label_key, class_names)
     index = open_index(source, fields, index_dir, num_workers)
     broken = SkippedSamples([index])
     count, captions = len(index), None

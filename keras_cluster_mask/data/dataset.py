@@ -161,12 +161,12 @@ def image_text_dataset(
             evaluation. `"squash"`: the whole image with a changed aspect ratio, as for
             SigLIP. Defaults to `None`: the model's value, or `"crop"` without a model.
         crop_scale: Pair of floats. The range of the area of random crops, as a fraction
-            of the image's area. Must be `None` for `resize="squash"`. Defaults to
-            `None`: `(0.4, 1.0)`.
+            of the image's area. Must be `None` for `resize="squash"` and in evaluation.
+            Defaults to `None`: `(0.4, 1.0)`.
         image_transform: Function of a cropped training image, uint8
             `(height, width, 3)`, and a `np.random.Generator`, that returns an image of
-            the same shape and dtype. It may change the image in place. Defaults to
-            `None`.
+            the same shape and dtype. It may change the image in place. Must be `None`
+            in evaluation. Defaults to `None`.
         include_captions: Boolean, or `"all"`. Whether batches contain `"captions"`,
             UTF-8 bytes. With `"all"`, each is a tuple of all captions of an image.
             Defaults to `False`.

@@ -273,12 +273,19 @@ class Images:
         self.max_pixels = Image.MAX_IMAGE_PIXELS
         is_first = self.data_format == CHANNELS_FIRST
         self.shape = (3, *self.image_size) if is_first else (*self.image_size, 3)
-        if self.resize == "squash":
+        if self.image_transform is not None and not self.training:
+            raise ValueError(
+                "`image_transform` must be None in evaluation, where images are not "
+                f"changed. Received: image_transform={self.image_transform}, "
+                "training=False"
+            )
+        if self.resize == "squash" or not self.training:
             if self.crop_scale is not None:
                 raise ValueError(
-                    "`crop_scale` must be None where images are squashed, which crops "
-                    'nothing: pass `resize="crop"` for random crops. '
-                    f"Received: crop_scale={self.crop_scale}, resize='squash'"
+                    "`crop_scale` must be None where images are squashed, and in "
+                    "evaluation, which take no random crops. Received: "
+                    f"crop_scale={self.crop_scale}, resize={self.resize!r}, "
+                    f"training={self.training}"
                 )
             return
         if self.crop_scale is None:

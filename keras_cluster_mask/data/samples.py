@@ -294,7 +294,7 @@ class Fields:
             if isinstance(value, bytes) and value.startswith(UTF_16):
                 fault = "the caption is in UTF-16: save it as UTF-8"
                 continue
-            lines = _text(value).splitlines() if is_common and key == "txt" else ()
+            lines = _text(value).split("\n") if is_common and key == "txt" else ()
             # img2dataset writes a caption with its line breaks, to `json`, too.
             if len(lines) > 1 and _value(fields, "json.caption") is None:
                 value = lines
@@ -322,23 +322,29 @@ class Labels:
 
     def __init__(self, label_key, class_names=None):
         self.keys = _several(label_key, ())
+        # Folders are names, and never the numbers of classes that have names.
+        self.are_folders = self.keys == ("folder",)
         self.numbers = None
         if class_names is not None:
             names = [_text(name) for name in class_names]
             self.numbers = {name: number for number, name in enumerate(names)}
             others = [x for n, x in enumerate(names) if x.isdecimal() and x != str(n)]
-            if len(self.numbers) < len(names) or "" in self.numbers or others:
+            others = others and not self.are_folders
+            is_text = isinstance(class_names, str | bytes)
+            twice = len(self.numbers) < len(names)
+            if is_text or twice or "" in self.numbers or others:
                 raise ValueError(
-                    "`class_names` must be unique and not empty, and a number must be "
-                    "its own index, as labels may be numbers of classes. Received: "
-                    f"class_names={list(class_names)}"
+                    "`class_names` must be a list of names, unique and not empty, and "
+                    "a number must be its own index, as labels may be numbers of "
+                    f"classes. Received: class_names={class_names!r}"
                 )
 
     def add_folders(self, folders):
         """Takes a set of folders as classes, if these are the labels without names."""
-        is_folder = self.numbers is None and self.keys == ("folder",)
-        if is_folder and not all(map(str.isdecimal, folders)):
-            self.numbers = {name: n for n, name in enumerate(sorted(folders))}
+        is_unnamed = self.numbers is None and self.are_folders
+        if is_unnamed and not all(map(str.isdecimal, folders)):
+            names = sorted({*map(_text, folders)})
+            self.numbers = {name: number for number, name in enumerate(names)}
 
     def of(self, fields):
         """Returns the label of a sample and None, or an invalid label and a fault."""
@@ -351,8 +357,9 @@ class Labels:
         # In a table, numbers are text.
         if text := _text(label):
             label = (self.numbers or {}).get(text, text)
-            with contextlib.suppress(ValueError):
-                label = float(label)
+            if self.numbers is None or not self.are_folders:
+                with contextlib.suppress(ValueError):
+                    label = float(label)
         number = int(label) if is_number(label) and label == label // 1 else -1
         known = range(2**31 if self.numbers is None else len(self.numbers))
         return number, None if number in known else "unknown label"

@@ -85,7 +85,7 @@ class Sampling:
             self._copies = {
                 hash_of(key_of(key)): number for key, number in probability.items()
             }
-        elif isinstance(probability, Iterable):
+        elif np.iterable(probability) and not isinstance(probability, str | bytes):
             self._copies = collections.Counter(
                 hash_of(key_of(key)) for key in probability
             )

@@ -112,12 +112,12 @@ class ImageTextDataset(Stream):
         }
 
     def __len__(self) -> int:
-        """Returns the number of batches.
+        """Returns the number of batches, from `start` on.
 
         In training, these are the full batches of the epoch at `start`.
         """
         if not self.training:
-            return -(-self.num_samples // self.batch_size)
+            return max(-(-self.num_samples // self.batch_size) - self.start, 0)
         order = self._batches.order
         epoch, _ = order.place(self.start * self.batch_size)
         return order.length(epoch) // self.batch_size
@@ -130,7 +130,8 @@ class ImageTextDataset(Stream):
         """
         if self.training:
             return None
-        return sum(len(self._batches.positions(batch)) for batch in range(len(self)))
+        batches = range(self.start, self.start + len(self))
+        return sum(len(self._batches.positions(batch)) for batch in batches)
 
     def as_dataset(self) -> Any:
         """Returns a `tf.data.Dataset` of the batches, in training an endless one.
@@ -145,7 +146,7 @@ class ImageTextDataset(Stream):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Reads the batch `start + index` in this thread."""
-        if index < 0 or not (self.training or index < len(self) - self.start):
+        if index < 0 or not (self.training or index < len(self)):
             raise IndexError(index)
         alone = types.SimpleNamespace(count=1, map=map)
         batch = self._batches.read(alone, self.start + index)
@@ -163,7 +164,7 @@ class ImageTextDataset(Stream):
         read = functools.partial(self._batches.in_threads, count, ahead)
         if workers:
             read = functools.partial(in_processes, read, workers, size)
-        stop = 2**62 if self.training else len(self)
+        stop = 2**62 if self.training else self.start + len(self)
         stack = contextlib.ExitStack()
         # Also at exit, before the modules that the readers need are unloaded.
         close = weakref.finalize(stack, _close, process, stack)

@@ -48,6 +48,8 @@ KERAS_HUB = {START: "<|startoftext|>", END: "<|endoftext|>"}
 
 def as_text(text):
     """Decodes a text that is bytes."""
+    if not isinstance(text, str | bytes):
+        raise ValueError(f"A caption must be str or bytes. Received: {text!r}")
     return text.decode("utf-8", "replace") if isinstance(text, bytes) else text
 
 
@@ -328,6 +330,9 @@ class CLIPTokenizer:
             A `CLIPTokenizer`.
         """
         check_integer("vocabulary_size", vocabulary_size, 514)
+        # Before the captions are read, which may take long.
+        check_integer("context_length", context_length, 3)
+        check_integer("min_frequency", min_frequency, 0)
         learner = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
         learner.pre_tokenizer = WORDS
         trainer = trainers.BpeTrainer(

@@ -95,6 +95,15 @@ def test_a_folder_of_classes_needs_no_captions(tmp_path, noise):
     assert found["by_reason"] == {"no caption": 3}
 
 
+def test_labels_may_be_names(tmp_path, noise):
+    (tmp_path / "1.png").write_bytes(noise(0))
+    rows = "file_name,label\n1.png,cat\n"
+    (tmp_path / "a.csv").write_text(rows)
+    for names, broken in ((None, 1), (["dog", "cat"], 0), (["dog"], 1)):
+        options = {"label_key": "label", "class_names": names, "decode": True}
+        assert check(tmp_path / "a.csv", **options)["broken"] == broken
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_jpeg_that_only_evaluation_leaves_out_is_broken(
     write_tar, noise, monkeypatch

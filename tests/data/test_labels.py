@@ -105,6 +105,9 @@ def test_numbers_in_text_are_the_numbers_of_classes_unless_they_are_names():
         ({"cats": 1, "dogs/small": 2, "ants": 1}, None, [0, 1, 2, 2]),
         ({"10": 1, "2": 2}, None, [10, 2, 2]),
         ({"cat": 2, "dog": 1, "fish": 1}, ["fish", "cat", "dog"], [1, 1, 2, 0]),
+        ({"1": 1, "cat ": 2}, None, [0, 1, 1]),
+        ({"1": 1, "cat": 2}, ["1", "cat"], [0, 1, 1]),
+        ({"2019": 1, "2020": 2}, ["2019", "2020"], [0, 1, 1]),
     ],
 )
 def test_folders_are_classes_in_the_order_of_their_names_or_of_those_given(
@@ -115,5 +118,14 @@ def test_folders_are_classes_in_the_order_of_their_names_or_of_those_given(
         for n in range(count):
             path = tmp_path / "images" / folder / f"{n}.png"
             path.write_bytes(encode(np.zeros((8, 8, 3), "uint8")))
-    dataset = make(tmp_path / "images", label_key="folder", class_names=names)
+    options = {"label_key": "folder"}
+    dataset = make(tmp_path / "images", class_names=names, **options)
     assert values(dataset, "labels") == expected
+    if dataset.class_names:
+        again = make(tmp_path / "images", class_names=dataset.class_names, **options)
+        assert values(again, "labels") == expected
+
+
+def test_a_folder_with_the_number_of_a_class_is_another_class():
+    labels = Labels("folder", ["cat", "dog"])
+    assert labels.of({"folder": "1"})[1] == "unknown label"

@@ -47,6 +47,9 @@ def test_fields_are_named(write_tar, noise):
     assert main(["check", str(shard)]) == 1
     assert main(["check", str(shard), *names]) == 0
     assert main(["check", str(shard), "--label-key", "missing", *names]) == 1
+    labeled = ["check", str(shard), "--label-key", "alt", "--decode", *names[:2]]
+    assert main(labeled) == 1
+    assert main([*labeled, "--class-name", "x", "--class-name", "text"]) == 0
 
 
 def test_errors_have_status_two(capsys):

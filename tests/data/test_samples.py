@@ -95,6 +95,8 @@ def test_entries_of_json_are_found_at_any_depth():
 def test_each_line_of_txt_is_a_caption_unless_json_or_the_key_says_otherwise():
     sample = {"txt": b" one\r\n\ntwo \n", "json": b'{"caption": null}'}
     assert captions_of(sample) == (("one", "two"), None)
+    # Unlike `str.splitlines`.
+    assert captions_of({"txt": "one\u2028two"}) == (("one\u2028two",), None)
     for whole in ((sample, "txt"), ({**sample, "json": b'{"caption": "one"}'},)):
         assert captions_of(*whole) == (("one\r\n\ntwo",), None)
     # Only files of this name.

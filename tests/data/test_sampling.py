@@ -189,7 +189,7 @@ def test_another_sampling_is_other_data(shards):
 
 @pytest.mark.parametrize(
     "probability",
-    [len, 0.5, *({"a": x} for x in (-0.1, np.nan, np.inf, [1], "1"))],
+    [len, 0.5, "0123", *({"a": x} for x in (-0.1, np.nan, np.inf, [1], "1"))],
     ids=repr,
 )
 def test_a_probability_of_other_content_is_refused(probability):

@@ -114,6 +114,9 @@ def test_each_iteration_begins_with_the_start_of_the_stream(shards, training):
     for start in (0, 7, 12, 0):
         dataset.start = start
         assert_same(take(dataset, 13 - start), expected[start:])
+        if not training:
+            assert len(dataset) == len([*dataset]) == len(expected) - start
+            assert dataset.num_images == 100 - 8 * start
 
 
 @pytest.mark.usefixtures("data_format")

@@ -82,7 +82,7 @@ def images_in(path):
             seen.add(real)
             for path in (os.path.join(top, name) for name in names):
                 # A linked caption changes with its target.
-                is_text = path.endswith(".txt")
+                is_text = path.endswith(".txt") and os.path.exists(path)
                 found[path] = system.info(os.path.realpath(path)) if is_text else None
     return {
         name[within:]: found.get(_text_of(name))

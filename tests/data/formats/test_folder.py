@@ -72,6 +72,9 @@ def test_links_to_folders_and_captions_are_followed(images, tmp_path):
         os.utime(tmp_path / "text", (second, second))
         (pair,) = open_index(images, Fields(), **options).read([0])
         assert (pair.key, pair.captions) == ("dogs/1.png", (text,))
+    # The link is to a file that is missing.
+    (tmp_path / "text").unlink()
+    assert open_index(images, Fields(), **options).faults["no caption"] == 4
     (images / "cats/above").symlink_to(images)
     with pytest.raises(ValueError, match=r"`source` must not hold.*Received: .*above"):
         find_shards(images)
