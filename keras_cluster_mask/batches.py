@@ -43,7 +43,7 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
         return
     # A `PyDataset`'s own iterator never ends.
     is_sequence = isinstance(data, keras.utils.PyDataset)
-    batches = map(data.__getitem__, range(len(data))) if is_sequence else data
+    batches = map(data.__getitem__, range(data.num_batches)) if is_sequence else data
     if isinstance(data, Stream):
         batches = itertools.islice(batches, len(data))
     for batch in batches:
@@ -54,6 +54,8 @@ def is_endless(data: Any) -> bool:
     """Returns whether data never ends, as a stream for training."""
     if isinstance(data, Stream):
         return data.training
+    if isinstance(data, keras.utils.PyDataset):
+        return data.num_batches is None
     # A `tf.data.Dataset` knows whether it repeats without end.
     cardinality = getattr(data, "cardinality", None)
     return callable(cardinality) and int(cardinality()) == -1

@@ -36,6 +36,17 @@ def as_tf_dataset():
 
 # === What is read ===
 
+
+
+class Counted(keras.utils.PyDataset):
+    """Batches whose number is given as Keras 3 asks for it."""
+
+    num_batches = len(SIZES)
+
+    def __getitem__(self, index):
+        return in_batches()[index]
+
+
 KINDS = {
     "list": in_batches,
     "generator": lambda: iter(in_batches()),
@@ -43,6 +54,7 @@ KINDS = {
     "dictionary_of_tensors": lambda: as_tensors(WHOLE),
     "pair": lambda: (IMAGES, LABELS),
     "py_dataset": lambda: Batches(in_batches()),
+    "py_dataset_without_a_length": Counted,
     "tf_dataset": as_tf_dataset,
     "tensors": lambda: [*map(as_tensors, in_batches())],
     "pairs": lambda: [tuple(batch.values()) for batch in in_batches()],

@@ -220,6 +220,8 @@ def _prompts(class_names, templates):
         )
     if isinstance(templates, str) or not isinstance(templates, Iterable):
         templates = [templates]
+    # An iterator would be empty after the first class.
+    templates = templates if isinstance(templates, Mapping) else [*templates]
     prompts = []
     for name in names:
         if isinstance(templates, Mapping):

@@ -1,9 +1,11 @@
 """Computes the embeddings of a dataset."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from PIL import Image
 
@@ -16,6 +18,7 @@ from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
 from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.models.loading import as_contrastive_model
+from keras_cluster_mask.stream import Stream
 from keras_cluster_mask.training.tokenizers import check_tokenizer_of, tokenizer_of
 
 # The number of texts that are ordered by length at a time.
@@ -138,6 +141,8 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
         progress.update(count, finalize=False)
     check_not_empty(count, data)
     progress.update(count, finalize=True)
+    if "text_embeddings" in rows:
+        warn_of_unused_captions(data)
     return {name: np.concatenate(values) for name, values in rows.items()}
 
 
@@ -195,7 +200,10 @@ def embedder_of(model):
 
 def pairs_of(model, data):
     """Returns a dataset of the pairs of a source; returns other data unchanged."""
-    first = data[0] if isinstance(data, list | tuple) and len(data) else data
+    first, others = data, Mapping | Stream | SourcePart | keras.utils.PyDataset
+    has_items = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if has_items and not isinstance(data, others) and len(data):
+        first = data[0]
     # Rows of an object, and not batches.
     is_rows = isinstance(first, Mapping) and first is not data and "images" not in first
     if not is_rows and not isinstance(first, str | os.PathLike | SourcePart):
@@ -215,12 +223,27 @@ def pairs_of(model, data):
 def texts_of(batch):
     """Returns the captions of a batch in one list, and the row of each one's image."""
     check_entry("data", batch, "captions")
-    rows = [[x] if isinstance(x, str | bytes) else x for x in batch["captions"]]
+    several = list | tuple | np.ndarray
+    rows = [x if isinstance(x, several) else [x] for x in batch["captions"]]
     owners = np.repeat(np.arange(len(rows)), [len(captions) for captions in rows])
     return [_encoded(text) for captions in rows for text in captions], owners
 
 
+def warn_of_unused_captions(data):
+    """Warns if an `image_text_dataset` has left out captions of its images."""
+    count = data.unused_captions if isinstance(data, Stream) else 0
+    if count:
+        warnings.warn(
+            f"{count} captions of the images so far are left out, because `data` has "
+            'one for each image: pass `include_captions="all"` to '
+            "`image_text_dataset`.",
+            stacklevel=3,
+        )
+
+
 def _encoded(text):
+    if not isinstance(text, str | bytes):
+        raise ValueError(f"`captions` and `texts` must be str. Received: {text!r}")
     return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
 
 

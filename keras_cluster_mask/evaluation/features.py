@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import pathlib
-import warnings
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +20,12 @@ from keras_cluster_mask.data.files import replacing
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_whole
-from keras_cluster_mask.evaluation.embedding import embedder_of, pairs_of, texts_of
+from keras_cluster_mask.evaluation.embedding import (
+    embedder_of,
+    pairs_of,
+    texts_of,
+    warn_of_unused_captions,
+)
 from keras_cluster_mask.losses import caption_labels, without_padding
 from keras_cluster_mask.stream import Stream
 from keras_cluster_mask.training.features import (
@@ -114,8 +118,8 @@ def compute_features(
             progress.update(found["rows"]["images"], finalize=False)
             # A run may take hours.
             if found["batches"] == 1:
-                _warn_of_unused_captions(data)
-        _warn_of_unused_captions(data)
+                warn_of_unused_captions(data)
+        warn_of_unused_captions(data)
         check_not_empty(found["rows"]["images"], data)
         _write_progress(folder, {**found, "done": True})
         progress.update(found["rows"]["images"], finalize=True)
@@ -132,17 +136,6 @@ def _describe_data(data):
     first = data if isinstance(data, dict) else next(read_batches(data), {})
     images = np.ascontiguousarray(first.get("images", 0))
     return [zlib.crc32(images), zlib.crc32(repr([*first.get("captions", ())]).encode())]
-
-
-def _warn_of_unused_captions(data):
-    count = data.unused_captions if isinstance(data, Stream) else 0
-    if count:
-        warnings.warn(
-            f"{count} captions of the images so far are left out, because `data` has "
-            'one for each image: pass `include_captions="all"` to '
-            "`image_text_dataset`.",
-            stacklevel=3,
-        )
 
 
 def _append(folder, found, arrays):

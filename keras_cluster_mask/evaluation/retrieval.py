@@ -202,6 +202,8 @@ def chance_recall(
             f"Received: captions={captions!r}"
         )
     texts, owners = texts_of({"captions": captions})
+    if not texts:
+        raise ValueError(f"`captions` must hold a text. Received: captions={captions}")
     return _chance(owners, texts, len(captions), check_ks(ks), duplicates)
 
 

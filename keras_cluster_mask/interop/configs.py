@@ -104,6 +104,12 @@ def read_entries(
     return {x.field: values[key] for key, x in entries.items() if x.field}, reasons
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Reads a file of JSON."""
-    return json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a file with an object of JSON."""
+    content = pathlib.Path(path).expanduser().read_bytes()
+    try:
+        return {**json.loads(content)}
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"A config must be a file with an object of JSON. Received: {path}: {error}"
+        ) from error

@@ -163,7 +163,7 @@ def load_hugging_face(
 def _read_config(path):
     """Returns fields of `Architecture`, and why the model cannot be loaded."""
     config = read_json(path)
-    kind = config.get("model_type") if isinstance(config, Mapping) else None
+    kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
             f"`source` must be a model of transformers, with a {CONFIG_FILE} that has "

@@ -121,7 +121,7 @@ def test_templates_are_formats_functions_or_texts_of_each_class(model, tokenizer
     expected = zero_shot_classifier(model, NAMES, tokenizer, texts, verbose=0)
     for templates in (
         ["a photo of a {}.", "{c}!"],
-        ("a photo of a {}.", lambda name: f"{name}!"),
+        iter(("a photo of a {}.", lambda name: f"{name}!")),
         types.MappingProxyType(texts),
     ):
         found = zero_shot_classifier(model, NAMES, tokenizer, templates, verbose=0)

@@ -1,3 +1,4 @@
+import collections
 import pathlib
 
 import numpy as np
@@ -109,6 +110,8 @@ def test_chance_of_distinct_pairs_is_k_over_n():
     for captions in ([], "abc"):
         with pytest.raises(ValueError, match=r"`captions` must be a list.*Received: "):
             chance_recall(captions)
+    with pytest.raises(ValueError, match=r"`captions` must hold a text.*Received: "):
+        chance_recall([[], []])
 
 
 def test_a_data_set_is_embedded_and_compared(model):
@@ -215,6 +218,10 @@ def test_bad_data_is_refused_by_name(model, tokenizer):
     data = {"images": images, "captions": [["a"], ["c"]]}
     with pytest.raises(ValueError, match=r"`duplicates`.*Received: "):
         evaluate_retrieval(model, data, tokenizer, duplicates="x")
+    for missing in (None, [None], np.nan):
+        data["captions"] = [["a"], missing]
+        with pytest.raises(ValueError, match=r"`captions`.*str.*Received: (None|nan)"):
+            evaluate_retrieval(model, data, tokenizer)
 
 
 @pytest.fixture
@@ -246,6 +253,9 @@ def test_a_source_is_read_as_the_model_says(
     )
     expected = evaluate_retrieval(reads_words, read, tokenizer)
     assert evaluate_retrieval(reads_words, source) == expected
+    first = image_text_dataset(source, reads_words, training=False)
+    with pytest.warns(UserWarning, match=r"captions .* are left out.*include_captions"):
+        evaluate_retrieval(reads_words, first)
 
 
 @pytest.mark.any_backend
@@ -268,6 +278,7 @@ def test_rows_of_an_object_and_lists_of_files_are_sources(reads_words, write_pai
     data = {"images": images, "captions": [*"abcdef"]}
     expected = evaluate_retrieval(reads_words, data)
     assert evaluate_retrieval(reads_words, rows) == expected
+    assert evaluate_retrieval(reads_words, collections.UserList(rows)) == expected
     shards = [write_pairs(name, 0, 6) for name in ("a.tar", "b.tar")]
     whole = image_text_dataset(
         shards, reads_words, training=False, include_captions="all"

@@ -179,6 +179,14 @@ def test_a_config_that_is_not_there_is_refused(tmp_path):
         load_open_clip({}, tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", "null"])
+def test_a_file_without_an_object_of_json_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"an object of JSON. Received: .*config\.json"):
+        load_open_clip({}, path)
+
+
 def test_all_reasons_are_listed():
     config = changed(vision_cfg__pool_type="avg", text_cfg__proj_bias=True)
     with pytest.raises(ValueError, match=r"text_cfg.proj_bias.*vision_cfg.pool_type"):
