@@ -5,6 +5,8 @@ of one instance are replaced, here and by `distribution`, some of them private
 (`PRIVATE`). A test fails if a version of Keras lacks them.
 """
 
+import re
+
 import keras
 from keras import ops
 
@@ -41,6 +43,7 @@ def configure(optimizer, model, decay_vectors):
         )
     own = inner_optimizer(optimizer)
     check_built(optimizer, model.trainable_variables)
+    check_paths(own, model)
     if isinstance(own, TowerOptimizer):
         own.towers.bind({"image": model.image_encoder, "text": model.text_encoder})
     if own is not optimizer and own not in parts:
@@ -78,6 +81,28 @@ def check_built(optimizer, variables):
             f"Received: optimizer={own.name}, built for {len(known)} weights, of which "
             f"the model trains {len(known & given)}, and {len(given - known)} others"
         )
+
+
+def check_paths(optimizer, model):
+    """Raises an error for a key of an `OptimizerMap` that matches no weight.
+
+    keras_hub names the layers of some encoders after the encoder, if it has a name, as
+    each one that is loaded has. So the paths of weights may be others in a loaded model
+    than in the one that was saved.
+    """
+    rates = getattr(optimizer, "_optimizer_map", None)
+    is_by_path = type(rates) is keras.optimizers.OptimizerMap
+    if not is_by_path or not all(x.built for x in all_layers(model)):
+        return
+    paths = {v.path for v in model.weights}
+    for key in rates.keys() - paths:
+        if not any(re.fullmatch(key, path) for path in paths):
+            raise ValueError(
+                "Each key of an `OptimizerMap` must be the path of a weight, or a "
+                "pattern of whole paths. If a file of a model was made with others, "
+                "load it with `compile=False`, and compile the loaded model; give an "
+                f"encoder a `name` to keep its paths. Received: {key!r}"
+            )
 
 
 def build(model):

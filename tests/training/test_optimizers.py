@@ -7,11 +7,13 @@ import torch
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.training.optimizers import PRIVATE, is_vector
+from tests.encoders.test_pooled import bert
 from tests.helpers import (
     FAST,
     GradientSteps,
     assert_close,
     assert_same_values,
+    dino_encoder,
     functional_vit,
     random_pairs,
     small_model,
@@ -321,6 +323,28 @@ def test_optimizers_that_are_not_known_yet_are_refused_unless_they_decay_vectors
     with pytest.raises(ValueError, match=r"OptimizerMap.*Received: .* of a function"):
         model.compile(optimizer, **FAST)
     model.compile(optimizer, decay_vectors=True, **FAST)
+
+
+@pytest.mark.any_backend
+def test_a_path_that_matches_no_weight_is_refused_also_in_a_loaded_model(tmp_path):
+    def by_path(*paths):
+        default = keras.optimizers.SGD(1e-3)
+        rates = keras.optimizers.OptimizerMap(default, dict.fromkeys(paths, default))
+        return keras.optimizers.MultiOptimizer(rates)
+
+    # keras_hub names the layers of DINOv2 after an encoder with a name.
+    encoder = dino_encoder()
+    model = kcm.ContrastiveModel.from_encoders(encoder, bert(), projection_dim=4)
+    path = encoder.weights[-1].path
+    model.compile(by_path(path, ".*encoder/.*bias"), **FAST)
+    with pytest.raises(ValueError, match=r"Each key.*whole paths.*Received: 'encoder'"):
+        model.compile(by_path(path, "encoder"), **FAST)
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(
+        ValueError, match=r"Each key.*`compile=False`.*Received: .layern"
+    ):
+        keras.saving.load_model(tmp_path / "model.keras")
+    keras.saving.load_model(tmp_path / "model.keras", compile=False)
 
 
 @pytest.mark.any_backend
