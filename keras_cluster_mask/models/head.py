@@ -93,6 +93,9 @@ class ContrastiveHead(keras.layers.Layer):
         ):
             if value is not None:
                 check_range(name, value, 0, math.inf, "()")
+        if initial_logit_bias is not None:
+            ends = -math.inf, math.inf, "()"
+            check_range("initial_logit_bias", initial_logit_bias, *ends)
         check_choice("projection", projection, ("linear", "mlp"))
         if projection != "linear" and projection_dim is None:
             raise ValueError(
@@ -181,19 +184,27 @@ class ContrastiveHead(keras.layers.Layer):
         # The model that the head is part of builds it.
         return None
 
-    def set_scaling(self, statistics: Callable[[str], tuple] | None = None) -> None:
+    def set_scaling(
+        self, statistics: Callable[[str], tuple] | None = None
+    ) -> list["Standardization"]:
         """Fixes the scaling of features in projections that have one, once.
 
         Args:
             statistics: Function from `"image"` or `"text"` to the mean and the
                 deviation of the features. `None` does not scale features.
+
+        Returns:
+            List of the layers whose scaling was not fixed before.
         """
+        scaled = []
         for name in ("image", "text"):
             projection = getattr(self, f"{name}_projection")
             for layer in getattr(projection, "layers", ()):
                 is_scaling = isinstance(layer, Standardization) and layer.built
                 if is_scaling and not ops.convert_to_numpy(layer.is_set):
                     layer.set(*(statistics(name) if statistics else (0.0, 1.0)))
+                    scaled.append(layer)
+        return scaled
 
     def call(self, image_features: Tensor, text_features: Tensor) -> tuple:
         projections = self.image_projection, self.text_projection
@@ -285,11 +296,13 @@ def as_head(head, loss, projection_dim=None, dtype=None):
                 f"Received: head={head!r}"
             )
         return ContrastiveHead(loss, projection_dim, head, dtype=dtype, name="head")
-    given = {"projection_dim": projection_dim, "dtype": dtype}
-    if head.loss is not None:
-        given["loss"] = loss
-    for name, value in given.items():
-        own = getattr(head, name)
+    policy = None if dtype is None else keras.dtype_policies.get(dtype).name
+    both = {
+        "projection_dim": (projection_dim, head.projection_dim),
+        "dtype": (policy, head.dtype_policy.name),
+        "loss": (loss, head.loss or loss),
+    }
+    for name, (value, own) in both.items():
         if value not in (None, own):
             raise ValueError(
                 f"`{name}` must match `head`, or be None. Received: {name}={value!r}, "

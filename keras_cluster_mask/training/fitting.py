@@ -66,21 +66,23 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
 
     x, data, validation = _take_data(model, options)
     run = TrainingRun(model, data, options.pop("callbacks"), validation)
-    # Projections keep the scaling that they were trained with first.
-    if model.compiled:
-        is_features = isinstance(x, TowerFeatures)
-        model.head.set_scaling(x.statistics if is_features else None)
-    tokenizer = model.tokenizer
+    tokenizer, scaled = model.tokenizer, []
     try:
         adopt_tokenizer(model, x)
         validation.check(model, range(run.epoch, options["epochs"]))
         if resume_from is not None:
             resume(run, model, resume_from, options["verbose"])
+        # Projections keep the scaling that they were trained with first.
+        if model.compiled:
+            is_features = isinstance(x, TowerFeatures)
+            scaled = model.head.set_scaling(x.statistics if is_features else None)
         history = _train(model, keras_fit, run, options)
     except Exception:
         if not run.history:
-            # Nothing was trained, so another tokenizer may still be used.
+            # Nothing was trained, so another tokenizer and scaling may still be used.
             model.tokenizer = tokenizer
+            for layer in scaled:
+                layer.is_set.assign(0.0)
         raise
     if any(getattr(x, "use_ema", False) for x in optimizer_parts(model.optimizer)):
         # Weights and averages are the same arrays now.
@@ -156,6 +158,9 @@ class Validation(typing.NamedTuple):
             model: A `ContrastiveModel`.
             epochs: Iterable of integers, the epochs to train.
         """
+        check_integer("validation_steps", self.steps, or_none=True)
+        if isinstance(self.frequency, str) or not isinstance(self.frequency, Container):
+            check_integer("validation_freq", self.frequency)
         if not isinstance(self.data, types.GeneratorType):
             if self.data is not None:
                 evaluation_data(model, self.data, steps=self.steps)

@@ -147,6 +147,19 @@ def test_an_uncompiled_model_is_refused_and_keeps_its_scaling(tmp_path):
 
 
 @pytest.mark.any_backend
+def test_a_fit_that_fails_leaves_the_scaling_to_the_next_one():
+    def fail(batch, logs):
+        raise RuntimeError("in the first step")
+
+    model, data = frozen_model(head="mlp"), pairs_of(dataset())
+    at_step = keras.callbacks.LambdaCallback(on_train_batch_begin=fail)
+    for options in ({"validation_freq": 0}, {"callbacks": [at_step]}):
+        with pytest.raises((ValueError, RuntimeError), match=r"validation_freq|step"):
+            model.fit(data, batch_size=5, verbose=0, **options)
+        assert not values([model.head.image_projection.layers[0].is_set])[0]
+
+
+@pytest.mark.any_backend
 def test_micro_batches_have_no_effect_on_features_and_need_not_fit(tmp_path):
     model, other = frozen_model(micro_batch_size=2), frozen_model()
     features = computed(model, tmp_path)

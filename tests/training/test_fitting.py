@@ -248,6 +248,17 @@ def test_validation_data_is_read_again_when_it_is_due(write_pairs):
 
 
 @pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("validation_freq", x) for x in (0, "2", 1.5)] + [("validation_steps", 0)],
+)
+def test_when_and_how_much_to_validate_is_checked_before_training(name, value):
+    options = {"validation_data": random_pairs(4), name: value}
+    with pytest.raises(ValueError, match=rf"`{name}` must.*Received: {name}="):
+        compiled().fit(random_pairs(8), **options, **FIT)
+
+
+@pytest.mark.any_backend
 def test_a_generator_is_validated_once():
     def held_out():
         return (batch for batch in [random_pairs(4), random_pairs(4)])

@@ -96,6 +96,12 @@ def test_towers_may_have_weights_of_the_same_paths():
 
 
 @pytest.mark.any_backend
+def test_a_norm_to_clip_by_is_positive():
+    with pytest.raises(ValueError, match=r"`global_clipnorm` must.*Received: "):
+        kcm.TowerOptimizer("sgd", global_clipnorm=-1.0)
+
+
+@pytest.mark.any_backend
 def test_a_model_without_towers_is_refused():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile(kcm.TowerOptimizer(adamw(0.4), image=adamw(0.2)), "mse", **FAST)
