@@ -86,6 +86,7 @@ class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
         self.encoder = encoder
         self.projection = projection
         self.sample_shape = image_shape_of(encoder)
+        self._compiled_for: tuple[int, ...] = ()
         self.built = True
 
     def prepare(self, inputs: Any) -> Any:
@@ -140,6 +141,13 @@ class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
 
     def call(self, inputs: Any, training: bool | None = None) -> Tensor:
         return self.embed(inputs)
+
+    def make_predict_function(self, force: bool = False) -> Any:
+        # Quantization and LoRA replace weights, or add some.
+        weights = tuple(map(id, self.weights))
+        if weights != self._compiled_for:
+            self.predict_function, self._compiled_for = None, weights
+        return super().make_predict_function(force)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         # The weights belong to a model that may be trained further.

@@ -168,7 +168,6 @@ def test_models_that_share_weights_predict_with_lora():
     masked.text_tower.predict(inputs["token_ids"], verbose=0)
     backbone.enable_lora(2)
     as_trained(masked)
-    masked.compile("adam", **FAST)
     texts = masked.text_tower.predict(inputs["token_ids"], verbose=0)
     assert_close(texts, masked.encode_text(inputs["token_ids"]), 1e-5)
     expected = masked.encode_image(inputs["images"])
@@ -178,6 +177,17 @@ def test_models_that_share_weights_predict_with_lora():
         masked.image_tower.predict(inputs["images"], verbose=0),
     ):
         assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.one_case
+def test_towers_predict_with_weights_that_were_quantized():
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
+    images = random_pairs(4)["images"]
+    before = model.image_tower.predict(images, verbose=0)
+    model.backbone.quantize("int8")
+    after = model.image_tower.predict(images, verbose=0)
+    assert_close(after, model.encode_image(images), 1e-5)
+    assert np.abs(after - before).max() > 1e-4
 
 
 def test_sentences_are_read_with_the_lora_that_was_added_since_the_last_ones():
