@@ -1,11 +1,12 @@
 """Suggested settings for training on small data."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import keras
 
-from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.masking import PatchMasking, RandomMasking
 from keras_cluster_mask.training.tower_optimizer import TowerOptimizer
 
@@ -112,6 +113,7 @@ def small_data_recipe(
     steps = epochs * steps_per_epoch
     if learning_rate is None:
         learning_rate = 3e-5 if tune_encoders else 1e-3
+    check_range("learning_rate", learning_rate, 0, math.inf, "()")
     warmup = 0 if tune_encoders else steps // 10
 
     def adamw(rate, **options):

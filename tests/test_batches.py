@@ -37,7 +37,6 @@ def as_tf_dataset():
 # === What is read ===
 
 
-
 class Counted(keras.utils.PyDataset):
     """Batches whose number is given as Keras 3 asks for it."""
 

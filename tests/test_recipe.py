@@ -79,3 +79,9 @@ def test_bad_arguments_are_refused_by_name(argument):
     given = {"epochs": 9, "steps_per_epoch": 50, argument: 0}
     with pytest.raises(ValueError, match=rf"`{argument}`.*Received: {argument}="):
         kcm.small_data_recipe(**given)
+
+
+@pytest.mark.parametrize("rate", [-1.0, 0, "1e-3"])
+def test_a_learning_rate_is_a_positive_number(rate):
+    with pytest.raises(ValueError, match=r"`learning_rate` must.*Received: "):
+        kcm.small_data_recipe(9, 50, learning_rate=rate)

@@ -70,6 +70,8 @@ class AttentiveMasking(PatchMasking):
     # The image determines the mask. Noise only selects among patches of one block.
     is_random = False
 
+    _settings = (*PatchMasking._settings, "block_size")
+
     def __init__(
         self,
         teacher: keras.layers.Layer,
@@ -121,6 +123,7 @@ class AttentiveMasking(PatchMasking):
         self.teacher.follow(encoder)
 
     def check_ready(self) -> None:
+        super().check_ready()
         self.teacher.check_ready()
 
     def advance(self) -> None:
@@ -141,7 +144,6 @@ class AttentiveMasking(PatchMasking):
         return {
             **super().get_config(),
             "teacher": keras.saving.serialize_keras_object(self.teacher),
-            "block_size": self.block_size,
         }
 
 

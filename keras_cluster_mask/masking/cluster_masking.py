@@ -106,6 +106,14 @@ class ClusterMasking(SimilarityMasking):
           https://arxiv.org/abs/2405.08815)
     """
 
+    _settings = (
+        *SimilarityMasking._settings,
+        "min_mask_ratio",
+        "anchor_ratio",
+        "softness",
+        "hide_padding",
+    )
+
     def __init__(
         self,
         patch_size: int | tuple[int, int] | None = None,
@@ -259,6 +267,7 @@ class ClusterMasking(SimilarityMasking):
         super().advance()
 
     def check_ready(self) -> None:
+        super().check_ready()
         threshold = self.threshold
         if threshold is not None and math.isinf(ops.convert_to_numpy(threshold)):
             raise ValueError(
@@ -269,11 +278,7 @@ class ClusterMasking(SimilarityMasking):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "min_mask_ratio": self.min_mask_ratio,
             "threshold": self._given_threshold,
-            "anchor_ratio": self.anchor_ratio,
-            "softness": self.softness,
-            "hide_padding": self.hide_padding,
         }
 
 

@@ -272,6 +272,8 @@ class PatchMasking(keras.layers.Layer):
 
     def check_ready(self) -> None:
         """Raises an error if the layer cannot train yet. Must be called eagerly."""
+        # It may be changed between two calls of `fit`.
+        check_range("mask_ratio", self.mask_ratio, 0, 1, "[)")
 
     def observe(self, score: Tensor) -> None:
         """Receives the scores in training, for strategies that keep state.

@@ -221,8 +221,8 @@ def keep_patches(masking, tokens, images=None, noise=None, num_prefix=None):
     share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
     masking.last_mask_ratio.assign(1.0 - share)
     masking.observe(score)
-    # A model around the masking counts its own steps. Otherwise each call is a step.
-    if masking._prepare_pixels is None:
+    # A model that runs a step counts it. Otherwise each call is a step.
+    if noise_of_model() is None:
         masking.advance()
     kept = ops.concatenate([prefix, kept], axis=1)
     has_nan = ops.any(ops.isnan(score), axis=-1)[:, None, None]

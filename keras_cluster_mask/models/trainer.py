@@ -1,6 +1,7 @@
 """Training of a two-encoder model, where it differs from Keras's own."""
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -157,9 +158,11 @@ class ContrastiveTrainer(replicas.OwnReduction):
         self._temperature.update_state(1.0 / scale)
         # Not in the logs of a step on features, where nothing is masked.
         self._mask_ratio.is_updated = False
-        for masking in self.maskings if training and "images" in x else ():
-            ratio = replicas.replica_mean(masking.last_mask_ratio)
-            self._mask_ratio.update_state(ratio)
+        if training and "images" in x and self.maskings:
+            # One masking gets the patches that another has kept.
+            kept = [1.0 - masking.last_mask_ratio for masking in self.maskings]
+            ratio = 1.0 - functools.reduce(ops.multiply, kept)
+            self._mask_ratio.update_state(replicas.replica_mean(ratio))
         return loss
 
     def _without_small_batches(self, loss, losses, sample_weight, is_split):
@@ -224,7 +227,11 @@ class ContrastiveTrainer(replicas.OwnReduction):
         """Returns the options that a step is compiled with."""
         return {
             **{name: getattr(self, name) for name in OPTIONS},
-            "mask_ratio": [masking.mask_ratio for masking in self.maskings],
+            **{
+                f"{masking.name}.{name}": getattr(masking, name)
+                for masking in self.maskings
+                for name in masking._settings
+            },
             # TensorFlow would still train weights that are frozen after the first step.
             "trainable": [weight.trainable for weight in self.weights],
         }
@@ -324,9 +331,6 @@ class ContrastiveTrainer(replicas.OwnReduction):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
         optimizers.configure(optimizer, self, decay_vectors)
         super().compile(optimizer, **kwargs)
-        for tower in (self.image_tower, self.text_tower):
-            # Compiled predictions would not see the factors of a new LoRA.
-            tower.predict_function = None
         self._compile_options = {
             "decay_vectors": bool(decay_vectors),
             "log_gradient_norm": bool(log_gradient_norm),

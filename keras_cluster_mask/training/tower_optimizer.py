@@ -1,10 +1,12 @@
 """A Keras optimizer with a separate optimizer for each tower."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
 
+from keras_cluster_mask.checks import check_range
 from keras_cluster_mask.types import Tensor
 
 
@@ -51,6 +53,8 @@ class TowerOptimizer(keras.optimizers.MultiOptimizer):
         default, image, text = map(keras.optimizers.get, (default, image, text))
         towers = _Towers(default, {"image": image, "text": text})
         super().__init__(towers, **kwargs)
+        if global_clipnorm is not None:
+            check_range("global_clipnorm", global_clipnorm, 0, math.inf, "()")
         self.towers = towers
         self.global_clipnorm = global_clipnorm
 

@@ -183,7 +183,9 @@ def test_a_config_that_is_not_there_is_refused(tmp_path):
 def test_a_file_without_an_object_of_json_is_refused_by_name(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"an object of JSON. Received: .*config\.json"):
+    with pytest.raises(
+        ValueError, match=r"an object of JSON. Received: .*config\.json"
+    ):
         load_open_clip({}, path)
 
 

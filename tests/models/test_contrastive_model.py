@@ -440,7 +440,6 @@ def test_only_training_steps_move_the_threshold_and_count_steps():
 
     before = read()
     model.encode_image(pairs["images"], training=True)
-    model.image_encoder(random_images(4), training=True)
     model.evaluate(pairs, verbose=0)
     model.predict(pairs, verbose=0)
     assert read() == before
@@ -487,6 +486,48 @@ def own_masking():
     return keras.Model(images, keras.layers.GlobalAveragePooling1D()(tokens))
 
 
+@pytest.mark.any_backend
+def test_a_head_may_have_the_dtype_policy_of_the_model():
+    head = ContrastiveHead(projection_dim=4, dtype="mixed_bfloat16")
+    model = small_model(head=head, dtype="mixed_bfloat16")
+    assert model.head is head
+
+
+@pytest.mark.any_backend
+def test_a_masking_counts_the_steps_in_which_others_train_its_encoder():
+    masking = kcm.ClusterMasking(4, embedding_weight=moving_weight())
+    model = masked_model(masking)
+    images = random_images(2)
+    for _ in range(3):
+        model.image_encoder(images, training=True)
+    assert int(masking.step) == 3
+    # This is no step.
+    model.encode_image(images, training=True)
+    assert int(masking.step) == 3
+
+
+@pytest.mark.any_backend
+def test_one_masking_gets_the_patches_that_another_has_kept():
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Reshape((16, 48))(images)
+    for _ in range(2):
+        masking = kcm.RandomMasking(0.5, num_prefix_tokens=0)
+        x = masking(x, images=images, training=True)
+    encoder = keras.Model(images, keras.layers.GlobalAveragePooling1D()(x))
+    model = kcm.ContrastiveModel(encoder, text_bag(), projection_dim=4)
+    model.compile("sgd", **FAST)
+    assert one_step(model, random_pairs(4))["mask_ratio"] == [0.75]
+
+
+@pytest.mark.any_backend
+def test_a_mask_ratio_that_is_set_later_is_checked():
+    model = masked_model(kcm.RandomMasking(0.5, num_prefix_tokens=0))
+    model.compile("sgd", **FAST)
+    model.masking.mask_ratio = 1.5
+    with pytest.raises(ValueError, match=r"`mask_ratio` must.*Received: "):
+        one_step(model, random_pairs(4))
+
+
 def shared_masking():
     masking = kcm.RandomMasking(0.5, num_prefix_tokens=0)
     masked_model(masking)
@@ -509,6 +550,7 @@ def shared_masking():
                 ("max_logit_scale", dict(initial_temperature=0.002)),
                 ("max_logit_scale", dict(max_logit_scale=0)),
                 ("initial_logit_bias", dict(initial_logit_bias=-5.0)),
+                ("initial_logit_bias", dict(loss="sigmoid", initial_logit_bias=np.nan)),
             )
         ),
         *(
@@ -518,6 +560,10 @@ def shared_masking():
                 ("head", dict(head="cubic")),
                 ("loss", dict(head=ContrastiveHead("softmax"), loss="sigmoid")),
                 ("dtype", dict(head=ContrastiveHead(), dtype="mixed_bfloat16")),
+                (
+                    "dtype",
+                    dict(head=ContrastiveHead(dtype="mixed_bfloat16"), dtype="float32"),
+                ),
                 ("views", dict(views=0)),
                 # Without a masking.
                 ("views", dict(views=2)),
