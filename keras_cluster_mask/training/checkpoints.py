@@ -169,7 +169,7 @@ class Checkpoint(RunCallback):
             self._checked = batch
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._check_loss(logs.get("loss", 0.0), "the end")
+        self._check_loss((logs or {}).get("loss", 0.0), "the end")
         if not self._is_due(epoch, self.save_every) or self.run.is_partial:
             return
         variables = _variables(self.model)

@@ -90,6 +90,7 @@ def check_paths(optimizer, model):
     each one that is loaded has. So the paths of weights may be others in a loaded model
     than in the one that was saved.
     """
+    # Private: Keras has no other way to it. A test fails if a version lacks it.
     rates = getattr(optimizer, "_optimizer_map", None)
     is_by_path = type(rates) is keras.optimizers.OptimizerMap
     if not is_by_path or not all(x.built for x in all_layers(model)):
