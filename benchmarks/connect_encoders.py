@@ -636,6 +636,9 @@ def report(options, folder):
             runs[path.stem] = run
             groups.setdefault(path.stem.rpartition("-")[0], []).append(run)
     costs, rows = cached_costs(argparse.Namespace(costs=False), folder), []
+    if (path := folder / "features.json").exists():
+        of_training = json.loads(path.read_text())["splits"]["train"]
+        rows.append({"run": "features", "minutes": of_training["processor minutes"]})
     for name, mine in groups.items():
         row = {"run": name, "seeds": len(mine), "steps": mine[0].get("steps", "")}
         if seconds := seconds_of(mine[0], costs):

@@ -1,0 +1,71 @@
+"""How fast two cores tune two pre-trained encoders: as two threads, or two processes.
+
+    python benchmarks/tuning_cores.py --data DIR
+
+`--encoders` is the folder of `connect_encoders.py`. Each setting trains on the same
+batches, in turn, in processes of its own, and reads and decodes its data meanwhile.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import connect_encoders as runs  # Chooses torch.
+from reporting import publish
+
+import keras_cluster_mask as kcm
+
+# Processes, and threads of each.
+SETTINGS = (1, 1), (1, 2), (2, 1)
+
+
+def main():
+    parsed = runs.common_arguments(__doc__)
+    parsed.add_argument("--rounds", type=int, default=3)
+    parsed.add_argument("--steps", type=int, default=10)
+    options = parsed.parse_args()
+    if "WORLD_SIZE" in os.environ:
+        return train(options)
+    seconds = {setting: [] for setting in SETTINGS}
+    for _ in range(options.rounds):
+        for setting, found in seconds.items():
+            found.append(seconds_of(*setting))
+    rows = [
+        {"processes": processes, "threads": threads, "step": statistics.median(found)}
+        for (processes, threads), found in seconds.items()
+    ]
+    path = f"{options.results}/tuning_cores.json"
+    title = f"A step that tunes two encoders, {runs.words_of(options.runs[-1])}"
+    publish(path, title, rows, commit=runs.commit(), seconds=[*seconds.values()])
+
+
+def seconds_of(processes, threads):
+    """The seconds of a step of this program, in so many processes."""
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    program = [*sys.argv, f"--threads={threads}"]
+    out = subprocess.check_output([sys.executable, *launch, *program], text=True)
+    return json.loads(out.splitlines()[-1])
+
+
+def train(options):
+    """Trains the last run on its share of the batches, and prints seconds per step."""
+    kcm.distribution.initialize()
+    runs.prepare(options)
+    run = options.runs[-1]
+    model = runs.model_to_tune(options, 0, run)
+    runs.compile_for(model, run, 2 * options.steps, runs.depths(options))
+    rates = model.fit(
+        runs.dataset(options, "train", model, run),
+        steps_per_epoch=options.steps,
+        epochs=2,  # The first one warms up.
+        verbose=0,
+        callbacks=[kcm.callbacks.Throughput()],
+    ).history["samples_per_second"]
+    if kcm.distribution.is_main_process():
+        print(run.batch / rates[-1])
+
+
+if __name__ == "__main__":
+    main()
