@@ -222,15 +222,21 @@ def test_a_history_without_a_metric_to_plot_is_refused(history):
 
 def test_history_shows_recall_and_chance():
     name = "image_to_text_recall@10"
-    chance = {"loss": np.log(64), name: 0.1}
+    # Both directions have nearly the same number of candidates.
+    other = "text_to_image_recall@10"
+    chance = {"loss": np.log(64), name: 0.1, other: 0.1001}
     figure = visualization.plot_history(
-        {**HISTORY, f"val_{name}": [0.2, 0.3]}, chance=chance
+        {**HISTORY, f"val_{name}": [0.2, 0.3], f"val_{other}": [0.2, 0.3]},
+        chance=chance,
     )
     assert curves_of(figure)["image to text recall@10"] == ([1, 2], [0.2, 0.3])
     loss, accuracy, recall = figure.axes
     assert loss.get_lines()[-1].get_ydata() == [np.log(64)] * 2
     assert "chance" not in str(accuracy.get_legend_handles_labels()[1])
-    assert recall.get_lines()[-1].get_ydata() == [0.1] * 2
+    *_, line = recall.get_lines()
+    assert line.get_ydata() == pytest.approx([0.1] * 2, abs=1e-3)
+    labels = recall.get_legend_handles_labels()[1]
+    assert [x for x in labels if "chance" in x] == ["chance, 0.1"]
     # Of a run that was resumed with another callback.
     figure = visualization.plot_history({**HISTORY, f"val_{name}": [0.3]})
     assert curves_of(figure)["image to text recall@10"] == ([2], [0.3])

@@ -84,9 +84,9 @@ def plot_history(
                 label = label.replace("training", "validation")
                 color = line.get_color()
                 axis.plot(epochs[was_due], values, ".--", color=color, label=label)
-        chances = {y for x, y in (chance or {}).items() if {x, f"val_{x}"} & {*labels}}
-        for value in sorted(chances):
-            label = f"chance, {value:.2g}"
+        chances = [y for x, y in (chance or {}).items() if {x, f"val_{x}"} & {*labels}]
+        # Values that look the same get one line.
+        for label, value in {f"chance, {y:.2g}": y for y in sorted(chances)}.items():
             axis.axhline(value, color="black", linestyle=":", label=label)
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("epoch")
