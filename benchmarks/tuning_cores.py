@@ -18,7 +18,7 @@ from reporting import publish
 import keras_cluster_mask as kcm
 
 # Processes, and threads of each.
-SETTINGS = (1, 1), (1, 2), (2, 1)
+SETTINGS = {"one thread": (1, 1), "two threads": (1, 2), "two processes": (2, 1)}
 
 
 def main():
@@ -28,17 +28,17 @@ def main():
     options = parsed.parse_args()
     if "WORLD_SIZE" in os.environ:
         return train(options)
-    seconds = {setting: [] for setting in SETTINGS}
+    seconds = {name: [] for name in SETTINGS}
     for _ in range(options.rounds):
-        for setting, found in seconds.items():
-            found.append(seconds_of(*setting))
+        for name, setting in SETTINGS.items():
+            seconds[name].append(seconds_of(*setting))
     rows = [
-        {"processes": processes, "threads": threads, "step": statistics.median(found)}
-        for (processes, threads), found in seconds.items()
+        {"cores": name, "step": statistics.median(found)}
+        for name, found in seconds.items()
     ]
     path = f"{options.results}/tuning_cores.json"
     title = f"A step that tunes two encoders, {runs.words_of(options.runs[-1])}"
-    publish(path, title, rows, commit=runs.commit(), seconds=[*seconds.values()])
+    publish(path, title, rows, commit=runs.commit(), seconds=seconds)
 
 
 def seconds_of(processes, threads):
