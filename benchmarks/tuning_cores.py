@@ -8,12 +8,12 @@ batches, in turn, in processes of its own, and reads and decodes its data meanwh
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 
 import connect_encoders as runs  # Chooses torch.
 from reporting import publish
+from timing import ratio
 
 import keras_cluster_mask as kcm
 
@@ -32,10 +32,10 @@ def main():
     for _ in range(options.rounds):
         for name, setting in SETTINGS.items():
             seconds[name].append(seconds_of(*setting))
-    rows = [
-        {"cores": name, "step": statistics.median(found)}
-        for name, found in seconds.items()
-    ]
+    first, rows = next(iter(SETTINGS)), []
+    for name, found in seconds.items():
+        to_first = ratio(seconds, name, first)
+        rows.append({"cores": name, "seconds": min(found), f"/ {first}": to_first})
     path = f"{options.results}/tuning_cores.json"
     title = f"A step that tunes two encoders, {runs.words_of(options.runs[-1])}"
     publish(path, title, rows, commit=runs.commit(), seconds=seconds)
