@@ -228,8 +228,8 @@ class ContrastiveTrainer(replicas.OwnReduction):
         return {
             **{name: getattr(self, name) for name in OPTIONS},
             **{
-                f"{masking.name}.{name}": getattr(masking, name)
-                for masking in self.maskings
+                f"maskings[{number}].{name}": getattr(masking, name)
+                for number, masking in enumerate(self.maskings)
                 for name in masking._settings
             },
             # TensorFlow would still train weights that are frozen after the first step.

@@ -238,6 +238,30 @@ def test_options_count_from_the_next_fit_and_must_not_change_in_one(
         one_step(model, pairs, epochs=2, callbacks=[back])
 
 
+@pytest.mark.any_backend
+@pytest.mark.parametrize("number", [0, 1])
+def test_options_of_two_maskings_of_one_name_are_told_apart(number):
+    maskings = [
+        kcm.RandomMasking(0.5, num_prefix_tokens=0, name="masking") for _ in range(2)
+    ]
+    images, tokens = keras.Input((16, 16, 3)), keras.Input((16, 48))
+    inner = keras.Model(tokens, maskings[0](tokens, images=None, training=True))
+    x = inner(keras.layers.Reshape((16, 48))(images))
+    x = maskings[1](x, images=None, training=True)
+    encoder = keras.Model(images, keras.layers.GlobalAveragePooling1D()(x))
+    model = kcm.ContrastiveModel(encoder, text_bag(), projection_dim=4)
+    model.compile("sgd", **FAST)
+    masking = model.maskings[number]
+    change = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: (
+            epoch and setattr(masking, "mask_ratio", 0.25)
+        )
+    )
+    message = rf"`maskings\[{number}\]\.mask_ratio` must not change"
+    with pytest.raises(ValueError, match=message):
+        one_step(model, random_pairs(4), epochs=2, callbacks=[change])
+
+
 def test_a_masking_trains_under_full_compilation():
     # Compiling takes torch minutes.
     jit_compile = "auto" if keras.backend.backend() == "torch" else True
