@@ -25,7 +25,10 @@ def main():
     parsed = runs.common_arguments(__doc__)
     parsed.add_argument("--rounds", type=int, default=3)
     parsed.add_argument("--steps", type=int, default=10)
+    parsed.set_defaults(runs=[runs.Tuning("random")])
     options = parsed.parse_args()
+    if len(options.runs) != 1:
+        parsed.error("--runs must be one run")
     if "WORLD_SIZE" in os.environ:
         return train(options)
     seconds = {name: [] for name in SETTINGS}
@@ -37,7 +40,7 @@ def main():
         to_first = ratio(seconds, name, first)
         rows.append({"cores": name, "seconds": min(found), f"/ {first}": to_first})
     path = f"{options.results}/tuning_cores.json"
-    title = f"A step that tunes two encoders, {runs.words_of(options.runs[-1])}"
+    title = f"A step that tunes two encoders, {runs.words_of(*options.runs)}"
     publish(path, title, rows, commit=runs.commit(), seconds=seconds)
 
 
@@ -50,10 +53,10 @@ def seconds_of(processes, threads):
 
 
 def train(options):
-    """Trains the last run on its share of the batches, and prints seconds per step."""
+    """Trains on its share of the batches, and prints seconds per step."""
     kcm.distribution.initialize()
     runs.prepare(options)
-    run = options.runs[-1]
+    (run,) = options.runs
     model = runs.model_to_tune(options, 0, run)
     runs.compile_for(model, run, 2 * options.steps, runs.depths(options))
     rates = model.fit(

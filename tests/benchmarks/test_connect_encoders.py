@@ -51,6 +51,8 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, run, monkeypat
     linear += ["mlp photos=20"]
     stages = ["features", "heads", *heads, "--seeds", "1", "2", "--heads", *linear]
     measure(connect_encoders, "connect_encoders", *stages)
+    written = (folders / "results" / "features.json").read_text()
+    features = json.loads(written)["splits"]
     changes = [" ratio=0.6 lora=2", " last=1", " rate=1e-2", " depth=0.5 warmup=0.5"]
     changes += ["", " images=1 texts=1+2 text=2", " micro=5 crop=0.9"]
     names = ["none batch=10", *(f"random batch=10{change}" for change in changes)]
@@ -92,10 +94,11 @@ def test_all_stages_run_and_a_second_run_changes_nothing(folders, run, monkeypat
     monkeypatch.setattr(connect_encoders, "new_model", None)
     again = measure(connect_encoders, "connect_encoders", "heads", *tune)
     assert again["runs"] == runs
+    assert again["rows"][0]["minutes"] == features["train"]["processor minutes"]
     assert {*again["seconds of a step"]} == {"none", "random", "random ratio=0.6"}
 
 
-def test_two_processes_share_the_batches_of_a_tuning_step(folders, run, monkeypatch):
+def test_a_tuning_step_is_timed_in_two_processes(folders, run, monkeypatch):
     monkeypatch.setattr(tuning_cores, "SETTINGS", {"two": (2, 1)})
     options = f"""--encoders={folders} --data={folders} --results={folders}/results
         --caption-key=txt --image-size=24 --dtype=float32 --rounds=1 --steps=2
