@@ -38,6 +38,7 @@ from reporting import machine, mean_and_spread, parser, publish, write_json
 from timing import interleaved
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.encoders.families import weights_by_block
 from keras_cluster_mask.training import features as feature_files
 
 STAGES = ("features", "heads", "tune", "report")
@@ -492,7 +493,7 @@ def tuned(run, seed, steps, name, options, folder):
     with_head(model, folder / f"head-{words_of(head)}-{seed}.npz".replace(" ", "_"))
     parts = max(1, round(steps * run.batch / 2048))
     length = max(1, round(steps / parts))
-    compile_for(model, run, parts * length, depths(options))
+    compile_for(model, run, parts * length)
     start = time.process_time()
     losses = model.fit(
         dataset(options, "train", model, run, seed),
@@ -535,8 +536,8 @@ def model_to_tune(options, seed, run):
     return model
 
 
-def compile_for(model, run, steps, depths):
-    """Compiles a model with the rates of a run, by tower or by depth."""
+def compile_for(model, run, steps):
+    """Compiles a model with the rates of a run, by depth."""
     warmup = round(run.warmup * steps)
 
     def adamw(rate):
@@ -548,26 +549,14 @@ def compile_for(model, run, steps, depths):
 
     rates = {"image": run.rate, "text": run.text * run.rate}
     default = adamw(run.head * run.rate)
-    if run.depth == 1:
-        towers = {name: adamw(rate) for name, rate in rates.items()}
-        return model.compile(kcm.TowerOptimizer(default, **towers))
     by_path = {}
-    for (name, rate), count in zip(rates.items(), depths, strict=True):
-        # A group for the embeddings, for each block, and for what follows.
-        groups = [adamw(rate * run.depth ** (count - x)) for x in range(count + 1)]
-        for weight in getattr(model, f"{name}_encoder").trainable_weights:
-            by_path[weight.path] = groups[depth_of(weight.path, count)]
+    for name, rate in rates.items():
+        groups = weights_by_block(getattr(model, f"{name}_encoder"))
+        for before_last, weights in enumerate(reversed(groups)):
+            optimizer = adamw(rate * run.depth**before_last)
+            by_path |= {weight.path: optimizer for weight in weights}
     by_path = keras.optimizers.OptimizerMap(default, by_path)
-    return model.compile(keras.optimizers.MultiOptimizer(by_path))
-
-
-def depth_of(path, count):
-    """The number of the block of a weight, from 1; 0 for embeddings."""
-    for part in path.split("/"):
-        kind, _, number = part.rpartition("_")
-        if kind in ("layers", "transformer_layer"):
-            return int(number) + 1
-    return count if path.startswith("layernorm") else 0
+    model.compile(keras.optimizers.MultiOptimizer(by_path))
 
 
 def loss_of(images, texts, owners):

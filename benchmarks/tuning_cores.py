@@ -58,7 +58,7 @@ def train(options):
     runs.prepare(options)
     (run,) = options.runs
     model = runs.model_to_tune(options, 0, run)
-    runs.compile_for(model, run, 2 * options.steps, runs.depths(options))
+    runs.compile_for(model, run, 2 * options.steps)
     rates = model.fit(
         runs.dataset(options, "train", model, run),
         steps_per_epoch=options.steps,

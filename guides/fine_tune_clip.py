@@ -164,4 +164,4 @@ show(figure, "fine_tuned")
 #
 # - To freeze the image tower (LiT), set `model.backbone.vision_encoder.trainable = False` before
 #   `compile`.
-# - To train it at a tenth of the rate, use `kcm.TowerOptimizer(AdamW(1e-3), image=AdamW(1e-4))`.
+# - To train earlier blocks at lower rates, use `kcm.optimizer_by_block`.

@@ -27,6 +27,7 @@ _IS_SPAWNED = "--multiprocessing-fork" in sys.orig_argv
 _NEEDS_KERAS = not (_IS_COMMAND or _IS_SPAWNED or multiprocessing.parent_process())
 if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
+    from keras_cluster_mask.fine_tune import optimizer_by_block
     from keras_cluster_mask.masking import (
         AttentiveMasking,
         BlockMasking,
@@ -40,7 +41,7 @@ if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
     )
     from keras_cluster_mask.models import ContrastiveModel, with_masking
     from keras_cluster_mask.recipe import Recipe, small_data_recipe
-    from keras_cluster_mask.training import TowerFeatures, TowerOptimizer
+    from keras_cluster_mask.training import TowerFeatures
 
 __version__ = "0.1.0"
 
@@ -57,7 +58,6 @@ __all__ = [
     "RandomMasking",
     "Recipe",
     "TowerFeatures",
-    "TowerOptimizer",
     "callbacks",
     "data",
     "distribution",
@@ -66,6 +66,7 @@ __all__ = [
     "losses",
     "masking",
     "models",
+    "optimizer_by_block",
     "small_data_recipe",
     "visualization",
     "with_masking",
@@ -79,7 +80,7 @@ if not TYPE_CHECKING:
         # Imported on first use, because these modules need packages that `import keras`
         # does not. A worker process finds all names here.
         if name in __all__:
-            for module in ("masking", "models", "recipe", "training"):
+            for module in ("fine_tune", "masking", "models", "recipe", "training"):
                 module = importlib.import_module(f"{__name__}.{module}")
                 if name in module.__all__:
                     return getattr(module, name)

@@ -8,7 +8,6 @@ import keras
 
 from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.masking import PatchMasking, RandomMasking
-from keras_cluster_mask.training.tower_optimizer import TowerOptimizer
 
 if TYPE_CHECKING:
     from keras_cluster_mask.data import RandomTextMasking
@@ -23,29 +22,25 @@ class Recipe:
     Attributes:
         masking: The masking of images, for `ContrastiveModel.from_backbone`.
         optimizer: The optimizer, for `compile`.
-        text_masking: The masking of texts, for `image_text_dataset`; `None` to train on
-            whole texts.
+        text_masking: The masking of texts, for `image_text_dataset`.
         short_text_epochs: Integer. The number of epochs to train with `text_masking`.
             Train on whole texts in the remaining epochs.
     """
 
     masking: PatchMasking
     optimizer: keras.optimizers.Optimizer
-    text_masking: "RandomTextMasking | None"
+    text_masking: "RandomTextMasking"
     short_text_epochs: int
 
 
 def small_data_recipe(
     epochs: int,
     steps_per_epoch: int,
-    learning_rate: float | None = None,
+    learning_rate: float = 1e-3,
     mask_ratio: float = 0.5,
     seed: int | None = None,
-    tune_encoders: bool = False,
 ) -> Recipe:
-    """Returns settings to start with, for thousands of pairs.
-
-    Settings for training from scratch:
+    """Returns settings to start with, for thousands of pairs, from scratch.
 
     - Images: random masking (50 %) in all steps.
     - Sentences: train on random words, about four fifths of an average sentence, and on
@@ -58,15 +53,9 @@ def small_data_recipe(
     images and texts in the same training time. Training for 60 epochs instead of 30
     improved them further (`docs/benchmarks/from_nothing.md`).
 
-    Settings for tuning the pre-trained encoders of `from_encoders`, after their
-    projections (`docs/how_to/connect_two_encoders.md`): random masking (50 %), whole
-    texts, and AdamW with a weight decay of 0.05 and a cosine schedule. The projections
-    have ten times the learning rate of the encoders. With 6,090 photographs, three
-    epochs were better than one. Lower rates for earlier blocks were better still
-    (`docs/how_to/optimizer.md`).
-
     To fine-tune a pre-trained CLIP, use `masking` and `optimizer` with a learning rate
-    of about 1e-5, and whole texts throughout (`docs/how_to/fine_tune.md`).
+    of about 1e-5, and whole texts throughout (`docs/how_to/fine_tune.md`). To tune two
+    encoders that were pre-trained separately, use `kcm.optimizer_by_block`.
 
     Example:
 
@@ -93,14 +82,10 @@ def small_data_recipe(
         epochs: Integer. The number of epochs.
         steps_per_epoch: Integer. `dataset.steps_per_epoch` of an `image_text_dataset`,
             which is `len(dataset)` unless it has a `sampling`.
-        learning_rate: Float. The peak learning rate, at the end of the warmup. With
-            `tune_encoders`, the rate of the encoders. Defaults to 1e-3, or to 3e-5 for
-            tuning.
+        learning_rate: Float. The peak learning rate, at the end of the warmup.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         seed: Integer. The random seed of the image masks. Text masks depend on the seed
             of the dataset.
-        tune_encoders: Boolean. Whether to tune the pre-trained encoders of
-            `from_encoders`, instead of training from scratch.
 
     Returns:
         A `Recipe`. Use it for one model only.
@@ -111,30 +96,18 @@ def small_data_recipe(
     epochs = check_integer("epochs", epochs)
     steps_per_epoch = check_integer("steps_per_epoch", steps_per_epoch)
     steps = epochs * steps_per_epoch
-    if learning_rate is None:
-        learning_rate = 3e-5 if tune_encoders else 1e-3
     check_range("learning_rate", learning_rate, 0, math.inf, "()")
-    warmup = 0 if tune_encoders else steps // 10
-
-    def adamw(rate, **options):
-        start, target = (0.0, rate) if warmup else (rate, None)
-        schedule = keras.optimizers.schedules.CosineDecay(
-            start, steps - warmup, warmup_target=target, warmup_steps=warmup
-        )
-        return keras.optimizers.AdamW(schedule, **options)
-
-    masking = RandomMasking(mask_ratio, seed=seed)
-    if tune_encoders:
-        # Of the projections, the image encoder and the text encoder.
-        rates = (factor * learning_rate for factor in (10, 1, 1))
-        optimizer = TowerOptimizer(*(adamw(x, weight_decay=0.05) for x in rates))
-        return Recipe(masking, optimizer, text_masking=None, short_text_epochs=0)
     # Imported here because it needs packages that Keras does not.
     from keras_cluster_mask.data import RandomTextMasking
 
+    warmup = steps // 10
+    start, target = (0.0, learning_rate) if warmup else (learning_rate, None)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        start, steps - warmup, warmup_target=target, warmup_steps=warmup
+    )
     return Recipe(
-        masking,
-        adamw(learning_rate, weight_decay=0.1, beta_2=0.98),
+        RandomMasking(mask_ratio, seed=seed),
+        keras.optimizers.AdamW(schedule, weight_decay=0.1, beta_2=0.98),
         RandomTextMasking(),
         epochs - max(1, round(epochs / 8)),
     )

@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -400,6 +401,19 @@ def reloaded(model, folder, **options):
     path = folder / "model.keras"
     model.save(path)
     return keras.saving.load_model(path, **options)
+
+
+def by_tower(model, default, **towers):
+    """A `MultiOptimizer` with an optimizer for each tower, by `image` and `text`."""
+    optimizers = {
+        "|".join(
+            re.escape(v.path) for v in getattr(model, f"{name}_encoder").weights
+        ): x
+        for name, x in towers.items()
+    }
+    default = keras.optimizers.get(default)
+    rates = keras.optimizers.OptimizerMap(default, optimizers)
+    return keras.optimizers.MultiOptimizer(rates)
 
 
 def ids_of(variables):

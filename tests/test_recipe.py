@@ -49,20 +49,6 @@ def test_the_optimizer_is_that_of_the_measurements():
     assert rate_at(optimizer, 2) == pytest.approx(1e-3)
 
 
-def test_encoders_are_tuned_at_a_tenth_of_the_rate_of_projections_on_whole_texts():
-    recipe = kcm.small_data_recipe(1, 20, tune_encoders=True)
-    image, text, projections = recipe.optimizer.optimizers
-    for step in (0, 10, 20):
-        expected = 1.5e-5 * (1 + np.cos(np.pi * step / 20))
-        for optimizer, factor in ((projections, 10), (image, 1), (text, 1)):
-            rate = rate_at(optimizer, step)
-            assert rate == pytest.approx(factor * expected, abs=1e-9)
-            assert optimizer.weight_decay == 0.05
-    assert (recipe.text_masking, recipe.short_text_epochs) == (None, 0)
-    other = kcm.small_data_recipe(1, 20, 1e-5, tune_encoders=True).optimizer
-    assert rate_at(other.optimizers[0], 0) == pytest.approx(1e-5)
-
-
 def test_a_seed_repeats_the_masks():
     first, again, other = (
         ops.convert_to_numpy(

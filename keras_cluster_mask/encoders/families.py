@@ -216,6 +216,32 @@ BLOCKS = {x.block: x for x in IMAGE_FAMILIES.values() if x.block}
 TEXT_BLOCKS = ("TransformerEncoder", "DisentangledAttentionEncoder")
 
 
+def weights_by_block(encoder: keras.Model) -> list[list[keras.Variable]]:
+    """Lists the weights of an encoder by depth.
+
+    Returns:
+        A list of lists: the weights before the first transformer block, and those of
+        each block. Weights after the last block are in the last list. Without blocks
+        of a known family, one list has all weights.
+    """
+    kinds = {x.block for x in EMBEDDINGS.values()} | {*TEXT_BLOCKS}
+    block_of = {
+        id(weight): layer
+        for layer in all_layers(encoder)
+        if kinds & {kind.__name__ for kind in type(layer).__mro__}
+        for weight in layer.weights
+    }
+    groups, current = [[]], None
+    # Weights are in the order of layers, but `all_layers` is not.
+    for weight in encoder.weights:
+        block = block_of.get(id(weight), current)
+        if block is not current:
+            groups.append([])
+        current = block
+        groups[-1].append(weight)
+    return groups
+
+
 def family_of(
     name: str,
     model: Any,

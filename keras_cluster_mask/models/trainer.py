@@ -290,8 +290,8 @@ class ContrastiveTrainer(replicas.OwnReduction):
         ```
 
         Args:
-            optimizer: A Keras optimizer, or its name. A `kcm.TowerOptimizer` has a
-                learning rate for each tower. To freeze a tower, set
+            optimizer: A Keras optimizer, or its name. `kcm.optimizer_by_block`
+                has a learning rate for each block. To freeze a tower, set
                 `encoder.trainable = False` before compiling. On torch, `Adam` and
                 `AdamW` use torch's fused kernel, and `global_clipnorm` clips gradients
                 in place.

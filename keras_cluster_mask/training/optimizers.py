@@ -12,7 +12,6 @@ from keras import ops
 
 from keras_cluster_mask.distribution import gradients as distribution
 from keras_cluster_mask.training.layers import all_layers, saved_weights
-from keras_cluster_mask.training.tower_optimizer import TowerOptimizer
 
 # Methods of `keras.optimizers.Optimizer` that are replaced on an instance or called.
 PRIVATE = (
@@ -22,7 +21,13 @@ PRIVATE = (
     "_get_variable_index",
     "_use_weight_decay",
 )
-REPLACED = "_apply_weight_decay", "_backend_update_step", "_clip_gradients"
+REPLACED = (
+    "_apply_weight_decay",
+    "_backend_update_step",
+    "_clip_gradients",
+    "load_own_variables",
+    "save_own_variables",
+)
 
 
 def configure(optimizer, model, decay_vectors):
@@ -44,8 +49,6 @@ def configure(optimizer, model, decay_vectors):
     own = inner_optimizer(optimizer)
     check_built(optimizer, model.trainable_variables)
     check_paths(own, model)
-    if isinstance(own, TowerOptimizer):
-        own.towers.bind({"image": model.image_encoder, "text": model.text_encoder})
     if own is not optimizer and own not in parts:
         # Keras's callbacks change the learning rate of each of these.
         optimizer.optimizers = parts
@@ -54,6 +57,9 @@ def configure(optimizer, model, decay_vectors):
         for name in REPLACED:
             vars(each).pop(name, None)
         distribution.update_in_place(each)
+        if each is not optimizer:
+            # Keras saves the variables of a part twice: with the whole, and alone.
+            each.save_own_variables = each.load_own_variables = _without_variables
     for part in parts:
         if not decay_vectors:
             exclude_vectors_from_decay(part, model)
@@ -63,6 +69,10 @@ def configure(optimizer, model, decay_vectors):
                 "excluded from the weight decay of this one when it was compiled "
                 f"before. Received: optimizer={part.name}"
             )
+
+
+def _without_variables(store):
+    """Saves or loads no variable."""
 
 
 def check_built(optimizer, variables):
@@ -102,7 +112,7 @@ def check_paths(optimizer, model):
                 "Each key of an `OptimizerMap` must be the path of a weight, or a "
                 "pattern of whole paths. If a file of a model was made with others, "
                 "load it with `compile=False`, and compile the loaded model; give an "
-                f"encoder a `name` to keep its paths. Received: {key!r}"
+                f"encoder a `name` to keep its paths. Received: {key[:100]!r}"
             )
 
 

@@ -82,10 +82,10 @@ def make_model(masking=None, way="whole", **options):
     model = kcm.ContrastiveModel(encoder, tiny_siglip().text_encoder, **options)
     if os.environ.get("FREEZE") == os.environ.get("RANK", "0") or "frozen" in way:
         model.image_encoder.trainable = False
-    optimizer = kcm.TowerOptimizer(
-        keras.optimizers.SGD(0.05, weight_decay=0.1),
-        image=keras.optimizers.SGD(0.025, weight_decay=0.1),
-        global_clipnorm=1.0,
+    optimizer = helpers.by_tower(
+        model,
+        keras.optimizers.SGD(0.05, weight_decay=0.1, global_clipnorm=1.0),
+        image=keras.optimizers.SGD(0.025, weight_decay=0.1, global_clipnorm=1.0),
     )
     model.compile(optimizer, log_gradient_norm=True)
     return model

@@ -10,6 +10,7 @@ import pytest
 import keras_cluster_mask as kcm
 from tests.helpers import (
     assert_close,
+    by_tower,
     model_with_log,
     random_pairs,
     small_model,
@@ -117,16 +118,17 @@ def test_what_replicas_cannot_do_is_refused(options, data, message, strategy):
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda optimizer: optimizer,
-        keras.optimizers.LossScaleOptimizer,
-        lambda optimizer: kcm.TowerOptimizer("sgd", text=optimizer),
+        lambda model, optimizer: optimizer,
+        lambda model, optimizer: keras.optimizers.LossScaleOptimizer(optimizer),
+        lambda model, optimizer: by_tower(model, "sgd", text=optimizer),
     ],
     ids=["alone", "scaled", "tower"],
 )
 def test_an_optimizer_that_accumulates_gradients_is_refused(wrap, strategy):
     with strategy.scope():
         model = small_model()
-        model.compile(wrap(keras.optimizers.SGD(gradient_accumulation_steps=2)))
+        optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)
+        model.compile(wrap(model, optimizer))
     message = "`gradient_accumulation_steps` must be 1 on several.*Received: .*=2"
     with pytest.raises(ValueError, match=message):
         model.fit(as_dataset(random_pairs(16)), verbose=0)

@@ -14,6 +14,7 @@ from tests.helpers import (
     MASKINGS,
     assert_close,
     assert_same_values,
+    by_tower,
     clip_with_lora,
     functional_vit,
     masked_vit,
@@ -107,7 +108,7 @@ def make_model(case):
     if towers:
         parts = {name: make_optimizer(kind, scale=0.5) for name in towers}
         default = make_optimizer(kind)
-        optimizer = kcm.TowerOptimizer(default, **parts, global_clipnorm=1.0)
+        optimizer = by_tower(model, default, **parts)
     else:
         optimizer = make_optimizer(kind, global_clipnorm=1.0)
     model.compile(optimizer, log_gradient_norm=made["log_gradient_norm"], **FAST)

@@ -22,6 +22,7 @@ from tests.helpers import (
     MASKINGS,
     assert_close,
     assert_same_values,
+    by_tower,
     compiled_model,
     image_mlp,
     random_pairs,
@@ -372,7 +373,8 @@ def test_optimizers_of_towers_and_activations_of_blocks_must_be_the_same(tmp_pat
     def fit(image, activation):
         backbone = kcm.models.clip_backbone("tiny", 16, 100, 7, activation=activation)
         model = kcm.ContrastiveModel.from_backbone(backbone)
-        model.compile(kcm.TowerOptimizer("adam", image=image), **FAST)
+        image = keras.optimizers.get(image)
+        model.compile(by_tower(model, "adam", image=image), **FAST)
         run(random_pairs(8), tmp_path, model=model, epochs=1, **ARRAYS)
 
     fit("adam", "gelu")

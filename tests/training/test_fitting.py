@@ -20,6 +20,7 @@ from keras_cluster_mask.training.training_data import TrainingData
 from tests.helpers import (
     FAST,
     assert_same_values,
+    by_tower,
     compiled_model,
     masked_vit,
     random_pairs,
@@ -95,7 +96,7 @@ def test_averages_of_weights_can_be_trained_again(several):
     model = small_model()
     optimizer = keras.optimizers.AdamW(0.01, use_ema=True, ema_momentum=0.5)
     if several:
-        optimizer = kcm.TowerOptimizer(optimizer, image=keras.optimizers.SGD(0.01))
+        optimizer = by_tower(model, optimizer, image=keras.optimizers.SGD(0.01))
     model.compile(optimizer, **FAST)
     for _ in range(2):
         model.fit(random_pairs(8), **FIT)
@@ -217,7 +218,7 @@ def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing(recwar
 def test_a_schedule_of_fewer_steps_than_the_fit_warns_before_it(steps, warns, recwarn):
     model = small_model()
     schedule = keras.optimizers.schedules.CosineDecay(0.1, steps)
-    model.compile(kcm.TowerOptimizer("sgd", image=keras.optimizers.SGD(schedule)))
+    model.compile(by_tower(model, "sgd", image=keras.optimizers.SGD(schedule)))
     fit = {**FIT, "epochs": max(3, steps // 4), "callbacks": [StopAfter(1)]}
     with pytest.raises(KeyboardInterrupt):
         model.fit(random_pairs(16), **fit)

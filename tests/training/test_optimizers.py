@@ -13,6 +13,7 @@ from tests.helpers import (
     GradientSteps,
     assert_close,
     assert_same_values,
+    by_tower,
     dino_encoder,
     functional_vit,
     random_pairs,
@@ -155,7 +156,7 @@ def test_an_optimizer_of_vectors_alone_decays_nothing():
     # The weights of another part decay, and the optimizer is compiled again when built.
     model.image_encoder.trainable = True
     default, image = (keras.optimizers.SGD(RATE, weight_decay=0.5) for _ in range(2))
-    optimizer = kcm.TowerOptimizer(default, image=image)
+    optimizer = by_tower(model, default, image=image)
     for _ in range(2):
         model.compile(optimizer, **FAST)
         fit(model, steps=1)
@@ -204,8 +205,11 @@ def test_a_model_without_weights_is_refused_until_it_is_built_if_weights_decay()
 @pytest.mark.any_backend
 @pytest.mark.parametrize("decay_vectors", [False, True])
 def test_an_optimizer_that_another_model_used_is_refused(decay_vectors):
-    for optimizer in (adamw(), kcm.TowerOptimizer(adamw(), image=adamw())):
+    for several in (False, True):
         model, other = small_model(), small_model()
+        optimizer = adamw()
+        if several:
+            optimizer = by_tower(model, optimizer, image=adamw())
         for _ in range(2):
             model.compile(optimizer, decay_vectors=decay_vectors)
             if not optimizer.built:

@@ -6,7 +6,6 @@ A wrong call is marked with the error that it must give: an unused mark is an er
 import pathlib
 from typing import Any, assert_type
 
-import keras
 import numpy as np
 
 import keras_cluster_mask as kcm
@@ -66,9 +65,7 @@ backbone = kcm.models.with_image_size(backbone, 336)
 model = kcm.ContrastiveModel.from_backbone(backbone, masking, views=2)
 assert_type(model, kcm.ContrastiveModel)
 model = kcm.ContrastiveModel.from_backbone(backbone, Middle(0.5))
-optimizer = kcm.TowerOptimizer(
-    keras.optimizers.AdamW(1e-3), image=keras.optimizers.AdamW(1e-4)
-)
+optimizer = kcm.optimizer_by_block(model, 1e-4, steps=100)
 model.compile(optimizer, log_gradient_norm=True)
 history = model.fit(
     dataset,

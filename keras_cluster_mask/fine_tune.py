@@ -1,0 +1,101 @@
+"""Tunes pre-trained encoders: learning rates by block."""
+
+import math
+import re
+import warnings
+
+import keras
+
+from keras_cluster_mask.checks import check_integer, check_range
+from keras_cluster_mask.encoders.families import weights_by_block
+from keras_cluster_mask.encoders.masked import unmasked
+from keras_cluster_mask.models import ContrastiveModel
+
+__all__ = ["optimizer_by_block"]
+
+
+def optimizer_by_block(
+    model: ContrastiveModel,
+    learning_rate: float,
+    steps: int,
+    block_decay: float = 0.8,
+    projections: float = 10.0,
+    weight_decay: float = 0.05,
+) -> keras.optimizers.MultiOptimizer:
+    """Returns AdamW with lower learning rates for earlier blocks of both encoders.
+
+    The last block of each encoder has the given learning rate. Each earlier block has
+    `block_decay` times the rate of the next block, and the embeddings before the first
+    block come last. Weights after the last block, such as a final norm, have the rate
+    of the last block. Projections, temperature and bias have `projections` times that
+    rate. All rates decay to 0 with a cosine schedule.
+
+    On 6,090 photographs, two connected encoders gained four points of recall@10 over
+    one rate for all blocks (`docs/benchmarks/quality.md`).
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    batch = {
+        "images": np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8"),
+        "token_ids": np.random.randint(1, 100, (8, 12)).astype("int32"),
+    }
+    model.compile(kcm.optimizer_by_block(model, learning_rate=1e-4, steps=6))
+    model.fit(batch, batch_size=4, epochs=3)
+    ```
+
+    The optimizer finds weights by their paths: enable LoRA before you make it. There is
+    no clipping by one norm of all gradients, which Keras's `MultiOptimizer` lacks.
+
+    Args:
+        model: A `ContrastiveModel`, whose encoders are built.
+        learning_rate: Float. The learning rate of the last blocks in the first step.
+        steps: Integer. The number of steps, which is epochs times `len(dataset)`.
+        block_decay: Float in `(0, 1]`. The rate of a block as a fraction of the rate of
+            the next block. 1 gives all blocks one rate.
+        projections: Float. The rate of projections, temperature and bias as a multiple
+            of the rate of the last blocks.
+        weight_decay: Float. The weight decay of matrices.
+
+    Returns:
+        A `keras.optimizers.MultiOptimizer`, for `compile`. An encoder without blocks of
+        keras_hub has one rate, with a warning. The rates follow schedules, so Keras
+        refuses callbacks that set a learning rate.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    check_range("learning_rate", learning_rate, 0, math.inf, "()")
+    steps = check_integer("steps", steps)
+    check_range("block_decay", block_decay, 0, 1, "(]")
+    check_range("projections", projections, 0, math.inf, "()")
+    check_range("weight_decay", weight_decay, 0, math.inf, "[)")
+
+    def adamw(factor):
+        rate = keras.optimizers.schedules.CosineDecay(factor * learning_rate, steps)
+        return keras.optimizers.AdamW(rate, weight_decay=weight_decay)
+
+    optimizers = {}
+    for name in ("image_encoder", "text_encoder"):
+        encoder = getattr(model, name)
+        groups = weights_by_block(encoder)
+        if len(groups) == 1 and block_decay < 1:
+            warnings.warn(
+                f"No transformer blocks of keras_hub were found in `model.{name}`, so "
+                "all its weights have one learning rate. Received: "
+                f"{name}={encoder.name} of type {type(encoder).__name__}",
+                stacklevel=2,
+            )
+        # keras_hub begins the paths of some encoders with their names, but only once
+        # they have names, as all encoders have that are loaded from a file.
+        backbone = getattr(unmasked(encoder), "backbone", unmasked(encoder))
+        prefix = f"(?:{re.escape(backbone.name)}_)?"
+        for before_last, weights in enumerate(reversed(groups)):
+            paths = "|".join(re.escape(v.path) for v in weights)
+            if paths:
+                key = f"{prefix}(?:{paths})"
+                optimizers[key] = adamw(block_decay**before_last)
+    rates = keras.optimizers.OptimizerMap(adamw(projections), optimizers)
+    return keras.optimizers.MultiOptimizer(rates)

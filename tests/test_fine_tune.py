@@ -1,0 +1,299 @@
+"""Learning rates by block: for each family, in files, and with what Keras adds."""
+
+import re
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+import keras_cluster_mask as kcm
+from tests.encoders.test_pooled import TEXTS, bert, resnet
+from tests.helpers import (
+    FAST,
+    assert_same_values,
+    deit_encoder,
+    dino_3_encoder,
+    dino_encoder,
+    make_backbone,
+    random_pairs,
+    reloaded,
+    small_model,
+    to_numpy,
+    values,
+    vit_encoder,
+)
+from tests.training.test_optimizers import BATCH, STEPS
+
+BLOCKS, DECAY, RATE = 3, 0.5, 0.08
+# Names of layers before the first block, and after the last.
+FIRST = re.compile(r"embed|pre_layer_norm|patch")
+LAST = re.compile(r"layer_?norm|post_norm|/ln/|/norm/|pool|_head/")
+
+
+def connected(image=None, text=None, **options):
+    keras.utils.set_random_seed(0)
+    image, text = image or dino_encoder(), text or bert(dropout=0.0)
+    options = {"masking": kcm.RandomMasking(0.5, seed=1), "projection_dim": 4} | options
+    return kcm.ContrastiveModel.from_encoders(image, text, **options)
+
+
+def fit(model, steps=STEPS, **options):
+    pairs = random_pairs(BATCH * steps)
+    # An id of 0 is padding.
+    pairs["token_ids"] = np.maximum(pairs["token_ids"], 1)
+    model.fit(pairs, batch_size=BATCH, shuffle=False, verbose=0, **options)
+
+
+def optimizer_of(model, steps=10, **options):
+    options = {"block_decay": DECAY} | options
+    return kcm.optimizer_by_block(model, RATE, steps, **options)
+
+
+def rates_of(model, optimizer):
+    """The learning rate of each trained weight in the first step."""
+    optimizer.build(model.trainable_variables)
+    rates = {
+        id(v): float(to_numpy(part.learning_rate))
+        for part in optimizer.optimizers
+        if part.built
+        for v in part._trainable_variables
+    }
+    return [rates[id(v)] for v in model.trainable_variables]
+
+
+def number_of(path):
+    """The number of a weight's block, which may begin at 0 or 1."""
+    if found := re.search(r"(?:block|layers?|group)_(\d+)/", path):
+        return int(found[1])
+    is_first = FIRST.search(path) is not None
+    assert is_first or LAST.search(path), path
+    return -np.inf if is_first else np.inf
+
+
+def expected_rates(model):
+    """The rates by the numbers in the names of layers."""
+    expected = {}
+    for encoder in (model.image_encoder, model.text_encoder):
+        numbers = {id(v): number_of(v.path) for v in encoder.trainable_weights}
+        known = [*filter(np.isfinite, numbers.values())]
+        for key, number in numbers.items():
+            number = np.clip(number, min(known) - 1, max(known))
+            expected[key] = RATE * DECAY ** (max(known) - number)
+    return [expected.get(id(v), 10 * RATE) for v in model.trainable_variables]
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (lambda: vit_encoder(num_layers=BLOCKS), bert),
+        (lambda: deit_encoder(num_layers=BLOCKS), bert),
+        (lambda: dino_encoder(num_layers=BLOCKS), bert),
+        (lambda: dino_3_encoder(num_layers=BLOCKS), bert),
+        *[(dino_encoder, make) for name, make in TEXTS.items() if name != "ALBERT"],
+    ],
+    ids=["ViT", "DeiT", "DINOv2", "DINOv3", *(x for x in TEXTS if x != "ALBERT")],
+)
+def test_each_block_has_a_part_of_the_rate_of_the_next(image, text):
+    image = image()
+    model = connected(image, text(num_layers=BLOCKS))
+    found = rates_of(model, optimizer_of(model))
+    assert found == pytest.approx(expected_rates(model))
+    # The embeddings, each block, and the projections.
+    assert len({*found}) == BLOCKS + 2
+
+
+def pair_of(family):
+    has_projections = family != "SigLIP"
+    return make_backbone(family, **({"projection_dim": 16} if has_projections else {}))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("family", ["CLIP", "MetaCLIP2", "SigLIP"])
+def test_towers_of_a_pair_have_rates_by_block(family):
+    model = kcm.ContrastiveModel.from_backbone(pair_of(family))
+    found = rates_of(model, optimizer_of(model))
+    assert found == pytest.approx(expected_rates(model))
+    assert len({*found}) == 3
+
+
+def test_the_first_step_of_adam_moves_each_matrix_by_its_rate():
+    model = connected(dino_encoder(num_layers=2), bert(num_layers=2, dropout=0.0))
+    model.compile(optimizer_of(model, steps=10**6, weight_decay=0.0))
+    for part in model.optimizer.optimizers:
+        part.epsilon = 1e-12
+    before = values(model.trainable_variables)
+    rates = rates_of(model, model.optimizer)
+    fit(model, steps=1)
+    assert len({*rates}) == 4
+    for weight, old, rate in zip(model.trainable_variables, before, rates):
+        moved = np.abs(to_numpy(weight) - old).max()
+        assert moved < 1.001 * rate, weight.path
+        assert moved > 0.99 * rate or weight.name != "kernel", weight.path
+
+
+@pytest.mark.any_backend
+def test_rates_follow_a_cosine_to_zero_and_matrices_alone_decay():
+    model = connected()
+    optimizer = optimizer_of(model, projections=3.0, weight_decay=0.2)
+    model.compile(optimizer, **FAST)
+    for step in (0, 5, 10):
+        for part in optimizer.optimizers:
+            part.iterations.assign(step)
+        highest = max(float(to_numpy(x.learning_rate)) for x in optimizer.optimizers)
+        cosine = 0.5 * (1 + np.cos(np.pi * step / 10))
+        assert highest == pytest.approx(3 * RATE * cosine, abs=1e-7)
+    assert {part.weight_decay for part in optimizer.optimizers} == {0.2}
+    optimizer.build(model.trainable_variables)
+    decaying = [
+        v.name
+        for part in optimizer.optimizers
+        for v in part._trainable_variables
+        if part._use_weight_decay(v)
+    ]
+    assert decaying
+    assert not {"bias", "gamma", "beta"} & {*decaying}
+
+
+@pytest.mark.any_backend
+def test_an_encoder_that_is_not_known_has_one_rate_with_a_warning():
+    with pytest.warns(UserWarning, match=r"No transformer blocks.*image_encoder.*Rec"):
+        optimizer = optimizer_of(model := connected(resnet(), masking=None))
+    weights = {id(v) for v in model.image_encoder.weights}
+    rates = zip(model.trainable_variables, rates_of(model, optimizer))
+    found = [rate for v, rate in rates if id(v) in weights]
+    assert found == pytest.approx([RATE] * len(found))
+    # Without a warning: one rate is what the caller asked for.
+    optimizer_of(model, block_decay=1.0)
+
+
+@pytest.mark.any_backend
+def test_a_layer_of_shared_blocks_is_one_block():
+    model = connected(text=TEXTS["ALBERT"](num_layers=BLOCKS))
+    # One for embeddings, one for the block, and one for projections.
+    assert len({*rates_of(model, optimizer_of(model))}) == 3
+
+
+@pytest.mark.any_backend
+def test_a_frozen_encoder_and_lora_train_what_is_left():
+    for freeze in (
+        lambda image: setattr(image, "trainable", False),
+        lambda image: image.enable_lora(2),
+    ):
+        image = vit_encoder(num_layers=2)
+        freeze(image)
+        model = connected(image)
+        model.compile(optimizer_of(model), **FAST)
+        fit(model, steps=1)
+        found = {
+            v.path: rate
+            for v, rate in zip(
+                model.trainable_variables, rates_of(model, model.optimizer)
+            )
+        }
+        trained = {id(v) for v in model.image_encoder.trainable_weights}
+        paths = {v.path for v in model.trainable_variables if id(v) in trained}
+        assert all(found[path] <= RATE for path in paths)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": 0.0},
+        {"steps": 0},
+        {"block_decay": 0.0},
+        {"block_decay": 1.1},
+        {"projections": 0.0},
+        {"weight_decay": -0.1},
+    ],
+    ids=str,
+)
+def test_an_argument_out_of_range_is_refused(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"`{name}` must.*Received: {name}="):
+        kcm.optimizer_by_block(
+            small_model(), **{"learning_rate": 0.1, "steps": 1} | options
+        )
+
+
+@pytest.mark.any_backend
+def test_keras_refuses_encoders_with_weights_of_the_same_paths():
+    def encoder(shape):
+        inputs = keras.Input(shape)
+        flat = keras.layers.Flatten()(inputs)
+        return keras.Model(inputs, keras.layers.Dense(4, name="dense")(flat))
+
+    model = kcm.ContrastiveModel(encoder((16, 16, 3)), encoder((6,)))
+    model.compile(optimizer_of(model, block_decay=1.0), **FAST)
+    with pytest.raises(ValueError, match=r"Multiple optimizers assigned.*dense/"):
+        model.fit(random_pairs(4), verbose=0)
+
+
+# === Files, loss scaling and callbacks ===
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "make",
+    [dino_encoder, dino_3_encoder, vit_encoder, deit_encoder],
+    ids=["DINOv2", "DINOv3", "ViT", "DeiT"],
+)
+@pytest.mark.parametrize("name", [None, "own"])
+def test_a_loaded_model_continues_at_the_same_rates(make, name, tmp_path):
+    # keras_hub names the layers of some encoders after the encoder, if it has a name.
+    model = connected(make(**{"name": name} if name else {}), bert(dropout=0.0))
+    model.compile(optimizer_of(model), **FAST)
+    fit(model, steps=2)
+    loaded = reloaded(model, tmp_path)
+    assert_same_values(loaded.optimizer.variables, model.optimizer.variables)
+    assert rates_of(loaded, loaded.optimizer) == rates_of(model, model.optimizer)
+    for each in (model, loaded):
+        keras.utils.set_random_seed(1)
+        fit(each, steps=2)
+    assert_same_values(loaded.weights, model.weights)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_file_has_the_state_of_each_optimizer_once(scaled, tmp_path):
+    model = connected()
+    optimizer = optimizer_of(model)
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0)
+    model.compile(optimizer)
+    fit(model, steps=2)
+    loaded = reloaded(model, tmp_path)
+    assert loaded.optimizer.iterations == 2
+    assert_same_values(loaded.optimizer.variables, model.optimizer.variables)
+    with zipfile.ZipFile(tmp_path / "model.keras") as file:
+        path = file.extract("model.weights.h5", tmp_path)
+    sizes = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, x: sizes.update({name: getattr(x, "size", 0)}))
+    saved = sum(size for name, size in sizes.items() if name.startswith("optimizer/"))
+    assert saved == sum(int(np.prod(v.shape)) for v in model.optimizer.variables)
+
+
+def test_scaled_losses_give_the_same_weights():
+    trained = []
+    for scale in (None, 1024.0):
+        model = connected()
+        optimizer = optimizer_of(model)
+        if scale is not None:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, scale)
+        model.compile(optimizer, **FAST)
+        fit(model)
+        trained.append(values(model.trainable_weights))
+    for one, other in zip(*trained):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+
+
+@pytest.mark.any_backend
+def test_callbacks_that_set_a_rate_are_refused_by_keras():
+    model = connected()
+    model.compile(optimizer_of(model), **FAST)
+    halve = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    with pytest.raises(TypeError, match="LearningRateSchedule"):
+        fit(model, callbacks=[halve])
