@@ -1,15 +1,17 @@
 """Shared by the tests of the documentation: a reader's folder, and the quickstart."""
 
+import importlib.util
 import json
 import re
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from PIL import Image
 
 import keras_cluster_mask as kcm
-from tests.helpers import ROOT
+from tests.helpers import ROOT, TRANSFORMER
 
 # How many images each shard has in place of those of the repository.
 SHARDS = {
@@ -62,7 +64,34 @@ def folder_of_data(tmp_path_factory, copy_datasets, encode, write_tar_to):
     images = [(f"{i}.png", encoded(40 * i)) for i in range(6)]
     labels = [(f"{i}.cls", b"%d" % (i % 3)) for i in range(6)]
     write_tar_to(folder / "wds_flowers" / "test" / "0.tar", sorted(images + labels))
+    write_presets(folder)
     return folder
+
+
+def write_presets(folder):
+    """Writes tiny models in place of those that pages download."""
+    captions = [f"number {i}" for i in range(64)]
+    small = kcm.data.CLIPTokenizer.train(captions, 600, context_length=77)
+    clip = kcm.models.clip_backbone("tiny", 48, small.vocabulary_size, 77)
+    model = kcm.ContrastiveModel.from_backbone(clip)
+    model.save_to_preset(folder / "clip_vit_base_patch16", small)
+    models, shape = keras_hub.models, (224, 224, 3)
+    dino = models.DINOV2Backbone(
+        patch_size=14, image_shape=shape, position_embedding_shape=shape, **TRANSFORMER
+    )
+    dino.save_to_preset(folder / "dinov2_small")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "number"]
+    tokenizer = models.BertTokenizer(vocabulary=words)
+    pack = models.BertTextEmbedderPreprocessor(tokenizer, sequence_length=256)
+    bert = models.BertBackbone(len(words), max_sequence_length=256, **TRANSFORMER)
+    models.BertTextEmbedder(bert, pack).save_to_preset(folder / "all_minilm_l6_v2_en")
+    if importlib.util.find_spec("transformers"):
+        import transformers
+
+        text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+        image = dict(text, num_attention_heads=4, image_size=64)
+        config = transformers.CLIPConfig(text_config=image, vision_config=image)
+        transformers.CLIPModel(config).save_pretrained(folder / "clip-vit-base-patch32")
 
 
 def write_records(path, encode):
@@ -106,4 +135,6 @@ def quickstart(in_folder):
     blocks = re.findall(r"^```python\n(.*?)^```", setup, re.DOTALL | re.MULTILINE)
     scope = {"__name__": "__main__"}
     exec("".join(blocks), scope)
+    # The page that evaluates it loads the file that the quickstart writes at its end.
+    scope["model"].save("model.keras")
     return scope

@@ -13,17 +13,21 @@ pytestmark = pytest.mark.any_backend
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "which_masking.md").read_text(encoding="utf-8")
-# What the code of the tables needs.
-HIDDEN = re.search(r"^<!-- python\n(.*?)^-->", PAGE, re.DOTALL | re.MULTILINE)[1]
 # The second cell of a row: the code that makes a masking.
 CELLS = re.findall(r"^\|[^|]*\| `(kcm\.[^`]*)` \|", PAGE, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def scope():
-    scope = {}
-    exec(HIDDEN, scope)
-    return scope
+    """What the code of the tables needs."""
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, context_length=16)
+    return {
+        "kcm": kcm,
+        "backbone": backbone,
+        "teacher": kcm.models.MomentumEncoder(backbone.vision_encoder),
+        "captions": ["a dog runs in the snow", "a red boat on the lake"],
+        "schedule": keras.optimizers.schedules.PolynomialDecay(0.0, 100_000, 1.0),
+    }
 
 
 @pytest.mark.parametrize("code", CELLS)
