@@ -115,7 +115,7 @@ if __name__ == "__main__":
 # | JAX | `python train.py 8 run datasets/images` | the same on each, with `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID` set, and `kcm.distribution.initialize()` at the top of `main` |
 # | TensorFlow | `python train.py 8 run datasets/images` | not supported by Keras 3 |
 #
-# `python -m keras_cluster_mask.data check SOURCE --workers 16` indexes large shards beforehand.
+# `kcm.data.check(SOURCE, num_workers=16)` indexes large shards beforehand, and counts broken samples.
 
 
 # %%

@@ -3,7 +3,6 @@ on a CPU. Published masking methods behind one API, on JAX, TensorFlow and PyTor
 """
 
 import importlib
-import itertools
 import multiprocessing
 import sys
 from typing import TYPE_CHECKING
@@ -12,19 +11,11 @@ if TYPE_CHECKING:
     # Type checkers and editors do not call `__getattr__`.
     from keras_cluster_mask import data, evaluation, interop, visualization
 
-# `python -m` imports the parent packages while it looks for the module to run.
-_IS_COMMAND = sys.argv[:1] == ["-m"] and any(
-    option == "-m" and module.startswith(f"{__name__}.")
-    for option, module in itertools.pairwise(sys.orig_argv)
-)
-
 # Import the classes that a `.keras` file can refer to, so that Keras finds them. Worker
-# processes that read data do not need Keras, nor do this package's own commands: they
-# import what they use, so data commands start faster and without TensorFlow's log
-# messages.
+# processes that read data do not need Keras: they import what they use.
 # A worker is started with this option, and knows its parent only later.
 _IS_SPAWNED = "--multiprocessing-fork" in sys.orig_argv
-_NEEDS_KERAS = not (_IS_COMMAND or _IS_SPAWNED or multiprocessing.parent_process())
+_NEEDS_KERAS = not (_IS_SPAWNED or multiprocessing.parent_process())
 if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
     from keras_cluster_mask.fine_tune import optimizer_by_block

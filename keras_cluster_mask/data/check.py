@@ -1,6 +1,5 @@
 """Reads all samples of a source: to check them, or to list their captions."""
 
-import functools
 import os
 import warnings
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from tqdm import tqdm
 from keras_cluster_mask.data.files import Threads
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
 from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.objects import ObjectIndex
 from keras_cluster_mask.data.parts import SHORT
 from keras_cluster_mask.data.samples import Fault, Fields
 from keras_cluster_mask.data.stream import SkippedSamples
@@ -30,19 +28,16 @@ def check(
     caption_key: str | Sequence[str] | None = None,
     label_key: str | Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
-    decode: bool = False,
     index_dir: str | os.PathLike | None = None,
     num_workers: int = 0,
 ) -> dict:
-    """Indexes shards, and counts their samples and their faults.
+    """Reads all samples of a source, and counts the broken ones by reason.
 
-    A sample is broken if it has no image or no caption, if its key is a duplicate
-    within the shard, or if it is a table row that names a missing local image file. A
-    damaged shard counts as one broken sample, because the number of samples after the
-    damage is unknown. Blank captions are found only with `decode=True`, which reads all
-    samples. Unchanged shards are not indexed again, so an interrupted check can be
-    resumed. A progress bar is shown after one second. Set the environment variable
-    `TQDM_DISABLE=1` to hide it.
+    A sample is broken if it has no image or no caption, if its image does not decode,
+    if its key is a duplicate within the shard, or if it is a table row that names a
+    missing local image file. A damaged shard counts as one broken sample, because the
+    number of samples after the damage is unknown. A progress bar is shown after one
+    second. Set the environment variable `TQDM_DISABLE=1` to hide it.
 
     Example:
 
@@ -60,20 +55,16 @@ def check(
             no caption, unless `caption_key` is given. Defaults to `None`: samples need
             no label.
         class_names: Sequence of strings; see `image_text_dataset`.
-        decode: Boolean. Whether to also read and decode every image. Defaults to
-            `False`.
         index_dir: String or path; see `image_text_dataset`.
         num_workers: Integer. The number of processes that build the index. A program
             that uses them needs `if __name__ == "__main__":`. Defaults to `0`: none.
 
     Returns:
         Dictionary: `"samples"`, the number of intact samples; `"captions"`, the number
-        of their captions, or `None` unless all samples are read; `"row_groups"`, the
-        mean number of row groups that are read for a sample of Parquet files, 1 if
-        these are sorted by image, or `None` without such files; `"broken"`, the number
-        of broken samples; `"by_reason"`, a dictionary from each reason to a count; and
-        `"examples"`, a dictionary from each reason to a list of the first 20 broken
-        samples, dictionaries of `"shard"`, `"key"`, `"reason"` and `"details"`.
+        of their captions; `"broken"`, the number of broken samples; `"by_reason"`, a
+        dictionary from each reason to a count; and `"examples"`, a dictionary from each
+        reason to a list of the first 20 broken samples, dictionaries of `"shard"`,
+        `"key"`, `"reason"` and `"details"`.
 
     Raises:
         FileNotFoundError: If a shard is missing.
@@ -82,36 +73,23 @@ def check(
     fields = Fields(image_keys, caption_key, wants_caption, label_key, class_names)
     index = open_index(source, fields, index_dir, num_workers)
     broken = SkippedSamples([index])
-    count, captions = len(index), None
-    # The samples of an object have no index, and must be read to find broken ones.
-    if decode or isinstance(index, ObjectIndex):
-        captions = 0 if wants_caption else None
-        checked = functools.partial(_checked, decode=decode)
-        for sample in read_all(index, checked, "check"):
-            if isinstance(sample, Fault):
-                broken.add(sample)
-                count -= 1
-            elif wants_caption:
-                captions += sample
-    is_silent = not count and "no caption" in broken.by_reason
-    if is_silent and "folder" in index.fields:
+    samples = captions = 0
+    for found in read_all(index, _captions_of, "check"):
+        if isinstance(found, Fault):
+            broken.add(found)
+        else:
+            samples += 1
+            captions += found
+    is_silent = not samples and "no caption" in broken.by_reason
+    if is_silent and label_key is None and "folder" in index.fields:
         warnings.warn(
             "No image has a caption. If the folders in `source` are classes, pass "
             f'`label_key="folder"`. Received: label_key=None, {broken.reasons()}',
             stacklevel=2,
         )
-    groups = index.row_groups()
-    if groups and groups > 1.5:
-        warnings.warn(
-            f"{groups:.3g} row groups are read for a sample, since rows of one image "
-            "lie apart: sort each Parquet file by a column that names the image, "
-            'such as `table.sort_by("image_id")` with pyarrow.',
-            stacklevel=2,
-        )
     return {
-        "samples": count,
+        "samples": samples,
         "captions": captions,
-        "row_groups": groups,
         "broken": broken.count,
         "by_reason": broken.by_reason,
         "examples": {
@@ -121,16 +99,15 @@ def check(
     }
 
 
-def _checked(sample, decode):
-    """Returns the number of captions of a sample, or a `Fault`."""
+def _captions_of(sample):
+    """Returns the number of captions of a sample, or a `Fault`. Decodes its image."""
     if isinstance(sample, Fault):
         return sample
     try:
-        if decode:
-            image = EncodedImage(sample.image, Image.MAX_IMAGE_PIXELS)
-            # Evaluation decodes a JPEG at its full size.
-            image.check_pixels()
-            image.part((0, 0, *image.size), TINY)
+        image = EncodedImage(sample.image, Image.MAX_IMAGE_PIXELS)
+        # Evaluation decodes a JPEG at its full size.
+        image.check_pixels()
+        image.part((0, 0, *image.size), TINY)
     except UnreadableImage as error:
         return Fault(sample.shard, sample.key, str(error))
     return len(sample.captions)

@@ -46,9 +46,7 @@ def image_text_dataset(
     by `KEY.txt`), Parquet files, tables (CSV, TSV, JSON lines) that name image files,
     or folders of images, in which `KEY.txt` is the caption of `KEY.jpg`. They are
     indexed on first use: a small file for each shard, in a cache folder, stores the
-    position of each sample.
-    `python -m keras_cluster_mask.data check SOURCE --workers N` indexes them in N
-    processes.
+    position of each sample. `check` reads all samples, and lists the broken ones.
 
     Rows of a table or Parquet file with the same image form one sample with several
     captions. They must be in one file and have the same label.

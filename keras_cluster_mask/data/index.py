@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_cluster_mask.data.formats.folder import Folder
-from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.objects import ObjectIndex
 from keras_cluster_mask.data.parts import build_parts, checksum_of
 from keras_cluster_mask.data.samples import (
@@ -175,24 +174,6 @@ class Index:
             numbers, starts = self._intact(shard)
             hashes.append(shard.part.records()["key"][numbers[starts[:-1]]])
         return np.concatenate(hashes)
-
-    def row_groups(self):
-        """Returns the mean number of row groups of Parquet that a sample is read from.
-
-        `None` without such samples.
-        """
-        read, samples = 0, 0
-        for shard in self._shards:
-            if isinstance(shard.format, Parquet):
-                numbers, starts = self._intact(shard)
-                groups = shard.part.records()["place"][numbers, 0]
-                # Neighbors on both sides of a border are no reason to sort.
-                is_apart = np.diff(numbers, prepend=-2) != 1
-                is_apart &= np.diff(groups, prepend=-1) != 0
-                is_apart[starts[:-1]] = True
-                read += np.count_nonzero(is_apart)
-                samples += len(starts) - 1
-        return read / samples if samples else None
 
     def examples(self, count):
         """Yields a `Fault` for the first `count` broken samples of each reason.

@@ -94,9 +94,6 @@ class ObjectIndex:
         """Returns nothing: broken samples are only found when they are read."""
         return ()
 
-    def row_groups(self):
-        """Returns `None`: objects have no row groups."""
-
     def read(self, numbers, with_images=True):
         """Reads samples one by one; see `Index.read`."""
         for number in numbers:

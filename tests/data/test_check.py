@@ -9,13 +9,11 @@ from tests.data.reading import pairs_of
 pytestmark = pytest.mark.any_backend
 
 
-def test_intact_samples_are_counted_and_with_decode_their_captions(write_pairs, noise):
+def test_intact_samples_and_their_captions_are_counted(write_pairs, noise):
     two = [("9.png", noise(0)), ("9.txt", b"one\ntwo")]
     source = [write_pairs("a.tar", 0, 5), write_pairs("b.tar", 5, 2, two)]
-    found = {"samples": 8, "captions": None, "broken": 0, "by_reason": {}}
-    found |= {"examples": {}, "row_groups": None}
+    found = {"samples": 8, "captions": 9, "broken": 0, "by_reason": {}, "examples": {}}
     assert check(source) == found
-    assert check(source, decode=True) == {**found, "captions": 9}
 
 
 @pytest.fixture
@@ -52,7 +50,7 @@ def keys_of(found):
 
 
 def test_broken_samples_are_listed_with_their_reasons(broken):
-    found = check(broken, decode=True)
+    found = check(broken)
     assert found["samples"] == 4
     assert found["broken"] == 5
     assert found["by_reason"] == {reason: len(x) for reason, x in EXAMPLES.items()}
@@ -62,7 +60,7 @@ def test_broken_samples_are_listed_with_their_reasons(broken):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_objects_are_checked_by_reading_them(noise):
+def test_objects_are_checked(noise):
     items = [
         {"image": noise(0), "caption": "a"},
         {"image": noise(0)[:99], "caption": "b", "__key__": "cut"},
@@ -70,9 +68,7 @@ def test_objects_are_checked_by_reading_them(noise):
         {"image": None, "caption": "a"},
         {"image": noise(0)},
     ]
-    found, faults = check(items), {"empty caption": 1, "no image": 1, "no caption": 1}
-    assert (found["samples"], found["by_reason"]) == (2, faults)
-    found = check(items, decode=True)
+    found = check(items)
     assert found["samples"] == 1
     assert keys_of(found) == {
         "empty caption": ["2"],
@@ -87,7 +83,7 @@ def test_a_folder_of_classes_needs_no_captions(tmp_path, noise):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes(noise(0))
     (tmp_path / "none.png").write_bytes(noise(0))
-    found = check(tmp_path, label_key="folder", decode=True)
+    found = check(tmp_path, label_key="folder")
     assert (found["samples"], found["by_reason"]) == (2, {"unknown label": 1})
     with pytest.warns(UserWarning, match="`label_key=.folder.`.*no caption: 3"):
         assert check(tmp_path)["broken"] == 3
@@ -100,7 +96,7 @@ def test_labels_may_be_names(tmp_path, noise):
     rows = "file_name,label\n1.png,cat\n"
     (tmp_path / "a.csv").write_text(rows)
     for names, broken in ((None, 1), (["dog", "cat"], 0), (["dog"], 1)):
-        options = {"label_key": "label", "class_names": names, "decode": True}
+        options = {"label_key": "label", "class_names": names}
         assert check(tmp_path / "a.csv", **options)["broken"] == broken
 
 
@@ -110,22 +106,7 @@ def test_a_jpeg_that_only_evaluation_leaves_out_is_broken(
 ):
     shard = write_tar("a.tar", pairs_of([noise(0, (50, 50), "JPEG"), noise(0)]))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    assert check(shard, decode=True)["by_reason"] == {
-        "the image has too many pixels": 1
-    }
-
-
-def test_row_groups_of_samples_whose_rows_lie_apart_are_counted(write_rows):
-    def check_images(name, images):
-        # Two rows are a group.
-        rows = [{"image": b"%d" % x, "text": "t"} for x in images]
-        return check(write_rows(name, rows))
-
-    # Those of image 1 lie on both sides of a border.
-    assert check_images("sorted.parquet", [0, 1, 1, 1, 2, 2])["row_groups"] == 1
-    with pytest.warns(UserWarning, match="2 row groups are read .*sort_by"):
-        found = check_images("apart.parquet", [0, 1, 2, 0, 1, 2])
-    assert found["row_groups"] == 2
+    assert check(shard)["by_reason"] == {"the image has too many pixels": 1}
 
 
 # === The index ===

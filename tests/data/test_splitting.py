@@ -88,7 +88,7 @@ def test_rows_of_an_image_stay_together_whichever_caption_is_read(write, write_r
         assert {*keys(make_dataset(part, caption_key="alt"))} == images
         expected = [row["caption"] for row in rows if row["image"] in images]
         assert read_captions(part) == expected
-        assert check(part, decode=True)["captions"] == len(expected)
+        assert check(part)["captions"] == len(expected)
 
 
 @pytest.mark.parametrize("by", ["image", "key"])
@@ -113,7 +113,7 @@ def test_sides_have_their_shares_and_a_larger_one_only_adds(by):
 
 def faults(source):
     """The broken samples of a source, of which each reason must have at most 20."""
-    examples = check(source, decode=True)["examples"].values()
+    examples = check(source)["examples"].values()
     return {(x["key"], x["reason"]) for x in itertools.chain(*examples)}
 
 
@@ -140,7 +140,7 @@ def test_broken_samples_are_counted_on_one_side(write_tar, noise):
     parts = split(source)
     train, test = map(faults, parts)
     assert train | test == faults(source)
-    assert sum(check(x, decode=True)["broken"] for x in parts) == 60
+    assert sum(check(x)["broken"] for x in parts) == 60
     assert len({reason for _, reason in train}) == len({r for _, r in test}) == 3
 
 

@@ -8,18 +8,16 @@ writes.
 import importlib.util
 import pathlib
 import re
-import shlex
 import tomllib
 
 import keras
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.data.__main__ import main as data_command
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-CODE = re.compile(r"^```(python|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Words of blocks that run on one backend only.
 BACKENDS = {"import tensorflow": "tensorflow", "onnxruntime": "torch"}
 # Lines that end in the shape of what they make or print.
@@ -82,13 +80,11 @@ def test_code_of_a_page_runs(page, request):
         scope = request.getfixturevalue("quickstart")
     text = read(page)
     for block in CODE.finditer(text):
-        language, code = block.groups()
-        if language == "bash":
-            run_commands(code)
-        elif runs_here(code):
+        code = block[1]
+        if runs_here(code):
             code = PRESETS.sub(r'"./\1"', code)
             # Errors name the line of the page.
-            lines = "\n" * text[: block.start(2)].count("\n") + code
+            lines = "\n" * text[: block.start(1)].count("\n") + code
             exec(compile(lines, f"<{page}>", "exec"), scope)
             check_shapes(code, scope)
 
@@ -106,17 +102,9 @@ def check_shapes(code, scope):
         assert tuple(shape) == eval(line["shape"]), line[0]
 
 
-def run_commands(block):
-    """Runs the commands of the library; others install or start programs."""
-    for line in block.splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:3] == ["python", "-m", "keras_cluster_mask.data"]:
-            assert data_command(words[3:]) == 0
-
-
 @pytest.mark.any_backend
 def test_the_text_masking_of_a_page_keeps_nouns():
-    codes = [code for _, code in CODE.findall(read("docs/how_to/stages.md"))]
+    codes = CODE.findall(read("docs/how_to/stages.md"))
     (code,) = (each for each in codes if "class SyntaxTextMasking" in each)
     exec(code, scope := {"kcm": kcm})
     masking = scope["SyntaxTextMasking"](
