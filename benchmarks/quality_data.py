@@ -11,7 +11,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 
-IMAGES = Path(__file__).resolve().parent.parent / "datasets" / "images"
+IMAGES = kcm.data.example_images()
 # As many batches of validation data as a point of a learning curve takes.
 CURVE_BATCHES = 20
 # As many batches as a loss takes.

@@ -44,7 +44,8 @@ def parse(arguments=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--train", default="datasets/images/train-*.tar", help="shards to train on")
+    images = kcm.data.example_images() / "train-*.tar"
+    add("--train", default=images, help="shards to train on")
     add("--graph", type=pathlib.Path, help="a JSON file of related concepts")
     add("--min-count", type=int, default=10, help="of words and pairs, without --graph")
     add("--num-basic", type=int, default=3000, help="concepts, at most")

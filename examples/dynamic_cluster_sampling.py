@@ -26,7 +26,8 @@ def parse(arguments=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--train", default="datasets/images/train-*.tar", help="shards to train on")
+    images = kcm.data.example_images() / "train-*.tar"
+    add("--train", default=images, help="shards to train on")
     add("--embeddings", required=True, help="a file of keys and embeddings")
     add("--output", default="probability.npz", help="for the keys and probabilities")
 

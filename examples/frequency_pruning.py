@@ -30,7 +30,8 @@ def parse(arguments=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--train", default="datasets/images/train-*.tar", help="tar shards")
+    images = kcm.data.example_images() / "train-*.tar"
+    add("--train", default=images, help="tar shards")
     add("--share", type=float, default=0.5, help="of the pairs that stay")
     add("--threshold", type=float, default=1e-7, help="a share of all words")
 

@@ -111,9 +111,9 @@ if __name__ == "__main__":
 #
 # | backend | one machine | several machines |
 # | --- | --- | --- |
-# | torch | `torchrun --nproc-per-node=8 train.py 8 run datasets/images` | the same on each, with `--nnodes`, `--node-rank` and `--rdzv-endpoint` |
-# | JAX | `python train.py 8 run datasets/images` | the same on each, with `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID` set, and `kcm.distribution.initialize()` at the top of `main` |
-# | TensorFlow | `python train.py 8 run datasets/images` | not supported by Keras 3 |
+# | torch | `torchrun --nproc-per-node=8 train.py 8 run keras_cluster_mask/datasets/images` | the same on each, with `--nnodes`, `--node-rank` and `--rdzv-endpoint` |
+# | JAX | `python train.py 8 run keras_cluster_mask/datasets/images` | the same on each, with `KERAS_DISTRIBUTION_JOB_ADDRESSES`, `_NUM_PROCESSES` and `_PROCESS_ID` set, and `kcm.distribution.initialize()` at the top of `main` |
+# | TensorFlow | `python train.py 8 run keras_cluster_mask/datasets/images` | not supported by Keras 3 |
 #
 # `kcm.data.check(SOURCE, num_workers=16)` indexes large shards beforehand, and counts broken samples.
 

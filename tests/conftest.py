@@ -28,6 +28,7 @@ with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         # Later versions do not know this flag, and end the program for it.
         FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 ROOT = pathlib.Path(__file__).parents[1]
+DATASETS = ROOT / "keras_cluster_mask" / "datasets"
 CACHE = ROOT / ".pytest_cache" / "jax"
 for name, value in {
     "XLA_FLAGS": " ".join(FLAGS),
@@ -167,7 +168,7 @@ def copy_pairs(write_tar_to):
 
     def copy_pairs(shard, path, count):
         files = []
-        source = ROOT / "datasets" / "images" / f"{shard}.tar"
+        source = DATASETS / "images" / f"{shard}.tar"
         for pair in open_index(source, Fields()).read(range(count)):
             files.append((f"{pair.key}.webp", pair.image))
             files.append((f"{pair.key}.txt", pair.captions[0].encode()))
@@ -182,7 +183,7 @@ def copy_datasets(copy_pairs):
 
     def copy_datasets(folder, counts):
         (folder / "images").mkdir(parents=True)
-        (folder / "photographs").symlink_to(ROOT / "datasets" / "photographs")
+        (folder / "photographs").symlink_to(DATASETS / "photographs")
         for shard, count in counts.items():
             copy_pairs(shard, folder / "images" / f"{shard}.tar", count)
         return folder

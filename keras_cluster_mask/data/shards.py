@@ -19,7 +19,6 @@ from keras_cluster_mask.data.samples import hash_of
 
 # The number of parallel requests for the size and date of files.
 REQUESTS = 16
-PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 # Formats by file extension. Files with any other name are read as tar files.
 FORMATS = {
     r"\.csv": Table(","),
@@ -202,6 +201,4 @@ def example_images() -> pathlib.Path:
     Returns:
         A `pathlib.Path`, the folder `images`.
     """
-    # The wheel has a copy of the folder that a clone has beside the package.
-    in_wheel = PACKAGE / "datasets" / "images"
-    return in_wheel if in_wheel.exists() else PACKAGE.parent / "datasets" / "images"
+    return pathlib.Path(__file__).resolve().parents[1] / "datasets" / "images"

@@ -4,7 +4,6 @@ import json
 import pickle
 import random
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from tokenizers import Regex, pre_tokenizers
 from keras_cluster_mask.data import (
     CLIPTokenizer,
     TextMasking,
+    example_images,
     read_captions,
     tokenizers,
 )
@@ -22,7 +22,7 @@ open_clip_tokenizer = pytest.importorskip("open_clip.tokenizer")
 
 pytestmark = pytest.mark.any_backend
 
-IMAGES = Path(__file__).resolve().parents[2] / "datasets" / "images"
+IMAGES = example_images()
 SPECIALS = tokenizers.START, tokenizers.END
 CAPTIONS = [
     "",

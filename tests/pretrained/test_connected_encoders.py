@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageOps
 
 import keras_cluster_mask as kcm
-from tests.conftest import ROOT
+from tests.conftest import DATASETS
 from tests.helpers import FAST, assert_close, reloaded, values
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ def drawings(path):
 
 
 def photographs(change=lambda image: image):
-    folder = ROOT / "datasets" / "photographs"
+    folder = DATASETS / "photographs"
     images = [Image.open(folder / f"{name}.jpg") for name in PHOTOGRAPHS]
     images = [change(image.resize((SIZE, SIZE))) for image in images]
     return {"images": np.stack(images), "captions": [*PHOTOGRAPHS.values()]}

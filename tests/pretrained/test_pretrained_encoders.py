@@ -11,7 +11,7 @@ from PIL import Image
 import keras_cluster_mask as kcm
 from keras_cluster_mask.encoders.families import IMAGENET_MEAN, IMAGENET_STD
 from keras_cluster_mask.encoders.surgery import find_embedding_layer
-from tests.conftest import ROOT
+from tests.conftest import DATASETS
 from tests.helpers import compiled, random_noise, to_numpy
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ TEXTS = ["a cat", "a cup of coffee on a wooden table", "the launch of a rocket"]
 @pytest.fixture(scope="module")
 def photographs():
     """Normalized photographs."""
-    paths = sorted((ROOT / "datasets" / "photographs").glob("*.jpg"))
+    paths = sorted((DATASETS / "photographs").glob("*.jpg"))
     images = [Image.open(path).resize((SIZE, SIZE)) for path in paths]
     pixels = np.stack(images) / 255
     return ((pixels - IMAGENET_MEAN) / IMAGENET_STD).astype("float32")

@@ -7,7 +7,8 @@ import zipfile
 
 import pytest
 
-from keras_cluster_mask.data import example_images, list_shards, shards
+import keras_cluster_mask as kcm
+from keras_cluster_mask.data import example_images, list_shards
 from keras_cluster_mask.data.shards import format_of
 from tests.data.formats.conftest import ROWS
 
@@ -182,13 +183,7 @@ def test_the_package_that_opens_an_address_is_named(monkeypatch, protocol, packa
 # === The example images ===
 
 
-def test_example_images_are_the_folder_of_the_clone():
-    folder = pathlib.Path(__file__).parents[3] / "datasets" / "images"
+def test_example_images_are_a_part_of_the_package():
+    folder = pathlib.Path(kcm.__file__).parent / "datasets" / "images"
     assert example_images() == folder
     assert len(list_shards(folder / "train-*.tar")) == 4
-
-
-def test_example_images_of_a_wheel_are_in_the_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "PACKAGE", tmp_path)
-    (tmp_path / "datasets" / "images").mkdir(parents=True)
-    assert example_images() == tmp_path / "datasets" / "images"

@@ -8,10 +8,10 @@ keywords. Install the sources (about 110 MB), then run the script::
     apt-get install openclipart-png openclipart-svg
     python make_images.py
 
-It writes WebDataset shards (``train-00000.tar`` and so on) and ``contact_sheet.png``
-beside itself, or into the folder given with ``--output``. It needs Pillow built with
-Raqm (as the wheels on PyPI are) and NumPy. The same packages and the same Pillow give
-the same bytes.
+It writes WebDataset shards (``train-00000.tar`` and so on) to the folder of the package
+or the folder given with ``--output``, and ``contact_sheet.png`` beside itself. It needs
+Pillow built with Raqm (as the wheels on PyPI are) and NumPy. The same packages and the
+same Pillow give the same bytes.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
 HERE = Path(__file__).resolve().parent
+IMAGES = HERE.parents[1] / "keras_cluster_mask" / "datasets" / "images"
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_NAMES = Path("/usr/share/unicode/emoji/emoji-test.txt")
 CLIPART_PNG = Path("/usr/share/openclipart/png")
@@ -566,7 +567,7 @@ def write_shards(folder: Path, samples: list[Sample]) -> None:
 def main() -> None:
     """Build the dataset."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=HERE, help="folder to write to")
+    parser.add_argument("--output", type=Path, default=IMAGES, help="folder of shards")
     folder = parser.parse_args().output
     check_sources()
     folder.mkdir(parents=True, exist_ok=True)
@@ -575,7 +576,7 @@ def main() -> None:
         print(f"{count:5} left out: {reason}")
     write_shards(folder, samples)
     train = [p for p in samples if split_of(p.caption) == "train"]
-    write_contact_sheet(folder / "contact_sheet.png", train[:48])
+    write_contact_sheet(HERE / "contact_sheet.png", train[:48])
 
 
 if __name__ == "__main__":
