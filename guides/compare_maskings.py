@@ -7,7 +7,7 @@
 # ([FLIP](https://arxiv.org/abs/2212.00794)) and with whole images. It shows
 #
 # - which patches each masking keeps in an image,
-# - how often cluster masking keeps each position,
+# - how often each masking keeps each position,
 # - the recall of a small CLIP trained with each, from the same weights and for as many steps.
 #
 # The guide takes about two minutes on two CPU cores. To compare another masking, add it to
@@ -71,9 +71,10 @@ show(kcm.visualization.plot_masks(photographs, columns), "compared_masks")
 # %% [markdown]
 # ## Kept positions
 #
-# `masking_statistics` measures the fraction of patches kept in each image, and how often each
-# position is kept. By default, the fraction is the same for all images. Cluster masking uses random
-# anchors, so on this dataset no part of the image is kept much more often than another.
+# `masking.select` returns the `indices` of the kept patches, and `visible`, which is false for
+# padding of a masking with a threshold. Both maskings keep half of the patches of every image. They
+# use random patches or anchors, so on this dataset no part of the image is kept much more often
+# than another.
 
 # %%
 captions = kcm.data.read_captions(IMAGES / "train-*.tar")
@@ -92,11 +93,19 @@ def dataset(split, training=False, **options):
     )
 
 
-validation = dataset("validation")
-statistics = kcm.masking.masking_statistics(
-    MASKINGS["cluster"](), validation, verbose=0
-)
-show(kcm.visualization.plot_masking_statistics(statistics), "cluster_statistics")
+images = np.concatenate([batch["images"] for batch in dataset("validation")])
+noise = np.random.default_rng(SEED).random((len(images), 64))
+figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+for axis, name in zip(axes, ("random", "cluster")):
+    selected = MASKINGS[name]().select(images, noise=noise)
+    indices, visible = map(keras.ops.convert_to_numpy, selected)
+    fraction = np.bincount(indices[visible], minlength=64) / len(images)
+    print(f"{name:10}{fraction.min():.0%} to {fraction.max():.0%} of the images")
+    drawn = axis.imshow(fraction.reshape(8, 8), vmin=0, vmax=1)
+    axis.set_title(name)
+figure.colorbar(drawn, ax=axes, label="fraction of images")
+plt.close(figure)
+show(figure, "kept_positions")
 
 # %% [markdown]
 # ## Train with each

@@ -69,9 +69,8 @@ def show(figure, name):
 # ## Masks
 #
 # Random masking leaves gaps everywhere. Cluster masking removes whole surfaces and keeps others
-# complete. A few random patches become anchors, outlined in red. The patches most similar to an
-# anchor are left out, until half of all patches are left out. The last column shows the similarity
-# to the nearest anchor.
+# complete. A few random patches become anchors. The patches most similar to an anchor are left
+# out, until half of all patches are left out.
 #
 # This guide trains with random masking, the setting to start with
 # ([measurements](../docs/benchmarks/from_nothing.md)).
@@ -80,8 +79,11 @@ def show(figure, name):
 names = "astronaut", "coffee", "chelsea", "rocket"
 files = [IMAGES.parent / "photographs" / f"{name}.jpg" for name in names]
 photographs = np.stack([plt.imread(file) for file in files])
-masking = kcm.ClusterMasking(patch_size=16, mask_ratio=0.5)
-show(kcm.visualization.plot_masks(photographs, masking), "masks")
+maskings = {
+    "random masking": kcm.RandomMasking(0.5),
+    "cluster masking": kcm.ClusterMasking(16, 0.5),
+}
+show(kcm.visualization.plot_masks(photographs, maskings), "masks")
 
 # %% [markdown]
 # ## Data

@@ -121,18 +121,9 @@ show(kcm.visualization.plot_masks(images[:4] / 255.0, maskings), "own_masks")
 # %% [markdown]
 # ## Check the numbers
 #
-# A masking that keeps the wrong patches still trains, so check it on many images.
-# `masking_statistics` counts how often each position is kept. Here, patches near the border are kept
-# least often, because the drawings are in the middle.
-#
-# Also test what your masking promises: `ContentMasking` must not keep a blank patch while it leaves
-# out a patch with content.
-
-# %%
-statistics = kcm.masking.masking_statistics(
-    maskings["ContentMasking"], images / 255.0, verbose=0
-)
-show(kcm.visualization.plot_masking_statistics(statistics), "own_statistics")
+# A masking that keeps the wrong patches still trains, so test on many images what your masking
+# promises: `ContentMasking` must not keep a blank patch while it leaves out a patch with content.
+# [Compare maskings](compare_maskings.py) counts how often each position is kept.
 
 # %%
 content = maskings["ContentMasking"].score(np.zeros((len(images), 64)), images / 255.0)

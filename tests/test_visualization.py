@@ -4,6 +4,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import visualization
+from keras_cluster_mask.masking.patch_masking import join
 from keras_cluster_mask.visualization.images import LEFT_OUT
 from tests.helpers import compiled_model, random_pairs
 
@@ -28,19 +29,6 @@ def shown_patches(original, masked):
 
 
 # === Masks ===
-
-
-def test_one_cluster_masking_is_shown_beside_random_masking_of_the_same_budget():
-    masking = clusters()
-    figure = visualization.plot_masks(IMAGES, masking, noise=NOISE)
-    titles = ["image", "random masking", "cluster masking", "clusters", "similarity"]
-    assert [axis.get_title() for axis in figure.axes[:5]] == titles
-    indices, _ = masking.select(IMAGES, noise=NOISE)
-    rows = np.reshape(figure.axes[:10], (2, 5))
-    for row, kept, noise in zip(rows, ops.convert_to_numpy(indices), NOISE):
-        np.testing.assert_array_equal(shown_patches(row[0], row[2]), kept)
-        at_random = np.sort(np.argsort(noise)[3:])
-        np.testing.assert_array_equal(shown_patches(row[0], row[1]), at_random)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int64"])
@@ -86,8 +74,19 @@ def test_tokens_are_mixed_in():
     figure = visualization.plot_masks(
         IMAGES, masking, noise, embed=lambda _: ops.convert_to_tensor(tokens)
     )
-    left_out = np.all(np.isclose(drawn(figure.axes[2]), LEFT_OUT), -1)
+    left_out = np.all(np.isclose(drawn(figure.axes[1]), LEFT_OUT), -1)
     np.testing.assert_array_equal(left_out[::8, ::8], [[1, 0, 0], [0, 1, 1]])
+
+
+def test_a_masking_sees_images_as_its_model_prepares_them():
+    masking = clusters()
+    join(masking, lambda pixels: ops.flip(pixels, axis=1))
+    figure = visualization.plot_masks(IMAGES, masking, NOISE)
+    kept, _ = clusters().select(IMAGES[:, ::-1].copy(), noise=NOISE)
+    for row, indices in zip(np.reshape(figure.axes, (2, 2)), kept):
+        np.testing.assert_array_equal(
+            shown_patches(*row), ops.convert_to_numpy(indices)
+        )
 
 
 @pytest.mark.parametrize(
@@ -104,26 +103,6 @@ def test_tokens_are_mixed_in():
 def test_masks_that_cannot_be_drawn_are_refused(masking, patch_size, argument):
     with pytest.raises(ValueError, match=rf"`{argument}`[\s\S]*Received: "):
         visualization.plot_masks(IMAGES, masking, patch_size=patch_size)
-
-
-# === Statistics ===
-
-
-def test_statistics_are_drawn_as_they_are():
-    ratios = np.array([0.0, 0.5, 0.995, 1.0], "float32")
-    positions = np.random.default_rng(0).random((2, 3))
-    statistics = {"keep_ratio": ratios, "kept_by_position": positions}
-    figure = visualization.plot_masking_statistics(statistics)
-    histogram, grid, _ = figure.axes
-    # Every ratio is within it.
-    assert sum(bar.get_height() for bar in histogram.patches) == pytest.approx(1)
-    mean = ratios.mean()
-    assert histogram.get_legend().texts[0].get_text() == f"mean {mean:.3f}"
-    np.testing.assert_array_equal(drawn(grid), positions)
-    for axis in (histogram, grid):
-        assert axis.get_title()
-        assert axis.get_xlabel()
-        assert axis.get_ylabel()
 
 
 # === Retrieval ===

@@ -9,7 +9,6 @@ from keras_cluster_mask.masking.grid_masking import GridMasking
 from keras_cluster_mask.masking.kmeans_masking import KMeansMasking
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.random_masking import RandomMasking
-from keras_cluster_mask.masking.statistics import masking_statistics
 
 __all__ = [
     "AttentiveMasking",
@@ -21,5 +20,4 @@ __all__ = [
     "KMeansMasking",
     "PatchMasking",
     "RandomMasking",
-    "masking_statistics",
 ]

@@ -1,4 +1,4 @@
-"""Charts of training runs and of masking statistics."""
+"""Charts of training runs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -95,57 +95,4 @@ def plot_history(
         axis.legend(fontsize=8)
         if "accuracy" in title:
             axis.set_ylim(0, 1)
-    return figure
-
-
-def plot_masking_statistics(statistics: Mapping[str, np.ndarray]) -> Figure:
-    """Plots how many patches a masking keeps in the images of a dataset, and where.
-
-    The figure has a histogram of the kept fraction of each image, and a map of how
-    often each position is kept.
-
-    Example:
-
-    ```python
-    images = np.random.randint(0, 256, (32, 64, 64, 3)).astype("uint8")
-    masking = kcm.ClusterMasking(patch_size=8, mask_ratio=0.5)
-    statistics = kcm.masking.masking_statistics(masking, images, verbose=0)
-    figure = kcm.visualization.plot_masking_statistics(statistics)
-    figure.savefig("statistics.png")
-    ```
-
-    Args:
-        statistics: The result of `kcm.masking.masking_statistics`.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
-    """
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    ratios, positions = figure.subplots(1, 2, width_ratios=[1, 1.1])
-    # Bins are centered on multiples of their width, because ratios often are such
-    # numbers.
-    edges = (np.arange(42) - 0.5) / 40
-    values = statistics["keep_ratio"]
-    ratios.hist(values, edges, weights=np.full(len(values), 1 / len(values)))
-    ratios.axvline(
-        values.mean(), color="black", linestyle="--", linewidth=1,
-        label=f"mean {values.mean():.3f}",
-    )  # fmt: skip
-    ratios.set_title("keep ratio of each image", fontsize=11)
-    ratios.set(xlabel="fraction of patches kept", ylabel="fraction of images")
-    ratios.set_xlim(-0.02, 1.02)
-    ratios.legend(fontsize=8)
-    # Use a range of at least 0.2. Otherwise a difference of a few images would look
-    # like a pattern.
-    kept = statistics["kept_by_position"]
-    middle = (kept.min() + kept.max()) / 2
-    reach = max(0.1, kept.max() - middle)
-    shown = positions.imshow(
-        kept, cmap="viridis", vmin=middle - reach, vmax=middle + reach
-    )
-    positions.set_title("how often each position is kept", fontsize=11)
-    positions.set(xlabel="column of patches", ylabel="row of patches")
-    for direction in (positions.xaxis, positions.yaxis):
-        direction.get_major_locator().set_params(integer=True)
-    figure.colorbar(shown, ax=positions, shrink=0.75, label="fraction of images")
     return figure

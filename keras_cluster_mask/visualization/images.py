@@ -3,19 +3,14 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import matplotlib
 import numpy as np
 from keras import ops
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from keras_cluster_mask.masking import ClusterMasking, PatchMasking, RandomMasking
+from keras_cluster_mask.checks import sides_of
+from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_grid import grid_shape, is_channels_first
-from keras_cluster_mask.masking.statistics import (
-    keep_mask,
-    masking_inputs,
-    patch_size_of,
-)
+from keras_cluster_mask.masking.patch_masking import pixels_of
 from keras_cluster_mask.types import Tensor
 
 LEFT_OUT = 0.88  # The gray level of left-out patches, in [0, 1].
@@ -31,14 +26,10 @@ def plot_masks(
 ) -> Figure:
     """Plots which patches a masking leaves out, or compares several maskings.
 
-    For one cluster masking, each row has five plots: the image; random masking at the
-    same budget; cluster masking; the clusters, colored by anchor; and the similarity of
-    each patch to the nearest anchor. Anchors are outlined. For any other masking, or
-    for several, each row has the image and the patches that each masking keeps.
-
-    All maskings get the same noise. If a masking is part of a `ContrastiveModel`, uint8
-    images are normalized as in the model, so the masks match its training. The random
-    state of a masking does not change.
+    Each row has an image and the patches of it that each masking keeps. All maskings
+    get the same noise. If a masking is part of a `ContrastiveModel`, uint8 images are
+    normalized as in the model, so the masks match its training. The random state of a
+    masking does not change.
 
     Example:
 
@@ -58,11 +49,12 @@ def plot_masks(
             maskings, each a column of the figure.
         noise: `(batch, N)` float32 array in `[0, 1)`. Drawn if not given.
         seed: Integer, the random seed of the noise.
-        patch_size: As in `kcm.masking.masking_statistics`: required if no masking has
-            one, such as `RandomMasking`. All maskings must have the same patch size.
-        embed: As in `kcm.masking.masking_statistics`: required if a masking uses
-            tokens, for example `embed_patches` of the model that `kcm.with_masking`
-            returns.
+        patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
+            size of the maskings, which must be the same for all. Required if no masking
+            has one, such as `RandomMasking`.
+        embed: Function from a batch of images, a tensor, to its embedded tokens
+            `(batch, prefix + N, dim)`. Required if a masking uses tokens: for example
+            `embed_patches` of the model that `kcm.with_masking` returns.
 
     Returns:
         A `matplotlib.figure.Figure`; save it with `figure.savefig(path)`.
@@ -76,54 +68,22 @@ def plot_masks(
     if not isinstance(masking, Mapping):
         named = {type(masking).__name__: masking}
     images, maskings = np.asarray(images), [*named.values()]
-    patch_size = patch_size_of(maskings, patch_size)
+    patch_size = _patch_size_of(maskings, patch_size)
     data_format = next(filter(None, (each.data_format for each in maskings)), None)
-    grid = _Grid(grid_shape(images.shape, patch_size, data_format), patch_size)
+    grid = grid_shape(images.shape, patch_size, data_format)
     if noise is None:
-        noise = np.random.default_rng(seed).random((len(images), grid.num_patches))
+        noise = np.random.default_rng(seed).random((len(images), math.prod(grid)))
     noise = ops.convert_to_tensor(noise, dtype="float32")
-    kept = []
-    for each in maskings:
-        inputs = masking_inputs(each, images, embed)
-        kept.append(keep_mask(each, *inputs, noise))
 
     shown = _for_display(images, data_format)
-    if isinstance(masking, ClusterMasking):
-        return _plot_clusters(shown, grid, kept[0], masking, *inputs, noise)
     figure, axes = _axes(len(images), len(named) + 1, ("image", *named))
-    for index, row in enumerate(axes):
-        row[0].imshow(shown[index])
-        for axis, stays in zip(row[1:], kept):
-            axis.imshow(grid.leave_out(shown[index], stays[index]))
-    return figure
-
-
-def _plot_clusters(shown, grid, kept, masking, pixels, tokens, noise):
-    at_random = RandomMasking(1 - masking.num_kept(grid.num_patches) / grid.num_patches)
-    random_kept = keep_mask(at_random, pixels, tokens, noise)
-    anchors = masking.draw_anchors(noise)
-    to_anchors = masking.similarity_to_anchors(pixels, anchors, tokens)
-    anchors, to_anchors = map(ops.convert_to_numpy, (anchors, to_anchors))
-
-    titles = ("image", "random masking", "cluster masking", "clusters", "similarity")
-    figure, axes = _axes(len(shown), len(titles), titles)
-    for index, (row, image) in enumerate(zip(axes, shown)):
-        nearest = to_anchors[index].argmax(axis=0)
-        colors = matplotlib.colormaps["tab10"](nearest % 10)[:, :3]
-        colors[kept[index]] = np.nan
-        row[0].imshow(image)
-        row[1].imshow(grid.leave_out(image, random_kept[index]))
-        row[2].imshow(grid.leave_out(image, kept[index]))
-        row[3].imshow(grid.tint(image, colors))
-        row[4].imshow(image.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
-        heat = row[4].imshow(
-            grid.spread(to_anchors[index].max(axis=0)),
-            cmap="inferno", vmin=-0.2, vmax=1, alpha=0.75,
-        )  # fmt: skip
-        for axis in row[2:]:
-            for anchor in anchors[index]:
-                axis.add_patch(grid.outline(anchor))
-    figure.colorbar(heat, ax=axes[:, -1].tolist(), shrink=0.85, pad=0.03)
+    for axis, image in zip(axes[:, 0], shown):
+        axis.imshow(image)
+    for column, each in zip(axes.T[1:], maskings):
+        for axis, image, kept in zip(column, shown, _kept(each, images, embed, noise)):
+            # From values of patches to values of pixels.
+            kept = kept.reshape(grid).repeat(patch_size[0], 0).repeat(patch_size[1], 1)
+            axis.imshow(np.where(kept[..., None], image, LEFT_OUT))
     return figure
 
 
@@ -172,34 +132,33 @@ def plot_retrieval(
     return figure
 
 
-class _Grid:
-    """The patch grid of an image, with methods to draw on it."""
+def _patch_size_of(maskings, patch_size):
+    """Returns the common patch size of maskings: their own or, if given, `patch_size`.
 
-    def __init__(self, shape, patch_size):
-        self.shape, self.patch_size = shape, patch_size
-        self.num_patches = math.prod(shape)
+    Raises:
+        ValueError: If none of them has a patch size and none is given, or if they
+            differ.
+    """
+    given = [patch_size, *(each.patch_size for each in maskings)]
+    sizes = {sides_of("patch_size", size) for size in given if size is not None}
+    if len(sizes) == 1:
+        return sizes.pop()
+    names = [type(each).__name__ for each in maskings]
+    raise ValueError(
+        "`patch_size` must be given if no masking has one, and must otherwise be None "
+        f"or match every masking. Received: patch_size={patch_size}, "
+        + ", ".join(f"{name}.patch_size={x}" for name, x in zip(names, given[1:]))
+    )
 
-    def spread(self, values):
-        """Turns `(N, ...)` values per patch into values per pixel."""
-        values = values.reshape(*self.shape, *values.shape[1:])
-        return values.repeat(self.patch_size[0], 0).repeat(self.patch_size[1], 1)
 
-    def leave_out(self, image, kept):
-        return np.where(self.spread(kept)[..., None], image, LEFT_OUT)
-
-    def tint(self, image, colors):
-        """Colors the patches with a color that is not NaN, and lightens the others."""
-        colors = self.spread(colors)
-        tinted = 0.35 * image.mean(axis=-1, keepdims=True) + 0.65 * colors
-        return np.where(np.isnan(colors), 0.5 + 0.5 * image, tinted)
-
-    def outline(self, patch):
-        height, width = self.patch_size
-        row, column = divmod(patch, self.shape[1])
-        return Rectangle(
-            (column * width - 0.5, row * height - 0.5), width, height,
-            fill=False, edgecolor="red", linewidth=1.6,
-        )  # fmt: skip
+def _kept(masking, images, embed, noise):
+    """Returns `(batch, N)` booleans, true for patches that are kept and visible."""
+    pixels = pixels_of(masking, images)
+    tokens = None if embed is None else embed(pixels)
+    indices, visible = map(ops.convert_to_numpy, masking.select(pixels, tokens, noise))
+    kept = np.zeros(tuple(noise.shape), dtype=bool)
+    np.put_along_axis(kept, indices, visible, axis=1)
+    return kept
 
 
 def _for_display(images, data_format=None):

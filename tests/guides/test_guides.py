@@ -84,8 +84,8 @@ def test_other_guides_print_what_they_measure(run_guides, tmp_path):
     # The second stage masks 40 % of the patches, and the model at full size none.
     assert staged.count("mask ratio 0.4") == 1
     assert staged.count("mask ratio 0.0") == 2
-    shown = {"compared_masks", "cluster_statistics", "compared_recall"}
-    shown |= {"own_masks", "own_statistics", "stages", "mae"}
+    shown = {"compared_masks", "kept_positions", "compared_recall"}
+    shown |= {"own_masks", "stages", "mae"}
     assert shown <= plots(tmp_path)
 
 

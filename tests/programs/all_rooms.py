@@ -48,8 +48,7 @@ def train_on_arrays(model, tokenizer):
     assert len(history.history["loss"]) == 2
     kcm.visualization.plot_history(history).savefig("history.png")
     masking = kcm.ClusterMasking(8)
-    statistics = kcm.masking.masking_statistics(masking, images, verbose=0)
-    kcm.visualization.plot_masking_statistics(statistics).savefig("statistics.png")
+    kcm.visualization.plot_masks(images, masking).savefig("masks.png")
     return pairs, classes
 
 

@@ -46,8 +46,6 @@ maskings: list[kcm.PatchMasking] = [
     kcm.KMeansMasking((16, 16)),
     kcm.EdgeMasking(16, edges=None),
 ]
-statistics = kcm.masking.masking_statistics(masking, dataset, seed=1)
-assert_type(statistics, dict[str, np.ndarray])
 kcm.RandomMasking(mask_ratio="half")  # type: ignore[arg-type]
 
 
