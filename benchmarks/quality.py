@@ -26,7 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 from quality_data import IMAGES, Data
 from quality_methods import CHANGES, PATCHES, STUDIES, method_of
-from quality_models import PARTS, new_model, stages_of, start_of, tuning_of
+from quality_models import PARTS, new_model, stages_of, start_of, use_whole_images
 from reporting import machine, mean_and_spread, parser, publish, write_json
 from timing import interleaved
 
@@ -161,7 +161,7 @@ def train(name, seed, options, data_of, costs, folder):
     result |= {"steps": steps, "curve": []}
     for stage, epochs in stages_of(method).items():
         if stage == "whole" and method.whole_images:
-            model = tuning_of(model, options, steps)
+            use_whole_images(model)
         history = model.fit(
             data.training(seed, method, stage == "whole" and method.whole_texts),
             steps_per_epoch=steps // PARTS,
@@ -278,7 +278,7 @@ def measure_costs(names, options, data_of, rounds=8):
         for stage in stages_of(method):
             model = new_model(method, options, data, 0, 100)
             if stage == "whole" and method.whole_images:
-                model = tuning_of(model, options, 100)
+                use_whole_images(model)
             whole_texts = stage == "whole" and method.whole_texts
             batch = next(iter(data.training(0, method, whole_texts)))
             steps[name, stage] = functools.partial(model.train_on_batch, batch)

@@ -40,14 +40,10 @@ def new_model(method, options, data, seed, steps):
     return model
 
 
-def tuning_of(model, options, steps):
-    """The model for the last part on whole images, whose rate falls on to zero."""
-    whole = model.without_masking()
-    rate = float(model.optimizer.learning_rate)
-    schedule = keras.optimizers.schedules.PolynomialDecay(rate, steps // PARTS, 0.0)
-    config = model.optimizer.get_config() | {"learning_rate": schedule}
-    whole.compile(type(model.optimizer).from_config(config))
-    return whole
+def use_whole_images(model):
+    """Trains on whole images from the next step on, with the same optimizer."""
+    model.masking.mask_ratio = 0.0
+    model.views = 1
 
 
 def start_of(options):

@@ -31,7 +31,7 @@ def parse():
     maskings = ("random", "cluster", "threshold", "embedding", "none")
     add("--masking", choices=maskings, default="random", help="half of the patches")
     add("--epochs", type=int, default=32, help="passes over the pairs")
-    add("--whole-epochs", type=int, default=0, help="further ones without masking")
+    add("--whole-epochs", type=int, default=0, help="further ones on whole images")
     add("--batch-size", type=int, default=4096, help="of all devices together")
     add("--micro-batch-size", type=int, help="pairs in memory; else the batch")
     add("--learning-rate", type=float, default=5e-4, help="after the warm-up")
@@ -87,21 +87,31 @@ def make_model(args, tokenizer, masking):
     )
 
 
-def fit(model, train, args, stage, epochs, learning_rate):
-    """Trains. Each epoch of `fit`, of about 1,000 steps, ends with a checkpoint."""
+def steps_of(train):
+    """The parts of a pass over the pairs, and the steps of each, about 1,000."""
     parts = 1 + len(train) // 1000
-    epochs, steps_per_epoch = epochs * parts, len(train) // parts
-    steps = epochs * steps_per_epoch
+    return parts, len(train) // parts
+
+
+def compile_model(model, train, args):
+    """One optimizer, and one schedule of its rate, for both stages."""
+    parts, steps = steps_of(train)
+    steps *= parts * (args.epochs + args.whole_epochs)
     warmup = max(1, min(2000, steps // 10))
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,
         max(1, steps - warmup),
-        warmup_target=learning_rate,
+        warmup_target=args.learning_rate,
         warmup_steps=warmup,
     )
     model.compile(
         keras.optimizers.AdamW(schedule, weight_decay=0.2, beta_2=0.98, epsilon=1e-6)
     )
+
+
+def fit(model, train, args, stage, first_epoch, last_epoch):
+    """Trains. Each epoch of `fit` is a part of a pass, and ends with a checkpoint."""
+    parts, steps = steps_of(train)
     callbacks = [kcm.callbacks.Throughput()]
     if args.validation:
         held_out = read(args.validation, model)
@@ -113,8 +123,9 @@ def fit(model, train, args, stage, epochs, learning_rate):
         callbacks.append(kcm.callbacks.ZeroShot(images, names))
     return model.fit(
         train,
-        epochs=epochs,
-        steps_per_epoch=steps_per_epoch,
+        initial_epoch=first_epoch * parts,
+        epochs=last_epoch * parts,
+        steps_per_epoch=steps,
         resume_from=args.results / stage,
         callbacks=[*callbacks, kcm.callbacks.Checkpoint(args.results / stage)],
         verbose=2,
@@ -144,12 +155,13 @@ def main(args):
         model = make_model(args, tokenizer, masking)
         if args.masking in ("threshold", "embedding"):
             model.masking.adapt(read(args.train, model))
-        rate = args.learning_rate
-        history = fit(model, train, args, "main", args.epochs, rate)
+        compile_model(model, train, args)
+        history = fit(model, train, args, "main", 0, args.epochs)
         if args.whole_epochs:
-            stage = "whole", args.whole_epochs, rate / 10
-            model = model.without_masking()
-            history = fit(model, train, args, *stage)
+            if model.masking is not None:
+                model.masking.mask_ratio = 0.0
+            end = args.epochs + args.whole_epochs
+            history = fit(model, train, args, "whole", args.epochs, end)
     if kcm.distribution.is_main_process():
         model.save(args.results / "model.keras")
         for name, values in history.history.items():

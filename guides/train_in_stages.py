@@ -56,30 +56,38 @@ def dataset(source, image_size, context_length, training):
 # %% [markdown]
 # ## Stages
 #
-# Each stage has an image size, a context length, a mask ratio, a number of epochs and a learning
-# rate. The first stage takes most of the epochs, with a quarter of the patches and half of the text
-# tokens. The second stage uses a tenth of the learning rate, which warms up again, and leaves out
-# 40 % of the patches. `small_data_recipe` makes the optimizer.
+# Each stage has an image size, a context length, the mask ratio of each epoch and a learning rate.
+# The first stage takes most of the epochs, with a quarter of the patches and half of the text
+# tokens. The second stage uses a tenth of the learning rate, which warms up again. It leaves out
+# 40 % of the patches, and in its last epoch none.
 #
-# Each stage has a new optimizer. The temperature is a weight of the backbone, so it is carried over.
+# Each stage has a new optimizer, because the position embeddings differ in size.
+# `small_data_recipe` makes it, with a schedule over all epochs of the stage. The mask ratio may
+# change between two calls of `fit`. The temperature is a weight of the backbone, so it is carried
+# over.
 
 # %%
 STAGES = [
-    # image size, context length, mask ratio, epochs, learning rate
-    (IMAGE_SIZE // 2, CONTEXT_LENGTH // 2, 0.0, EPOCHS, 1.5e-3),
-    (IMAGE_SIZE, CONTEXT_LENGTH, 0.4, max(1, EPOCHS // 4), 1.5e-4),
+    # image size, context length, mask ratio of each epoch, learning rate
+    (IMAGE_SIZE // 2, CONTEXT_LENGTH // 2, [0.0] * EPOCHS, 1.5e-3),
+    (IMAGE_SIZE, CONTEXT_LENGTH, [*[0.4] * max(1, EPOCHS // 4 - 1), 0.0], 1.5e-4),
 ]
 
 
+def resized(backbone, image_size, context_length):
+    backbone = kcm.models.with_image_size(backbone, image_size)
+    return kcm.models.with_context_length(backbone, context_length)
+
+
 def train(backbone, stages):
-    for image_size, context_length, ratio, epochs, learning_rate in stages:
+    for image_size, context_length, ratios, rate in stages:
         data = dataset(TRAIN, image_size, context_length, training=True)
-        backbone = kcm.models.with_image_size(backbone, image_size)
-        backbone = kcm.models.with_context_length(backbone, context_length)
-        model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(ratio))
-        model.compile(kcm.small_data_recipe(epochs, len(data), learning_rate).optimizer)
-        print(f"{image_size} pixels, {context_length} tokens, mask ratio {ratio}")
-        model.fit(data, epochs=epochs, verbose=2)
+        backbone = resized(backbone, image_size, context_length)
+        model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking())
+        model.compile(kcm.small_data_recipe(len(ratios), len(data), rate).optimizer)
+        for epoch, ratio in enumerate(ratios):
+            model.masking.mask_ratio = ratio
+            model.fit(data, initial_epoch=epoch, epochs=epoch + 1, verbose=2)
     return model
 
 
@@ -103,11 +111,13 @@ def fresh_backbone():
     )
 
 
-FULL_SIZE = [(IMAGE_SIZE, CONTEXT_LENGTH, 0.0, max(1, EPOCHS // 2), 1.5e-3)]
+FULL_SIZE = [(IMAGE_SIZE, CONTEXT_LENGTH, [0.0] * max(1, EPOCHS // 2), 1.5e-3)]
 test = dataset(TEST, IMAGE_SIZE, CONTEXT_LENGTH, training=False)
 seconds, recall = {}, {}
 for name, stages in {"in stages": STAGES, "at full size": FULL_SIZE}.items():
     print(f"\n{name}")
+    for pixels, tokens, ratios, _ in stages:
+        print(f"{pixels} pixels, {tokens} tokens, mask ratios {ratios}")
     start = time.perf_counter()
     model = train(fresh_backbone(), stages)
     seconds[name] = time.perf_counter() - start

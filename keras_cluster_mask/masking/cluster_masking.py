@@ -57,7 +57,8 @@ class ClusterMasking(SimilarityMasking):
         patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
             size of the encoder.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out:
-            exactly in budget mode, on average in threshold mode.
+            exactly in budget mode, on average in threshold mode. 0 keeps all patches in
+            both modes.
         min_mask_ratio: Float in `[0, 1)` or `None`. The minimum fraction of the patches
             to leave out of every image in threshold mode; `None` selects budget mode.
         threshold: Float. The similarity above which a patch joins a cluster, in
@@ -155,7 +156,8 @@ class ClusterMasking(SimilarityMasking):
             value = math.inf if threshold is None else float(threshold)
             self.threshold = add_state(self, "threshold", value)
             if self.embedding_weight != 0.0:
-                _check_reachable(self.mask_ratio, min_mask_ratio)
+                if self.mask_ratio:
+                    _check_reachable(self.mask_ratio, min_mask_ratio)
                 self.share_above = add_state(self, "share_above", 0.0)
 
     # === The strategy ===
@@ -261,14 +263,15 @@ class ClusterMasking(SimilarityMasking):
             self.share_above.assign(ops.mean(ops.cast(score < 0.0, "float32")))
 
     def advance(self) -> None:
-        if self.share_above is not None:
+        # On whole images, the share is that of an earlier step.
+        if self.share_above is not None and self.mask_ratio:
             moved = self.threshold + 0.05 * (self.share_above - self.mask_ratio)
             self.threshold.assign(ops.clip(moved, -1.0, 1.0))
         super().advance()
 
     def check_ready(self) -> None:
         super().check_ready()
-        threshold = self.threshold
+        threshold = self.threshold if self.mask_ratio else None
         if threshold is not None and math.isinf(ops.convert_to_numpy(threshold)):
             raise ValueError(
                 f"The threshold of `{self.name}` is not set. Pass `threshold`, or "

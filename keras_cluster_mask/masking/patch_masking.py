@@ -54,7 +54,9 @@ class PatchMasking(keras.layers.Layer):
     ```
 
     Args:
-        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out. To
+            train on whole images, set `masking.mask_ratio = 0.0` between two calls of
+            `fit`: all patches are kept and nothing is scored.
         num_prefix_tokens: Integer. The number of tokens before the patch tokens (class
             token, registers), which are always kept. `None` infers it if the strategy
             knows the number of patches from the images. In an encoder of
@@ -92,7 +94,8 @@ class PatchMasking(keras.layers.Layer):
     is_random = True
 
     # For strategies that leave out more of some images than of others: the minimum
-    # fraction to leave out of each image. `mask_ratio` is then the average.
+    # fraction to leave out of each image. `mask_ratio` is then the average. If that is
+    # 0, nothing is left out.
     min_mask_ratio: float | None = None
 
     # For strategies that use images: an integer or `(height, width)` in pixels.
@@ -159,7 +162,9 @@ class PatchMasking(keras.layers.Layer):
 
     def num_kept(self, num_patches: int) -> int:
         """Returns how many of `num_patches` patches are kept, at least 1."""
-        ratio = self.mask_ratio if self.min_mask_ratio is None else self.min_mask_ratio
+        ratio = self.mask_ratio
+        if self.min_mask_ratio is not None and ratio:
+            ratio = self.min_mask_ratio
         # 1e-6 corrects products such as 10 * (1 - 0.9) = 0.99999...
         return max(1, int(num_patches * (1.0 - ratio) + 1e-6))
 

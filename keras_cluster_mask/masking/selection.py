@@ -162,8 +162,12 @@ def best_patches(masking, images, tokens, noises):
     Returns:
         A tuple: `(batch * v, K)` int32 indices in ascending order, `(batch * v, K)`
         booleans that are false for hidden padding, and the `(batch * v, N)` scores. The
-        views of an image are in consecutive rows.
+        views of an image are in consecutive rows. For a mask ratio of 0 there are no
+        scores.
     """
+    if not masking.mask_ratio:
+        indices = _all_patches(noises[0], len(noises), noises[0].shape[1])
+        return indices, ops.ones_like(indices, dtype="bool"), None
     scores = [masking.score(noise, images, tokens) for noise in noises]
     for score, noise in zip(scores, noises):
         # A single row would be the score of all images.
@@ -185,8 +189,16 @@ def best_patches(masking, images, tokens, noises):
     return indices, visible, score
 
 
+def _all_patches(rows, views, num_patches):
+    """Returns the `(batch * views, num_patches)` indices of all patches of `rows`."""
+    shape = ops.shape(rows)[0] * views, num_patches
+    return ops.broadcast_to(ops.arange(num_patches, dtype="int32"), shape)
+
+
 def keep_patches(masking, tokens, images=None, noise=None, num_prefix=None):
     """Leaves out patch tokens, as a masking does in training.
+
+    With a mask ratio of 0, it returns all tokens, and neither draws noise nor scores.
 
     Args:
         masking: A `PatchMasking`.
@@ -202,14 +214,20 @@ def keep_patches(masking, tokens, images=None, noise=None, num_prefix=None):
         hides some of them; the `(batch, K)` indices of the kept patches. For `v` views
         they have `batch * v` rows.
     """
+    noise = noise_of_model() if noise is None else noise
+    given = masking.num_prefix_tokens if num_prefix is None else num_prefix
+    num_prefix, num_patches = split_tokens(masking, tokens, images, given)
+    if not masking.mask_ratio:
+        masking.last_mask_ratio.assign(0.0)
+        _end_call(masking)
+        views = noise.shape[1] if np.ndim(noise) == 3 else getattr(noise, "views", 1)
+        indices = _all_patches(tokens, views, num_patches)
+        return tokens if views == 1 else ops.repeat(tokens, views, axis=0), indices
     # Check only once, because reading a value makes an accelerator wait.
     is_first = not masking._is_ready and not any(map(is_traced, masking.variables))
     if is_first:
         masking.check_ready()
         masking._is_ready = True
-    noise = noise_of_model() if noise is None else noise
-    given = masking.num_prefix_tokens if num_prefix is None else num_prefix
-    num_prefix, num_patches = split_tokens(masking, tokens, images, given)
     noises = noise_by_view(masking, noise, images, tokens, num_patches)
     indices, visible, score = best_patches(masking, images, tokens, noises)
     # Gather all views of an image from its row, on the device that holds the row.
@@ -221,9 +239,7 @@ def keep_patches(masking, tokens, images=None, noise=None, num_prefix=None):
     share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
     masking.last_mask_ratio.assign(1.0 - share)
     masking.observe(score)
-    # A model that runs a step counts it. Otherwise each call is a step.
-    if noise_of_model() is None:
-        masking.advance()
+    _end_call(masking)
     kept = ops.concatenate([prefix, kept], axis=1)
     has_nan = ops.any(ops.isnan(score), axis=-1)[:, None, None]
     if is_first and not is_traced(has_nan) and ops.convert_to_numpy(has_nan).any():
@@ -237,6 +253,12 @@ def keep_patches(masking, tokens, images=None, noise=None, num_prefix=None):
         always = ops.ones_like(prefix[:, :, 0], dtype="bool")
         kept = PutMask()(kept, mask=ops.concatenate([always, visible], axis=1))
     return kept, indices
+
+
+def _end_call(masking):
+    # A model that runs a step counts it. Otherwise each call is a step.
+    if noise_of_model() is None:
+        masking.advance()
 
 
 def add_state(layer, name, value, dtype="float32"):

@@ -585,21 +585,18 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         return {"images": self.image_tower.input_specs, **texts}
 
     def without_masking(self) -> Self:
-        """Makes a model with the same weights that trains on whole images.
+        """Makes a model with the same weights and no masking, to save it.
 
-        Use it for the last epochs: a model pre-trained on parts of images improves with
-        some training on whole images. The models share encoders, projections,
-        temperature and bias, so training one trains the other. Only the optimizer is
-        new.
+        Its file opens in programs that do not have the class of a masking of your own.
+        The models share encoders, projections, temperature and bias. To train on whole
+        images, set `model.masking.mask_ratio = 0.0` instead.
 
         Example:
 
         ```python
         backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
         model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
-        # model.compile(...), model.fit(...), and then:
-        whole = model.without_masking()
-        whole.compile(optimizer=keras.optimizers.AdamW(1e-5))
+        model.without_masking().save("model.keras")
         ```
 
         Returns:
@@ -610,10 +607,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             ValueError: If the image encoder has a masking that `kcm.with_masking` did
                 not insert, or if a subclass has arguments that its `get_config` omits,
                 or weights that the new model would not share.
-
-        Reference:
-            - [Scaling Language-Image Pre-training via Masking](
-              https://arxiv.org/abs/2212.00794) for unmasked tuning.
         """
         parts = {name: unmasked(getattr(self, name)) for name in self._parts}
         config = {**self.get_config(), **parts, "views": 1, "omitted": None}

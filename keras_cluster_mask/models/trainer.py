@@ -230,7 +230,7 @@ class ContrastiveTrainer(replicas.OwnReduction):
             **{
                 f"maskings[{number}].{name}": getattr(masking, name)
                 for number, masking in enumerate(self.maskings)
-                for name in masking._settings
+                for name in (*masking._settings, "mask_ratio")
             },
             # TensorFlow would still train weights that are frozen after the first step.
             "trainable": [weight.trainable for weight in self.weights],

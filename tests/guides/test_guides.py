@@ -81,9 +81,9 @@ def test_other_guides_print_what_they_measure(run_guides, tmp_path):
     assert "largest difference of an embedding: 0.0e+00" in own
     assert len(re.findall(r"test accuracy ([\d.]+)%", classified)) == 3
     assert len(re.findall(r"image_to_text +[\d.]+ % @10", staged)) == 2
-    # The second stage masks 40 % of the patches, and the model at full size none.
-    assert staged.count("mask ratio 0.4") == 1
-    assert staged.count("mask ratio 0.0") == 2
+    # The second stage masks 40 % of the patches, and in its last epoch none.
+    assert staged.count("mask ratios [0.4, 0.0]") == 1
+    assert staged.count("mask ratios [0.0]") == 2
     shown = {"compared_masks", "kept_positions", "compared_recall"}
     shown |= {"own_masks", "stages", "mae"}
     assert shown <= plots(tmp_path)

@@ -148,14 +148,21 @@ def test_noise_is_all_the_randomness_there_is(strategy):
     np.testing.assert_array_equal(*outputs)
 
 
-@pytest.mark.any_backend
-@pytest.mark.parametrize("strategy", [x for x in STRATEGIES if "threshold" not in x])
-def test_a_mask_ratio_of_zero_keeps_all_tokens(strategy):
-    options = {"window": 1} if strategy == "grid" else {"mask_ratio": 0.0}
-    tokens = tokens_of(ROWS, 1 + N)
-    masking = make(strategy, **options)
+@every_strategy
+def test_a_mask_ratio_of_zero_keeps_all_tokens_and_computes_nothing(strategy):
+    masking, tokens = make(strategy), tokens_of(ROWS, 1 + N)
+    masking.mask_ratio = 0.0
+    masking.score = None
+    before = values(masking.variables)
     kept = masking(tokens, images=IMAGES, training=True)
     np.testing.assert_array_equal(numpy(kept), tokens)
+    assert output_mask(kept) is None
+    assert_same_values(masking.variables, before)
+    indices, visible = numpy(*masking.select(IMAGES, tokens, NOISE))
+    np.testing.assert_array_equal(indices, [range(N)] * ROWS)
+    assert visible.all()
+    views = masking(tokens, images=IMAGES, training=True, noise=np.zeros((ROWS, 2, N)))
+    np.testing.assert_array_equal(numpy(views), tokens.repeat(2, axis=0))
 
 
 @pytest.mark.any_backend

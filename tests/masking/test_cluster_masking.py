@@ -278,6 +278,10 @@ class TestAdapt:
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.2)
         with pytest.raises(ValueError, match=r"threshold of .* is not set.*Received:"):
             masking.select(images=photographs(32, 48, 2))
+        # Whole images need no threshold.
+        masking.mask_ratio = 0.0
+        indices, _ = masking.select(images=photographs(32, 48, 2))
+        assert indices.shape == (2, 24)
 
 
 class TestEmbeddingSchedule:
@@ -314,6 +318,8 @@ class TestEmbeddingSchedule:
         expected = 0.5 if hide_padding else 1 - 21 / 24
         assert abs(np.mean(ratios[-20:]) - expected) < 0.05
         masking(tokens, images=images)
+        masking.mask_ratio = 0.0
+        masking(tokens, images=images, training=True)
         assert float(masking.threshold) == np.float32(thresholds[-1])
 
     @pytest.mark.any_backend

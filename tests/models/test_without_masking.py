@@ -1,13 +1,14 @@
-"""Models that a ContrastiveModel gives away: unmasked ones, and its towers."""
+"""Whole images: a mask ratio of 0, a model without masking, and towers."""
 
 import keras
-import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
 from tests.helpers import (
     FAST,
     assert_close,
+    assert_same_values,
+    functional_vit,
     ids_of,
     masked_vit,
     random_images,
@@ -41,39 +42,44 @@ def metaclip(masking):
 each_model = pytest.mark.parametrize("make", [generic, clip, siglip])
 
 
+# === A mask ratio of 0 ===
+
+
+@pytest.mark.parametrize(
+    "masking",
+    [
+        kcm.RandomMasking(0.5),
+        kcm.GridMasking(2),
+        kcm.ClusterMasking(4, 0.5, 0.25, threshold=0.1, embedding_weight=0.5),
+    ],
+    ids=["budget", "grid", "threshold"],
+)
+def test_a_mask_ratio_of_0_trains_on_whole_images(masking):
+    model = kcm.ContrastiveModel(masked_vit(masking), text_bag())
+    whole = kcm.ContrastiveModel(functional_vit(), text_bag())
+    for each in (model, whole):
+        each.compile(keras.optimizers.SGD(0.1), **FAST)
+    pairs, fit = random_pairs(8), dict(batch_size=4, shuffle=False, verbose=0)
+    ratio, state = masking.mask_ratio, [*masking.variables]
+    state.remove(masking.last_mask_ratio)
+
+    assert model.fit(pairs, **fit).history["mask_ratio"][0] > 0.2
+    trained = values(model.trainable_variables)
+    for weight, value in zip(whole.trainable_variables, trained):
+        weight.assign(value)
+    before = values(state)
+    masking.mask_ratio = 0.0
+    history, expected = (x.fit(pairs, **fit).history for x in (model, whole))
+    assert history.pop("mask_ratio") == [0.0]
+    assert_close(history, expected, 1e-5)
+    assert_close(model.trainable_variables, whole.trainable_variables, 1e-5)
+    # The threshold and the noise wait for the next step that masks.
+    assert_same_values(state, before)
+    masking.mask_ratio = ratio
+    assert model.fit(pairs, **fit).history["mask_ratio"][0] > 0.2
+
+
 # === Without masking ===
-
-
-@pytest.mark.one_case
-@each_model
-def test_training_whole_images_trains_the_masked_model(make):
-    model = make(kcm.RandomMasking(0.5, seed=0), views=2)
-    model.head.logit_bias.assign(-3.0)
-    model.head.logit_scale.assign(1.5)
-    whole = model.without_masking()
-    assert type(whole) is type(model)
-    assert (model.views, whole.views) == (2, 1)
-    state = ids_of(model.maskings[0].weights)
-    assert ids_of(whole.weights) == ids_of(model.weights) - state
-
-    pairs, images = random_pairs(4), random_images(4)
-    found = whole.encode_image(images, training=True)
-    assert_close(found, model.encode_image(images))
-    before = model.predict(pairs, verbose=0)
-    # Nothing that was learned starts over.
-    assert values([model.head.logit_scale, model.head.logit_bias]) == [1.5, -3.0]
-    whole.compile(optimizer=keras.optimizers.SGD(0.1), **FAST)
-    history = whole.fit(pairs, batch_size=4, verbose=0).history
-    assert "mask_ratio" not in history
-    after = model.predict(pairs, verbose=0)
-    assert_close(whole.predict(pairs, verbose=0), after)
-    assert all(np.abs(after[key] - x).max() > 1e-5 for key, x in before.items())
-    moved = values([model.head.logit_scale, model.head.logit_bias])
-    assert not {1.5, -3.0} & {*map(float, moved)}
-    # The masked model still masks.
-    model.compile(optimizer="sgd", **FAST)
-    history = model.fit(pairs, batch_size=4, verbose=0).history
-    assert history["mask_ratio"] == [0.5]
 
 
 class WithFactor:
@@ -95,22 +101,15 @@ class Scaled(WithFactor, kcm.ContrastiveModel):
     pass
 
 
-def scaled(masking):
-    return Scaled(masked_vit(masking), text_bag(), factor=3.0)
-
-
 @pytest.mark.any_backend
-@pytest.mark.parametrize(
-    "make", [scaled, lambda x: Scaled.from_backbone(tiny_clip(), x, factor=3.0)]
-)
-def test_an_unmasked_model_has_the_options_of_a_subclass(make):
-    model, pairs = make(kcm.RandomMasking(0.5)), random_pairs(2)
-    whole = model.without_masking()
-    assert (whole.factor, whole.maskings) == (3.0, [])
-    found = whole.predict(pairs, verbose=0)
-    assert_close(found, model.predict(pairs, verbose=0))
-    lengths = np.linalg.norm([*found.values()], axis=-1)
-    np.testing.assert_allclose(lengths, 3.0, atol=1e-5)
+def test_a_model_without_masking_has_the_same_weights_and_options():
+    model = Scaled.from_backbone(tiny_clip(), kcm.RandomMasking(), factor=3.0, views=2)
+    whole, pairs = model.without_masking(), random_pairs(2)
+    assert (type(whole), whole.factor, whole.views) == (Scaled, 3.0, 1)
+    assert ids_of(whole.weights) == ids_of(model.weights) - ids_of(
+        model.masking.weights
+    )
+    assert_close(whole.predict(pairs, verbose=0), model.predict(pairs, verbose=0))
 
 
 class Owner(Scaled):
@@ -139,7 +138,6 @@ def test_a_subclass_that_cannot_be_made_again_keeps_its_masking(kind, match):
     model = kind(masked_vit(kcm.RandomMasking()), text_bag())
     with pytest.raises(ValueError, match=match):
         model.without_masking()
-    assert model.image_tower(random_images(2)).shape == (2, 16)
 
 
 # === Towers ===
