@@ -4,7 +4,7 @@ import contextlib
 import functools
 
 import keras
-from keras import ops, tree
+from keras import tree
 
 from keras_cluster_mask.distribution.replicas import (
     num_replicas,
@@ -141,27 +141,13 @@ def over_processes(train_function, model, averaged):
     return wrapped
 
 
-def global_norm(gradients: list, scale=1.0):
-    """Computes the L2 norm of all gradients together, each divided by a scale."""
-    if (
-        keras.backend.backend() == "torch"
-        and isinstance(scale, float)
-        and scale == 1.0
-        and in_place_updates.can_update(gradients)
-    ):
-        return in_place_updates.global_norm(gradients)
-    # Divided first, since the squares of scaled gradients may overflow.
-    unscaled = (ops.cast(x, "float32") / scale for x in gradients)
-    return ops.sqrt(sum(ops.sum(ops.square(x)) for x in unscaled))
-
-
 def update_in_place(optimizer) -> None:
     """Makes an optimizer update in-place on torch, see `in_place_updates`."""
     if keras.backend.backend() == "torch":
         in_place_updates.update_in_place(optimizer)
 
 
-def apply_global_gradients(model, record=None) -> None:
+def apply_global_gradients(model) -> None:
     """Makes the optimizer of a model apply the gradients of the global batch.
 
     On TensorFlow, Keras clips each replica's gradients before it sums them. On torch,
@@ -170,29 +156,17 @@ def apply_global_gradients(model, record=None) -> None:
 
     Args:
         model: A compiled `keras.Model`.
-        record: Function that is called with the gradients before they are applied.
     """
-    optimizer, backend = model.optimizer, keras.backend.backend()
-    # The method that Keras's training step calls.
-    name = "stateless_apply" if backend == "jax" else "apply"
-    vars(optimizer).pop(name, None)
-    apply = getattr(optimizer, name)
+    optimizer = model.optimizer
+    vars(optimizer).pop("apply", None)
+    apply = optimizer.apply
 
     def reduce_and_apply(gradients, variables=None):
         reduced = model.trainable_weights if variables is None else variables
-        gradients = reduce_gradients(list(gradients), reduced)
-        if record is not None:
-            record(gradients)
-        return apply(gradients, variables)
+        return apply(reduce_gradients(list(gradients), reduced), variables)
 
-    def record_and_apply(optimizer_variables, gradients, variables):
-        with keras.StatelessScope([*zip(optimizer.variables, optimizer_variables)]):
-            record(gradients)
-        return apply(optimizer_variables, gradients, variables)
-
-    if backend == "tensorflow" or num_replicas() > 1 or record is not None:
-        wrapped = record_and_apply if backend == "jax" else reduce_and_apply
-        setattr(optimizer, name, wrapped)
+    if keras.backend.backend() == "tensorflow" or num_replicas() > 1:
+        optimizer.apply = reduce_and_apply
 
 
 def reduce_gradients(gradients: list, variables: list) -> list:

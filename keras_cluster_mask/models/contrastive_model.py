@@ -159,7 +159,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
     Metrics: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy` within the
     batch, and `temperature`. Training adds `mask_ratio`, the fraction of masked
-    patches, and, after `compile(log_gradient_norm=True)`, `gradient_norm`.
+    patches.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](

@@ -29,7 +29,7 @@ from keras_cluster_mask.training.input_rules import (
     as_weights,
     check_unused,
 )
-from keras_cluster_mask.training.step_metrics import DIRECTIONS, GradientNorm, StepMean
+from keras_cluster_mask.training.step_metrics import DIRECTIONS, StepMean
 from keras_cluster_mask.training.training_data import evaluation_data, until_the_end
 from keras_cluster_mask.types import Tensor
 
@@ -54,7 +54,6 @@ class ContrastiveTrainer(replicas.OwnReduction):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._gradient_norm: GradientNorm | None = None
         self._is_evaluating = False
         self._compiled_with: dict[str, Any] = {}
         self._accuracies = [StepMean(name=f"{x}_accuracy") for x in DIRECTIONS]
@@ -72,14 +71,6 @@ class ContrastiveTrainer(replicas.OwnReduction):
         loss.
         """
         return super().train_step(*args)
-
-    def compute_metrics(
-        self, x: Any, y: Any, y_pred: Any, sample_weight: Tensor | None = None
-    ) -> dict[str, Any]:
-        # This is the end of a step on every backend.
-        if self._gradient_norm is not None and not self._is_evaluating:
-            self._gradient_norm.update_metric()
-        return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def compute_loss(
         self,
@@ -193,11 +184,10 @@ class ContrastiveTrainer(replicas.OwnReduction):
 
     def make_train_function(self, force: bool = False) -> Any:
         # Values can be read here for the last time before the step is compiled.
-        norm, parts = self._gradient_norm, optimizers.optimizer_parts(self.optimizer)
+        parts = optimizers.optimizer_parts(self.optimizer)
         parts = [optimizers.inner_optimizer(self.optimizer), *parts]
         gradients.prepare_replicas(self, parts)
-        record = None if norm is None else norm.record
-        gradients.apply_global_gradients(self, record)
+        gradients.apply_global_gradients(self)
         # TensorFlow cannot create its variables in a step that XLA compiles.
         optimizers.build(self)
         optimizers.check_built(self.optimizer, self.trainable_variables)
@@ -259,12 +249,11 @@ class ContrastiveTrainer(replicas.OwnReduction):
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        metrics, norm = super().metrics, self._gradient_norm
+        metrics = super().metrics
         if self._is_evaluating:
-            # No patches are masked, and no gradients are computed.
+            # No patches are masked.
             return [x for x in metrics if x is not self._mask_ratio]
-        # In the order of the logs.
-        return metrics if norm is None else [*metrics, norm.metric]
+        return metrics
 
     # === Compile, fit, evaluate, predict ===
 
@@ -273,10 +262,9 @@ class ContrastiveTrainer(replicas.OwnReduction):
         optimizer: str | keras.optimizers.Optimizer | None = None,
         *,
         decay_vectors: bool = False,
-        log_gradient_norm: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Configures the optimizer, its weight decay, and the gradient norm metric.
+        """Configures the optimizer and its weight decay.
 
         Example:
 
@@ -284,8 +272,7 @@ class ContrastiveTrainer(replicas.OwnReduction):
         backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
         model = kcm.ContrastiveModel.from_backbone(backbone)
         model.compile(
-            keras.optimizers.AdamW(1e-3, weight_decay=0.2, global_clipnorm=1.0),
-            log_gradient_norm=True,
+            keras.optimizers.AdamW(1e-3, weight_decay=0.2, global_clipnorm=1.0)
         )
         ```
 
@@ -299,10 +286,6 @@ class ContrastiveTrainer(replicas.OwnReduction):
                 other vectors, such as the scales of normalization layers, class tokens
                 and the temperature. By default, weight decay applies only to matrices
                 that the optimizer does not exclude.
-            log_gradient_norm: Boolean. Whether `fit` reports `gradient_norm`: the L2
-                norm of the gradients of all weights for the whole batch, before
-                clipping, averaged over the steps of an epoch. Steps that a
-                `LossScaleOptimizer` skips do not count.
             **kwargs: Arguments of `keras.Model.compile`, except losses and metrics,
                 which are built in. `auto_scale_loss` scales the loss if an encoder
                 computes in float16.
@@ -333,10 +316,8 @@ class ContrastiveTrainer(replicas.OwnReduction):
         super().compile(optimizer, **kwargs)
         self._compile_options = {
             "decay_vectors": bool(decay_vectors),
-            "log_gradient_norm": bool(log_gradient_norm),
             "auto_scale_loss": kwargs.get("auto_scale_loss", True),
         }
-        self._gradient_norm = GradientNorm(optimizer) if log_gradient_norm else None
 
     def fit(
         self,

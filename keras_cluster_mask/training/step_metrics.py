@@ -1,11 +1,6 @@
-"""Metrics of training steps: means, and the norm of gradients."""
-
-import threading
+"""Metrics of training steps."""
 
 import keras
-from keras import ops
-
-from keras_cluster_mask.distribution.gradients import global_norm
 
 # Of retrieval within a batch.
 DIRECTIONS = "image_to_text", "text_to_image"
@@ -22,30 +17,3 @@ class StepMean(keras.metrics.Mean):
 
     def result(self):
         return super().result() if self.is_updated else {}
-
-
-class GradientNorm:
-    """The L2 norm of the gradients of a step, averaged over steps."""
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-        self.metric = keras.metrics.Mean(name="gradient_norm")
-        # TensorFlow runs the step of each replica in its own thread.
-        self._step = threading.local()
-
-    def record(self, gradients):
-        """Records the gradients of the global batch before they are applied."""
-        gradients = [x for x in gradients if x is not None]
-        self._step.norm = global_norm(gradients, self.optimizer.scale_loss(1.0))
-
-    def update_metric(self):
-        """Adds the norm of a training step to the metric."""
-        # Removed, since it may be a symbolic tensor of a traced function.
-        norm = vars(self._step).pop("norm", None)
-        if norm is None:
-            # No weight is trained.
-            return
-        counts = ops.ones_like(norm)
-        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
-            counts = ops.cast(ops.isfinite(norm), norm.dtype)
-        self.metric.update_state(ops.where(counts > 0, norm, 0.0), counts)

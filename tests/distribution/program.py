@@ -87,7 +87,7 @@ def make_model(masking=None, way="whole", **options):
         keras.optimizers.SGD(0.05, weight_decay=0.1, global_clipnorm=1.0),
         image=keras.optimizers.SGD(0.025, weight_decay=0.1, global_clipnorm=1.0),
     )
-    model.compile(optimizer, log_gradient_norm=True)
+    model.compile(optimizer)
     return model
 
 

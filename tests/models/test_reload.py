@@ -65,7 +65,6 @@ def draw(case):
         ],
         "optimizer": choose("adamw", "average", "momentum"),
         "towers": choose((), ("image",), ("image", "text")),
-        "log_gradient_norm": choose(True, False),
         "options": options,
     }
 
@@ -111,7 +110,7 @@ def make_model(case):
         optimizer = by_tower(model, default, **parts)
     else:
         optimizer = make_optimizer(kind, global_clipnorm=1.0)
-    model.compile(optimizer, log_gradient_norm=made["log_gradient_norm"], **FAST)
+    model.compile(optimizer, **FAST)
     return model
 
 

@@ -27,7 +27,7 @@ def make_model():
     backbone = kcm.models.with_context_length(backbone, 6)
     masking = kcm.AttentiveMasking(kcm.models.MomentumEncoder(backbone.vision_encoder))
     model = kcm.ContrastiveModel.from_backbone(backbone, masking)
-    model.compile("adam", log_gradient_norm=True)
+    model.compile("adam")
     return model, tokenizer.with_context_length(6)
 
 

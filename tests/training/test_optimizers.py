@@ -1,4 +1,4 @@
-"""What weight decay spares, and the norm of gradients."""
+"""What weight decay spares."""
 
 import keras
 import numpy as np
@@ -230,76 +230,27 @@ def test_a_frozen_tower_stays_as_it_is_while_the_other_learns(micro_batch_size):
     for each in (model, reference):
         each.image_encoder.trainable = False
     frozen = values(model.image_encoder.weights)
-    model.compile(
-        adamw(use_ema=True, ema_momentum=0.0, global_clipnorm=0.5),
-        log_gradient_norm=True,
-    )
-    history = fit(model)
+    model.compile(adamw(use_ema=True, ema_momentum=0.0, global_clipnorm=0.5))
+    fit(model)
     assert_same_values(model.image_encoder.weights, frozen)
     spared = [is_vector(v) for v in reference.trainable_variables]
     decays = [0.0 if x else DECAY for x in spared]
     norms = train_by_torch(reference, [RATE] * len(spared), decays, clip=0.5)
     assert_same_weights(model, reference)
-    assert history["gradient_norm"] == pytest.approx([np.mean(norms)], 1e-5)
+    assert min(norms) > 0.5  # There was something to clip.
 
 
-# === The norm of gradients ===
+# === Loss scaling ===
 
 
-def test_the_norm_is_reported_in_training_if_asked_for_and_never_in_evaluation():
-    pairs = random_pairs(BATCH)
-    for log in (False, True):
-        model = make_model()
-        model.compile("sgd", log_gradient_norm=log, **FAST)
-        history = model.fit(
-            pairs, batch_size=BATCH, validation_data=pairs, epochs=2, verbose=0
-        ).history
-        assert ("gradient_norm" in history) == log
-        assert "val_gradient_norm" not in history
-        assert "gradient_norm" not in model.evaluate(pairs, verbose=0, return_dict=True)
-        assert "gradient_norm" not in model.test_on_batch(pairs, return_dict=True)
-
-
-@pytest.mark.one_case
-@pytest.mark.parametrize("scaling", ["factor", "optimizer"])
-def test_the_norm_is_that_of_gradients_without_the_scale_of_the_loss(scaling):
-    optimizer = keras.optimizers.SGD(
-        0.0, loss_scale_factor=64.0 if scaling == "factor" else None
-    )
-    if scaling == "optimizer":
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+@pytest.mark.any_backend
+def test_a_loss_scale_optimizer_spares_vectors():
+    optimizer = keras.optimizers.SGD(0.1, weight_decay=0.2)
     model = make_model()
-    gradients_of = GradientSteps(model)
-    expected = [
-        np.sqrt(sum((g**2).sum() for g in gradients_of(pairs)[1]))
-        for pairs in batches()
-    ]
-    model.compile(optimizer, log_gradient_norm=True, **FAST)
-    assert fit(model)["gradient_norm"] == pytest.approx([np.mean(expected)], rel=1e-5)
-
-
-def test_a_loss_scale_optimizer_has_all_options_and_skipped_steps_do_not_count():
-    results = []
-    # At first all gradients are infinite, and the scale halves.
-    for scale in (2.0**125, 2.0**10):
-        optimizer = keras.optimizers.LossScaleOptimizer(
-            keras.optimizers.SGD(0.1, weight_decay=0.2), initial_scale=scale
-        )
-        model = make_model()
-        model.compile(optimizer, log_gradient_norm=True)
-        # An epoch of one step, for the norm of each.
-        history = fit(model, epochs=24 if scale > 2.0**20 else 1, steps=1)
-        assert np.isfinite(history["gradient_norm"]).all()
-        results.append(history["gradient_norm"])
-        assert not any(
-            optimizer.inner_optimizer._use_weight_decay(v)
-            for v in model.trainable_variables
-            if is_vector(v)
-        )
-    skipping, regular = results
-    assert skipping[0] == 0
-    first = next(norm for norm in skipping if norm)
-    assert first == pytest.approx(regular[0], rel=1e-5)
+    model.compile(keras.optimizers.LossScaleOptimizer(optimizer), **FAST)
+    fit(model, steps=1)
+    decaying = filter(optimizer._use_weight_decay, model.trainable_variables)
+    assert {v.name for v in decaying} == {"embeddings", "kernel"}
 
 
 # === Keras ===
@@ -352,9 +303,11 @@ def test_a_path_that_matches_no_weight_is_refused_also_in_a_loaded_model(tmp_pat
 
 
 @pytest.mark.any_backend
-def test_without_anything_to_train_the_norm_of_gradients_is_0():
+def test_a_model_with_nothing_to_train_is_fitted_as_it_is():
     model = kcm.ContrastiveModel.from_backbone(tiny_clip())
     model.backbone.trainable = False
-    model.compile("adam", log_gradient_norm=True, **FAST)
+    model.compile("adam", **FAST)
+    before = values(model.variables)
     history = model.fit(random_pairs(4), batch_size=4, verbose=0).history
-    assert history["gradient_norm"] == [0.0]
+    assert np.isfinite(history["loss"]).all()
+    assert_same_values(model.variables, before)

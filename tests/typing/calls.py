@@ -64,7 +64,7 @@ model = kcm.ContrastiveModel.from_backbone(backbone, masking, views=2)
 assert_type(model, kcm.ContrastiveModel)
 model = kcm.ContrastiveModel.from_backbone(backbone, Middle(0.5))
 optimizer = kcm.optimizer_by_block(model, 1e-4, steps=100)
-model.compile(optimizer, log_gradient_norm=True)
+model.compile(optimizer, decay_vectors=True)
 history = model.fit(
     dataset,
     epochs=32,

@@ -70,15 +70,6 @@ def update_in_place(optimizer):
         optimizer._backend_update_step = update_step
 
 
-def global_norm(gradients: list):
-    """Computes the L2 norm of all gradients together, without copying them.
-
-    Args:
-        gradients: List of torch tensors for which `can_update` is true.
-    """
-    return torch.nn.utils.get_total_norm(gradients)
-
-
 def clip_by_global_norm(gradients: list, max_norm: float) -> bool:
     """Scales all gradients in-place by one factor, to a norm of at most `max_norm`.
 
@@ -94,7 +85,7 @@ def clip_by_global_norm(gradients: list, max_norm: float) -> bool:
     if len({*map(id, gradients)}) < len(gradients) or not can_update(gradients):
         return False
     with torch.no_grad():
-        norm = global_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
         # No branch on the norm, which would make the program wait for the GPU.
         scale = max_norm * torch.minimum(1 / norm, torch.ones_like(norm) / max_norm)
         torch._foreach_mul_(gradients, scale + (norm - norm))
