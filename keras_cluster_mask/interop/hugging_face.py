@@ -1,4 +1,4 @@
-"""Loads CLIP, MetaCLIP 2 and SigLIP models of Hugging Face's transformers."""
+"""Loads CLIP and SigLIP models of Hugging Face's transformers."""
 
 import os
 import pathlib
@@ -14,7 +14,6 @@ from keras_cluster_mask.encoders.families import (
     CLIP_STD,
     SIGLIP_MEAN,
     SIGLIP_STD,
-    TEXT_FAMILIES,
 )
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
@@ -26,7 +25,7 @@ from keras_cluster_mask.interop.configs import (
     read_json,
 )
 from keras_cluster_mask.interop.state_dicts import load_model
-from keras_cluster_mask.interop.tensor_names import CLIP, METACLIP_2, SIGLIP
+from keras_cluster_mask.interop.tensor_names import CLIP, SIGLIP
 from keras_cluster_mask.interop.weight_files import INDEX, find_weights
 from keras_cluster_mask.models import ContrastiveModel
 
@@ -39,8 +38,8 @@ CONFIG_FILE = "config.json"
 PREPROCESSING_FILES = "preprocessor_config.json", "processor_config.json"
 
 # The families of an `Architecture` by `model_type`, and the names of their tensors.
-FAMILIES = {"clip": "CLIP", "metaclip_2": "MetaCLIP2", "siglip": "SigLIP"}
-NAMES = {"CLIP": CLIP, "MetaCLIP2": METACLIP_2, "SigLIP": SIGLIP}
+FAMILIES = {"clip": "CLIP", "siglip": "SigLIP"}
+NAMES = {"CLIP": CLIP, "SigLIP": SIGLIP}
 
 # The end token's id that old CLIP configs state by mistake. transformers then pools at
 # the highest id.
@@ -90,25 +89,25 @@ ENTRIES = {
         "text_config.max_position_embeddings": Entry("context", 64, "count"),
     },
 }
-ENTRIES["MetaCLIP2"] = ENTRIES["CLIP"]
 PARTS = "text_config", "vision_config"
 
 
 def load_hugging_face(
     source: str | os.PathLike, *, dtype: Any = None, **kwargs: Any
 ) -> ContrastiveModel:
-    """Loads a CLIP, MetaCLIP 2 or SigLIP model saved by transformers.
+    """Loads a CLIP or SigLIP model saved by transformers.
 
     Reads the files of a downloaded model, and the files that `save_pretrained` of
-    `CLIPModel`, `MetaClip2Model` and `SiglipModel` writes, without transformers. Sizes,
-    attention heads and activation are read from `config.json`, and the mean and
-    deviation of pixels from `preprocessor_config.json` or `processor_config.json`;
-    without either file, they are the defaults for the kind of model. Other models of
-    transformers, such as `Siglip2Model`, and models that keras_hub's backbones cannot
-    compute are refused. Half-precision weights become float32.
+    `CLIPModel` and `SiglipModel` writes, without transformers. Sizes, attention heads
+    and activation are read from `config.json`, and the mean and deviation of pixels
+    from `preprocessor_config.json` or `processor_config.json`; without either file,
+    they are the defaults for the kind of model. Other models of transformers, such as
+    `Siglip2Model`, and models that keras_hub's backbones cannot compute are refused.
+    Half-precision weights become float32. keras_hub itself reads a MetaCLIP 2: use
+    `ContrastiveModel.from_preset`.
 
     The model resizes images as in its training: it squashes them for SigLIP, and crops
-    them for the others. A warning is issued if the files state another method. Files
+    them for CLIP. A warning is issued if the files state another method. Files
     that state another image size than the model's are refused.
 
     Example:
@@ -131,8 +130,8 @@ def load_hugging_face(
             of transformers, which needs the package.
 
     Returns:
-        A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`,
-        `MetaCLIP2Backbone` or `SigLIPBackbone`.
+        A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone` or
+        `SigLIPBackbone`.
 
     Raises:
         ValueError: If a file cannot be read or contains Python code; if the config
@@ -145,7 +144,7 @@ def load_hugging_face(
 
     Reference:
         - [transformers](https://github.com/huggingface/transformers),
-          `modeling_clip.py`, `modeling_metaclip_2.py` and `modeling_siglip.py`.
+          `modeling_clip.py` and `modeling_siglip.py`.
     """
     source = find_weights(pathlib.Path(source), WEIGHT_FILES)
     fields, reasons = _read_config(source.parent / CONFIG_FILE)
@@ -168,7 +167,9 @@ def _read_config(path):
         raise ValueError(
             f"`source` must be a model of transformers, with a {CONFIG_FILE} that has "
             f"a `model_type` of {sorted(FAMILIES)}. `load_open_clip` reads models of "
-            f"open_clip. Received: source={str(path)!r}, with model_type={kind!r}"
+            "open_clip, and `kcm.ContrastiveModel.from_preset(folder, tokenizer="
+            "transformers.AutoTokenizer.from_pretrained(folder))` a MetaCLIP 2. "
+            f"Received: source={str(path)!r}, with model_type={kind!r}"
         )
     # Old configs have a second dictionary. transformers fills it with defaults and then
     # prefers it.
@@ -192,11 +193,9 @@ def _read_config(path):
             )
     elif not reasons:
         highest = fields["vocabulary"] - 1
-        end_id = TEXT_FAMILIES[f"{family}TextEncoder"].end_id
-        ends = (OLD_END_ID, highest) if end_id is None else (end_id,)
         end = given.get("text_config.eos_token_id", 49407)
-        if end not in ends:
-            pools = f"keras_hub pools texts at the id {ends[-1]}"
+        if end not in (OLD_END_ID, highest):
+            pools = f"keras_hub pools texts at the id {highest}"
             reasons.append(f"text_config.eos_token_id={end}: {pools}")
     return {**fields, "family": family}, reasons
 

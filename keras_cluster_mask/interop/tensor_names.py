@@ -74,13 +74,6 @@ def rows(table: str, name: str = "", path: str = "") -> list[tuple[str, str, str
     return found
 
 
-def _of_metaclip_2(names, model):
-    """Returns the same names with the paths of keras_hub's MetaCLIP 2."""
-    tensors = names.tensors.replace("clip_head.", "metaclip_2_head.")
-    tensors = tensors.replace("vision_encoder.layer_norm ", "vision_post_layer_norm ")
-    return dataclasses.replace(names, model=model, tensors=tensors)
-
-
 # === open_clip ===
 
 OPEN_CLIP = TensorNames(
@@ -112,7 +105,13 @@ mlp.c_proj | dense_2 | dense
 """,
 )
 
-OPEN_METACLIP_2 = _of_metaclip_2(OPEN_CLIP, "MetaCLIP 2 of open_clip")
+OPEN_METACLIP_2 = dataclasses.replace(
+    OPEN_CLIP,
+    model="MetaCLIP 2 of open_clip",
+    tensors=OPEN_CLIP.tensors.replace("clip_head.", "metaclip_2_head.").replace(
+        "vision_encoder.layer_norm ", "vision_post_layer_norm "
+    ),
+)
 
 # === transformers ===
 
@@ -148,8 +147,6 @@ mlp.fc1 | dense_1 | dense
 mlp.fc2 | dense_2 | dense
 """,
 )
-
-METACLIP_2 = _of_metaclip_2(CLIP, "MetaClip2Model of transformers")
 
 SIGLIP = TensorNames(
     model="SiglipModel of transformers",

@@ -332,7 +332,9 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
         Args:
             preset: The name of a preset, such as `"clip_vit_base_patch16"`, which
-                keras_hub downloads, or a folder that `save_to_preset` wrote.
+                keras_hub downloads, or a folder that `save_to_preset` wrote. Or a
+                MetaCLIP 2 of transformers, as a folder or `"hf://..."`, with
+                `tokenizer=transformers.AutoTokenizer.from_pretrained(...)`.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             **kwargs: Arguments of `from_backbone`, and the `dtype` of the backbone.
                 `tokenizer` defaults to the preset's tokenizer, if any: a

@@ -61,12 +61,6 @@ def clip(text=(), vision=()):
     return made("CLIP", {"eos_token_id": END, **dict(text)}, vision, projection_dim=24)
 
 
-def metaclip_2(text=(), vision=()):
-    return made(
-        "MetaClip2", {"eos_token_id": 2, **dict(text)}, vision, projection_dim=24
-    )
-
-
 def siglip(text=(), vision=()):
     return made("Siglip", {"projection_size": 48, **dict(text)}, vision)
 
@@ -84,8 +78,6 @@ def their_embeddings(model, images, ids):
 
 def assert_same_embeddings(model, reference):
     images, ids = batch()
-    if reference.config.model_type == "metaclip_2":
-        ids = ended_by(ids)
     expected = their_embeddings(reference, images, ids)
     assert_close(our_embeddings(model, images, ids), expected, atol=2e-6)
 
@@ -148,7 +140,6 @@ def test_a_tokenizer_in_the_folder_is_that_of_the_model(folder, monkeypatch):
     [
         (clip, "CLIPBackbone", "quick_gelu"),
         (clip, "CLIPBackbone", "gelu"),
-        (metaclip_2, "MetaCLIP2Backbone", "gelu"),
         (siglip, "SigLIPBackbone", "gelu_pytorch_tanh"),
         (siglip, "SigLIPBackbone", "gelu"),
     ],
@@ -208,7 +199,6 @@ def test_old_configs_pool_at_the_highest_id_and_have_second_dictionaries_that_wi
 def test_what_a_config_leaves_out_has_the_default_of_transformers():
     for family, config in (
         ("CLIP", transformers.CLIPConfig()),
-        ("MetaCLIP2", transformers.MetaClip2Config()),
         ("SigLIP", transformers.SiglipConfig()),
     ):
         theirs = flatten(config.to_dict(), PARTS)
@@ -233,6 +223,21 @@ def test_options_of_from_backbone_take_precedence_over_the_files(folder):
     assert model.pixel_mean == [0.1, 0.2, 0.3]
     assert model.pixel_std == [0.3, 0.2, 0.1]
     assert model.head.loss == "sigmoid"
+
+
+def test_keras_hub_reads_a_metaclip_2(tmp_path):
+    reference = made("MetaClip2", {"eos_token_id": 2}, projection_dim=24)
+    reference.save_pretrained(tmp_path)
+    hugging_face(2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"from_preset.* a MetaCLIP 2. Received: "):
+        load_hugging_face(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model = kcm.ContrastiveModel.from_preset(tmp_path, tokenizer=tokenizer)
+    assert model.pixel_mean == [*CLIP_MEAN]
+    images, ids = batch()
+    ids = ended_by(ids)
+    expected = their_embeddings(reference, images, ids)
+    assert_close(our_embeddings(model, images, ids), expected, atol=2e-6)
 
 
 # === Pixels ===
@@ -329,7 +334,6 @@ def test_preprocessing_that_cannot_be_followed_is_refused(folder, key, value):
         # Other kinds.
         ("text_config__projection_size", 24, "siglip"),
         ("vision_config__vision_use_head", False, "siglip"),
-        ("text_config__eos_token_id", 3, "metaclip_2"),
     ],
 )
 def test_what_a_model_cannot_hold_is_refused_by_name(folder, key, value, kind):
