@@ -32,11 +32,9 @@ MASKINGS = {
     "threshold, beta 0.5": threshold(0.5),
     "threshold, beta 0.3": threshold(0.3),
     "resized": lambda patch_size: None,
-    "random, two views": lambda patch_size: kcm.RandomMasking(0.5),
     f"none{PADDED}": lambda patch_size: None,
     f"random{PADDED}": lambda patch_size: kcm.RandomMasking(0.5),
 }
-VIEWS = {"random, two views": 2}
 OPEN_CLIP = {"open_clip, none": 0.0, "open_clip, patch dropout 0.5": 0.5}
 
 
@@ -125,8 +123,7 @@ class Setting:
         """How many patch tokens the image tower reads in training."""
         patches = (self.side(name) // self.patch_size) ** 2
         masking = self.masking(name)
-        kept = patches if masking is None else masking.num_kept(patches)
-        return VIEWS.get(name, 1) * kept
+        return patches if masking is None else masking.num_kept(patches)
 
     def arithmetic(self, name):
         """Floating-point operations to train on one pair."""
@@ -135,7 +132,6 @@ class Setting:
             self.side(name),
             self.text_tokens(name),
             masking=self.masking(name),
-            views=VIEWS.get(name, 1),
         )
 
 
@@ -195,9 +191,7 @@ def training_steps(names, setting):
             shared[side] = backbone, optimizer
         backbone, optimizer = shared[side]
         data = setting.batch(name)
-        model = kcm.ContrastiveModel.from_backbone(
-            backbone, masking=setting.masking(name), views=VIEWS.get(name, 1)
-        )
+        model = kcm.ContrastiveModel.from_backbone(backbone, setting.masking(name))
         model.compile(optimizer, jit_compile=True if setting.jit else "auto")
         steps[name] = lambda model=model, data=data: model.train_on_batch(data)
     return steps

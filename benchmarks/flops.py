@@ -18,7 +18,7 @@ PEAKS = {
 
 
 def training_flops(
-    size, image_size=224, context_length=77, patch_size=None, masking=None, views=1
+    size, image_size=224, context_length=77, patch_size=None, masking=None
 ):
     """Floating-point operations to train a CLIP on one image-text pair.
 
@@ -45,7 +45,6 @@ def training_flops(
         context_length: Integer. The number of tokens of a text, padding included.
         patch_size: Integer. Defaults to the size's own.
         masking: The `PatchMasking` to train with. `None` reads whole images.
-        views: Integer. How many masked views of each image there are.
 
     Returns:
         Integer.
@@ -61,16 +60,16 @@ def training_flops(
     text_width = shape.text_width
     forward = (
         2 * patches * pixels * image_width  # All patches are embedded, then some left.
-        + views * flops_of_blocks(1 + kept, image_width, image_layers)
+        + flops_of_blocks(1 + kept, image_width, image_layers)
         + flops_of_blocks(context_length, text_width, shape.text_layers)
-        + 2 * (views * image_width + text_width) * shape.projection
+        + 2 * (image_width + text_width) * shape.projection
     )
     comparing = 0
     if isinstance(masking, SimilarityMasking):
         compared = pixels + (image_width if masking.embedding_weight != 0.0 else 0)
         # Cluster masking compares with anchors, the others all patches with all.
         num_anchors = getattr(masking, "num_anchors", lambda patches: patches)(patches)
-        comparing = 2 * views * num_anchors * patches * compared
+        comparing = 2 * num_anchors * patches * compared
     if isinstance(masking, AttentiveMasking):
         rows, columns = masking.teacher.grid
         comparing = _attention(rows * columns, pixels, image_width, image_layers)

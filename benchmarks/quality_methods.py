@@ -28,7 +28,6 @@ class Method:
         whole_images: Whether the last eighth of the training reads whole images, with
             an optimizer of its own.
         image_scale: The side of the images that the model reads, over the full side.
-        views: How many masked views of each image a step trains on.
         equal_time: Whether to train for as long as `random` takes, rather than for as
             many steps.
     """
@@ -41,7 +40,6 @@ class Method:
     whole_texts: bool = False
     whole_images: bool = False
     image_scale: float = 1.0
-    views: int = 1
     equal_time: bool = False
 
     def __post_init__(self):
@@ -114,7 +112,6 @@ PATCHES = {
 CHANGES = {
     "ratio 0.25": {"mask_ratio": 0.25},
     "ratio 0.75": {"mask_ratio": 0.75},
-    "two views": {"views": 2},
     # Which words stay, of captions that are longer than `short_context`.
     "12 tokens": {"short_context": 12},
     "first words": {"text_masking": lambda captions: None},

@@ -89,10 +89,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         inputs: Images, in the form that `encoder` takes: a tensor, or a dictionary with
             a tensor.
         training: Python boolean. Patches are left out only if it is true.
-        noise: `(batch, N)` float32 tensor for the masking, or `(batch, v, N)` for `v`
-            views of each image. Drawn if not given. For views, the patches are embedded
-            once, and the output has `batch * v` rows, with the views of an image in
-            consecutive rows.
+        noise: `(batch, N)` float32 tensor for the masking. Drawn if not given.
 
     Attributes:
         encoder: The encoder, which shares its weights with this model.

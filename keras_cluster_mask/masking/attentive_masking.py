@@ -67,9 +67,6 @@ class AttentiveMasking(PatchMasking):
           blocks, one more than half: 100 of 196 patches.
     """
 
-    # The image determines the mask. Noise only selects among patches of one block.
-    is_random = False
-
     _settings = (*PatchMasking._settings, "block_size")
 
     def __init__(

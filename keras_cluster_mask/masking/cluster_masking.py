@@ -92,8 +92,7 @@ class ClusterMasking(SimilarityMasking):
         images: `(batch, H, W, C)` tensor (or channels first) of any dtype and
             value range. H and W are multiples of the patch size.
         training: Python boolean. Tokens are left out only if it is true.
-        noise: `(batch, N)` float32 tensor in `[0, 1)`, or `(batch, v, N)` for `v` views
-            of each image, see `kcm.PatchMasking`. Drawn if not given.
+        noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
 
     Returns:
         `(batch, prefix + K, dim)` tensor of the same dtype as `tokens`.

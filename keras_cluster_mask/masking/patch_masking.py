@@ -16,7 +16,7 @@ from keras_cluster_mask.masking.selection import (
     add_state,
     best_patches,
     keep_patches,
-    noise_by_view,
+    noise_of_call,
     noise_of_model,
     split_tokens,
 )
@@ -72,13 +72,11 @@ class PatchMasking(keras.layers.Layer):
             tokens in row-major order of the image grid.
         images: The images of the tokens, for strategies that use pixels.
         training: Python boolean. Tokens are left out only if it is true.
-        noise: `(batch, N)` float32 tensor in `[0, 1)`, or `(batch, v, N)` for `v`
-            views, which are `v` masks of each image. Drawn if not given.
+        noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
 
     Returns:
         `(batch, prefix + K, dim)` tensor of kept tokens in their original order and
-        dtype. If some tokens are hidden, the output has a Keras mask. For `v` views, it
-        has `batch * v` rows, with the views of an image in consecutive rows.
+        dtype. If some tokens are hidden, the output has a Keras mask.
 
     Reference:
         - [Scaling Language-Image Pre-training via Masking](
@@ -88,10 +86,6 @@ class PatchMasking(keras.layers.Layer):
     # True if a score of -inf hides a token that is kept as padding. Hiding needs an
     # attention mask; a strategy without such scores does not.
     hides_tokens = False
-
-    # True if the views of an image have different masks. False if the image determines
-    # its mask.
-    is_random = True
 
     # For strategies that leave out more of some images than of others: the minimum
     # fraction to leave out of each image. `mask_ratio` is then the average. If that is
@@ -200,7 +194,7 @@ class PatchMasking(keras.layers.Layer):
         """Draws the noise of one step, the only source of randomness.
 
         Args:
-            batch_size: Integer, the number of images or views in the global batch.
+            batch_size: Integer, the number of images in the global batch.
             num_patches: Integer, the number of patches per image.
 
         Returns:
@@ -221,13 +215,12 @@ class PatchMasking(keras.layers.Layer):
         Args:
             images: Images, for strategies that use pixels.
             tokens: `(batch, prefix + N, dim)` tensor, for use or to count patches.
-            noise: `(batch, N)` float32 tensor in `[0, 1)`, or `(batch, v, N)` for `v`
-                views. Drawn if not given.
+            noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
 
         Returns:
             A tuple `(indices, visible)`: `(batch, K)` int32 patch indices in ascending
             order, and `(batch, K)` booleans that are false for padding, which must have
-            no effect. Both are `(batch, v, K)` for `v` views.
+            no effect.
         """
         if not any(map(is_traced, self.variables)):
             self.check_ready()
@@ -240,12 +233,8 @@ class PatchMasking(keras.layers.Layer):
             _, num_patches = split_tokens(self, tokens, images, self.num_prefix_tokens)
         else:
             num_patches = np.shape(noise)[-1]
-        noises = noise_by_view(self, noise, images, tokens, num_patches)
-        selected = best_patches(self, images, tokens, noises)[:2]
-        if np.ndim(noise) != 3:
-            return selected
-        shape = (-1, len(noises), selected[0].shape[1])
-        return tuple(ops.reshape(x, shape) for x in selected)
+        noise = noise_of_call(self, noise, images, tokens, num_patches)
+        return best_patches(self, images, tokens, noise)[:2]
 
     def call(
         self,
@@ -296,11 +285,9 @@ class PatchMasking(keras.layers.Layer):
         self,
         tokens_shape: Sequence[int | None],
         images_shape: Sequence[int | None] | None = None,
-        noise_shape: Sequence[int | None] | None = None,
     ) -> tuple[int | None, ...]:
-        # Tokens depend on `training`, and rows on the number of views.
-        has_views = noise_shape is not None and len(noise_shape) == 3
-        return (None if has_views else tokens_shape[0], None, tokens_shape[2])
+        # The number of tokens depends on `training`.
+        return (tokens_shape[0], None, tokens_shape[2])
 
     def compute_output_spec(
         self,
@@ -310,8 +297,7 @@ class PatchMasking(keras.layers.Layer):
         noise: Tensor | None = None,
     ) -> keras.KerasTensor:
         # Tokens keep their dtype under any policy.
-        noise_shape = getattr(noise, "shape", None)
-        shape = self.compute_output_shape(tokens.shape, noise_shape=noise_shape)
+        shape = self.compute_output_shape(tokens.shape)
         return keras.KerasTensor(shape, dtype=tokens.dtype)
 
     def _own_variables(self):

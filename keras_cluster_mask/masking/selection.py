@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.checks import fits_shape
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.distribution.replicas import take_rows
 
@@ -29,22 +30,18 @@ class StepNoise:
 
     Args:
         size: Integer, the number of images in the whole batch.
-        views: Integer, the number of masks of each image.
         take: Function from a `(size, ...)` tensor to the rows that are seen. `None`
             takes all.
     """
 
-    def __init__(self, size, views=1, take=None):
+    def __init__(self, size, take=None):
         self.size = size
-        self.views = views
         self.take = take
 
     def draw(self, masking, num_patches):
-        """Draws the noise of a masking, a list of `(rows, N)` tensors, one per view."""
-        # `draw`, which a strategy may override, treats each view as an image.
-        noise = masking.draw(self.size * self.views, num_patches)
-        noise = ops.reshape(noise, (-1, self.views, num_patches))
-        return ops.unstack(noise if self.take is None else self.take(noise), axis=1)
+        """Draws the noise of a masking, a `(rows, N)` tensor."""
+        noise = masking.draw(self.size, num_patches)
+        return noise if self.take is None else self.take(noise)
 
     @contextlib.contextmanager
     def given(self):
@@ -116,18 +113,18 @@ def anchor_count(num_patches, ratio):
     return max(1, num_patches - int(num_patches * (1.0 - ratio) + 1e-6))
 
 
-def noise_by_view(masking, noise, images, tokens, num_patches):
+def noise_of_call(masking, noise, images, tokens, num_patches):
     """Checks the noise of a call, or draws it.
 
     Args:
         masking: A `PatchMasking`.
-        noise: `(batch, N)` or `(batch, v, N)` tensor, a `StepNoise`, or `None`.
+        noise: `(batch, N)` tensor, a `StepNoise`, or `None`.
         images: Images, or `None`.
         tokens: `(batch, prefix + N, dim)` tensor, or `None`.
         num_patches: Integer, N.
 
     Returns:
-        A list with the `(batch, N)` float32 tensor of each view.
+        `(batch, N)` float32 tensor.
     """
     inputs = images if tokens is None else tokens
     if noise is inputs is None:
@@ -140,48 +137,40 @@ def noise_by_view(masking, noise, images, tokens, num_patches):
         return noise.draw(masking, num_patches)
     noise = ops.convert_to_tensor(noise, dtype="float32")
     shape, batch_size = tuple(noise.shape), None if inputs is None else inputs.shape[0]
-    fits = len(shape) in (2, 3) and shape[-1] == num_patches and 0 not in shape[1:]
-    if not fits or (None not in (shape[0], batch_size) and shape[0] != batch_size):
+    if not fits_shape(shape, (batch_size, num_patches)):
         raise ValueError(
             f"`noise` must have shape ({batch_size or 'batch'}, {num_patches}), one "
-            f"value a patch, or ({batch_size or 'batch'}, views, {num_patches}). "
-            f"Received: noise.shape={shape}"
+            f"value a patch. Received: noise.shape={shape}"
         )
-    return [noise] if len(shape) == 2 else ops.unstack(noise, axis=1)
+    return noise
 
 
-def best_patches(masking, images, tokens, noises):
+def best_patches(masking, images, tokens, noise):
     """Returns the patches with the highest scores.
 
     Args:
         masking: A `PatchMasking`.
         images: Images, or `None`.
         tokens: `(batch, prefix + N, dim)` tensor, or `None`.
-        noises: List of `(batch, N)` tensors, one per view.
+        noise: `(batch, N)` tensor.
 
     Returns:
-        A tuple: `(batch * v, K)` int32 indices in ascending order, `(batch * v, K)`
-        booleans that are false for hidden padding, and the `(batch * v, N)` scores. The
-        views of an image are in consecutive rows. For a mask ratio of 0 there are no
-        scores.
+        A tuple: `(batch, K)` int32 indices in ascending order, `(batch, K)` booleans
+        that are false for hidden padding, and the `(batch, N)` scores. For a mask ratio
+        of 0 there are no scores.
     """
     if not masking.mask_ratio:
-        indices = _all_patches(noises[0], len(noises), noises[0].shape[1])
+        indices = _all_patches(noise, noise.shape[1])
         return indices, ops.ones_like(indices, dtype="bool"), None
-    scores = [masking.score(noise, images, tokens) for noise in noises]
-    for score, noise in zip(scores, noises):
-        # A single row would be the score of all images.
-        rows = {score.shape[0] if score.shape else 1, noise.shape[0]}
-        if score.shape[1:] != noise.shape[1:] or (1 in rows and len(rows) > 1):
-            raise ValueError(
-                f"`score` of `{masking.name}` must return one value a patch, shape "
-                f"{tuple(noise.shape)}. Received: shape {tuple(score.shape)}"
-            )
-    num_patches = noises[0].shape[1]
-    score, noise = (
-        ops.reshape(ops.stack(x, axis=1), (-1, num_patches)) for x in (scores, noises)
-    )
-    best = order_by_score(score, noise)[:, : masking.num_kept(num_patches)]
+    score = masking.score(noise, images, tokens)
+    # A single row would be the score of all images.
+    rows = {score.shape[0] if score.shape else 1, noise.shape[0]}
+    if score.shape[1:] != noise.shape[1:] or (1 in rows and len(rows) > 1):
+        raise ValueError(
+            f"`score` of `{masking.name}` must return one value a patch, shape "
+            f"{tuple(noise.shape)}. Received: shape {tuple(score.shape)}"
+        )
+    best = order_by_score(score, noise)[:, : masking.num_kept(noise.shape[1])]
     indices = ops.sort(best, axis=-1)
     if not masking.hides_tokens:
         return indices, ops.ones_like(indices, dtype="bool"), score
@@ -189,10 +178,10 @@ def best_patches(masking, images, tokens, noises):
     return indices, visible, score
 
 
-def _all_patches(rows, views, num_patches):
-    """Returns the `(batch * views, num_patches)` indices of all patches of `rows`."""
-    shape = ops.shape(rows)[0] * views, num_patches
-    return ops.broadcast_to(ops.arange(num_patches, dtype="int32"), shape)
+def _all_patches(rows, num_patches):
+    """Returns the `(batch, num_patches)` indices of all patches of `rows`."""
+    indices = ops.arange(num_patches, dtype="int32")
+    return ops.broadcast_to(indices, (ops.shape(rows)[0], num_patches))
 
 
 def keep_patches(masking, tokens, images=None, noise=None, num_prefix=None):
@@ -204,15 +193,14 @@ def keep_patches(masking, tokens, images=None, noise=None, num_prefix=None):
         masking: A `PatchMasking`.
         tokens: `(batch, prefix + N, dim)` tensor.
         images: Images, for strategies that use pixels.
-        noise: `(batch, N)` or `(batch, v, N)` float32 tensor, or the `StepNoise` of a
-            model. Drawn if not given.
+        noise: `(batch, N)` float32 tensor, or the `StepNoise` of a model. Drawn if not
+            given.
         num_prefix: Integer, the number of tokens before the patch tokens. `None` uses
             the masking's number.
 
     Returns:
         The kept tokens, `(batch, prefix + K, dim)`, with a Keras mask if the strategy
-        hides some of them; the `(batch, K)` indices of the kept patches. For `v` views
-        they have `batch * v` rows.
+        hides some of them; the `(batch, K)` indices of the kept patches.
     """
     noise = noise_of_model() if noise is None else noise
     given = masking.num_prefix_tokens if num_prefix is None else num_prefix
@@ -220,22 +208,16 @@ def keep_patches(masking, tokens, images=None, noise=None, num_prefix=None):
     if not masking.mask_ratio:
         masking.last_mask_ratio.assign(0.0)
         _end_call(masking)
-        views = noise.shape[1] if np.ndim(noise) == 3 else getattr(noise, "views", 1)
-        indices = _all_patches(tokens, views, num_patches)
-        return tokens if views == 1 else ops.repeat(tokens, views, axis=0), indices
+        return tokens, _all_patches(tokens, num_patches)
     # Check only once, because reading a value makes an accelerator wait.
     is_first = not masking._is_ready and not any(map(is_traced, masking.variables))
     if is_first:
         masking.check_ready()
         masking._is_ready = True
-    noises = noise_by_view(masking, noise, images, tokens, num_patches)
-    indices, visible, score = best_patches(masking, images, tokens, noises)
-    # Gather all views of an image from its row, on the device that holds the row.
-    views, num_kept = len(noises), indices.shape[1]
-    of_image = ops.reshape(indices, (-1, views * num_kept))
-    kept = take_rows(tokens[:, num_prefix:], of_image)
-    kept = ops.reshape(kept, (-1, num_kept, tokens.shape[2]))
-    prefix = ops.repeat(tokens[:, :num_prefix], views, axis=0)
+    noise = noise_of_call(masking, noise, images, tokens, num_patches)
+    indices, visible, score = best_patches(masking, images, tokens, noise)
+    prefix = tokens[:, :num_prefix]
+    kept = take_rows(tokens[:, num_prefix:], indices)
     share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
     masking.last_mask_ratio.assign(1.0 - share)
     masking.observe(score)

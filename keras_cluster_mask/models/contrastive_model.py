@@ -116,10 +116,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
             accuracies. The softmax loss is the same for texts with equal embeddings.
-        views: Integer. The number of views of each image in a step, each with its own
-            mask. Patches are embedded once, and the rest of the image encoder runs once
-            per view. Loss and metrics are means over the views. Two views of half the
-            patches cost about as much as the whole image (A-CLIP).
         pixel_mean: Three floats, one per channel. uint8 images are scaled to [0, 1] and
             normalized with this mean. Defaults to CLIP's. `None` passes images to the
             encoder unchanged.
@@ -153,9 +149,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         backbone: The keras_hub backbone of `from_backbone`, or `None`.
 
     All attributes except `tokenizer` are fixed, as are `pixel_mean` and `pixel_std`.
-    `views`, `duplicates` and `micro_batch_size` can be changed between calls of `fit`.
-    In your own training loop, each `model(batch, training=True)` is a step of the
-    maskings.
+    `duplicates` and `micro_batch_size` can be changed between calls of `fit`. In your
+    own training loop, each `model(batch, training=True)` is a step of the maskings.
 
     Metrics: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy` within the
     batch, and `temperature`. Training adds `mask_ratio`, the fraction of masked
@@ -166,14 +161,12 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
           https://arxiv.org/abs/2103.00020)
         - [Sigmoid Loss for Language Image Pre-Training](
           https://arxiv.org/abs/2303.15343)
-        - [Attentive Mask CLIP](https://arxiv.org/abs/2212.08653) for several views.
     """
 
     _is_made = False
     _settings = (
         "micro_batch_size",
         "duplicates",
-        "views",
         "pixel_mean",
         "pixel_std",
         "resize",
@@ -188,7 +181,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         head: str | ContrastiveHead = "linear",
         micro_batch_size: int | None = None,
         duplicates: str = "positive",
-        views: int = 1,
         pixel_mean: Sequence[float] | None = CLIP_MEAN,
         pixel_std: Sequence[float] = CLIP_STD,
         resize: str = "crop",
@@ -246,7 +238,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
         self.micro_batch_size = micro_batch_size
         self.duplicates = duplicates
-        self.views = views
         self.resize = resize
         self.tokenizer = tokenizer
         for masking in self.maskings:
@@ -265,9 +256,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             check_choice(name, value, CHOICES[name])
         elif name == "micro_batch_size":
             value = check_integer(name, value, or_none=True)
-        elif name == "views":
-            value = check_integer(name, value)
-            _check_views(value, self.maskings)
         elif name == "tokenizer" and value is not None:
             check_kind(value)
         if name in UNTRACKED:
@@ -428,8 +416,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 model.
 
         Returns:
-            `(batch, d)` float32 tensor, L2-normalized. In training with several
-            `views`, `(batch, views, d)`. For a list, a NumPy array.
+            `(batch, d)` float32 tensor, L2-normalized. For a list, a NumPy array.
 
         Raises:
             ValueError: If an image cannot be read, or is not valid for the encoder.
@@ -441,7 +428,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             images = np.concatenate([*read])
         if not is_traced(images):
             self.input_rules.check_images(images)
-        noise = StepNoise(ops.shape(images)[0], self.views) if training else None
+        noise = StepNoise(ops.shape(images)[0]) if training else None
         return self._embed_images(images, training, noise)
 
     def encode_text(self, texts: Any, training: bool | None = None) -> Any:
@@ -488,13 +475,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
     def _embed_images(self, images, training=False, noise=None):
         encoder = None if noise is None else self.image_encoder
-        embeddings = self.image_tower.embed(
-            images, training, noise=noise, encoder=encoder
-        )
-        if noise is None or noise.views == 1:
-            return embeddings
-        shape = ops.shape(images)[0], noise.views, embeddings.shape[-1]
-        return ops.reshape(embeddings, shape)
+        return self.image_tower.embed(images, training, noise=noise, encoder=encoder)
 
     def _embed(self, inputs, training=False, noise=None):
         """Embeds a batch, or a micro-batch, of images and texts."""
@@ -525,7 +506,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         # A replica's rows get the same masks as in the global batch.
         # TensorFlow may know the number of texts, but not the number of images.
         size = ops.shape(inputs["token_ids"])[0] * replicas.num_replicas()
-        noise = StepNoise(size, self.views, replicas.local_rows)
+        noise = StepNoise(size, replicas.local_rows)
         if self.micro_batch_size:
             embeddings, extra_losses = embed_in_micro_batches(
                 self, self._embed, inputs, noise, self.micro_batch_size
@@ -611,7 +592,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 or weights that the new model would not share.
         """
         parts = {name: unmasked(getattr(self, name)) for name in self._parts}
-        config = {**self.get_config(), **parts, "views": 1, "omitted": None}
+        config = {**self.get_config(), **parts, "omitted": None}
         if self.backbone is not None:
             config["masking"] = None
         known = {*config, *inspect.signature(ContrastiveModel.__init__).parameters}
@@ -709,17 +690,6 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         folder = os.path.expanduser(preset_dir)
         self.backbone.save_to_preset(folder)
         save_in_preset(tokenizer, folder)
-
-
-def _check_views(views, maskings):
-    if views > 1 and [masking.is_random for masking in maskings] != [True]:
-        raise ValueError(
-            "`views` must be 1, unless the image encoder has one masking that is "
-            "random, such as `RandomMasking`: put it there with `kcm.with_masking`, or "
-            "pass `masking` to `from_backbone`. Other maskings depend only on the "
-            f"image, so all views would be alike. Received: views={views}, "
-            f"maskings={[masking.name for masking in maskings]}"
-        )
 
 
 def _as_list(name, values):

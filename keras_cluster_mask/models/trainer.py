@@ -34,7 +34,7 @@ from keras_cluster_mask.training.training_data import evaluation_data, until_the
 from keras_cluster_mask.types import Tensor
 
 # Options that a step is compiled with, which may change between two calls of `fit`.
-OPTIONS = "micro_batch_size", "views", "duplicates"
+OPTIONS = "micro_batch_size", "duplicates"
 
 
 class ContrastiveTrainer(replicas.OwnReduction):
@@ -89,9 +89,8 @@ class ContrastiveTrainer(replicas.OwnReduction):
         Args:
             x: The batch, a dictionary.
             y: `None`.
-            y_pred: The output of `call`: a dictionary with `"image_embeddings"`,
-                `(batch, d)` or `(batch, views, d)`, and `"text_embeddings"`,
-                `(batch, d)`, L2-normalized.
+            y_pred: The output of `call`: a dictionary with `"image_embeddings"` and
+                `"text_embeddings"`, both `(batch, d)`, L2-normalized.
             sample_weight: `(batch,)` float tensor. Defaults to the batch's entry of
                 that name.
             training: Boolean. Whether this is a training step.
@@ -118,20 +117,15 @@ class ContrastiveTrainer(replicas.OwnReduction):
             labels = x["caption_labels"]
         scale, bias = self.head.scale, self.head.logit_bias
         is_split = replicas.batch_is_split(training)
-        views = [images] if len(images.shape) == 2 else ops.unstack(images, axis=1)
-        by_view = [
-            batch_loss(
-                loss=self.head.loss,
-                weights=[scale] if bias is None else [scale, bias],
-                images=view,
-                texts=texts,
-                labels=labels,
-                sample_weight=sample_weight,
-                is_split=is_split,
-            )
-            for view in views
-        ]
-        losses, *hits = (sum(values) / len(views) for values in zip(*by_view))
+        losses, *hits = batch_loss(
+            loss=self.head.loss,
+            weights=[scale] if bias is None else [scale, bias],
+            images=images,
+            texts=texts,
+            labels=labels,
+            sample_weight=sample_weight,
+            is_split=is_split,
+        )
         # A replica may have no rows in evaluation.
         rows = ops.maximum(ops.shape(losses)[0], 1)
         loss = ops.sum(losses) / ops.cast(rows, losses.dtype)

@@ -73,7 +73,7 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
             return take_chunk(local_rows(noise), index, num_chunks)
 
         outputs, extra_losses, after = call_statelessly(
-            lambda: embed(chunk, True, StepNoise(noise.size, noise.views, chunk_rows)),
+            lambda: embed(chunk, True, StepNoise(noise.size, chunk_rows)),
             variables,
             [*values, *seed_values],
         )

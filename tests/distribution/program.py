@@ -6,8 +6,8 @@ writes weights, losses and metrics to OUT. `devices` uses two virtual devices of
 process; `process` is one of two processes that the test starts; `model` uses four, of
 which pairs share a model. It trains a model in each of the `ways`, for each value of
 `duplicates`, and evaluates retrieval of all pairs; with CLIP=1 a keras_hub CLIP. With
-MASKING=all it trains a model with each kind of masking instead, and one of two views,
-with the values of `duplicates` in turn. With each of the others, it trains one model:
+MASKING=all it trains a model with each kind of masking instead, with the values of
+`duplicates` in turn. With each of the others, it trains one model:
 with SHARDS=files two epochs on these, validated on HELD_OUT and saved to CHECKPOINT;
 with BAD_STEP=n, where the last image of the n-th step, which the second device gets, is
 not finite, saved to CHECKPOINT; with FREEZE=rank, where that process alone freezes a
@@ -111,7 +111,6 @@ def makers():
     turns = itertools.cycle(["positive", "negative"])
     if "MASKING" in os.environ:
         kinds = {x: functools.partial(make_masked_model, x) for x in MASKINGS}
-        kinds["views"] = functools.partial(make_model, views=2)
         return {
             f"{name}/": functools.partial(make, duplicates=next(turns))
             for name, make in kinds.items()

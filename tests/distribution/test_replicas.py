@@ -136,7 +136,7 @@ def test_two_train_as_one_with_every_masking(how, tmp_path, monkeypatch):
     # A masking does not depend on `duplicates`, whose values take turns.
     monkeypatch.setenv("MASKING", "all")
     single = train(tmp_path / "single.npz", "single")
-    assert {name.split("/")[0] for name in single} == {*MASKINGS, "views"}
+    assert {name.split("/")[0] for name in single} == {*MASKINGS}
     assert_equal_runs(train(tmp_path / "out.npz", how), single)
 
 

@@ -203,13 +203,13 @@ def test_a_grid_that_does_not_fit_is_refused(
 
 
 @pytest.mark.any_backend
-def test_noise_of_views_is_refused_for_another_number_of_patches():
+def test_noise_is_refused_for_another_number_of_patches():
     masking, tokens = kcm.RandomMasking(0.5, num_prefix_tokens=1), tokens_of(2, 17)
-    wrong, right = (np.zeros((2, 2, n), "float32") for n in (10, 16))
+    wrong, right = (np.zeros((2, n), "float32") for n in (10, 16))
     with pytest.raises(ValueError, match=r"`noise` .*Received: noise.shape="):
         masking.select(tokens=tokens, noise=wrong)
     indices, _ = masking.select(tokens=tokens, noise=right.tolist())
-    assert tuple(indices.shape) == (2, 2, 8)
+    assert tuple(indices.shape) == (2, 8)
 
 
 def test_a_second_draw_is_uniform_and_does_not_depend_on_the_first():

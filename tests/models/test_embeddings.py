@@ -21,7 +21,6 @@ from tests.helpers import (
     image_mlp,
     letters_as_tokens,
     masked_vit,
-    random_images,
     random_pairs,
     reloaded,
     small_model,
@@ -83,17 +82,9 @@ def test_parts_are_fixed_and_options_are_checked_when_assigned():
         with pytest.raises(AttributeError, match=f"`{name}` .* fixed.*Received: "):
             setattr(model, name, None)
         assert getattr(model, name) is before
-    for name, value in {
-        "views": 0,
-        "duplicates": "drop",
-        "micro_batch_size": 0,
-    }.items():
+    for name, value in {"duplicates": "drop", "micro_batch_size": 0}.items():
         with pytest.raises(ValueError, match=f"`{name}`.*Received: "):
             setattr(model, name, value)
-    model.views = 2
-    assert model.encode_image(random_images(3), training=True).shape == (3, 2, 16)
-    with pytest.raises(ValueError, match="`views` must be 1"):
-        small_model().views = 2
 
 
 @pytest.mark.any_backend

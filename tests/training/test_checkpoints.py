@@ -351,7 +351,6 @@ def test_what_a_step_does_in_another_way_may_change(tmp_path):
             "maskings.0.anchor_ratio: 0.03 in the checkpoint, 0.2 in",
         ),
         ({}, {"optimizer": "sgd"}, "optimizer.0: 'AdamW' in the checkpoint, 'SGD' in"),
-        ({}, {"views": 2}, "model.views: 1 in the checkpoint, 2 in"),
         ({"shards": [0, 1, 2]}, {}, "data.index.0: "),
         ({"shards": [0]}, {}, "data.index.0: "),
         ({"shards": [0, 2]}, {}, "data.index.0: "),

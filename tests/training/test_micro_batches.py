@@ -88,7 +88,7 @@ def in_chunks_by_hand(model, num_chunks):
         for index in range(num_chunks):
             state.assign(start)
             chunk = {key: value[index::num_chunks] for key, value in pairs.items()}
-            noise = StepNoise(BATCH, model.views, lambda x, i=index: x[i::num_chunks])
+            noise = StepNoise(BATCH, lambda x, i=index: x[i::num_chunks])
             parts.append(model._embed(chunk, True, noise))
         return {
             key: ops.reshape(ops.stack([x[key] for x in parts], axis=1), (BATCH, -1))
@@ -115,18 +115,15 @@ def in_chunks_by_hand(model, num_chunks):
             for name in MASKINGS
             if name not in ("threshold", "attentive")
         ),
-        ("views", "softmax"),
     ],
 )
 def test_gradients_are_those_of_the_whole_batch(masking, loss, monkeypatch):
-    pairs, options = random_pairs(BATCH), {"loss": loss}
-    if masking == "views":
-        masking, options = kcm.RandomMasking, {"loss": loss, "views": 2}
-    whole = make_model(masking, **options)
+    pairs = random_pairs(BATCH)
+    whole = make_model(masking, loss=loss)
     expected = loss_and_gradients(whole, pairs)
     for micro_batch_size, block_size in ((2, 3), (6, BATCH)):
         monkeypatch.setattr(losses, "MAX_PAIRS", BATCH * block_size)
-        model = make_model(masking, micro_batch_size=micro_batch_size, **options)
+        model = make_model(masking, micro_batch_size=micro_batch_size, loss=loss)
         found = loss_and_gradients(model, pairs)
         assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-5)
         assert largest_error(found[1], expected[1]) < 1e-5

@@ -29,7 +29,7 @@ from tests.helpers import (
 PROGRAM = pathlib.Path(__file__)
 
 
-def make_model(masking=None, optimizer=None, views=1, **options):
+def make_model(masking=None, optimizer=None, **options):
     """With all that has a state: dropout, a threshold that moves, EMA, a schedule."""
     keras.utils.set_random_seed(1)
     masking = masking or MASKINGS["threshold"](seed=3)
@@ -38,7 +38,7 @@ def make_model(masking=None, optimizer=None, views=1, **options):
     x = keras.layers.Embedding(300, 16)(ids)
     x = keras.layers.Dropout(0.1)(keras.layers.GlobalAveragePooling1D()(x))
     texts = keras.Model(ids, keras.layers.Dense(16)(x))
-    model = kcm.ContrastiveModel(encoder, texts, views=views)
+    model = kcm.ContrastiveModel(encoder, texts)
     if optimizer is None:
         schedule = keras.optimizers.schedules.CosineDecay(0.01, 40, warmup_steps=5)
         optimizer = keras.optimizers.AdamW(schedule, use_ema=True, ema_momentum=0.9)

@@ -60,7 +60,7 @@ class Middle(kcm.PatchMasking):
 
 backbone = kcm.models.clip_backbone("vit_b_16", image_size=224, dtype="mixed_bfloat16")
 backbone = kcm.models.with_image_size(backbone, 336)
-model = kcm.ContrastiveModel.from_backbone(backbone, masking, views=2)
+model = kcm.ContrastiveModel.from_backbone(backbone, masking)
 assert_type(model, kcm.ContrastiveModel)
 model = kcm.ContrastiveModel.from_backbone(backbone, Middle(0.5))
 optimizer = kcm.optimizer_by_block(model, 1e-4, steps=100)
