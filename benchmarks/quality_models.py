@@ -43,7 +43,6 @@ def new_model(method, options, data, seed, steps):
 def use_whole_images(model):
     """Trains on whole images from the next step on, with the same optimizer."""
     model.masking.mask_ratio = 0.0
-    model.views = 1
 
 
 def start_of(options):
