@@ -112,7 +112,7 @@ def compile_model(model, train, args):
 def fit(model, train, args, stage, first_epoch, last_epoch):
     """Trains. Each epoch of `fit` is a part of a pass, and ends with a checkpoint."""
     parts, steps = steps_of(train)
-    callbacks = [kcm.callbacks.Throughput()]
+    callbacks = []
     if args.validation:
         held_out = read(args.validation, model)
         callbacks.append(kcm.callbacks.Retrieval(held_out))

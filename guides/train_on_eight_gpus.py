@@ -87,7 +87,7 @@ def main(count, folder, images):
             steps_per_epoch=5,
             epochs=3,
             resume_from=folder,
-            callbacks=[kcm.callbacks.Throughput(), kcm.callbacks.Checkpoint(folder)],
+            callbacks=[kcm.callbacks.Checkpoint(folder)],
             verbose=0,
         ).history
     if kcm.distribution.is_main_process():
@@ -166,9 +166,9 @@ again = start(DEVICES, "several")
 print("the same history:", again["loss"] == several["loss"])
 
 # %% [markdown]
-# **The devices are busy.** `Throughput` reports `samples_per_second` over all devices. Eight devices
-# should be nearly eight times as fast as one with an eighth of the batch. If not, check the GPU
-# utilization. If it has gaps, decoding is too slow: set `num_workers` of `image_text_dataset`. The
+# **The devices are busy.** With `verbose=2`, Keras shows the time of a step. A step of eight devices
+# should take hardly longer than a step of one device with an eighth of the batch. If `data.waited`,
+# the seconds spent waiting for data, is large, set `num_workers` of `image_text_dataset`: the
 # threads of one process decode at most about 2,200 images per second, on any number of cores.
 #
 # **The memory is sufficient.** If not, `micro_batch_size` trains on parts of the batch and still

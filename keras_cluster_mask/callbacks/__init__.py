@@ -1,14 +1,6 @@
 """Callbacks for long training runs."""
 
 from keras_cluster_mask.callbacks.evaluation import Evaluate, Retrieval, ZeroShot
-from keras_cluster_mask.callbacks.throughput import Throughput
 from keras_cluster_mask.training.checkpoints import Checkpoint, NonFiniteError
 
-__all__ = [
-    "Checkpoint",
-    "Evaluate",
-    "NonFiniteError",
-    "Retrieval",
-    "Throughput",
-    "ZeroShot",
-]
+__all__ = ["Checkpoint", "Evaluate", "NonFiniteError", "Retrieval", "ZeroShot"]

@@ -57,7 +57,8 @@ class ImageTextDataset(Stream):
         process: Pair of integers. The index of this process, and the number of
             processes.
         class_names: List of strings, the names that labels index, if known.
-        waited: Float. The seconds that the program has waited for batches.
+        waited: Float. The seconds that the program has waited for batches. On JAX and
+            TensorFlow, earlier steps may run meanwhile.
     """
 
     steps_per_epoch: int

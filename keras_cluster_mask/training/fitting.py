@@ -283,7 +283,9 @@ class TrainingRun(keras.callbacks.Callback):
         start_values: List, the `start_values` of the model until a step ends.
     """
 
-    # Keras reports the end of a step in a background thread, see `Throughput`.
+    # `async_safe` is public in Keras but undocumented. Where the backend allows, Keras
+    # calls `on_train_batch_end` in a background thread once the step is done, and the
+    # program does not wait. Calls may come out of order.
     async_safe = True
 
     def __init__(self, model, data, callbacks, validation):
@@ -357,13 +359,13 @@ class ProgressBar(keras.callbacks.ProgbarLogger):
     temperature, and a `mask_ratio` that does not change.
     """
 
-    # See `Throughput`.
+    # See `TrainingRun`.
     async_safe = True
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
+        # Not in `__init__`, since callbacks may be copied, and locks cannot be.
         self._lock = threading.Lock()
-        # Once, as in `Throughput`.
         hides_tokens = any(masking.hides_tokens for masking in self.model.maskings)
         self._left_out = "temperature", *([] if hides_tokens else ["mask_ratio"])
 

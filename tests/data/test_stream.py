@@ -1,6 +1,7 @@
 """Batches as a stream: its length, its start, and what it reads."""
 
 import functools
+import itertools
 import multiprocessing
 import os
 import threading
@@ -212,6 +213,24 @@ def settle(count):
     while count() != before:
         before = count()
         time.sleep(0.3)
+
+
+def test_the_seconds_of_waiting_for_batches_add_up(shards, monkeypatch):
+    now, read = 0.0, batches.Batches.in_threads
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def slow(*arguments):
+        nonlocal now
+        for batch in read(*arguments):
+            now += 3.0
+            yield batch
+
+    monkeypatch.setattr(batches.Batches, "in_threads", slow)
+    dataset = make(shards, True)
+    for passes in (1, 2):
+        for _ in itertools.islice(dataset, 4):
+            now += 1.0
+        assert dataset.waited == 12.0 * passes
 
 
 def test_closing_an_iterator_ends_its_threads(shards):

@@ -39,7 +39,6 @@ def train_on_arrays(model, tokenizer):
     classes = (images, labels)
     fit = dict(batch_size=4, verbose=0, resume_from="run")
     callbacks = [
-        kcm.callbacks.Throughput(),
         kcm.callbacks.ZeroShot(classes, NAMES, tokenizer),
         kcm.callbacks.Checkpoint("run"),
     ]

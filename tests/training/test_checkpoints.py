@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import gc
 import os
 import random
 import signal
 import subprocess
 import sys
+import weakref
 
 import fsspec
 import keras
@@ -475,9 +477,20 @@ def test_the_state_of_the_model_is_left_alone_between_saves(tmp_path, monkeypatc
         sync(model)
 
     monkeypatch.setattr(keras.Model, name, seen_sync)
-    long_run(tmp_path, callbacks=[count, kcm.callbacks.Throughput()])
+    long_run(tmp_path, callbacks=[count])
     # A batch has begun when the steps before it are checked.
     assert {*seen} == {0, 101, 130}
+
+
+@pytest.mark.any_backend
+def test_the_callback_of_an_interrupted_fit_does_not_keep_the_data(tmp_path):
+    data, callback = pairs(8), kcm.callbacks.Checkpoint(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt):
+        make_model().fit(data, callbacks=[callback, StopAfter(1)], verbose=0, **ARRAYS)
+    images = weakref.ref(data["images"])
+    del data
+    gc.collect()
+    assert images() is None
 
 
 @pytest.mark.any_backend

@@ -74,7 +74,6 @@ history = model.fit(
         kcm.callbacks.Evaluate(lambda model: {"score": 0.5}, every=2),
         kcm.callbacks.Retrieval(dataset, tokenizer, ks=10),
         kcm.callbacks.ZeroShot(dataset, ["cat", "dog"], tokenizer),
-        kcm.callbacks.Throughput(),
     ],
 )
 assert_type(model.predict(dataset), dict[str, np.ndarray])
