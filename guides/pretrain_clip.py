@@ -136,8 +136,8 @@ model.compile(recipe.optimizer)
 # %% [markdown]
 # ## Training
 #
-# The progress bar shows the loss and `acc`, the mean of two accuracies within the batch: the
-# fraction of images that are most similar to their own caption, and the reverse. After each epoch,
+# The progress bar shows the loss and the `accuracy`, the mean of two fractions within the batch: of
+# images that are most similar to their own caption, and the reverse. After each epoch,
 # `kcm.callbacks.Retrieval` adds the recall on the validation images.
 
 # %%

@@ -150,8 +150,8 @@ one, several = start(1, "one"), start(DEVICES, "several")
 # only its own half of the batch, the loss would start near log(32) = 3.5. Here it starts above 4.2.
 
 # %%
-for name in ("loss", "mask_ratio", "image_to_text_accuracy"):
-    print(f"{name:24}", *(np.round(logs[name], 4) for logs in (one, several)))
+for name in ("loss", "accuracy", "mask_ratio"):
+    print(f"{name:12}", *(np.round(logs[name], 4) for logs in (one, several)))
 difference = np.abs(np.subtract(one["loss"], several["loss"])).max()
 print(f"largest difference of a loss: {difference:.1e}")
 if difference > 1e-2:

@@ -124,7 +124,7 @@ def batch_loss(
     labels: Tensor,
     sample_weight: Tensor | None = None,
     is_split: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Compares each pair of a batch with all others, one block of rows at a time.
 
     Only one block of the similarity matrix is in memory at a time. The backward pass
@@ -141,9 +141,9 @@ def batch_loss(
         is_split: Boolean. Whether the batch is split over replicas.
 
     Returns:
-        A tuple of three `(batch,)` float32 tensors: the weighted losses, 1 where the
-        most similar text is a positive, and 1 where the most similar image is a
-        positive.
+        A tuple of two `(batch,)` float32 tensors: the weighted losses, and the
+        accuracies. The accuracy of a pair is the mean over both directions: 1 where the
+        most similar text, or image, is a positive, else 0.
     """
     rows = (images, texts, labels)
     if sample_weight is not None:
@@ -157,7 +157,7 @@ def batch_loss(
         losses = row_losses(loss, weights, similarities, positives, sample_weights)
         best = [ops.argmax(x, axis=1)[:, None] for x in similarities]
         hits = [ops.take_along_axis(positives, x, axis=1)[:, 0] for x in best]
-        return (losses, *hits), state
+        return (losses, sum(hits) / 2.0), state
 
     num_rows, num_all, num_blocks = images.shape[0], batch[0].shape[0], 1
     if num_rows is not None and num_rows * num_all > MAX_PAIRS:
@@ -339,7 +339,7 @@ def _mean_loss(loss, weights, image_embeddings, text_embeddings, labels):
         raise ValueError(
             f"`labels` must have a row per pair. Received: shape {tuple(labels.shape)}"
         )
-    losses, *_ = batch_loss(loss, weights, images, texts, labels, is_split=False)
+    losses, _ = batch_loss(loss, weights, images, texts, labels, is_split=False)
     return ops.mean(losses)
 
 

@@ -70,7 +70,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     model with an optimizer only. Batches are dictionaries
     `{"images": (B, H, W, C), "token_ids": (B, T)}` without labels. uint8 images are
     normalized on the device; float images must be normalized already. An optional
-    `"sample_weight"`, `(B,)` floats, weights the loss and the accuracies of each pair.
+    `"sample_weight"`, `(B,)` floats, weights the loss and the accuracy of each pair.
     The loss is divided by the number of pairs. Pairs of weight 0 remain negatives.
 
     Example:
@@ -115,7 +115,7 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             This costs a second forward pass. `None` encodes the batch at once.
         duplicates: `"positive"` or `"negative"`. Whether pairs with equal texts are
             positives or negatives of one another. Affects the sigmoid loss and the
-            accuracies. The softmax loss is the same for texts with equal embeddings.
+            accuracy. The softmax loss is the same for texts with equal embeddings.
         pixel_mean: Three floats, one per channel. uint8 images are scaled to [0, 1] and
             normalized with this mean. Defaults to CLIP's. `None` passes images to the
             encoder unchanged.
@@ -152,9 +152,10 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     `duplicates` and `micro_batch_size` can be changed between calls of `fit`. In your
     own training loop, each `model(batch, training=True)` is a step of the maskings.
 
-    Metrics: `loss`, `image_to_text_accuracy` and `text_to_image_accuracy` within the
-    batch, and `temperature`. Training adds `mask_ratio`, the fraction of masked
-    patches.
+    Metrics: `loss`, `accuracy` and `temperature`. The accuracy is the mean of two
+    fractions within the batch: of images that are most similar to their own text, and
+    of texts that are most similar to their own image. Training adds `mask_ratio`, the
+    fraction of masked patches.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](

@@ -29,12 +29,24 @@ from keras_cluster_mask.training.input_rules import (
     as_weights,
     check_unused,
 )
-from keras_cluster_mask.training.step_metrics import DIRECTIONS, StepMean
 from keras_cluster_mask.training.training_data import evaluation_data, until_the_end
 from keras_cluster_mask.types import Tensor
 
 # Options that a step is compiled with, which may change between two calls of `fit`.
 OPTIONS = "micro_batch_size", "duplicates"
+
+
+class StepMean(keras.metrics.Mean):
+    """A mean over steps, which the logs leave out if no step updates it."""
+
+    is_updated = False
+
+    def update_state(self, values, sample_weight=None):
+        self.is_updated = True
+        super().update_state(values, sample_weight)
+
+    def result(self):
+        return super().result() if self.is_updated else {}
 
 
 class ContrastiveTrainer(replicas.OwnReduction):
@@ -56,7 +68,7 @@ class ContrastiveTrainer(replicas.OwnReduction):
         super().__init__(*args, **kwargs)
         self._is_evaluating = False
         self._compiled_with: dict[str, Any] = {}
-        self._accuracies = [StepMean(name=f"{x}_accuracy") for x in DIRECTIONS]
+        self._accuracy = StepMean(name="accuracy")
         self._temperature = StepMean(name="temperature")
         self._mask_ratio = StepMean(name="mask_ratio")
 
@@ -117,7 +129,7 @@ class ContrastiveTrainer(replicas.OwnReduction):
             labels = x["caption_labels"]
         scale, bias = self.head.scale, self.head.logit_bias
         is_split = replicas.batch_is_split(training)
-        losses, *hits = batch_loss(
+        losses, accuracies = batch_loss(
             loss=self.head.loss,
             weights=[scale] if bias is None else [scale, bias],
             images=images,
@@ -137,9 +149,9 @@ class ContrastiveTrainer(replicas.OwnReduction):
             )
         if is_split:
             loss = replicas.local_loss(loss)
-            *hits, sample_weight = map(replicas.metric_rows, (*hits, sample_weight))
-        for metric, values in zip(self._accuracies, hits):
-            metric.update_state(values, sample_weight)
+            accuracies = replicas.metric_rows(accuracies)
+            sample_weight = replicas.metric_rows(sample_weight)
+        self._accuracy.update_state(accuracies, sample_weight)
         self._temperature.update_state(1.0 / scale)
         # Not in the logs of a step on features, where nothing is masked.
         self._mask_ratio.is_updated = False
@@ -153,14 +165,14 @@ class ContrastiveTrainer(replicas.OwnReduction):
     def _without_small_batches(self, loss, losses, sample_weight, is_split):
         """Leaves a batch that is too small out of the means of an evaluation.
 
-        Loss and accuracies depend on the number of negatives, so batches of different
+        Loss and accuracy depend on the number of negatives, so batches of different
         sizes cannot be averaged. A batch counts if it has at least nine tenths of the
         mean number of pairs of the batches before it. Otherwise its loss is replaced by
         the mean of the losses so far, which leaves the mean unchanged, and its pairs
-        have the weight 0 in the accuracies.
+        have the weight 0 in the accuracy.
 
         Returns:
-            A tuple of the loss, and the weights of the pairs in the accuracies.
+            A tuple of the loss, and the weights of the pairs in the accuracy.
         """
         mean = next(each for each in super().metrics if each.name == "loss")
         sums = (mean.total, mean.count, ops.shape(losses)[0])
@@ -397,7 +409,7 @@ class ContrastiveTrainer(replicas.OwnReduction):
         steps: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Computes the loss and the accuracies within batches.
+        """Computes the loss and the accuracy within batches.
 
         The values depend on the number of negatives in a batch, so a smaller last batch
         is left out of the means: a batch counts if it has at least nine tenths of the

@@ -27,7 +27,6 @@ from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.micro_batches import check_micro_batches
 from keras_cluster_mask.training.optimizers import learning_rates, optimizer_parts
-from keras_cluster_mask.training.step_metrics import DIRECTIONS
 from keras_cluster_mask.training.tokenizers import adopt_tokenizer
 from keras_cluster_mask.training.training_data import (
     TrainingData,
@@ -213,10 +212,6 @@ def _train(model, keras_fit, run, options):
         known = steps or getattr(x, "num_batches", None) or operator.length_hint(x)
         _warn_of_rate_zero(model.optimizer, (options["epochs"] - run.epoch) * known)
     callbacks = [run, *run.callbacks]
-    if options["verbose"] and not any(
-        isinstance(each, keras.callbacks.ProgbarLogger) for each in callbacks
-    ):
-        callbacks.append(ProgressBar())
     followers = [each for each in callbacks if isinstance(each, RunCallback)]
     for each in followers:
         each.run = run
@@ -350,38 +345,3 @@ class TrainingRun(keras.callbacks.Callback):
             # The next pass may be one of another `fit`.
             self.data.start_at(self.epoch)
         self.rng_state = read_rng_state()
-
-
-class ProgressBar(keras.callbacks.ProgbarLogger):
-    """Shows finished steps while the program prepares the next ones.
-
-    To fit on a line, it shows the mean of both accuracies, as `acc`. It leaves out the
-    temperature, and a `mask_ratio` that does not change.
-    """
-
-    # See `TrainingRun`.
-    async_safe = True
-
-    def on_train_begin(self, logs=None):
-        super().on_train_begin(logs)
-        # Not in `__init__`, since callbacks may be copied, and locks cannot be.
-        self._lock = threading.Lock()
-        hides_tokens = any(masking.hides_tokens for masking in self.model.maskings)
-        self._left_out = "temperature", *([] if hides_tokens else ["mask_ratio"])
-
-    def on_train_batch_end(self, batch, logs=None):
-        with self._lock:
-            # A later step may have been reported first.
-            if batch >= self.seen:
-                super().on_train_batch_end(batch, self._shown(logs))
-
-    def on_epoch_end(self, epoch, logs=None):
-        super().on_epoch_end(epoch, self._shown(logs))
-
-    def _shown(self, logs):
-        shown = {k: v for k, v in logs.items() if not k.endswith(self._left_out)}
-        for prefix in ("", "val_"):
-            both = [shown.pop(f"{prefix}{x}_accuracy", None) for x in DIRECTIONS]
-            if None not in both:
-                shown[f"{prefix}acc"] = sum(both) / 2
-        return shown

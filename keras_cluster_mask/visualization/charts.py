@@ -11,10 +11,7 @@ from keras_cluster_mask.checks import check_integer, is_integer
 # The metrics of each panel, and their labels in it.
 PANELS = {
     "contrastive loss": {"loss": "loss, training"},
-    "accuracy within the batch": {
-        "image_to_text_accuracy": "image to text, training",
-        "text_to_image_accuracy": "text to image, training",
-    },
+    "accuracy within the batch": {"accuracy": "accuracy, training"},
 }
 
 
@@ -26,7 +23,7 @@ def plot_history(
     """Plots the curves of a training run: loss, accuracy within the batch, and recall.
 
     Metrics that are not in the logs are left out. The recall comes from
-    `kcm.callbacks.Retrieval`, and your own loss may have no accuracies.
+    `kcm.callbacks.Retrieval`, and your own loss may have no accuracy.
 
     Args:
         history: The `keras.callbacks.History` that the `fit` of a `ContrastiveModel`
@@ -61,7 +58,7 @@ def plot_history(
     recall = {
         x: x.removeprefix("val_").replace("_", " ") for x in logs if "recall@" in x
     }
-    # A user's own loss may have no accuracies.
+    # A user's own loss may have no accuracy.
     panels = {**PANELS, "recall": recall}
     panels = {title: x for title, x in panels.items() if not x.keys().isdisjoint(logs)}
     if not panels:

@@ -199,7 +199,7 @@ def train_on_shards(model, callbacks):
 def results(name, model, history):
     if model.duplicates == "negative":
         # Equal captions have equal embeddings, and rounding decides between them.
-        history = {k: v for k, v in history.items() if "image_to_text_acc" not in k}
+        history = {k: v for k, v in history.items() if "accuracy" not in k}
     weights = map(ops.convert_to_numpy, model.variables)
     arrays = {f"{name}weights/{i}": np.array(x) for i, x in enumerate(weights)}
     return arrays | {f"{name}history/{k}": np.array(x) for k, x in history.items()}

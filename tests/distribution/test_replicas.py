@@ -146,7 +146,7 @@ def test_a_run_on_shards_that_was_cut_off_ends_as_one_device_does(
 ):
     pytest.importorskip("tensorflow")
     # Noise, not plain images: those have nearly equal embeddings, among which rounding
-    # decides which is the most similar, and with it the accuracies.
+    # decides which is the most similar, and with it the accuracy.
     images = np.random.default_rng(0).integers(0, 256, (40, 20, 24, 3), "uint8")
     files = []
     for i, image in enumerate(images):

@@ -34,14 +34,9 @@ from tests.helpers import (
     value_and_gradients,
     values,
 )
-from tests.test_losses import positives_of, reference
+from tests.test_losses import hits_of, reference
 
-METRICS = {
-    "loss",
-    "image_to_text_accuracy",
-    "text_to_image_accuracy",
-    "temperature",
-}
+METRICS = {"loss", "accuracy", "temperature"}
 
 
 def masked_model(masking, **kwargs):
@@ -107,14 +102,18 @@ def test_the_loss_of_a_step_is_the_one_written_out(kind, duplicates, given):
     pair = [to_numpy(value) for value in model(pairs).values()]
     temperature = given or {"softmax": 0.07, "sigmoid": 0.1}[kind]
     expected = reference(kind, pair, 1 / temperature, -10.0, labels)
-    best = (pair[1] @ pair[0].T).argmax(axis=1)
-    hits = positives_of(labels, 6)[np.arange(6), best]
+    of_texts, of_images = hits_of(pair, labels).mean(axis=1)
     evaluated = model.evaluate(pairs, batch_size=6, verbose=0, return_dict=True)
     for logs in (evaluated, one_step(model, pairs)):
         assert np.squeeze(logs["loss"]) == pytest.approx(expected, rel=1e-4)
         assert np.squeeze(logs["temperature"]) == pytest.approx(temperature, rel=1e-5)
-        accuracy = np.squeeze(logs["text_to_image_accuracy"])
-        assert accuracy == pytest.approx(hits.mean())
+        accuracy = float(np.squeeze(logs["accuracy"]))
+        if duplicates == "positive":
+            assert accuracy == pytest.approx((of_texts + of_images) / 2)
+        else:
+            # Rounding decides which of equal texts is the most similar to an image.
+            assert of_images / 2 <= accuracy + 1e-6
+            assert accuracy <= (1 + of_images) / 2 + 1e-6
     if kind == "sigmoid":
         assert float(model.head.logit_bias) != -10.0
 
@@ -149,8 +148,8 @@ def test_an_update_never_leaves_the_weight_above_its_limit():
 def test_training_learns_which_text_belongs_to_which_image(fitted):
     _, _, history = fitted
     assert history["loss"][-1] < 0.7 * history["loss"][0]
-    assert history["val_image_to_text_accuracy"][-1] >= 0.9
-    assert history["val_text_to_image_accuracy"][-1] >= 0.9
+    # Both directions are right, or their mean would be below.
+    assert history["val_accuracy"][-1] >= 0.95
 
 
 def test_fit_reports_exactly_the_promised_metrics(fitted):
@@ -635,17 +634,15 @@ def test_labels_losses_and_metrics_are_refused():
 
 @pytest.mark.one_case
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
-def test_weights_of_pairs_weight_loss_and_accuracies(micro_batch_size):
+def test_weights_of_pairs_weight_loss_and_accuracy(micro_batch_size):
     pairs = random_pairs(8)
     weight = np.array([0, 2, 1, 0.5, 0, 1, 1, 3], "float32")
     model = compiled_model(keras.optimizers.SGD(0.0), micro_batch_size=micro_batch_size)
     pair = [*model.predict(pairs, verbose=0).values()]
-    similarity = pair[0] @ pair[1].T
     expected = {
         # A pair of weight 0 is still among the others' negatives.
         "loss": reference("softmax", pair, 1 / 0.07, weight=weight / 8),
-        "image_to_text_accuracy": (similarity.argmax(1) == np.arange(8)) @ weight / 8.5,
-        "text_to_image_accuracy": (similarity.argmax(0) == np.arange(8)) @ weight / 8.5,
+        "accuracy": hits_of(pair).mean(axis=0) @ weight / 8.5,
     }
     given = {**pairs, "sample_weight": weight}
     found = [
@@ -674,7 +671,7 @@ def test_a_batch_of_weights_of_0_has_a_loss_of_0_and_changes_nothing(loss):
     model = compiled_model(keras.optimizers.SGD(1.0), loss=loss)
     before = values(model.trainable_variables)
     logs = one_step(model, {**random_pairs(4), "sample_weight": np.zeros(4)})
-    assert logs["loss"] == logs["image_to_text_accuracy"] == [0.0]
+    assert logs["loss"] == logs["accuracy"] == [0.0]
     assert_same_values(model.trainable_variables, before)
 
 
