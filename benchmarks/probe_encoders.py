@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from keras import ops
 from reporting import publish
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
 
 import keras_cluster_mask as kcm
 
@@ -112,12 +114,19 @@ def transfer(options):
             model.load_weights(folder / f"{name}.weights.h5")
         evaluation = kcm.evaluation
         scores = evaluation.evaluate_zero_shot(model, test, names, verbose=0)
-        probe = evaluation.evaluate_linear_probe(model, train, test, verbose=0)
+        embedded = [evaluation.embed(model, x, verbose=0) for x in (train, test)]
+        features, labels = embedded[0]["image_embeddings"], embedded[0]["labels"]
+        probe = GridSearchCV(
+            LogisticRegression(max_iter=1000),
+            {"C": np.logspace(-6, 6, 25)},
+            cv=StratifiedShuffleSplit(1, test_size=0.2, random_state=0),
+        ).fit(features, labels)
+        features, labels = embedded[1]["image_embeddings"], embedded[1]["labels"]
         found.append(
             {
                 "run": name,
                 "zero-shot": 100 * scores["top_1"],
-                "linear probe": 100 * probe["top_1"],
+                "linear probe": 100 * probe.score(features, labels),
             }
         )
         publish(path, "Transfer to other photographs", found, classes=names)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import scipy.optimize
 from keras import ops
+from sklearn.linear_model import LogisticRegression
 
 import keras_cluster_mask as kcm
 
@@ -131,13 +132,16 @@ class Data:
         accuracy = kcm.evaluation.evaluate_zero_shot(
             model, batches, self.classes, self.tokenizer, ["{}"], ks=(1,), verbose=0
         )
-        train = self.evaluation("train", 50)
-        probe = kcm.evaluation.evaluate_linear_probe(
-            model, train, batches, regularization=0.1, verbose=0
+        train, test = (
+            kcm.evaluation.embed(model, x, verbose=0)
+            for x in (self.evaluation("train", 50), batches)
         )
+        probe = LogisticRegression(C=10, tol=1e-6, max_iter=1000)
+        probe.fit(train["image_embeddings"].astype("float64"), train["labels"])
+        top_1 = probe.score(test["image_embeddings"], test["labels"])
         return {
             "score": 100 * accuracy["top_1"],
-            "linear probe": 100 * probe["top_1"],
+            "linear probe": 100 * top_1,
             "loss": loss,
         }
 

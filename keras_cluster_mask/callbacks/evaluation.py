@@ -46,23 +46,21 @@ class Evaluate(RunCallback):
     Example:
 
     ```python
-    def probe(model):
-        found = kcm.evaluation.evaluate_linear_probe(
-            model, (images[:20], labels[:20]), (images[20:], labels[20:]), verbose=0
-        )
-        return {"probe_top_1": found["top_1"]}
+    def similarity(model):
+        found = kcm.evaluation.embed(model, batch, verbose=0)
+        products = found["image_embeddings"] * found["text_embeddings"]
+        return {"similarity": float(products.sum(axis=1).mean())}
 
 
     images = np.random.randint(0, 256, (30, 32, 32, 3)).astype("uint8")
-    labels = np.arange(30) % 3
     token_ids = np.random.randint(1, 100, (30, 16)).astype("int32")
+    batch = {"images": images, "token_ids": token_ids}
     backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
     model = kcm.ContrastiveModel.from_backbone(backbone)
     model.compile(optimizer="adam")
-    callbacks = [kcm.callbacks.Evaluate(probe, every=2)]
-    batch = {"images": images, "token_ids": token_ids}
+    callbacks = [kcm.callbacks.Evaluate(similarity, every=2)]
     history = model.fit(batch, batch_size=10, epochs=3, callbacks=callbacks)
-    print(history.history["val_probe_top_1"])
+    print(history.history["val_similarity"])
     ```
 
     Args:
@@ -172,7 +170,7 @@ class EvaluateData(Evaluate):
                 "`tf.data.Dataset` or a `PyDataset`. "
                 f"Received: an iterator of type {type(data).__name__}"
             )
-        check_whole("data", data)
+        check_whole(data)
         self.data = data
         evaluate = functools.partial(function, data=data, verbose=0, **options)
         super().__init__(evaluate, every=every, name=name)
@@ -325,4 +323,4 @@ class ZeroShot(EvaluateData):
             templates=templates,
             ks=ks,
         )
-        check_class_names("data", data, class_names, may_rename=True)
+        check_class_names(data, class_names)

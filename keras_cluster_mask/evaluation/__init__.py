@@ -1,4 +1,4 @@
-"""Evaluation of a model: retrieval, zero-shot classification, linear probe."""
+"""Evaluation of a model: retrieval, zero-shot classification, features."""
 
 from keras_cluster_mask.evaluation.classification import (
     classification_accuracy,
@@ -7,10 +7,6 @@ from keras_cluster_mask.evaluation.classification import (
 )
 from keras_cluster_mask.evaluation.embedding import embed, embed_texts
 from keras_cluster_mask.evaluation.features import compute_features
-from keras_cluster_mask.evaluation.linear_probe import (
-    evaluate_linear_probe,
-    linear_probe,
-)
 from keras_cluster_mask.evaluation.retrieval import (
     chance_recall,
     evaluate_retrieval,
@@ -23,10 +19,8 @@ __all__ = [
     "compute_features",
     "embed",
     "embed_texts",
-    "evaluate_linear_probe",
     "evaluate_retrieval",
     "evaluate_zero_shot",
-    "linear_probe",
     "retrieval_recall",
     "zero_shot_classifier",
 ]

@@ -16,56 +16,51 @@ REMEDIES = {
 }
 
 
-def check_read_once(name, data):
+def check_read_once(data):
     """Raises an error for a dataset for training: endless and randomly cropped."""
     if is_endless(data):
         raise ValueError(
-            f"`{name}` must hold each image once, without random crops: pass "
+            "`data` must hold each image once, without random crops: pass "
             "`training=False` to `image_text_dataset`. "
-            f"Received: {name}={data}, a dataset for training"
+            f"Received: data={data}, a dataset for training"
         )
 
 
-def check_whole(name, data):
+def check_whole(data):
     """Raises an error for a dataset of which each process reads a part."""
-    check_read_once(name, data)
+    check_read_once(data)
     process = data.process if isinstance(data, Stream) else (0, 1)
     if process[1] > 1:
         raise ValueError(
-            f"`{name}` must hold all images in each process: pass `process=(0, 1)` to "
-            f"`image_text_dataset`. Received: {name}={data}, with process={process}"
+            "`data` must hold all images in each process: pass `process=(0, 1)` to "
+            f"`image_text_dataset`. Received: data={data}, with process={process}"
         )
 
 
-def check_class_names(name, data, class_names, may_rename=False):
-    """Raises an error unless a dataset has the same classes as other data.
+def check_class_names(data, class_names):
+    """Raises an error unless class names fit the labels of a dataset.
 
     Labels are indices of names. With another list of names, they are other classes.
 
     Args:
-        name: String, the name of the argument in errors.
         data: See `embed`.
-        class_names: List of str. Empty, as of other data than an `image_text_dataset`,
-            if the names are unknown.
-        may_rename: Boolean. Whether `class_names` may be as many other names, and may
-            have more classes than the dataset, after these.
+        class_names: List of str: those of the dataset, which more may follow, or as
+            many other names.
     """
     found, expected = (
         [re.sub("[_-]", " ", name.lower()) for name in names]
         for names in (class_names_of(data), class_names)
     )
-    if not found or not expected or found == expected:
-        return
     is_renamed = len(found) == len(expected) and {*found}.isdisjoint(expected)
-    if may_rename and (is_renamed or found == expected[: len(found)]):
+    if is_renamed or found == expected[: len(found)]:
         return
     others = sorted({*found} ^ {*expected}) or "the order"
-    words = "; for other words in texts, pass a dictionary as `templates`" * may_rename
     raise ValueError(
         "`class_names` must be the same everywhere, because labels are indices into "
         "them: pass them to each `image_text_dataset`, which takes only folders with "
-        f"images as classes otherwise{words}. Received: {len(found)} classes of "
-        f"`{name}` for {len(expected)}, which differ in {others[:10]}"
+        "images as classes otherwise; for other words in texts, pass a dictionary as "
+        f"`templates`. Received: {len(found)} classes of `data` for {len(expected)}, "
+        f"which differ in {others[:10]}"
     )
 
 
@@ -75,20 +70,19 @@ def class_names_of(data):
     return data.class_names if isinstance(data, Stream) else []
 
 
-def check_entry(name, batch, key):
+def check_entry(batch, key):
     """Raises an error for a batch without an entry, and says how to get it."""
     if key not in batch:
         raise ValueError(
-            f"`{name}` must hold {key!r}: {REMEDIES[key]}. "
+            f"`data` must hold {key!r}: {REMEDIES[key]}. "
             f"Received: a batch with {sorted(batch)}"
         )
 
 
-def read_entries(name, data, keys):
+def read_entries(data, keys):
     """Reads only the images and some other entries of batches.
 
     Args:
-        name: String, the name of the argument in errors.
         data: See `embed`. A dataset for training, or for one of several processes, is
             refused before anything is read.
         keys: List of str. One of those in `REMEDIES` must be in each batch.
@@ -96,33 +90,31 @@ def read_entries(name, data, keys):
     Returns:
         An iterator of dictionaries of arrays.
     """
-    check_whole(name, data)
+    check_whole(data)
 
     def select(batch):
         if not {*keys} & {*REMEDIES} & {*batch}:
-            check_entry(name, batch, keys[0])
+            check_entry(batch, keys[0])
         return {key: batch[key] for key in ("images", *keys) if key in batch}
 
     return map(select, read_batches(data))
 
 
-def read_labeled(name, data, class_names=(), may_rename=False):
+def read_labeled(data, class_names):
     """Reads only the images and labels of batches, after a check of the labels.
 
     A misspelled class is an error at the end of the data: no image has its label, and
     there are images with other labels.
 
     Args:
-        name: String, the name of the argument in errors.
         data: See `read_entries`.
-        class_names: List of str, of which the labels are indices, if they are known.
-        may_rename: See `check_class_names`.
+        class_names: List of str, of which the labels are indices.
 
     Returns:
         An iterator of dictionaries of arrays.
     """
-    check_class_names(name, data, class_names, may_rename)
-    batches = read_entries(name, data, ["labels"])
+    check_class_names(data, class_names)
+    batches = read_entries(data, ["labels"])
     unseen = dict(enumerate(class_names_of(data)))
 
     def check():
@@ -131,7 +123,7 @@ def read_labeled(name, data, class_names=(), may_rename=False):
                 "labels",
                 batch["labels"],
                 num_items=len(batch["images"]),
-                num_classes=len(class_names) or None,
+                num_classes=len(class_names),
             )
             for label in np.unique(labels).tolist():
                 unseen.pop(label, None)
@@ -139,7 +131,7 @@ def read_labeled(name, data, class_names=(), may_rename=False):
         skipped = unseen and data.skipped.by_reason.get("unknown label")
         if skipped:
             raise ValueError(
-                f"`class_names` of `{name}` must hold the labels of its images. "
+                "`class_names` of `data` must hold the labels of its images. "
                 f"Received: {[*unseen.values()][:5]}, of which there is no image, and "
                 f"{skipped} images with other labels"
             )
@@ -170,16 +162,14 @@ def check_ks(ks):
     return tuple(check_integer("ks", k) for k in given or [ks])
 
 
-def check_labels(name, labels, num_items, num_classes=None):
-    """Returns labels as ints, after a check of their shape and, if given, range."""
+def check_labels(name, labels, num_items, num_classes):
+    """Returns labels as ints, after a check of their shape and range."""
     labels = np.asarray(labels)
     if labels.shape != (num_items,) or labels.dtype.kind not in "iu":
         raise ValueError(
             f"`{name}` must be ints of shape ({num_items},), one for each item. "
             f"Received: {name} of shape {labels.shape} and type {labels.dtype}"
         )
-    if num_classes is None:
-        return labels
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(bad):
         raise ValueError(

@@ -183,7 +183,7 @@ def evaluate_zero_shot(
     """
     ks = check_ks(ks)
     prompts = _prompts(class_names, templates)
-    batches = read_labeled("data", data, class_names, may_rename=True)
+    batches = read_labeled(data, class_names)
     embedder = embedder_of(model)
     weights, columns = _weights(embedder, prompts, tokenizer, verbose)
     found = embed_batches(embedder, data, batches, None, verbose)

@@ -79,7 +79,7 @@ def embed(
             for a tokenizer that lacks the special tokens that the model's text tower
             needs.
     """
-    check_read_once("data", data)
+    check_read_once(data)
     embedder = embedder_of(model)
     if tokenizer is None:
         check_tokenizer_of(embedder.model, data)
@@ -222,7 +222,7 @@ def pairs_of(model, data):
 
 def texts_of(batch):
     """Returns the captions of a batch in one list, and the row of each one's image."""
-    check_entry("data", batch, "captions")
+    check_entry(batch, "captions")
     several = list | tuple | np.ndarray
     rows = [x if isinstance(x, several) else [x] for x in batch["captions"]]
     owners = np.repeat(np.arange(len(rows)), [len(captions) for captions in rows])

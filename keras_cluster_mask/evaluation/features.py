@@ -72,7 +72,7 @@ def compute_features(
     """
     model = embedder_of(model).model
     data = pairs_of(model, data)
-    check_whole("data", data)
+    check_whole(data)
     embedder = Embedder(model, features=True)
     tokenize = tokenizer_of(model, tokenizer)
     tokenizer = model.tokenizer if tokenizer is None else tokenizer

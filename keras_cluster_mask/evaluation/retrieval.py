@@ -154,7 +154,7 @@ def evaluate_retrieval(
     if tokenizer is None:
         keys += ["token_ids", *embedder.model.text_tower.input_names]
         check_tokenizer_of(embedder.model, data)
-    batches = read_entries("data", data, keys)
+    batches = read_entries(data, keys)
     found = embed_batches(embedder, data, batches, tokenizer, verbose)
     images, texts = _normalized(found["image_embeddings"], found["text_embeddings"])
     owners, numbers = found["image_of_text"], found["text_numbers"]

@@ -148,9 +148,6 @@ def test_a_function_may_call_all_functions_of_evaluation(tmp_path):
         evaluation.zero_shot_classifier(model, NAMES, **options)
         evaluation.embed(model, captioned, **options)
         evaluation.embed_texts(model, NAMES, **options)
-        evaluation.evaluate_linear_probe(
-            model, labeled, labeled, regularization=1.0, verbose=0
-        )
         evaluation.evaluate_retrieval(model, captioned, **options)
         return evaluation.evaluate_zero_shot(model, labeled, NAMES, **options)
 

@@ -7,7 +7,6 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import (
     embed,
     embed_texts,
-    evaluate_linear_probe,
     evaluate_retrieval,
     evaluate_zero_shot,
 )
@@ -176,11 +175,9 @@ def test_bad_texts_and_tokenizers_are_refused_by_name(model, name, texts, tokeni
 
 def evaluations(model, tokenizer, data):
     names = ["cat", "dog"]
-    labeled = random_pairs(6)["images"], np.arange(6) % 2
     return [
         lambda: evaluate_retrieval(model, data),
         lambda: evaluate_zero_shot(model, data, names, tokenizer),
-        lambda: evaluate_linear_probe(model, labeled, data),
         lambda: kcm.callbacks.Retrieval(data),
         lambda: kcm.callbacks.ZeroShot(data, names, tokenizer),
     ]

@@ -93,8 +93,6 @@ assert_type(recall, dict[str, Any])
 recall = kcm.evaluation.retrieval_recall(
     np.eye(4), np.eye(4), image_of_text=[0, 1, 2, 3], ks=1
 )
-probe = kcm.evaluation.evaluate_linear_probe(model, dataset, dataset)
-assert_type(probe, dict[str, Any])
 kcm.visualization.plot_masks(
     np.zeros((2, 64, 64, 3)), {"random": kcm.RandomMasking(0.5), "clusters": masking}
 ).savefig("masks.png")
