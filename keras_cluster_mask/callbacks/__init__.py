@@ -1,6 +1,6 @@
 """Callbacks for long training runs."""
 
 from keras_cluster_mask.callbacks.evaluation import Evaluate, Retrieval, ZeroShot
-from keras_cluster_mask.training.checkpoints import Checkpoint, NonFiniteError
+from keras_cluster_mask.training.checkpoints import Checkpoint
 
-__all__ = ["Checkpoint", "Evaluate", "NonFiniteError", "Retrieval", "ZeroShot"]
+__all__ = ["Checkpoint", "Evaluate", "Retrieval", "ZeroShot"]

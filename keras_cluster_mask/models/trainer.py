@@ -67,7 +67,7 @@ class ContrastiveTrainer(replicas.OwnReduction):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._is_evaluating = False
-        self._compiled_with: dict[str, Any] = {}
+        self._compiled_with: dict[str, list[Any]] = {}
         self._accuracy = StepMean(name="accuracy")
         self._temperature = StepMean(name="temperature")
         self._mask_ratio = StepMean(name="mask_ratio")
@@ -221,28 +221,13 @@ class ContrastiveTrainer(replicas.OwnReduction):
 
     def _options(self):
         """Returns the options that a step is compiled with."""
-        return {
-            **{name: getattr(self, name) for name in OPTIONS},
-            **{
-                f"maskings[{number}].{name}": getattr(masking, name)
-                for number, masking in enumerate(self.maskings)
-                for name in (*masking._settings, "mask_ratio")
-            },
+        settings = [(x, (*x._settings, "mask_ratio")) for x in self.maskings]
+        return [
+            *(getattr(self, name) for name in OPTIONS),
+            *(getattr(x, name) for x, names in settings for name in names),
             # TensorFlow would still train weights that are frozen after the first step.
-            "trainable": [weight.trainable for weight in self.weights],
-        }
-
-    def _check_options(self):
-        """Raises an error if an option was changed since the last `fit` began."""
-        now = self._options()
-        before = self._compiled_with.get("train_function", now)
-        changed = [name for name in now if now[name] != before[name]]
-        if changed:
-            raise ValueError(
-                f"`{'` and `'.join(changed)}` must not change during a call of `fit`, "
-                "which compiles its step once: change options between two calls. "
-                f"Received: {', '.join(f'{name}={now[name]}' for name in changed)}"
-            )
+            *(weight.trainable for weight in self.weights),
+        ]
 
     def _forget_outdated(self, name):
         """Deletes a compiled function if an option that it depends on has changed."""

@@ -32,9 +32,6 @@ from keras_cluster_mask.training.tokenizers import digest_of
 # Arguments that may be others when a run is resumed: Keras numbers names, which weights
 # are trained is compared for each, and another micro-batch gives the same result.
 MAY_CHANGE = "name", "trainable", "micro_batch_size"
-# The number of steps between two checks of the loss. A check of each step would keep
-# the device waiting.
-CHECK_EVERY = 100
 
 
 class RunCallback(keras.callbacks.Callback):
@@ -59,10 +56,6 @@ class RunCallback(keras.callbacks.Callback):
         return is_last or (epoch + 1) % every == 0
 
 
-class NonFiniteError(FloatingPointError):
-    """Raised if the loss or a weight is NaN or infinite."""
-
-
 class Checkpoint(RunCallback):
     """Saves the whole state of a training run, for `fit(..., resume_from=directory)`.
 
@@ -84,12 +77,11 @@ class Checkpoint(RunCallback):
     of data, each epoch is a pass over the data. The state of other callbacks is not
     saved. An epoch that a callback stops early is not saved either.
 
-    A NaN or infinite loss stops the run with an error that names the last checkpoint,
-    and the steps between which the loss occurred. The mean loss of the epoch is read
-    every 100 steps and at the end of the epoch, because reading it makes training wait.
-    If a model overrides `metrics` without the loss, the loss is checked only at saves.
-    A NaN or infinite weight or optimizer moment at a save stops the run too. Such an
-    epoch is not saved.
+    A NaN or infinite loss of an epoch stops the run with an error that names the last
+    checkpoint, and the epoch is not saved. To stop at the first such step, also pass
+    `keras.callbacks.TerminateOnNaN(raise_error=True)`, which waits for each step.
+    Weights are not checked: if the last step of an epoch made them infinite, resume
+    from the checkpoint before.
 
     Example:
 
@@ -119,10 +111,9 @@ class Checkpoint(RunCallback):
 
     Raises:
         ValueError: From `fit`, if the folder holds later checkpoints than the run
-            resumes from, or if the data cannot be resumed.
+            resumes from, if the data cannot be resumed, or if the loss is NaN or
+            infinite.
         OSError: From `fit`, if a file cannot be written.
-        NonFiniteError: From `fit`, if the loss, a weight or the optimizer's state is
-            NaN or infinite.
     """
 
     def __init__(
@@ -155,49 +146,23 @@ class Checkpoint(RunCallback):
                 f"{last} epochs; the run starts after {run.epoch}"
             )
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._epoch, self._checked = epoch, 0
-
-    def on_train_batch_begin(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        # Not in `on_train_batch_end`: Keras waits for each step if a callback overrides
-        # it. The steps before this batch may still be running.
-        if batch >= self._checked + CHECK_EVERY:
-            loss = self.model.get_metrics_result().get("loss", 0.0)
-            self._check_loss(float(loss), f"step {batch}")
-            self._checked = batch
-
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._check_loss((logs or {}).get("loss", 0.0), "the end")
         if not self._is_due(epoch, self.save_every) or self.run.is_partial:
             return
-        variables = _variables(self.model)
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            *_, last = "none", *saved_epochs(self.folder).values()
+            raise ValueError(
+                "The loss must be finite when a checkpoint is saved: resume from the "
+                f"last checkpoint, which is {last}, with a lower learning rate, a "
+                "longer warm-up or gradient clipping. "
+                "`keras.callbacks.TerminateOnNaN(raise_error=True)` stops at the first "
+                f"such step. Received: loss={loss} in epoch {epoch + 1}"
+            )
         # In all processes, since the weights may be sharded over them.
-        arrays = [to_numpy(variable) for variable in variables]
-        # NaN or infinity is possible even if the loss is finite.
-        wrong = [v.path for v, x in zip(variables, arrays) if not np.isfinite(x).all()]
-        # All processes must stop, or the others would wait for one that has stopped.
-        if any(all_gather_object(len(wrong))):
-            path = wrong[0] if wrong else "a weight of another process"
-            self._stop("The weights and the optimizer's state", f"{path} at the end")
+        arrays = [to_numpy(variable) for variable in _variables(self.model)]
         if is_main_process():
             self._save(arrays)
-
-    def _check_loss(self, loss, last):
-        """Raises an error if the mean loss of the epoch up to a step is not finite."""
-        if not math.isfinite(loss):
-            place = f"between step {self._checked + 1} and {last}"
-            self._stop("The loss", f"loss={loss} {place}")
-
-    def _stop(self, what, found):
-        paths = [*saved_epochs(self.folder).values()]
-        last = paths[-1] if paths else "none"
-        raise NonFiniteError(
-            f"{what} must stay finite; a lower learning rate, a longer warm-up or "
-            f"gradient clipping may help. The last good checkpoint is {last}. "
-            f"Received: {found} of epoch {self._epoch + 1}"
-        )
 
     def _save(self, arrays):
         """Writes a checkpoint, and then removes the oldest ones beyond `keep`."""

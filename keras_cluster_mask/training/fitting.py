@@ -313,7 +313,6 @@ class TrainingRun(keras.callbacks.Callback):
             # last one of an epoch does not end. Each epoch gets new slots.
             self._slots = threading.Semaphore(STEPS_AHEAD)
             self.start_values = start_values(self.model)
-            self.model._check_options()
             # Layers without a seed draw from the global generator of torch, and so do
             # iterators over data when they start. A resumed run starts other iterators,
             # so the state at the end of the last epoch is restored before the first

@@ -201,7 +201,7 @@ def test_an_optimizer_that_was_built_for_other_weights_is_refused_by_name(option
         ("duplicates", "negative", (4, 16)),
     ],
 )
-def test_options_count_from_the_next_fit_and_must_not_change_in_one(name, value, shape):
+def test_options_count_from_the_next_fit(name, value, shape):
     seen = []
 
     class Seen(kcm.RandomMasking):
@@ -228,11 +228,13 @@ def test_options_count_from_the_next_fit_and_must_not_change_in_one(name, value,
     back = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: epoch and setattr(owner, name, old)
     )
-    with pytest.raises(ValueError, match=rf"{name}.* must not change.*Received: "):
-        one_step(model, pairs, epochs=2, callbacks=[back])
+    one_step(model, pairs, epochs=2, callbacks=[back])
+    seen.clear()
+    one_step(model, pairs)
+    assert {*seen} == {(4, 16)}
 
 
-@pytest.mark.any_backend
+@pytest.mark.slow_to_compile
 @pytest.mark.parametrize("number", [0, 1])
 def test_options_of_two_maskings_of_one_name_are_told_apart(number):
     maskings = [
@@ -244,16 +246,10 @@ def test_options_of_two_maskings_of_one_name_are_told_apart(number):
     x = maskings[1](x, images=None, training=True)
     encoder = keras.Model(images, keras.layers.GlobalAveragePooling1D()(x))
     model = kcm.ContrastiveModel(encoder, text_bag(), projection_dim=4)
-    model.compile("sgd", **FAST)
-    masking = model.maskings[number]
-    change = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda epoch, logs: (
-            epoch and setattr(masking, "mask_ratio", 0.25)
-        )
-    )
-    message = rf"`maskings\[{number}\]\.mask_ratio` must not change"
-    with pytest.raises(ValueError, match=message):
-        one_step(model, random_pairs(4), epochs=2, callbacks=[change])
+    model.compile("sgd")
+    assert one_step(model, random_pairs(4))["mask_ratio"] == [0.75]
+    model.maskings[number].mask_ratio = 0.25
+    assert one_step(model, random_pairs(4))["mask_ratio"] == [0.625]
 
 
 def test_a_masking_trains_under_full_compilation():

@@ -17,7 +17,6 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.training import checkpoints
 from keras_cluster_mask.training.checkpoints import saved_epochs
 from tests.helpers import (
     FAST,
@@ -467,19 +466,23 @@ def test_weights_in_half_precision_are_resumed_as_they_were(tmp_path):
 
 @pytest.mark.skipif(BACKEND != "jax", reason="The state of a model is apart on JAX.")
 def test_the_state_of_the_model_is_left_alone_between_saves(tmp_path, monkeypatch):
-    count, seen = CountSteps(), []
+    seen = []
     # Keras 3.15 has the second name.
     name = "state_sync" if hasattr(keras.Model, "state_sync") else "jax_state_sync"
     sync = getattr(keras.Model, name)
 
     def seen_sync(model):
-        seen.append(count.begun)
+        seen.append(len(steps))
         sync(model)
 
     monkeypatch.setattr(keras.Model, name, seen_sync)
-    long_run(tmp_path, callbacks=[count])
-    # A batch has begun when the steps before it are checked.
-    assert {*seen} == {0, 101, 130}
+    data, steps = random_pairs(40), []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: steps.append(batch)
+    )
+    options = {"epochs": 1, "batch_size": 2, "callbacks": [note]}
+    run(data, tmp_path, model=compiled_model(), **options)
+    assert {*seen} == {0, 20}
 
 
 @pytest.mark.any_backend
@@ -523,95 +526,36 @@ def test_killed_at_random_points_and_while_saving(shards, tmp_path):
     assert not list(folder.glob(".*"))
 
 
-# === Losses and weights that are not finite ===
-
-
-class CountSteps(keras.callbacks.Callback):
-    begun = 0
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.begun = batch + 1
-
-
-def long_run(folder, bad=None, callbacks=()):
-    """An epoch of 130 steps, with an image that is not finite in one of them."""
-    data = random_pairs(260)
-    data["images"] = data["images"] / np.float32(64) - 2
-    if bad is not None:
-        data["images"][2 * bad] = np.nan
-    fit = dict(epochs=1, batch_size=2, shuffle=False)
-    run(data, folder, model=compiled_model(), callbacks=callbacks, **fit)
-
-
-@pytest.mark.slow_to_compile
-@pytest.mark.one_case
-@pytest.mark.parametrize(
-    ("bad", "stops_before", "steps"),
-    # 100 steps after the last look, and at the end of the epoch.
-    [
-        (3, 101, "step 1 and step 100"),
-        (99, 101, "step 1 and step 100"),
-        (100, 130, "step 101 and the end"),
-        (129, 130, "step 101 and the end"),
-    ],
-)
-def test_a_loss_that_is_not_finite_stops_the_run(bad, stops_before, steps, tmp_path):
-    count = CountSteps()
-    with pytest.raises(
-        kcm.callbacks.NonFiniteError,
-        match=rf"is none. Received: loss=nan between {steps} of epoch 1$",
-    ):
-        long_run(tmp_path, bad, [count])
-    assert count.begun <= stops_before
-    assert not saved_epochs(tmp_path)
+# === Losses that are not finite ===
 
 
 @pytest.mark.any_backend
-def test_the_last_good_checkpoint_is_named_and_remains_the_last(tmp_path):
-    run_plain(tmp_path, 2)
-    with pytest.raises(
-        kcm.callbacks.NonFiniteError,
-        match=r"epoch-00002\.npz\. Received: loss=nan between .* of epoch 3$",
-    ):
-        run_plain(tmp_path, 3, keras.optimizers.SGD(np.inf))
-    assert [*saved_epochs(tmp_path)] == [1, 2]
-
-
-class BreakMoment(keras.callbacks.Callback):
-    def on_train_batch_end(self, batch, logs=None):
-        moment = self.model.optimizer.variables[-1]
-        moment.assign(np.full(moment.shape, np.inf))
-
-
-@pytest.mark.one_case
-@pytest.mark.parametrize(
-    ("optimizer", "callbacks", "found"),
-    [
-        (lambda: keras.optimizers.SGD(1e38), [], ""),
-        (lambda: "adam", [BreakMoment()], r"adam\w*/"),
-    ],
-)
-def test_weights_and_moments_that_are_infinite_are_not_saved(
-    optimizer, callbacks, found, tmp_path
+def test_an_epoch_without_a_finite_loss_is_not_saved_and_the_last_one_is_named(
+    tmp_path,
 ):
-    fit = dict(model=make_model(optimizer=optimizer()), callbacks=callbacks)
-    with pytest.raises(
-        kcm.callbacks.NonFiniteError,
-        match=rf"weights.*is none.*Received: {found}.* at the end of epoch 1$",
-    ):
-        run(pairs(), tmp_path, batch_size=12, **fit)
-    assert not saved_epochs(tmp_path)
+    for epochs, last in ((1, "none"), (3, r"\S+epoch-00002\.npz")):
+        optimizer = keras.optimizers.SGD(np.inf)
+        match = rf"which is {last}, with.*Received: loss=nan in epoch {epochs}$"
+        with pytest.raises(ValueError, match=match):
+            run_plain(tmp_path, epochs, optimizer)
+        run_plain(tmp_path, 2)
+        assert [*saved_epochs(tmp_path)] == [1, 2]
 
 
 @pytest.mark.any_backend
-def test_all_processes_stop_at_weights_that_are_infinite_in_one(tmp_path, monkeypatch):
-    def gather(value):
-        # -1 is of a folder without checkpoints.
-        return [value, value if value < 0 else 1]
-
-    monkeypatch.setattr(checkpoints, "all_gather_object", gather)
-    with pytest.raises(kcm.callbacks.NonFiniteError, match="weight of another process"):
-        run(pairs(), tmp_path)
+def test_keras_stops_at_a_loss_that_is_not_finite(tmp_path):
+    data, steps = random_pairs(16), []
+    data["images"] = data["images"] / np.float32(64) - 2
+    data["images"][5] = np.nan
+    stop = keras.callbacks.TerminateOnNaN(raise_error=True)
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: steps.append(batch)
+    )
+    options = {"epochs": 1, "callbacks": [note, stop], **ARRAYS}
+    with pytest.raises(RuntimeError, match="at batch 1"):
+        run(data, tmp_path, model=compiled_model(), **options)
+    assert steps == [0, 1]
+    assert not saved_epochs(tmp_path)
 
 
 # === Refusals ===
