@@ -114,26 +114,29 @@ def test_a_leaky_encoder_is_welcome_where_nothing_is_hidden(masking):
     assert masked(random_images(2), training=True).shape == (2, 16)
 
 
-def test_an_encoder_that_honors_masks_passes_with_its_weights_untouched():
-    encoder = functional_vit()
-    before = values(encoder.weights)
-    kcm.with_masking(encoder, threshold_masking(), "positions")
-    assert_same_values(encoder.weights, before)
-
-
-@pytest.mark.parametrize("make", [clip_vision_encoder, deit_encoder])
-def test_a_pooling_of_prefix_tokens_which_are_never_hidden_is_taken(make):
+def pooled_prefix(make, prefix):
+    """An encoder that pools tokens that are never hidden."""
     encoder = make()
-    prefix = {"vision_encoder": 1}.get(encoder.name, 2)
     pooled = ops.mean(encoder.output[:, :prefix], axis=1)
-    kcm.with_masking(keras.Model(encoder.input, pooled), threshold_masking())
+    return keras.Model(encoder.input, pooled)
 
 
 @pytest.mark.parametrize("global_policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
-def test_an_honest_encoder_is_taken_in_any_precision(dtype, global_policy):
+@pytest.mark.parametrize(
+    "make",
+    [
+        clip_vision_encoder,
+        lambda: clip_vision_encoder(dtype="mixed_bfloat16"),
+        lambda: pooled_prefix(clip_vision_encoder, 1),
+        lambda: pooled_prefix(deit_encoder, 2),
+    ],
+)
+def test_an_encoder_that_hides_tokens_is_taken_with_its_weights(make, global_policy):
     keras.config.set_dtype_policy(global_policy)
-    kcm.with_masking(clip_vision_encoder(dtype=dtype), threshold_masking())
+    encoder = make()
+    before = values(encoder.trainable_variables)
+    kcm.with_masking(encoder, threshold_masking())
+    assert_same_values(encoder.trainable_variables, before)
 
 
 def test_the_probe_of_a_deep_encoder_holds_a_part_of_its_weights(monkeypatch):

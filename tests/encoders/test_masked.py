@@ -98,13 +98,8 @@ def kept_tokens(masked, images, noise, prefix):
 
 @pytest.mark.any_backend
 def test_the_encoder_knows_the_size_of_its_patches():
-    masking, images = kcm.KMeansMasking(), random_images(2)
-    for call in (
-        lambda: masking(np.zeros((2, 16, 8)), images=images, training=True),
-        lambda: kcm.with_masking(encoder_of("own"), masking, "positions"),
-    ):
-        with pytest.raises(ValueError, match=r"`patch_size` must be given.*Received: "):
-            call()
+    with pytest.raises(ValueError, match=r"`patch_size` must be given.*Received: "):
+        kcm.with_masking(encoder_of("own"), kcm.KMeansMasking(), "positions")
     vit = encoder_of("vit_wide")
     for encoder in (keras.Model(vit.input, vit.output), vit):
         masked = kcm.with_masking(encoder, kcm.KMeansMasking())
@@ -138,7 +133,7 @@ def test_training_takes_the_prefix_and_half_and_inference_the_whole_image(kind):
 @pytest.mark.any_backend
 @each_encoder
 def test_weights_are_the_encoders_own_and_not_held_twice(kind):
-    masked, images, _, _ = make(kind)
+    masked, *_ = make(kind)
     encoder = masked.encoder
     own = ids_of(encoder.weights)
     state = ids_of(masked.masking.weights)
@@ -147,14 +142,6 @@ def test_weights_are_the_encoders_own_and_not_held_twice(kind):
     assert [v.path for v in masked.trainable_variables] == [
         v.path for v in encoder.trainable_variables
     ]
-
-    inputs = inputs_of(masked, images)
-    before = [to_numpy(masked(inputs, training=x)) for x in (False, True)]
-    for weight in encoder.trainable_variables:
-        weight.assign(weight + 0.1)
-    after = [to_numpy(masked(inputs, training=x)) for x in (False, True)]
-    assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(before, after))
-    assert_same_values(after[0], encoder(inputs))
 
 
 @pytest.mark.any_backend
@@ -180,38 +167,6 @@ def test_one_masking_serves_encoders_with_different_prefixes():
 
 
 # === Nothing left out has an influence ===
-
-
-@pytest.mark.any_backend
-@each_encoder
-def test_pixels_left_out_by_a_budget_change_nothing(kind):
-    _, layer, (height, width), prefix = ENCODERS[kind]
-    # A selection that does not look at the pixels, so that they can be changed.
-    masking = kcm.RandomMasking(0.5, num_prefix_tokens=prefix)
-    masked = kcm.with_masking(encoder_of(kind), masking, layer)
-    images = random_images(4, height, width)
-    noise = random_noise(4, height * width // 16)
-    _, _, kept, _ = kept_tokens(masked, images, noise, prefix)
-    changed = repaint(images, kept[:, prefix:] - prefix)
-    assert np.mean(changed != images) == pytest.approx(0.5)
-
-    one, other, repainted_kept = (
-        to_numpy(masked(inputs_of(masked, x), training=True, noise=noise))
-        for x in (images, changed, images + 1.0)
-    )
-    assert_same_values(one, other)
-    assert np.abs(one - repainted_kept).max() > 1e-4
-
-
-def repaint(images, kept):
-    """Images with other pixels in all patches but the kept ones."""
-    changed = 9.0 - 5.0 * images
-    columns = images.shape[2] // 4
-    for row, indices in enumerate(kept):
-        for index in indices:
-            y, x = 4 * (index // columns), 4 * (index % columns)
-            changed[row, y : y + 4, x : x + 4] = images[row, y : y + 4, x : x + 4]
-    return changed
 
 
 @pytest.mark.slow_to_compile
@@ -294,11 +249,10 @@ def later(kind, prefix=0):
 
 
 def nested(kind):
-    vit = functional_vit(pool=False)
-    pool = keras.layers.GlobalAveragePooling1D()
-    if kind == "sequential":
-        return keras.Sequential([keras.Input((16, 16, 3)), vit, pool])
-    return keras.Model(images := keras.Input((16, 16, 3)), pool(vit(images)))
+    vit, images = functional_vit(), keras.Input((16, 16, 3))
+    return (
+        kind([images, vit]) if kind is keras.Sequential else kind(images, vit(images))
+    )
 
 
 def masked_clip(around=False):
@@ -334,8 +288,8 @@ def masked_clip(around=False):
         ),
         *(
             (functools.partial(nested, kind), layer, "'own_vit'")
-            for kind in ("sequential", "functional")
-            for layer in (None, "positions", "own_vit")
+            for kind in (keras.Sequential, keras.Model)
+            for layer in (None, "own_vit")
         ),
         # Class tokens cannot be seen after attention.
         (lambda: later("attention", prefix=1), "mixed", "Pass `num_prefix_tokens`"),
@@ -385,9 +339,6 @@ def test_the_prefix_of_an_encoder_for_images_of_any_size_is_counted(prefix):
     masked = kcm.with_masking(encoder, kcm.RandomMasking(), "tokens")
     assert masked.num_prefix_tokens == prefix
     assert masked(random_images(2), training=True).shape == (2, 16)
-    other = kcm.RandomMasking(num_prefix_tokens=1 - prefix)
-    with pytest.raises(ValueError, match=f"`num_prefix_tokens` must be {prefix}, .*"):
-        kcm.with_masking(encoder, other, "tokens")
 
 
 @pytest.mark.any_backend

@@ -284,14 +284,16 @@ def test_the_patches_that_are_kept_alone_are_pooled_after_each_block(
     images, noise = random_images(2), random_noise(2)
     whole = kcm.with_masking(encoder, kcm.RandomMasking(0.0))
     assert_close(whole(images, training=True), encoder(images, training=False), 1e-5)
-    masked = kcm.with_masking(encoder, kcm.RandomMasking(0.5))
+    masking = kcm.RandomMasking(0.5)
+    last = kcm.with_masking(backbone, masking)(images, training=True, noise=noise)
+    masked = kcm.with_masking(encoder, masking)
+    found = to_numpy(masked(images, training=True, noise=noise))
+    assert_close(found[:, 16:], to_numpy(last)[:, prefix:].mean(1))
     if family == "DINOv3":
         # Its blocks see one image at a time.
-        found = masked(images, training=True, noise=noise)
-        assert np.abs(to_numpy(found) - to_numpy(encoder(images))).min() > 0
         return
     seen = tokens_after_blocks(monkeypatch, backbone)
-    found = masked(images, training=True, noise=noise)
+    masked(images, training=True, noise=noise)
     assert seen[0].shape[1] == prefix + 8
     assert_close(found[:, :16], seen[0][:, prefix:].mean(1))
 
@@ -315,40 +317,6 @@ def test_hidden_patches_are_not_pooled_after_any_block(make):
     expected = kcm.with_masking(encoder, same)(images, training=True, noise=highest)
     found = kcm.with_masking(encoder, masking)(images, training=True, noise=noise)
     assert_close(found, expected, 1e-5)
-
-
-@pytest.mark.one_case
-@pytest.mark.parametrize("family", IMAGES)
-def test_kept_patches_alone_are_pooled_in_training(family):
-    make, prefix, _ = IMAGES[family]
-    backbone = make()
-    encoder = PooledEncoder(backbone, "class_and_mean")
-    masking = kcm.RandomMasking(0.5)
-    images, noise = random_images(2), random_noise(2)
-    found = kcm.with_masking(encoder, masking)(images, training=True, noise=noise)
-    tokens = kcm.with_masking(backbone, masking)(images, training=True, noise=noise)
-    tokens = to_numpy(tokens)
-    assert tokens.shape[1] == prefix + 8
-    expected = np.concatenate([tokens[:, 0], tokens[:, prefix:].mean(1)], -1)
-    assert_close(found, expected)
-
-
-@pytest.mark.any_backend
-def test_hidden_patches_are_not_pooled():
-    masking = kcm.ClusterMasking(
-        4, 0.6, min_mask_ratio=0.25, threshold=0.2, anchor_ratio=0.2
-    )
-    backbone = vit_encoder()
-    images, noise = random_images(2), random_noise(2)
-    _, visible = masking.select(images=images, noise=noise)
-    visible = np.pad(
-        to_numpy(visible).astype(bool), [(0, 0), (1, 0)], constant_values=True
-    )
-    assert not visible.all()
-    tokens = kcm.with_masking(backbone, masking)(images, training=True, noise=noise)
-    rows = [x[shown][1:].mean(0) for x, shown in zip(to_numpy(tokens), visible)]
-    masked = kcm.with_masking(PooledEncoder(backbone, "mean"), masking)
-    assert_close(masked(images, training=True, noise=noise), rows)
 
 
 @pytest.mark.slow_to_compile

@@ -157,24 +157,6 @@ def test_channels_first_is_kept():
     assert_close(table_of(other), expected, 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("make", "size", "match"),
-    [
-        (functional_vit, 32, "`model`"),
-        (lambda: None, 32, "`model`"),
-        (
-            lambda: kcm.with_masking(clip_vision_encoder(), kcm.ClusterMasking(4)),
-            32,
-            "`model`",
-        ),
-        *((clip_vision_encoder, x, "`image_size`") for x in (0, (16, 18), (16,))),
-    ],
-)
-def test_other_models_and_sizes_are_refused(make, size, match):
-    with pytest.raises(ValueError, match=rf"{match} must.*Received:"):
-        with_image_size(make(), size)
-
-
 # === Texts ===
 
 TEXTS = tiny_clip, tiny_metaclip, tiny_siglip, lambda: tiny_clip().text_encoder
@@ -208,19 +190,28 @@ def test_positions_of_texts_are_interpolated_as_torch_does(make, length):
         assert_close(new, expected[0].numpy().T, 1e-5)
 
 
+# === Both ===
+
+
+def masked_clip():
+    return kcm.with_masking(clip_vision_encoder(), kcm.ClusterMasking(4))
+
+
 @pytest.mark.parametrize(
-    ("make", "length", "name"),
+    ("copied", "make", "size", "name"),
     [
-        (image_mlp, 9, "model"),
-        *((tiny_clip, length, "length") for length in (2, 9.0, True, None)),
+        *(
+            (with_image_size, make, 32, "model")
+            for make in (functional_vit, lambda: None, masked_clip)
+        ),
+        *((with_image_size, tiny_clip, x, "image_size") for x in (0, (16, 18), (16,))),
+        (with_context_length, image_mlp, 9, "model"),
+        *((with_context_length, tiny_clip, x, "length") for x in (2, 9.0, True, None)),
     ],
 )
-def test_other_texts_and_lengths_are_refused(make, length, name):
+def test_other_models_and_sizes_are_refused(copied, make, size, name):
     with pytest.raises(ValueError, match=rf"`{name}` must.*Received: {name}="):
-        with_context_length(make(), length)
-
-
-# === Both ===
+        copied(make(), size)
 
 
 def half_frozen(make):

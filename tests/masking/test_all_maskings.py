@@ -11,7 +11,6 @@ import keras_cluster_mask as kcm
 from tests.helpers import (
     assert_same_values,
     to_numpy,
-    value_and_gradients,
     values,
 )
 from tests.masking.images import (
@@ -71,8 +70,11 @@ def test_keeps_tokens_in_their_order_behind_the_prefix(strategy):
     for prefix, dtype in ((0, "float32"), (1, "float16"), (3, "bfloat16")):
         masking = make(strategy, prefix)
         tokens = tokens_of(ROWS, prefix + N, dtype=dtype)
+        state = values([masking.seed_generator.state])
         kept = masking(tokens, images=IMAGES, training=True, noise=NOISE)
         indices, visible = numpy(*masking.select(IMAGES, tokens, NOISE))
+        # All the randomness is in the noise.
+        assert_same_values([masking.seed_generator.state], state)
         assert indices.shape == visible.shape == (ROWS, num_kept)
         assert indices.dtype == np.int32
         assert visible.dtype == bool
@@ -138,18 +140,6 @@ def test_a_seed_repeats_the_masks_of_all_steps(strategy):
 
 
 @every_strategy
-def test_noise_is_all_the_randomness_there_is(strategy):
-    tokens, outputs = tokens_of(ROWS, 1 + N), []
-    for seed in (1, 2):
-        masking = make(strategy, seed=seed)
-        before = numpy(masking.seed_generator.state)
-        kept = masking(tokens, images=IMAGES, training=True, noise=NOISE)
-        outputs.append(numpy(kept))
-        np.testing.assert_array_equal(numpy(masking.seed_generator.state), before)
-    np.testing.assert_array_equal(*outputs)
-
-
-@every_strategy
 def test_a_mask_ratio_of_zero_keeps_all_tokens_and_computes_nothing(strategy):
     masking, tokens = make(strategy), tokens_of(ROWS, 1 + N)
     masking.mask_ratio = 0.0
@@ -190,25 +180,6 @@ def test_the_symbolic_output_has_the_dtype_of_the_tokens(strategy):
         assert symbolic.shape == (ROWS, None, 6)
     shape = masking.compute_output_shape((None, 1 + N, 6), IMAGES.shape)
     assert tuple(shape) == (None, None, 6)
-
-
-@pytest.mark.parametrize("strategy", ["random", *SIMILARITY])
-def test_gradients_reach_kept_tokens_alone(strategy):
-    options = {"embedding_weight": 0.5} if strategy in SIMILARITY else {}
-    masking = make(strategy, **options)
-    tokens = tokens_of(ROWS, 1 + N)
-    indices, _ = numpy(*masking.select(IMAGES, tokens, NOISE))
-    source = keras.Variable(tokens)
-
-    def fn():
-        total = ops.sum(masking(source.value, IMAGES, training=True, noise=NOISE))
-        return total, total
-
-    _, (gradient,) = value_and_gradients(fn, [source])
-    expected = np.zeros((ROWS, 1 + N, 6))
-    expected[:, 0] = 1.0
-    np.put_along_axis(expected, 1 + indices[:, :, None], 1.0, axis=1)
-    np.testing.assert_array_equal(gradient, expected)
 
 
 @pytest.mark.any_backend
@@ -293,26 +264,3 @@ def test_config_round_trip_keeps_every_argument(strategy, options):
     assert type(revived) is strategy
     assert revived.get_config() == config
     assert revived.dtype_policy.name == "mixed_bfloat16"
-
-
-@pytest.mark.any_backend
-@every_strategy
-@pytest.mark.parametrize(
-    ("options", "inputs", "argument"),
-    [
-        *(({"mask_ratio": x}, {}, "mask_ratio") for x in (1.0, -0.1)),
-        ({"num_prefix_tokens": -1}, {}, "num_prefix_tokens"),
-        ({}, {"tokens": (2, N)}, "tokens"),
-        *(
-            ({}, {"noise": shape}, "noise")
-            for shape in ((2, N - 1), (2, N + 1), (N,), (2, N, 1), (3, N))
-        ),
-    ],
-)
-def test_refuses_and_names_the_argument(strategy, options, inputs, argument):
-    if strategy == "grid" and "mask_ratio" in options:
-        pytest.skip("It has no such argument.")
-    shapes = {"tokens": (2, 1 + N, 6), "noise": (2, N), **inputs}
-    inputs = {name: np.zeros(shape, "float32") for name, shape in shapes.items()}
-    with pytest.raises(ValueError, match=rf"`{argument}`[\s\S]*Received: "):
-        make(strategy, **options)(images=IMAGES[:2], training=True, **inputs)

@@ -26,9 +26,3 @@ def test_selects_as_the_reference_wherever_the_cut_is_clear(grid):
         assert_selects(masking, expected, clear, noise=noise)
         shares.append(clear.mean())
     assert np.mean(shares) > 0.95
-
-
-@pytest.mark.any_backend
-def test_refuses_a_variance_that_is_not_positive():
-    with pytest.raises(ValueError, match=r"`variance` .*Received: variance="):
-        kcm.CenteredMasking(variance=0)

@@ -13,7 +13,6 @@ from tests.masking.images import (
     numpy,
     paper,
     photographs,
-    ramp,
     textured,
     tokens_of,
 )
@@ -345,45 +344,3 @@ class TestEmbeddingSchedule:
         masking = kcm.ClusterMasking(8, min_mask_ratio=0.1, threshold=-0.5)
         masking(tokens_of(ROWS, 25), images=photographs(32, 48, ROWS), training=True)
         assert float(masking.threshold) == -0.5
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("options", "argument"),
-    [
-        ({"min_mask_ratio": 1.0}, "min_mask_ratio"),
-        ({"min_mask_ratio": -0.1}, "min_mask_ratio"),
-        ({"threshold": 0.5}, "threshold"),
-        ({"threshold": 1.5, "min_mask_ratio": 0.3}, "threshold"),
-        ({"softness": 0.1, "min_mask_ratio": 0.3}, "softness"),
-        ({"softness": -0.1}, "softness"),
-        ({"hide_padding": False}, "hide_padding"),
-        ({"hide_padding": "no"}, "hide_padding"),
-        ({"anchor_ratio": 1.1}, "anchor_ratio"),
-        ({"anchor_ratio": -0.1}, "anchor_ratio"),
-        *(
-            (
-                {"mask_ratio": 0.3, "min_mask_ratio": 0.3, "embedding_weight": weight},
-                "mask_ratio",
-            )
-            for weight in (0.5, ramp())
-        ),
-    ],
-)
-def test_refuses_and_names_the_argument(options, argument):
-    message = rf"`{argument}` [\s\S]*Received: {argument}="
-    with pytest.raises(ValueError, match=message):
-        kcm.ClusterMasking(8, **options)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("num_tokens", "prefix", "expected"),
-    [(15, None, "at least 16"), (17, 0, "expected 16"), (17, 2, "expected 18")],
-)
-def test_token_counts_that_do_not_fit_are_refused(num_tokens, prefix, expected):
-    masking = kcm.ClusterMasking(8, num_prefix_tokens=prefix)
-    images = np.zeros((2, 32, 32, 3), "uint8")
-    message = rf"`tokens` .*{expected}.*Received: tokens.shape\[1\]={num_tokens}"
-    with pytest.raises(ValueError, match=message):
-        masking(tokens_of(2, num_tokens), images=images, training=True)

@@ -50,14 +50,6 @@ def test_selects_as_the_reference_wherever_every_decision_is_clear():
     assert np.mean(shares) > 0.95
 
 
-@pytest.mark.one_case
-@pytest.mark.parametrize("grid", [(3, 5), (6, 4), (1, 9), (2, 7)])
-def test_edges_are_those_of_a_sobel_filter_on_gray_levels(grid):
-    patches = np.random.default_rng(5).random((8, grid[0] * grid[1], 12))
-    got = numpy(edge_map(ops.convert_to_tensor(patches.astype("float32")), grid))
-    np.testing.assert_allclose(got, reference.edge_map(patches, grid), atol=2.0**-12)
-
-
 @pytest.mark.any_backend
 def test_rounding_errors_are_no_edges():
     # The same pixels in another order: their mean differs in its last bits alone.
@@ -81,20 +73,3 @@ def test_zero_tokens_are_like_none_even_themselves():
     assert not masked[:, :2].any()
     np.testing.assert_array_equal(masked[:, 2:].all(axis=1), has_alike)
     np.testing.assert_array_equal(masked[:, 2:].any(axis=1), has_alike)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("edges", "released "),
-        ("threshold", -1.5),
-        ("threshold", 1.5),
-        ("seed_ratio", -0.1),
-        ("seed_ratio", 1.1),
-        ("transport", "no"),
-    ],
-)
-def test_refuses_and_names_the_argument(argument, value):
-    with pytest.raises(ValueError, match=rf"`{argument}` .*Received: {argument}="):
-        kcm.EdgeMasking(4, **{argument: value})

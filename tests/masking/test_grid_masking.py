@@ -35,17 +35,3 @@ def test_selects_as_the_reference_and_also_where_noise_ties_one_of_every_window(
     for kept in indices:
         windows = kept // columns // window * columns + kept % columns // window
         assert len(set(windows)) == len(kept)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("options", "argument"),
-    [
-        ({"window": 0}, "window"),
-        *(({"grid": grid}, "window") for grid in ((3, 4), (4, 3))),
-    ],
-)
-def test_refuses_and_names_the_argument(options, argument):
-    noise = np.zeros((2, 12), "float32")
-    with pytest.raises(ValueError, match=rf"`{argument}` .*Received: {argument}="):
-        kcm.GridMasking(**options).select(noise=noise)

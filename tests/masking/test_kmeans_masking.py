@@ -77,20 +77,3 @@ def test_flat_patches_of_many_gray_levels_share_a_cluster():
     seeds = np.argsort(noise, axis=1)[:, :8]
     assert np.all((seeds >= 8).sum(axis=1) > 1)
     np.testing.assert_array_equal(flat, np.broadcast_to(flat[:, :1], flat.shape))
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("num_clusters", 0),
-        ("num_clusters", 10),
-        ("iterations", 0),
-    ],
-)
-def test_refuses_counts_out_of_range(argument, value):
-    images, noise, _ = case(*GEOMETRIES[5], seed=11)
-    # Each of the 9 patches may be a cluster.
-    kcm.KMeansMasking((6, 4), num_clusters=9).select(images, noise=noise)
-    with pytest.raises(ValueError, match=rf"`{argument}` .*Received: {argument}="):
-        kcm.KMeansMasking((6, 4), **{argument: value}).select(images, noise=noise)

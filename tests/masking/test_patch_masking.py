@@ -52,23 +52,6 @@ class TestStrategy:
         np.testing.assert_array_equal(kept[:, 0], tokens[:, 0])
 
     @pytest.mark.any_backend
-    def test_minus_infinity_masks_for_good(self):
-        # 8 of 10 stay; only the 5 odd ones are to be seen.
-        masking = Returns(odd_patches, 0.2)
-        masking.hides_tokens = True
-        tokens = tokens_of(2, 1 + 10)
-        noise = draw_noise(np.random.default_rng(2), 2, 10)
-        kept = masking(tokens, training=True, noise=noise)
-        indices, visible = numpy(*masking.select(tokens=tokens, noise=noise))
-        np.testing.assert_array_equal(visible.sum(axis=1), 5)
-        np.testing.assert_array_equal(indices[visible] % 2, 1)
-        mask = output_mask(kept)
-        assert mask.shape == (2, 1 + 8)
-        np.testing.assert_array_equal(mask[:, 1:], visible)
-        assert mask[:, 0].all()
-        np.testing.assert_allclose(numpy(masking.last_mask_ratio), 0.5, atol=1e-6)
-
-    @pytest.mark.any_backend
     def test_minus_infinity_hides_nothing_in_a_strategy_that_hides_no_tokens(self):
         masking = Returns(odd_patches, 0.2)
         assert output_mask(masking(tokens_of(2, 1 + 10), training=True)) is None
@@ -173,36 +156,6 @@ def test_a_grid_is_inferred_from_the_size_of_the_images(strategy, grid):
 
 
 @pytest.mark.any_backend
-def test_a_selection_needs_the_rows_of_a_batch():
-    message = "needs `images`, `tokens` or `noise`.*Received: none"
-    with pytest.raises(ValueError, match=message):
-        kcm.BlockMasking(grid=4).select()
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("strategy", BY_POSITION)
-@pytest.mark.parametrize(
-    ("grid", "num_patches", "images", "message"),
-    [
-        *(
-            (None, n, images, "`grid` .*Received: grid=None")
-            for n, images in ((12, None), (16, (2, 16, 48, 3)), (12, (2, 16, 16, 3)))
-        ),
-        ((4, 0), 16, None, "`grid` .*Received: grid="),
-        ((4, 4), 20, None, r"`tokens` .*Received: tokens\.shape\[1\]=21"),
-    ],
-)
-def test_a_grid_that_does_not_fit_is_refused(
-    strategy, grid, num_patches, images, message
-):
-    images = None if images is None else np.zeros(images, "uint8")
-    with pytest.raises(ValueError, match=message):
-        strategy(grid=grid, num_prefix_tokens=1)(
-            tokens_of(2, 1 + num_patches), images=images, training=True
-        )
-
-
-@pytest.mark.any_backend
 def test_noise_is_refused_for_another_number_of_patches():
     masking, tokens = kcm.RandomMasking(0.5, num_prefix_tokens=1), tokens_of(2, 17)
     wrong, right = (np.zeros((2, n), "float32") for n in (10, 16))
@@ -277,12 +230,3 @@ def test_a_stateless_call_returns_the_state_of_a_compiled_function():
         np.testing.assert_array_equal(
             numpy(kept), numpy(other(tokens_of(2, 17), training=True))
         )
-
-
-@pytest.mark.any_backend
-def test_a_patch_size_larger_than_the_models_is_refused():
-    tokens, images = np.zeros((1, 144, 4), "float32"), np.zeros((1, 72, 72, 3))
-    with pytest.raises(ValueError, match=r"`patch_size`.*num_prefix_tokens=63"):
-        kcm.ClusterMasking(8)(tokens, images=images, training=True)
-    masking = kcm.ClusterMasking(8, num_prefix_tokens=63)
-    assert masking(tokens, images=images, training=True).shape[1] == 63 + 40

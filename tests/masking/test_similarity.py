@@ -4,7 +4,7 @@ from keras import ops
 
 from keras_cluster_mask.masking import similarity as library
 from tests.masking import masking_reference as reference
-from tests.masking.images import mosaic, numpy, textured
+from tests.masking.images import numpy, textured
 
 STEP = 2.0**-12
 
@@ -33,14 +33,6 @@ def test_pixel_similarity_is_the_reference_for_every_anchor(dtype, channels):
     np.testing.assert_allclose(
         rounded, reference.round_similarity(expected), atol=STEP + 1e-6, rtol=0
     )
-
-
-@pytest.mark.any_backend
-def test_pixel_similarity_of_repeated_tiles_and_flat_ones_is_the_reference():
-    images = mosaic(np.random.default_rng(2), 8, 6, 4, (4, 4))
-    got = numpy(library.pixel_similarity(patches_of(images)))
-    expected = reference.pairwise_similarity(images, 4)
-    np.testing.assert_allclose(got, expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.one_case
