@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -365,3 +366,32 @@ def test_a_model_of_openais_vocabulary_has_its_tokenizer(tmp_path):
 def test_the_config_says_which_tokenizer_a_model_has(text, expected):
     config = {"embed_dim": 24, "vision_cfg": {}, "text_cfg": text}
     assert read_config(config).tokenizer == expected
+
+
+def shrunk(config):
+    """The same config with few and narrow blocks, few patches and few tokens."""
+    config = copy.deepcopy(config)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    config["embed_dim"] = 24
+    head = text["width"] // text["heads"]
+    vision.update(
+        layers=1,
+        width=2 * vision.get("head_width", 64),
+        patch_size=8,
+        image_size=16,
+    )
+    text.update(layers=1, width=2 * head, heads=2, vocab_size=40, context_length=7)
+    return config
+
+
+@pytest.mark.slow
+def test_small_models_of_every_config_compute_what_open_clips_do():
+    configs, _ = held()
+    texts = {json.dumps(shrunk(config), sort_keys=True) for config in configs.values()}
+    assert len(texts) > 4
+    for text in sorted(texts):
+        config = json.loads(text)
+        reference = open_clip_model(config)
+        model = load_open_clip(reference.state_dict(), config)
+        assert_same_embeddings(model, reference)
+        keras.backend.clear_session()

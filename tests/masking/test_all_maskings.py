@@ -11,6 +11,7 @@ import keras_cluster_mask as kcm
 from tests.helpers import (
     assert_same_values,
     to_numpy,
+    value_and_gradients,
     values,
 )
 from tests.masking.images import (
@@ -264,3 +265,22 @@ def test_config_round_trip_keeps_every_argument(strategy, options):
     assert type(revived) is strategy
     assert revived.get_config() == config
     assert revived.dtype_policy.name == "mixed_bfloat16"
+
+
+@pytest.mark.parametrize("strategy", ["random", *SIMILARITY])
+def test_gradients_reach_kept_tokens_alone(strategy):
+    options = {"embedding_weight": 0.5} if strategy in SIMILARITY else {}
+    masking = make(strategy, **options)
+    tokens = tokens_of(ROWS, 1 + N)
+    indices, _ = numpy(*masking.select(IMAGES, tokens, NOISE))
+    source = keras.Variable(tokens)
+
+    def fn():
+        total = ops.sum(masking(source.value, IMAGES, training=True, noise=NOISE))
+        return total, total
+
+    _, (gradient,) = value_and_gradients(fn, [source])
+    expected = np.zeros((ROWS, 1 + N, 6))
+    expected[:, 0] = 1.0
+    np.put_along_axis(expected, 1 + indices[:, :, None], 1.0, axis=1)
+    np.testing.assert_array_equal(gradient, expected)
