@@ -28,7 +28,8 @@ class GridMasking(PatchMasking):
     Args:
         window: Integer. The side of a window in patches. It sets the fraction of the
             patches to leave out, `1 - 1 / window**2`, so there is no `mask_ratio`. The
-            attribute `mask_ratio` can be set to 0 to train on whole images.
+            attribute `mask_ratio` can be set to 0 to train on whole images. It is not
+            saved.
         grid: Integer or tuple `(rows, columns)` of patches, multiples of `window`.
             `None` infers it from the number of patches and the size of the images,
             assuming square patches. If the layer is called without images, the grid is
