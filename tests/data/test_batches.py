@@ -38,13 +38,8 @@ def several(write_tar, noise):
 def test_training_draws_a_caption_in_each_epoch_and_evaluation_takes_the_first(several):
     batches = take(make(several, True, include_captions=True), 2 * 30)
     drawn = {}
-    for key, caption, ids in zip(
-        column(batches, "keys"),
-        column(batches, "captions"),
-        column(batches, "token_ids"),
-    ):
+    for key, caption in zip(column(batches, "keys"), column(batches, "captions")):
         assert caption.decode().startswith(key + " ")
-        assert ids.tolist() == [len(caption)]
         drawn.setdefault(key, []).append(caption[2:])
     assert len(drawn) == 8
     for captions in drawn.values():
@@ -101,11 +96,9 @@ def test_an_error_of_a_transform_ends_the_run_with_shard_and_key(write_pairs, er
 
     shard = write_pairs("a.tar", 0, 8)
     dataset = make(shard, True, image_transform=transform)
-    with pytest.raises(RuntimeError) as raised:
+    message = rf"'0005' .*{shard}.*{type(error).__name__}.*{error.args[0]}"
+    with pytest.raises(RuntimeError, match=message):
         take(dataset, 2)
-    message = str(raised.value)
-    for part in ("'0005'", str(shard), type(error).__name__, str(error.args[0])):
-        assert part in message
     assert dataset.skipped.count == 0
 
 
@@ -121,14 +114,12 @@ def test_training_replaces_a_broken_sample_by_another_of_its_batch(write_tar, no
     broken = {3, 4, 5, 20}
     expected = take(make(broken_tar(write_tar, noise, {}), True, batch_size=8), 9)
     dataset = make(broken_tar(write_tar, noise, broken), True, batch_size=8)
-    replaced = 0
     for batch, intact in zip(take(dataset, 9), expected, strict=True):
         keys, wanted = batch["keys"].tolist(), intact["keys"].tolist()
         assert {*keys} == {key for key in wanted if int(key) not in broken}
-        replaced += sum(key != want for key, want in zip(keys, wanted))
         # The rows that are intact keep their places.
-        assert all(k == w for k, w in zip(keys, wanted) if int(w) not in broken)
-    assert replaced == 3 * len(broken)
+        changed = [want for key, want in zip(keys, wanted) if key != want]
+        assert changed == [want for want in wanted if int(want) in broken]
 
 
 def test_each_sample_that_stands_in_is_cropped_on_its_own(write_tar, noise):
@@ -150,6 +141,6 @@ def test_evaluation_leaves_out_broken_samples_and_empty_batches(write_tar, noise
     shard = broken_tar(write_tar, noise, {2, *range(4, 12)})
     batches = take(make(shard, include_captions=True))
     assert [len(batch["images"]) for batch in batches] == [3, 4, 4, 4]
-    good = [i for i in range(24) if i not in {2, *range(4, 12)}]
+    good = 0, 1, 3, *range(12, 24)
     assert column(batches, "keys") == [f"{i:02}" for i in good]
     assert all(len(v) == len(b["keys"]) for b in batches for v in b.values())

@@ -91,15 +91,6 @@ def test_a_folder_of_classes_needs_no_captions(tmp_path, noise):
     assert found["by_reason"] == {"no caption": 3}
 
 
-def test_labels_may_be_names(tmp_path, noise):
-    (tmp_path / "1.png").write_bytes(noise(0))
-    rows = "file_name,label\n1.png,cat\n"
-    (tmp_path / "a.csv").write_text(rows)
-    for names, broken in ((None, 1), (["dog", "cat"], 0), (["dog"], 1)):
-        options = {"label_key": "label", "class_names": names}
-        assert check(tmp_path / "a.csv", **options)["broken"] == broken
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_jpeg_that_only_evaluation_leaves_out_is_broken(
     write_tar, noise, monkeypatch
@@ -140,7 +131,7 @@ def test_captions_of_unreadable_letters_are_kept(write_tar):
     assert read_captions(write_tar("x.tar", [("a.txt", text.encode())])) == [text]
 
 
-def test_all_captions_of_intact_samples_are_read(write_pairs, write_tar):
+def test_all_captions_of_intact_samples_are_read(write_pairs):
     whole = write_pairs("a.tar", 0, 130)
     # A pair is four blocks.
     cut = write_pairs("b.tar", 3, 3)
@@ -148,10 +139,6 @@ def test_all_captions_of_intact_samples_are_read(write_pairs, write_tar):
     assert read_captions(whole) == [f"no {n}" for n in range(130)]
     with pytest.warns(UserWarning, match="b.tar is damaged after the sample"):
         assert read_captions([whole, cut])[130:] == ["no 3", "no 4"]
-    files = [("1.jpg", b"j"), ("1.json", b'{"all": ["one", "two"]}'), ("1.txt", b"t")]
-    other = write_tar("c.tar", files)
-    assert read_captions(other) == ["t"]
-    assert read_captions(other, ["x", "json.all"]) == ["one", "two"]
 
 
 def test_a_shard_that_cannot_be_read_is_an_error(write_pairs, monkeypatch):

@@ -79,25 +79,6 @@ def test_processes_read_each_sample_once_per_epoch_also_after_a_stop(
     check_epochs(together(parts), count, 2 * broken)
 
 
-@pytest.mark.parametrize("order", [PLAIN, BLOCKS])
-def test_another_number_of_processes_resumes_where_the_first_stopped(
-    write_shards, order
-):
-    shards = write_shards(3)
-    batch_size = order[0][1]
-    steps = -(-EPOCHS * GOOD // batch_size)
-    stream = []
-    # Each number of processes reads two batches, the last the rest.
-    for turn, (processes, *options) in enumerate(order):
-        last = steps if turn == len(order) - 1 else min(2 * turn + 2, steps)
-        parts = [
-            batches(make(shards, (index, processes), *options), 2 * turn, last)
-            for index in range(processes)
-        ]
-        stream += together(parts)
-    check_epochs(stream)
-
-
 @pytest.mark.parametrize(("processes", "batch_size", "block_size"), PLAIN + BLOCKS)
 def test_no_sample_is_lost_where_reading_fails_now_and_then(
     write_shards, storage, monkeypatch, processes, batch_size, block_size
@@ -112,9 +93,7 @@ def test_no_sample_is_lost_where_reading_fails_now_and_then(
         for index in range(processes)
     ]
     storage.failures = 0.05
-    stop = steps // 2
-    parts = [batches(d, 0, stop) + batches(d, stop, steps) for d in datasets]
-    check_epochs(together(parts))
+    check_epochs(together([batches(dataset, 0, steps) for dataset in datasets]))
     assert not any(dataset.skipped.count for dataset in datasets)
     assert storage.failed > 1
 
@@ -129,8 +108,7 @@ def test_processes_take_equal_steps_also_where_most_reading_fails(
     storage.failures = 0.6
     parts = [batches(dataset, 0, 8) for dataset in datasets]
     assert len(together(parts)) == 8 * 24
-    reasons = [dataset.skipped.by_reason for dataset in datasets]
-    assert sum(each.get("the shard cannot be read", 0) for each in reasons) > 8
+    assert sum(dataset.skipped.count for dataset in datasets) > 8
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -49,8 +49,6 @@ def test_a_shard_that_vanishes_is_counted_and_others_are_read(shards):
     for _ in range(2):
         assert keys(dataset) == numbers(range(10), range(20, 30))
         assert dataset.skipped.by_reason == {"the shard cannot be read": 10}
-        (listed,) = dataset.skipped.examples.values()
-        assert {each.shard for each in listed} == {str(shards[1])}
     usual = make([shards[0], shards[2]], max_skipped=0.01)
     shards[2].unlink()
     with pytest.raises(ValueError, match=rf"shard {shards[2]}: .*No such file"):
@@ -70,18 +68,6 @@ def test_a_shard_that_is_truncated_after_indexing_does_not_slow_training(
     assert {*batch["keys"]} == expected
     assert dataset.skipped.by_reason == {"the shard cannot be read": 5}
     assert not pauses
-
-
-@TRAINING
-def test_a_shard_that_is_replaced_is_refused(shards, write_pairs, training):
-    dataset = make(shards, training)
-    write_pairs("1.tar", 50, 10)
-    with pytest.raises(ValueError, match=r"`source` must not change.*1\.tar"):
-        take(dataset, 6)
-    # A new dataset indexes it again.
-    assert sorted(keys(make(shards, training), 6)) == numbers(
-        range(10), range(20, 30), range(50, 60)
-    )
 
 
 def test_a_shard_with_the_size_and_date_of_the_one_before_names_its_index(
@@ -215,13 +201,14 @@ def test_images_that_cannot_be_read_are_counted(folder, training):
     received = keys(dataset, 1)
     assert len(received) == (13 if training else 12)
     assert len({*received}) == 12
-    counted = dataset.skipped.by_reason
-    assert counted.pop("the image file is missing") == 5
-    # An empty file.
-    assert counted.pop("the image does not decode") == 1
-    assert sum(counted.values()) == 4
-    assert counted["a line that is not a JSON object"] == 1
-    assert counted["no image"] == 1
+    assert dataset.skipped.by_reason == {
+        "the image file is missing": 5,
+        # An empty file.
+        "the image does not decode": 1,
+        "a line that is not a JSON object": 1,
+        "no caption": 2,
+        "no image": 1,
+    }
 
 
 def test_missing_images_are_found_when_the_dataset_is_made(

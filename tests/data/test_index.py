@@ -50,13 +50,9 @@ def test_numbers_name_the_intact_samples_in_order(source):
     with pytest.raises(IndexError):
         [*index.read([9])]
     assert len(index) == 9
-    pairs = [*index.read(range(9))]
-    assert keys(pairs) == KEYS
-    captions = [f"no {int(key)}" if key != "last" else key for key in KEYS]
-    assert [pair.captions for pair in pairs] == [(text,) for text in captions]
-    for pair in pairs[4:]:
-        image = np.asarray(Image.open(io.BytesIO(pair.image)))
-        assert (image == int(pair.key)).all()
+    for pair in index.read(range(4, 9)):
+        assert pair.captions == (f"no {int(pair.key)}",)
+        assert (np.asarray(Image.open(io.BytesIO(pair.image))) == int(pair.key)).all()
 
 
 def test_faults_are_counted_by_reason_with_the_first_samples_of_each(source):
@@ -123,40 +119,50 @@ def test_the_fingerprint_differs_if_samples_or_fields_differ(source, write_pairs
     assert len(set(fingerprints)) == len(fingerprints)
 
 
-def test_the_fingerprint_covers_what_a_field_holds(write_rows, write_tar, noise):
-    images = noise(1), noise(2, (8, 8))
-    captions = "one", "three"
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.parquet"])
+def test_the_fingerprint_covers_what_rows_hold(write_rows, name):
+    def fingerprint(images, captions):
+        pairs = zip(images, captions)
+        rows = rows_of(*((0, f"{image}.png", "", text, 0) for image, text in pairs))
+        return open_all(write_rows(name, rows)).fingerprint
 
-    def fingerprints(images, captions):
-        rows = [{"image": i, "text": text} for i, text in zip(images, captions)]
-        named = [{"image": f"{n}.png", "text": text} for n, text in enumerate(captions)]
-        files = [(f"{n}.png", image) for n, image in enumerate(images)]
-        files += [(f"{n}.txt", text.encode()) for n, text in enumerate(captions)]
-        tables = write_rows("x.parquet", rows), write_rows("x.csv", named)
-        paths = write_tar("x.tar", sorted(files)), *tables
-        return [open_all(path).fingerprint for path in paths]
+    contents = [("aab", "xyz"), ("abb", "xyz"), ("bba", "xyz"), ("aab", "yxz")]
+    found = [fingerprint(*each) for each in contents]
+    assert len({*found}) == len(contents)
+    assert fingerprint(*contents[0]) == found[0]
 
-    first = fingerprints(images, captions)
-    assert fingerprints(images, captions) == first
-    recaptioned = fingerprints(images, captions[::-1])
-    assert all(one != other for one, other in zip(first, recaptioned))
-    # A table holds the names of images.
-    exchanged = fingerprints(images[::-1], captions)
-    assert [one != other for one, other in zip(first, exchanged)] == [True, True, False]
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
+def test_the_fingerprint_covers_the_sizes_of_images(write_tar, write_rows, name):
+    def fingerprint(image, text):
+        if name == "x.tar":
+            return open_all(write_tar(name, [("1.png", image), ("1.txt", text)]))
+        return open_all(write_rows(name, [{"image": image, "text": text.decode()}]))
+
+    contents = (b"png", b"one"), (b"other", b"one"), (b"png", b"three")
+    assert len({fingerprint(*each).fingerprint for each in contents}) == 3
 
 
 # === Changes while it is used ===
 
 
-@pytest.mark.parametrize("count", [2, 4, 6])
-def test_a_shard_that_was_indexed_again_is_refused_by_name(write_pairs, count):
-    path = write_pairs("a.tar", 0, 4)
+@pytest.mark.parametrize("is_indexed_again", [True, False])
+@pytest.mark.parametrize(("key", "caption"), [("1", b"other"), ("2", b"one")])
+def test_a_shard_that_changes_is_refused_by_name(
+    write_tar, key, caption, is_indexed_again
+):
+    def write(key, caption):
+        return write_tar("a.tar", [(f"{key}.png", b"png"), (f"{key}.txt", caption)])
+
+    path = write("1", b"one")
     index = open_all(path)
-    write_pairs("a.tar", 2, count)
-    assert len(open_all(path)) == count
-    for read in (lambda: [*index.read([3])], index.key_hashes):
+    write(key, caption)
+    if is_indexed_again:
+        assert keys(open_all(path).read([0])) == [key]
         with pytest.raises(ValueError, match=r"must not change.*Received: .*a\.tar"):
-            read()
+            index.key_hashes()
+    with pytest.raises(ValueError, match=r"must not change.*Received: .*a\.tar"):
+        [*index.read([0])]
 
 
 def test_a_shard_that_was_indexed_again_without_a_change_is_read(write_pairs):
@@ -165,16 +171,6 @@ def test_a_shard_that_was_indexed_again_without_a_change_is_read(write_pairs):
     os.utime(path, (1, 1))
     open_all(path)
     assert keys(index.read([3])) == ["0003"]
-
-
-def test_other_captions_of_the_same_keys_are_refused(write_tar):
-    def write(caption):
-        return write_tar("a.tar", [("1.png", b"image"), ("1.txt", caption)])
-
-    index = open_all(write(b"one"))
-    write(b"another")
-    with pytest.raises(ValueError, match=r"must not change.*Received: .*a\.tar"):
-        [*index.read([0])]
 
 
 def test_an_index_that_was_deleted_is_read_while_it_is_open(tmp_path):
@@ -206,7 +202,6 @@ def test_a_source_may_have_several_formats(tmp_path, write_pairs, write_rows, en
     expected = [("j", "k"), ("p",), ("no 0",), ("no 1",)]
     assert [pair.captions for pair in pairs] == expected
     assert pairs[0].image == pairs[1].image == image
-    assert [pair.path for pair in pairs] == [f"{tmp_path}/a.png", "", "", ""]
 
 
 def test_more_shards_than_open_files_are_read(tmp_path, write_tar):
@@ -267,8 +262,6 @@ def test_rows_of_one_image_are_one_sample(write_rows, name):
     assert index.key_hashes().tolist() == [hash_of(key) for key in ("14", "11", "12")]
     assert index.faults == {"no caption": 2}
     assert [fault.key for fault in index.examples(9)] == ["10", "15"]
-    copy = pickle.loads(pickle.dumps(index))
-    assert [*copy.read([2, 0], with_images=False)] == found[::-2]
 
 
 def test_rows_are_grouped_by_the_field_that_is_read_as_image(write_rows):
@@ -284,14 +277,6 @@ def test_rows_of_one_image_with_different_labels_are_a_fault(write_rows):
     index = open_all(write_rows("x.csv", rows), label_key="label")
     (fault,) = index.read([0])
     assert (fault.key, fault.reason) == ("1", "rows of one image with different labels")
-
-
-def test_an_image_in_another_row_changes_the_fingerprint(write_rows):
-    names = "aab", "abb", "bba"
-    tables = [rows_of(*((0, f"{n}.png", "", "t", 0) for n in each)) for each in names]
-    paths = [write_rows(f"{n}.csv", rows) for n, rows in enumerate(tables)]
-    first, second, third = (open_all(path).fingerprint for path in paths)
-    assert first != second != third
 
 
 def test_json_files_without_the_caption_do_not_count_as_captions(write_tar):

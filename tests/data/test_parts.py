@@ -16,7 +16,7 @@ import pytest
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.tar import Tar
 from keras_cluster_mask.data.parts import build_parts, read_part
-from keras_cluster_mask.data.samples import IMAGE_KEYS, hash_of
+from keras_cluster_mask.data.samples import IMAGE_KEYS
 from keras_cluster_mask.data.shards import find_shards
 from tests.data.reading import pairs_of
 
@@ -60,19 +60,6 @@ def build(source, **options):
 
 def contents(built):
     return [pathlib.Path(part.path).read_bytes() for part in built]
-
-
-def test_a_part_holds_what_a_scan_finds(source):
-    (first, *_) = build(source)
-    (path, *_) = find_shards(source)
-    entries = [*Tar().scan(path)]
-    assert len(entries) == len(first.records()) == first.num_records == 3
-    for number, entry in enumerate(entries):
-        place, key, _ = first.record(number)
-        assert (place, key) == (entry.place, hash_of(entry.key))
-    assert first.layouts == [[["png", "txt"], None, 3]]
-    # 32 bytes a sample, a line and the stamp.
-    assert os.path.getsize(first.path) == first.start + 3 * 32 + len(first.stamp)
 
 
 def test_a_changed_shard_is_indexed_again_and_no_other(source, scanned, write_pairs):
@@ -233,6 +220,12 @@ def test_a_server_that_sends_whole_files_only_is_an_error(source):
 
 
 # === What a part holds ===
+
+
+def test_a_part_is_a_line_and_32_bytes_a_sample(source):
+    (part, *_) = build(source)
+    assert part.layouts == [[["png", "txt"], None, 3]]
+    assert os.path.getsize(part.path) == part.start + 3 * 32 + len(part.stamp)
 
 
 def test_a_part_without_samples_is_no_error(write_tar, tmp_path):

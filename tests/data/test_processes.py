@@ -19,7 +19,6 @@ from tests.data.reading import (
     keys,
     make_dataset,
     take,
-    take_from_tensorflow,
 )
 
 pytestmark = [pytest.mark.any_backend, pytest.mark.slow]
@@ -74,14 +73,6 @@ def test_batches_do_not_depend_on_the_number_of_workers(source, options, count):
         dataset.start = start
         batches = take(dataset, count - start if is_training else None)
         assert_same(batches, expected[start:])
-
-
-def test_workers_feed_a_tensorflow_dataset(source):
-    pytest.importorskip("tensorflow")
-    expected = take(make(source), 20)
-    dataset = make(source, num_workers=2)
-    dataset.start = 7
-    assert_same(take_from_tensorflow(dataset, 13), expected[7:])
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")

@@ -59,21 +59,19 @@ def captions_of(sample, caption_key=None):
     return Fields([], caption_key=caption_key).captions(sample)
 
 
-def test_of_several_fields_the_first_that_is_not_empty_is_used():
-    keys = ("caption", "txt", "json.alt")
-    sample = {"txt": b"text", "caption": b"caption", "json": b'{"alt": "json"}'}
-    assert captions_of(sample, keys) == (("caption",), None)
-    sample["caption"] = b" \n"
-    assert captions_of(sample, keys) == (("text",), None)
-    del sample["caption"]
-    assert captions_of(sample, keys) == (("text",), None)
-    del sample["txt"]
-    assert captions_of(sample, keys) == (("json",), None)
-    assert captions_of({**sample, "json": b'{"alt": ""}'}, keys) == (
-        (),
-        "empty caption",
-    )
-    assert captions_of({}, keys) == ((), "no caption")
+@pytest.mark.parametrize(
+    ("sample", "expected"),
+    [
+        ({"txt": b"text", "caption": b"caption"}, (("caption",), None)),
+        ({"txt": b"text", "caption": b" \n"}, (("text",), None)),
+        ({"txt": b"text", "json": b'{"alt": "json"}'}, (("text",), None)),
+        ({"json": b'{"alt": "json"}'}, (("json",), None)),
+        ({"json": b'{"alt": ""}'}, ((), "empty caption")),
+        ({}, ((), "no caption")),
+    ],
+)
+def test_of_several_fields_the_first_that_is_not_empty_is_used(sample, expected):
+    assert captions_of(sample, ("caption", "txt", "json.alt")) == expected
 
 
 def test_entries_of_json_are_found_at_any_depth():
@@ -104,15 +102,20 @@ def test_each_line_of_txt_is_a_caption_unless_json_or_the_key_says_otherwise():
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"", b"\xff", b"[" * 100_000, b'"text"', b"null", b"[1]"]
+    ("content", "key", "fault"),
+    [
+        *(
+            (content, "txt.caption", "no caption")
+            for content in (b"{", b"", b"\xff", b"[" * 100_000, b"null", b"[1]")
+        ),
+        *(
+            (value, "txt", "empty caption")
+            for value in (3, 0.5, True, {"a": "b"}, [1, None, [b"x"]], [], "")
+        ),
+    ],
 )
-def test_json_that_cannot_be_read_holds_no_caption(content):
-    assert captions_of({"json": content}, "json.caption") == ((), "no caption")
-
-
-@pytest.mark.parametrize("value", [3, 0.5, True, {"a": "b"}, [1, None, [b"x"]], [], ""])
-def test_values_other_than_text_are_empty_captions(value):
-    assert captions_of({"txt": value}) == ((), "empty caption")
+def test_what_holds_no_text_is_no_caption(content, key, fault):
+    assert captions_of({"txt": content}, key) == ((), fault)
 
 
 def test_bytes_that_are_no_utf_8_are_replaced():

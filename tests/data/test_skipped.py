@@ -6,7 +6,7 @@ import pytest
 
 from keras_cluster_mask.data import SkippedSamples
 from keras_cluster_mask.data.samples import Fault
-from tests.data.reading import keys, make_dataset, take
+from tests.data.reading import keys, make_dataset
 
 pytestmark = pytest.mark.any_backend
 
@@ -116,24 +116,3 @@ def test_broken_samples_are_skipped_and_counted_in_each_pass(shard, training):
         listed = [each for x in dataset.skipped.examples.values() for each in x]
         assert {each.key for each in listed} == {f"x{number}" for number in range(6)}
         assert {each.shard for each in listed} == {str(shard)}
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_without_any_tolerance_the_first_broken_sample_is_an_error(
-    write_pairs, training
-):
-    shard = write_pairs("a.tar", 0, 11, [("x.png", b"-"), ("x.txt", b"t")])
-    dataset = make(shard, training, max_skipped=0)
-    with pytest.raises(ValueError, match=rf"'x' of the shard {shard}.*max_skipped=0,"):
-        take(dataset, 7)
-
-
-def test_what_the_index_leaves_out_is_told_or_refused(shard):
-    with pytest.warns(
-        UserWarning, match=rf"3 of 38 .*no image: 2.*'x\d' of the shard {shard}"
-    ):
-        make(shard, max_skipped=3 / 38)
-    for share in (0, 0.07):
-        message = rf"3 of 38 samples.*Received: max_skipped={share}"
-        with pytest.raises(ValueError, match=message):
-            make(shard, max_skipped=share)

@@ -258,11 +258,9 @@ def test_fit_counts_the_words_of_clean_captions():
     counts = {"a": 9, "dog": 6, ",": 3, "&": 3, "it": 3, "'s": 3, "wet": 3}
     counts |= {"röhre": 3, "!": 3, "写": 1}
     assert masking.frequencies == {word: n / 37 for word, n in counts.items()}
-    assert masking.probability("a") == pytest.approx(1 - np.sqrt(1e-6 / (9 / 37)))
     # The release leaves out words that are seen fewer than five times.
     masking = FrequencyTextMasking(unknown="drop").fit(captions)
     assert masking.frequencies == {"a": 9 / 15, "dog": 6 / 15}
-    assert masking.probability("dog") == pytest.approx(1 - np.sqrt(1e-6 / (6 / 15)))
     assert masking.probability("wet") == 1.0
 
 
@@ -321,18 +319,11 @@ make = functools.partial(
 def test_training_masks_token_ids_and_changes_nothing_else(shard, name):
     masked = take(make(shard, text_masking=MASKINGS[name]), 6)
     whole = take(make(shard, text_masking=None), 6)
-    changed = 0
     for batch, other in zip(masked, whole):
-        for entry in ("images", "captions", "keys"):
+        changed = batch.pop("token_ids") != other.pop("token_ids")
+        assert changed.any(axis=1).sum() > 4
+        for entry in other:
             np.testing.assert_array_equal(batch[entry], other[entry])
-        for caption, row, cut in zip(
-            *map(batch.get, ("captions", "token_ids")), other["token_ids"]
-        ):
-            words = TOKENIZERS[10].decode(row).split()
-            rest = iter(caption.decode().split())
-            assert all(word in rest for word in words)
-            changed += (row != cut).any()
-    assert changed > 24
 
 
 @pytest.mark.parametrize(
@@ -363,36 +354,18 @@ class FixedEpoch(Shifted):
         return self
 
 
-def test_a_keras_layer_gets_the_words_of_a_masking(shard):
-    keras = pytest.importorskip("keras")
-    pytest.importorskip("tensorflow")
-    layer = keras.layers.TextVectorization(output_sequence_length=5)
-    layer.adapt(WORDS)
-    found = take(make(shard, tokenizer=layer), 3)
-    expected = take(make(shard, tokenizer=lambda texts: np.asarray(layer(texts))), 3)
-    whole = take(make(shard, tokenizer=layer, text_masking=None), 3)
-    for batch, other, cut in zip(found, expected, whole):
-        np.testing.assert_array_equal(batch["token_ids"], other["token_ids"])
-        assert (batch["token_ids"] != cut["token_ids"]).any()
-
-
 def test_the_description_names_the_masking_and_its_options(shard):
-    described = [
-        make(shard, text_masking=masking).description["text_masking"]
-        for masking in [
-            *MASKINGS.values(),
-            None,
-            FrequencyTextMasking({**COUNTS, "dog": 99}),
-        ]
-    ]
-    assert len({*described}) == len(described)
+    def describe(masking):
+        return make(shard, text_masking=masking).description["text_masking"]
+
+    described = [*map(describe, [*MASKINGS.values(), None])]
     assert described[0] == "RandomTextMasking()"
     assert "threshold=0.001, unknown='drop'" in described[3]
     assert described[4] is None
     # The order of a table has no effect, nor the type of its numbers.
     table = {word: np.int64(count) for word, count in reversed(COUNTS.items())}
-    again = make(shard, text_masking=FrequencyTextMasking(table))
-    assert again.description["text_masking"] == described[2]
+    assert describe(FrequencyTextMasking(table)) == described[2]
+    assert describe(FrequencyTextMasking(table | {"dog": 99})) not in described
     # Evaluation is not masked.
     assert make(shard, training=False).description["text_masking"] is None
 
@@ -417,17 +390,14 @@ def test_the_description_names_the_masking_and_its_options(shard):
         ),
         ("threshold", {"threshold": 0}),
         ("unknown", {"unknown": "mask"}),
+        ("captions", {"captions": "a dog"}),
+        ("frequencies", {"captions": ["", " "]}),
     ],
 )
 def test_invalid_arguments_of_frequencies_are_named(name, options):
+    captions = options.pop("captions", ["a dog"])
     with pytest.raises(ValueError, match=rf"`{name}` must.*Received: "):
-        FrequencyTextMasking(**options)
-
-
-@pytest.mark.parametrize("captions", ["a dog", ["", " "]])
-def test_captions_without_words_are_refused(captions):
-    with pytest.raises(ValueError, match=r"`(captions|frequencies)` must.*Received: "):
-        FrequencyTextMasking().fit(captions)
+        FrequencyTextMasking(**options).fit(captions)
 
 
 class FirstWord(TextMasking):
@@ -462,17 +432,13 @@ def test_a_dataset_names_a_masking_that_it_cannot_use(shard, name, options):
 
 
 def test_a_tokenizer_whose_length_changed_masks_for_the_new_length():
-    class Letters:
-        context_length = 16
+    def letters(texts):
+        rows = [[1, *(3 + len(word) for word in x.split()), 2] for x in texts]
+        return [(row + [0] * 16)[: letters.context_length] for row in rows]
 
-        def __call__(self, texts):
-            rows = [[1, *(3 + len(word) for word in x.split()), 2] for x in texts]
-            return [(row + [0] * 16)[: self.context_length] for row in rows]
-
-    tokenizer, masking = Letters(), RandomTextMasking()
-    for length in (16, 5):
-        tokenizer.context_length = length
-        check_text_masking(masking, tokenizer)
-        ids = masking.tokenize(tokenizer, ["a bb ccc dddd eeeee"], [generator(3)])
-        assert np.count_nonzero(ids) == min(length, 7)
+    masking = RandomTextMasking()
+    for letters.context_length in (16, 5):
+        check_text_masking(masking, letters)
+        ids = masking.tokenize(letters, ["a bb ccc dddd eeeee"], [generator(3)])
+        assert np.count_nonzero(ids) == min(letters.context_length, 7)
     assert ids[0, -1] == 2

@@ -1,6 +1,5 @@
 import copy
 import gzip
-import json
 import pickle
 import random
 import unicodedata
@@ -11,7 +10,6 @@ from tokenizers import Regex, pre_tokenizers
 
 from keras_cluster_mask.data import (
     CLIPTokenizer,
-    TextMasking,
     example_images,
     read_captions,
     tokenizers,
@@ -124,35 +122,6 @@ def test_words_are_open_clips_for_every_code_point(frame):
         assert actual == pattern.findall(text), f"from {LETTERS[start]!a} on"
 
 
-def test_the_words_to_choose_from_are_open_clips():
-    reference = open_clip_tokenizer.SimpleTokenizer()
-    received = {}
-
-    class LastWord(TextMasking):
-        def keep_words(self, caption):
-            assert caption.num_tokens_left == 1
-            words = zip(caption.words, caption.num_tokens)
-            received[caption.generator] = list(words)
-            return [len(caption.words) - 1]
-
-    tokenizer = CLIPTokenizer.from_open_clip(context_length=3)
-    # In other scripts, each character is a word.
-    captions = [caption for caption in CAPTIONS if "中文" not in caption]
-    rows = LastWord().tokenize(tokenizer, captions, range(len(captions)))
-    assert len(received) > 15
-    for index, caption in enumerate(captions):
-        words = reference.pat.findall(tokenizers.clean(caption))
-        ids = [reference.encode(word) for word in words]
-        # Captions that fit are not asked for.
-        assert (index in received) == (sum(map(len, ids)) > 1)
-        if index in received:
-            # Of a longer word, no more are counted.
-            assert received[index] == [
-                (w, min(len(x), 127)) for w, x in zip(words, ids)
-            ]
-            assert rows[index].tolist() == [49406, ids[-1][0], 49407]
-
-
 def test_bytes_arrays_and_str_mean_the_same(clip):
     expected = clip(["café", "dog"])
     np.testing.assert_array_equal(clip(["café".encode(), b"dog"]), expected)
@@ -237,8 +206,6 @@ def test_saving_pickling_and_copying_keep_everything(
     [
         b"{}",
         b'{"vocabulary": ["a',
-        json.dumps({"model": {"type": "BPE"}}).encode(),
-        b"",
         b"first\nsecond line has words",
         b"\xff\xfe\xfd",
         gzip.compress(b"first\na b\n", mtime=0)[:-12],
@@ -260,7 +227,6 @@ def test_another_file_is_refused_by_name(content, tmp_path):
         ("captions", lambda: CLIPTokenizer.train("a cat")),
         ("context_length", lambda: CLIPTokenizer.train(["a"], context_length=2)),
         ("context_length", lambda: CLIPTokenizer.train(["a"]).with_context_length(2)),
-        ("context_length", lambda: CLIPTokenizer.from_open_clip(2)),
         ("vocabulary", lambda: CLIPTokenizer([*SPECIALS[::-1]], [])),
         ("vocabulary", lambda: CLIPTokenizer(["a", "a", *SPECIALS], [], 9)),
     ],

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.formats.folder import Folder
 from keras_cluster_mask.data.index import open_index
 from keras_cluster_mask.data.samples import Fields
-from keras_cluster_mask.data.shards import find_shards, format_of
+from keras_cluster_mask.data.shards import find_shards
 
 pytestmark = pytest.mark.any_backend
 
@@ -42,7 +41,6 @@ def test_images_of_all_usual_names_are_found(tmp_path, read_all, name):
     (tmp_path / name).write_bytes(b"image")
     (shard,) = find_shards(tmp_path)
     assert [key for key, _ in read_all(shard)[0]] == [name]
-    assert type(format_of(f"{tmp_path}/{name}")) is Folder
 
 
 @pytest.mark.parametrize("at", ["", "memory://texts"])

@@ -1,9 +1,9 @@
 """Which files a source names, and what all formats have in common."""
 
+import gzip
 import pathlib
 import re
 import sys
-import zipfile
 
 import pytest
 
@@ -33,12 +33,15 @@ def test_paths_patterns_and_lists_name_shards_sorted_and_once(folder, memory, pl
     else:
         memory.put(f"{folder}/", "/tars/", recursive=True)
     every = ["train-00.tar", "train-01.tar", "train-02.tar"]
-    assert names(f"{place}/train-01.tar") == ["train-01.tar"]
-    assert names(f"{place}/train-*.tar") == every
-    assert names(f"{place}/train-{{00..02}}.tar") == every
-    assert names(f"{place}/train-{{02,00}}.tar") == ["train-00.tar", "train-02.tar"]
-    assert names(f"{place}/train-{{0{{0,1}},02}}.tar") == every
-    assert names(f"{place}/{{train,tr*}}-0{{1..2}}.tar") == every[1:]
+    for pattern, expected in {
+        "train-01.tar": every[1:2],
+        "train-*.tar": every,
+        "train-{00..02}.tar": every,
+        "train-{02,00}.tar": every[::2],
+        "train-{0{0,1},02}.tar": every,
+        "{train,tr*}-0{1..2}.tar": every[1:],
+    }.items():
+        assert names(f"{place}/{pattern}") == expected
     assert names([f"{place}/train-02.tar", f"{place}/*0[12].tar"]) == every[1:]
     assert names(folder / "test-[x].tar") == ["test-[x].tar"]
 
@@ -106,19 +109,13 @@ def test_a_missing_file_is_not_a_damaged_one(shard, scan):
 @pytest.mark.parametrize(
     "name",
     [
-        *("x.tar.gz", "x.tar.bz2", "x.json", "x.zip", "x", "x.csv.zip"),
+        *("x.tar.gz", "x.json", "x.zip", "x", "x.csv.zip"),
         *("x.tfrecord", "x.tfrecord-00000-of-00002"),
     ],
 )
-def test_other_and_compressed_files_are_refused(name, tmp_path, write_tar, write, scan):
-    content = b'{"images": []}'
-    if name.startswith("x.tar."):
-        content = write_tar("tar", [("1.jpg", b"j")], f"w:{name[6:]}").read_bytes()
-    elif name.endswith("zip"):
-        with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
-            archive.writestr("a.jpg", b"j" * 999)
-        content = (tmp_path / "zip").read_bytes()
-    path = write(name, content)
+def test_other_and_compressed_files_are_refused(name, write, scan):
+    contents = {"gz": gzip.compress(bytes(2048)), "zip": b"PK\3\4" + bytes(2048)}
+    path = write(name, contents.get(name.rpartition(".")[2], b'{"images": []}'))
     remedy = rf"`source`.*unknown format.*TFRecordDataset.*Received: source='{path}'"
     with pytest.raises(ValueError, match=remedy):
         list(scan(path))
@@ -134,7 +131,7 @@ def test_a_pattern_costs_a_listing_whatever_the_number_of_files(
     for index in range(300):
         memory.pipe(f"/many/{index:03}.tar", b"")
     requests = []
-    for name in ("ls", "find", "info"):
+    for name in ("ls", "find"):
         method = getattr(memory, name)
 
         def counted(*arguments, name=name, method=method, **options):
@@ -143,7 +140,7 @@ def test_a_pattern_costs_a_listing_whatever_the_number_of_files(
 
         monkeypatch.setattr(memory, name, counted)
     assert len(list_shards(f"memory://many/{pattern}")) == 300
-    assert len(requests) - requests.count("info") == 1
+    assert len(requests) == 1
 
 
 # === Refusals ===
@@ -161,23 +158,19 @@ def test_a_pattern_costs_a_listing_whatever_the_number_of_files(
         ("train-{2..0}.tar", FileNotFoundError, "train-2.tar"),
         ("train-{a}.tar", FileNotFoundError, "train-{a}.tar"),
         ("nothing://a/x.tar", ValueError, "nothing://a/x.tar"),
+        # The package that opens an address is named.
+        ("s3://b/x.tar", ImportError, "s3://b/x.tar"),
         ([], ValueError, "[]"),
     ],
 )
 def test_what_is_no_shard_is_refused(
     folder, memory, monkeypatch, source, error, received
 ):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.chdir(folder)
     memory.pipe("/empty/other.txt", b"")
     with pytest.raises(error, match=rf"`source`.*Received.*{re.escape(received)}"):
         list_shards(source)
-
-
-@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
-def test_the_package_that_opens_an_address_is_named(monkeypatch, protocol, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"{package}.*source='{protocol}://b"):
-        list_shards(f"{protocol}://b/x.tar")
 
 
 # === The example images ===
