@@ -7,11 +7,9 @@ from typing import Any
 
 import keras
 import numpy as np
-from PIL import Image
 
 from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
 from keras_cluster_mask.data.dataset import image_text_dataset
-from keras_cluster_mask.data.images import fitted
 from keras_cluster_mask.data.splitting import SourcePart
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
@@ -245,24 +243,3 @@ def _encoded(text):
     if not isinstance(text, str | bytes):
         raise ValueError(f"`captions` and `texts` must be str. Received: {text!r}")
     return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-
-
-def resize_image(
-    image: Image.Image, image_size: tuple[int, int], resize: str = "crop"
-) -> np.ndarray:
-    """Resizes an image as open_clip's evaluation transforms do.
-
-    Interpolation is bicubic and antialiased.
-
-    Args:
-        image: `PIL.Image.Image` of any mode.
-        image_size: `(height, width)`.
-        resize: `"crop"`: the image is resized until it covers `image_size`, and its
-            center is cropped, as for CLIP. `"squash"`: the whole image is resized to
-            `image_size`, as for SigLIP.
-
-    Returns:
-        `(height, width, 3)` uint8 array.
-    """
-    # Converted last, as in open_clip, which matters for palettes and transparency.
-    return np.array(fitted(image, image_size, resize).convert("RGB"))

@@ -1,6 +1,5 @@
 """Conversion of models and weights from and to other libraries."""
 
-from keras_cluster_mask.interop import clip_benchmark
 from keras_cluster_mask.interop.hugging_face import load_hugging_face
 from keras_cluster_mask.interop.open_clip_weights import (
     load_open_clip,
@@ -9,7 +8,6 @@ from keras_cluster_mask.interop.open_clip_weights import (
 )
 
 __all__ = [
-    "clip_benchmark",
     "load_hugging_face",
     "load_open_clip",
     "open_clip_state_dict",

@@ -57,13 +57,6 @@ def folder_of_data(tmp_path_factory, copy_datasets, encode, write_tar_to):
                 write(f"flowers/{part}/{name}/{i}.png", encoded(80 * place + i))
     if keras.backend.backend() == "tensorflow":
         write_records(folder / "records" / "train.tfrecord", encode)
-    # As clip_benchmark's command writes it.
-    write("wds_flowers/test/nshards.txt", b"1")
-    write("wds_flowers/classnames.txt", b"daisy\nrose\ntulip")
-    write("wds_flowers/zeroshot_classification_templates.txt", b"a photo of a {c}.")
-    images = [(f"{i}.png", encoded(40 * i)) for i in range(6)]
-    labels = [(f"{i}.cls", b"%d" % (i % 3)) for i in range(6)]
-    write_tar_to(folder / "wds_flowers" / "test" / "0.tar", sorted(images + labels))
     write_presets(folder)
     return folder
 

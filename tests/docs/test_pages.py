@@ -10,7 +10,9 @@ import re
 import tomllib
 
 import keras
+import numpy as np
 import pytest
+from PIL import Image
 
 import keras_cluster_mask as kcm
 from tests.helpers import ROOT
@@ -103,6 +105,28 @@ def test_the_text_masking_of_a_page_keeps_nouns():
     captions = ["a photo of a brown dog that runs in the snow"]
     short = kcm.data.CLIPTokenizer.train(captions * 2, 600, context_length=4)
     assert short.decode(masking.tokenize(short, captions, [None])[0]) == "dog snow"
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+def test_the_adapter_of_a_page_embeds_as_the_model_does(resize):
+    captions = ["a red flag", "a blue flag"]
+    tokenizer = kcm.data.CLIPTokenizer.train(captions, 600, context_length=8)
+    backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size, 8)
+    model = kcm.ContrastiveModel.from_backbone(
+        backbone, tokenizer=tokenizer, resize=resize
+    )
+    codes = CODE.findall(read("docs/how_to/evaluate.md"))
+    (code,) = (each for each in codes if "class Adapter" in each)
+    exec(code, scope := {"np": np, "model": model})
+    adapter, texts = scope["adapter"], scope["Texts"](captions).to("cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 128, 3), "uint8")
+    photo = Image.fromarray(pixels)
+    found = adapter.encode_image(adapter.transform(photo)[None])
+    expected = model.encode_image([photo])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    expected = model.encode_text(captions)
+    np.testing.assert_allclose(adapter.encode_text(texts), expected, atol=1e-6)
 
 
 FOLDERS = [f"{folder}/README.md" for folder in ("benchmarks", "examples", "guides")]

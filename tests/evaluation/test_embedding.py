@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 from keras import ops
-from PIL import Image
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import (
@@ -10,7 +9,6 @@ from keras_cluster_mask.evaluation import (
     evaluate_retrieval,
     evaluate_zero_shot,
 )
-from keras_cluster_mask.evaluation.embedding import resize_image
 from tests.helpers import random_pairs, split, to_numpy
 
 
@@ -107,34 +105,6 @@ def test_texts_are_str_or_bytes_in_any_number(model, tokenizer):
     encoded = [text.encode() for text in texts]
     again = embed_texts(model, encoded, tokenizer, verbose=0)
     np.testing.assert_array_equal(found, again)
-
-
-# === Images of clip_benchmark ===
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
-@pytest.mark.parametrize(
-    ("image_size", "resize"),
-    # open_clip crops squares only.
-    [((16, 16), "crop"), ((8, 24), "squash")],
-)
-def test_images_become_those_of_open_clips_transforms(image_size, mode, resize):
-    open_clip = pytest.importorskip("open_clip")
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 23, 4), "uint8")
-    image = Image.fromarray(pixels)
-    if mode != "RGBA":
-        image = image.convert("RGB").convert(mode)
-    transform = open_clip.image_transform(
-        image_size,
-        is_train=False,
-        mean=(0, 0, 0),
-        std=(1, 1, 1),
-        resize_mode={"crop": "shortest", "squash": "squash"}[resize],
-    )
-    expected = (255 * transform(image)).round().numpy().transpose(1, 2, 0)
-    found = resize_image(image, image_size, resize)
-    np.testing.assert_array_equal(found, expected)
 
 
 # === Bad input ===

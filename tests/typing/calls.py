@@ -101,6 +101,5 @@ loaded = kcm.interop.load_open_clip("a.safetensors", "ViT-B-32", masking=masking
 assert_type(loaded, kcm.ContrastiveModel)
 kcm.interop.save_open_clip(loaded, "b.safetensors")
 loss = kcm.losses.softmax_contrastive_loss(np.eye(4), np.eye(4), logit_scale=100)
-kcm.interop.clip_benchmark.adapt(loaded, tokenizer)
 kcm.interop.save_open_clip(loaded)  # type: ignore[call-arg]
 kcm.no_such_name  # type: ignore[attr-defined]  # noqa: B018
