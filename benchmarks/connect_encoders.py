@@ -55,9 +55,6 @@ MASKINGS = {
     "kmeans": lambda encoder, ratio: kcm.KMeansMasking(mask_ratio=ratio),
     "edges": lambda encoder, ratio: kcm.EdgeMasking(mask_ratio=ratio),
     "centered": lambda encoder, ratio: kcm.CenteredMasking(ratio),
-    "attentive": lambda encoder, ratio: kcm.AttentiveMasking(
-        kcm.models.MomentumEncoder(encoder), ratio
-    ),
 }
 
 

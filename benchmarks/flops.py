@@ -1,7 +1,6 @@
 """Floating-point operations of a training step, counted from shapes."""
 
 from keras_cluster_mask.encoders.architecture import architecture_of_size
-from keras_cluster_mask.masking import AttentiveMasking
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 
 # Dense bfloat16, from the vendor's data sheets, in TFLOP/s. A name is that which the
@@ -24,8 +23,8 @@ def training_flops(
 
     A multiplication and an addition count as two. Counted are the matrix products of
     both towers and their projections, three times (forward, and backward to inputs and
-    weights), and, once, those by which a masking compares patches with one another, or
-    by which the teacher of an `AttentiveMasking` sees them. The loss, the iterations of
+    weights), and, once, those by which a masking compares patches with one another. The
+    loss, the iterations of
     k-means and of transport, and all that works element by element are left out, a few
     per cent at most. Attention is counted whole, causal attention too, and so are
     tokens that a threshold hides: both are computed. Micro-batches take the towers
@@ -70,9 +69,6 @@ def training_flops(
         # Cluster masking compares with anchors, the others all patches with all.
         num_anchors = getattr(masking, "num_anchors", lambda patches: patches)(patches)
         comparing = 2 * num_anchors * patches * compared
-    if isinstance(masking, AttentiveMasking):
-        rows, columns = masking.teacher.grid
-        comparing = _attention(rows * columns, pixels, image_width, image_layers)
     return 3 * forward + comparing
 
 
@@ -84,15 +80,6 @@ def peak_tflops(accelerator):
 def utilization(flops, seconds, peak):
     """The share of a peak in TFLOP/s that so many operations in so long a time are."""
     return flops / seconds / (peak * 1e12)
-
-
-def _attention(patches, pixels, width, layers):
-    # All blocks but the last, and in each layer the keys of all tokens, the query of
-    # the class token and their products.
-    tokens = 1 + patches
-    own = 2 * (tokens + 1) * width**2 + 2 * tokens * width
-    embedding = 2 * patches * pixels * width
-    return embedding + flops_of_blocks(tokens, width, layers - 1) + layers * own
 
 
 def flops_of_blocks(tokens, width, layers):

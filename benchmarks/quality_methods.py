@@ -17,8 +17,6 @@ class Method:
     Args:
         masking: Function from a patch size and a mask ratio to a masking, or `None`
             for whole images.
-        needs_encoder: Whether `masking` takes the image encoder and the number of
-            training steps in place of a patch size.
         mask_ratio: The share of the patches to leave out.
         text_masking: Function from the captions of the training data to a text
             masking, or to `None`, which truncates. Texts are then cut to
@@ -33,7 +31,6 @@ class Method:
     """
 
     masking: Callable | None = None
-    needs_encoder: bool = False
     mask_ratio: float = 0.5
     text_masking: Callable | None = None
     short_context: int | None = None
@@ -49,12 +46,9 @@ class Method:
                 f"texts are whole without it. Received: {self}"
             )
 
-    def new_masking(self, patch_size, encoder, steps):
+    def new_masking(self, patch_size):
         """A new masking of images, or `None`."""
-        if self.masking is None:
-            return None
-        place = (encoder, steps) if self.needs_encoder else (patch_size,)
-        return self.masking(*place, self.mask_ratio)
+        return self.masking and self.masking(patch_size, self.mask_ratio)
 
     @property
     def ends_differently(self):
@@ -73,11 +67,6 @@ def threshold(patch_size, mask_ratio, **options):
 def has_threshold(masking):
     """Whether a masking has a threshold that is adapted to the data."""
     return isinstance(masking, kcm.ClusterMasking) and masking.threshold is not None
-
-
-def attentive(encoder, steps, mask_ratio):
-    teacher = kcm.models.MomentumEncoder(encoder, steps=steps)
-    return kcm.AttentiveMasking(teacher, mask_ratio)
 
 
 # Which patches stay: the first word of a name.
@@ -104,7 +93,6 @@ PATCHES = {
     "grid": Method(lambda p, r: kcm.GridMasking(2), mask_ratio=0.75),
     "k-means": Method(lambda p, r: kcm.KMeansMasking(p, r)),
     "edges": Method(lambda p, r: kcm.EdgeMasking(p, r)),
-    "attentive": Method(attentive, needs_encoder=True),
 }
 
 

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Compare maskings
 #
-# Maskings that leave out the same number of patches cost nearly the same, except
-# `AttentiveMasking`, which runs a teacher. They differ in the patches that they keep. This guide
-# compares [cluster masking](https://arxiv.org/abs/2405.08815) with random masking
+# Maskings that leave out the same number of patches cost nearly the same. They differ in the
+# patches that they keep. This guide compares
+# [cluster masking](https://arxiv.org/abs/2405.08815) with random masking
 # ([FLIP](https://arxiv.org/abs/2212.00794)) and with whole images. It shows
 #
 # - which patches each masking keeps in an image,

@@ -20,7 +20,6 @@ if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
     from keras_cluster_mask.fine_tune import optimizer_by_block
     from keras_cluster_mask.masking import (
-        AttentiveMasking,
         BlockMasking,
         CenteredMasking,
         ClusterMasking,
@@ -37,7 +36,6 @@ if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
 __version__ = "0.1.0"
 
 __all__ = [
-    "AttentiveMasking",
     "BlockMasking",
     "CenteredMasking",
     "ClusterMasking",

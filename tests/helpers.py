@@ -135,13 +135,6 @@ def moving_weight():
     return keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
 
 
-def attentive(encoder=None, num_prefix_tokens=None, **options):
-    # Of an encoder with a class token, whatever the others are put into.
-    encoder = encoder or class_token_vit()
-    teacher = kcm.models.MomentumEncoder(encoder, 0.5, steps=10)
-    return kcm.AttentiveMasking(teacher, num_prefix_tokens=1, **options)
-
-
 # One of each kind, for patches of 4 x 4 pixels; with state that training changes, where
 # it can have any.
 MASKINGS = {
@@ -164,7 +157,6 @@ MASKINGS = {
     "edge": lambda **options: kcm.EdgeMasking(
         4, embedding_weight=moving_weight(), **options
     ),
-    "attentive": attentive,
 }
 
 
@@ -203,21 +195,13 @@ def functional_vit(width=16, num_layers=1, mix=None, pool=True, name="own_vit"):
     return keras.Model(images, x, name=name)
 
 
-def class_token_vit():
-    vit = clip_vision_encoder()
-    x = keras.layers.GlobalAveragePooling1D()(vit.output)
-    return keras.Model(vit.input, x, name="class_token_vit")
-
-
 def masked_vit(masking, **options):
     """The smallest encoder that a masking of `MASKINGS` fits, with it.
 
     Args:
         masking: A `PatchMasking`.
-        **options: Those of `functional_vit`, which is the encoder of most.
+        **options: Those of `functional_vit`, which is the encoder.
     """
-    if isinstance(masking, kcm.AttentiveMasking):
-        return kcm.with_masking(class_token_vit(), masking)
     return kcm.with_masking(functional_vit(**options), masking, "positions")
 
 

@@ -115,8 +115,7 @@ def over_processes(train_function, model, averaged):
     """Wraps a new train function of Keras as torch needs it.
 
     Old gradients must be removed: Keras finds weights by their paths, and misses those
-    that share theirs with others, such as the weights of a teacher or of two towers
-    without names.
+    that share theirs with others, such as the weights of two towers without names.
 
     Args:
         train_function: Keras's train function.

@@ -158,24 +158,6 @@ def metric_rows(x):
     return all_gather(ops.stop_gradient(x))
 
 
-def assign_equal(variable, value):
-    """Assigns a value that every replica has computed equally.
-
-    TensorFlow refuses this for a variable without a rule to aggregate the values of
-    replicas, such as the weights of Keras's layers.
-    """
-    replica = tensorflow_replica() if keras.backend.backend() == "tensorflow" else None
-    if replica is None:
-        variable.assign(value)
-        return
-
-    def assign(strategy, value):
-        update = strategy.extended.update
-        update(variable.value, lambda v, x: v.assign(x), args=(value,))
-
-    replica.merge_call(assign, args=(value,))
-
-
 def tensorflow_replica():
     """Returns the context of this replica if there are several, or `None`."""
     import tensorflow as tf

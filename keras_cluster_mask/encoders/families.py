@@ -37,9 +37,6 @@ class ImageFamily:
             blocks that need the whole grid, or embedding and blocks in one layer.
         block: String, the class of its transformer blocks, or of the layer that holds
             embedding and blocks.
-        attention: Two strings, the attributes of a block with the norm before the
-            attention and the `keras.layers.MultiHeadAttention`; `None` if the encoder
-            has no class token.
         resizable: Boolean. Whether `with_image_size` supports it: config, positions and
             patch size are known.
         pooling: String, the pooling of `from_encoders`; `None` if that method does not
@@ -50,7 +47,6 @@ class ImageFamily:
 
     embedding: str | None = None
     block: str | None = None
-    attention: tuple[str, str] | None = None
     resizable: bool = False
     pooling: str | None = None
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
@@ -127,13 +123,11 @@ IMAGE_FAMILIES = {
     "CLIPVisionEncoder": ImageFamily(
         "CLIPVisionEmbedding",
         "CLIPEncoderLayer",
-        attention=("layer_norm_1", "attention"),
         resizable=True,
     ),
     "MetaCLIP2VisionEncoder": ImageFamily(
         "MetaCLIP2VisionEmbedding",
         "MetaCLIP2EncoderLayer",
-        attention=("layer_norm_1", "attention"),
         resizable=True,
     ),
     "SigLIPVisionEncoder": ImageFamily(
@@ -143,7 +137,6 @@ IMAGE_FAMILIES = {
     "ViTBackbone": ImageFamily(
         "ViTPatchingAndEmbedding",
         "ViTEncoderBlock",
-        attention=("layer_norm_1", "mha"),
         resizable=True,
         pooling="class",
         pixel_mean=SIGLIP_MEAN,
@@ -152,13 +145,11 @@ IMAGE_FAMILIES = {
     "DeiTBackbone": ImageFamily(
         "DeiTEmbeddings",
         "DeiTEncoderBlock",
-        attention=("layer_norm_1", "mha"),
         pooling="class",
     ),
     "DINOV2Backbone": ImageFamily(
         "DINOV2Embedding",
         "DINOV2Layer",
-        attention=("norm1", "attention.attention"),
         resizable=True,
         pooling="class_and_mean",
     ),

@@ -1,6 +1,5 @@
 """Strategies that select which patches of a training image to keep."""
 
-from keras_cluster_mask.masking.attentive_masking import AttentiveMasking
 from keras_cluster_mask.masking.block_masking import BlockMasking
 from keras_cluster_mask.masking.centered_masking import CenteredMasking
 from keras_cluster_mask.masking.cluster_masking import ClusterMasking
@@ -11,7 +10,6 @@ from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.random_masking import RandomMasking
 
 __all__ = [
-    "AttentiveMasking",
     "BlockMasking",
     "CenteredMasking",
     "ClusterMasking",

@@ -300,20 +300,16 @@ class PatchMasking(keras.layers.Layer):
         shape = self.compute_output_shape(tokens.shape)
         return keras.KerasTensor(shape, dtype=tokens.dtype)
 
-    def _own_variables(self):
-        """Returns the variables that the layer itself saves, not its sublayers."""
-        return self.variables
-
     def save_own_variables(self, store: Any) -> None:
         # Keras's own method omits the state of the seed generator.
-        for index, variable in enumerate(self._own_variables()):
+        for index, variable in enumerate(self.variables):
             store[str(index)] = variable
 
     def load_own_variables(self, store: Any) -> None:
         # Weights of a model without this masking have no state for it.
         if not store.keys():
             return
-        for index, variable in enumerate(self._own_variables()):
+        for index, variable in enumerate(self.variables):
             variable.assign(store[str(index)])
 
     def settings(self) -> dict[str, Any]:

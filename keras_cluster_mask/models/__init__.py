@@ -2,7 +2,6 @@
 
 from keras_cluster_mask.encoders.architecture import clip_backbone
 from keras_cluster_mask.encoders.masked import MaskedEncoder, with_masking
-from keras_cluster_mask.encoders.momentum import MomentumEncoder
 from keras_cluster_mask.encoders.resizing import with_context_length, with_image_size
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.head import ContrastiveHead
@@ -12,7 +11,6 @@ __all__ = [
     "ContrastiveHead",
     "ContrastiveModel",
     "MaskedEncoder",
-    "MomentumEncoder",
     "clip_backbone",
     "save_with_card",
     "with_context_length",

@@ -9,8 +9,6 @@ from typing import Any, Self
 
 import keras
 
-from keras_cluster_mask.types import Tensor
-
 NORMALIZATION = keras.layers.LayerNormalization
 
 
@@ -68,16 +66,6 @@ def saved_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
     Keras merges the factors into the matrices when it saves a model.
     """
     return [v for v in layer.weights if not v.name.startswith("lora_")]
-
-
-def merged_weights(layer: keras.layers.Layer) -> dict[int, Tensor]:
-    """Returns the merged values of the weights of layers with LoRA, by their ids."""
-    return {
-        id(weight): getattr(x, weight.name)
-        for x in all_layers(layer)
-        if getattr(x, "lora_enabled", False)
-        for weight in saved_weights(x)
-    }
 
 
 def omitted_settings(layer: keras.layers.Layer) -> dict[str, list]:

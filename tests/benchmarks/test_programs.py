@@ -11,15 +11,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.any_backend]
 
 
 def test_masking_cost_times_every_masking(run, tmp_path):
-    # On TensorFlow `--teacher` fails, as XLA cannot resize images on a CPU there.
     options = ("--batch-size", 2, "--image-size", 64, "--rounds", 2, "--no-step")
-    run(masking_cost, *options, "--teacher", "--results", tmp_path)
+    run(masking_cost, *options, "--results", tmp_path)
     backend = keras.backend.backend()
     written = json.loads((tmp_path / f"masking_cost-{backend}-64.json").read_text())
     found = {row["what"]: float(row["time (ms)"]) for row in written["rows"]}
-    teacher = {"attentive", "attentive, half size"}
-    teacher |= {f"{name}: update" for name in teacher}
-    assert set(found) == {*masking_cost.MASKINGS, *teacher}
+    assert set(found) == {*masking_cost.MASKINGS}
     assert all(milliseconds > 0 for milliseconds in found.values())
 
 

@@ -92,8 +92,6 @@ def make_model(masking=None, way="whole", **options):
 
 
 def make_masked_model(name, **options):
-    # A teacher has weights that are drawn.
-    keras.utils.set_random_seed(0)
     masking = MASKINGS[name](num_prefix_tokens=0, seed=1)
     return make_model(masking, **options)
 

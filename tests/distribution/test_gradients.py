@@ -12,7 +12,6 @@ from tests.helpers import (
     assert_close,
     random_pairs,
     small_model,
-    tiny_clip,
     to_numpy,
     vision_encoder,
 )
@@ -28,16 +27,8 @@ def unnamed_towers():
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="Others keep none.")
-@pytest.mark.parametrize("paths", ["of two towers", "of a teacher"])
-def test_each_step_starts_without_gradients_of_weights_with_equal_paths(paths):
-    if paths == "of two towers":
-        backbone, masking = unnamed_towers(), None
-    else:
-        backbone = tiny_clip()
-        teacher = kcm.models.MomentumEncoder(backbone.vision_encoder)
-        # It leaves out nothing, so masks do not change the gradients.
-        masking = kcm.AttentiveMasking(teacher, mask_ratio=0.0)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+def test_each_step_starts_without_gradients_of_weights_with_equal_paths():
+    model = kcm.ContrastiveModel.from_backbone(unnamed_towers())
     model.compile(keras.optimizers.SGD(0.0))
     pairs, gradients_of_steps = random_pairs(4), []
     for _ in range(3):

@@ -24,7 +24,6 @@ def scope():
     return {
         "kcm": kcm,
         "backbone": backbone,
-        "teacher": kcm.models.MomentumEncoder(backbone.vision_encoder),
         "captions": ["a dog runs in the snow", "a red boat on the lake"],
         "schedule": keras.optimizers.schedules.PolynomialDecay(0.0, 100_000, 1.0),
     }

@@ -91,35 +91,6 @@ def photographs(height, width, count):
     return np.stack(crops)
 
 
-@keras.saving.register_keras_serializable(package="tests")
-class GrayAttention(keras.layers.Layer):
-    """A teacher that attends to bright pixels: a grid of gray levels of the images."""
-
-    patch_size, data_format = (4, 4), "channels_last"
-
-    def __init__(self, grid, **kwargs):
-        super().__init__(**kwargs)
-        self.grid = tuple(grid)
-
-    def attention(self, images):
-        gray = ops.mean(ops.cast(images, "float32"), axis=-1, keepdims=True)
-        sides = tuple(s // count for s, count in zip(images.shape[1:3], self.grid))
-        gray = ops.average_pool(gray, sides, sides, data_format="channels_last")
-        return ops.reshape(gray, (images.shape[0], -1))
-
-    def follow(self, encoder):
-        pass
-
-    def check_ready(self):
-        pass
-
-    def update(self):
-        pass
-
-    def get_config(self):
-        return {**super().get_config(), "grid": self.grid}
-
-
 def compiled_select(masking):
     """`masking.select` for given noise, compiled on JAX.
 

@@ -284,20 +284,6 @@ def select_block(noise, grid, mask_ratio):
     return _keep_highest(score, noise, K)
 
 
-def select_attentive(attention, noise, grid, teacher_grid, block_size, mask_ratio):
-    """Attentive masking: the K patches in the blocks of most attention (2212.08653).
-
-    The attention of a block is the mean over the teacher's patches in it.
-    """
-    rows, columns = (side // block_size for side in grid)
-    seen = _float64(attention).reshape(
-        -1, rows, teacher_grid[0] // rows, columns, teacher_grid[1] // columns
-    )
-    score = seen.mean(axis=(2, 4)).repeat(block_size, 1).repeat(block_size, 2)
-    K = kept_count(grid[0] * grid[1], mask_ratio)
-    return _keep_highest(score.reshape(noise.shape), noise, K)
-
-
 # === Strategies that compare all patches ===
 
 

@@ -14,8 +14,6 @@ from tests.helpers import (
     CONTEXT,
     assert_close,
     assert_same_values,
-    attentive,
-    class_token_vit,
     clip_vision_encoder,
     functional_vit,
     image_mlp,
@@ -60,7 +58,7 @@ def test_embeddings_are_float32_unit_vectors_of_the_common_width(projection_dim)
             vit_encoder(), bert(), projection_dim=8, masking=masking
         ),
         lambda masking: kcm.ContrastiveModel(
-            class_token_vit() if masking is None else masked_vit(attentive()),
+            functional_vit() if masking is None else masked_vit(masking),
             text_bag(),
         ),
     ],
@@ -100,7 +98,7 @@ def test_a_shared_head_fits_the_widths_of_the_encoders():
     "make",
     [
         lambda: small_model(projection_dim=5),
-        lambda: kcm.ContrastiveModel(masked_vit(attentive()), text_bag()),
+        lambda: kcm.ContrastiveModel(masked_vit(kcm.ClusterMasking(4)), text_bag()),
         lambda: kcm.ContrastiveModel.from_backbone(tiny_clip(), kcm.RandomMasking()),
         lambda: kcm.ContrastiveModel.from_backbone(tiny_metaclip()),
     ],

@@ -144,19 +144,6 @@ def test_a_checkpoint_of_other_trained_parts_is_refused(other, tmp_path):
 # === Copies ===
 
 
-@pytest.mark.any_backend
-def test_a_teacher_follows_an_encoder_merged_with_its_lora(tmp_path):
-    backbone = tiny_clip()
-    teacher = kcm.models.MomentumEncoder(backbone.vision_encoder, 0.0, 0.0, steps=1)
-    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.AttentiveMasking(teacher))
-    backbone.enable_lora(2)
-    as_trained(model)
-    teacher.update()
-    loaded = reloaded(model, tmp_path)
-    expected = loaded.backbone.vision_encoder.weights
-    assert_close(teacher.copied_weights, expected, 1e-5)
-
-
 @pytest.mark.one_case
 def test_models_that_share_weights_predict_with_lora():
     backbone = tiny_clip()

@@ -39,9 +39,6 @@ def draw(case):
 
     encoders = ("clip", "siglip", "own")[case % 3]
     masking = [None, *MASKINGS][case % (1 + len(MASKINGS))]
-    if encoders == "siglip" and masking == "attentive":
-        # It has no class token.
-        masking = "random"
     options = {
         "duplicates": choose("positive", "negative"),
         "micro_batch_size": choose(None, None, 4),
@@ -93,10 +90,7 @@ def make_model(case):
         backbone = tiny_clip() if encoders == "clip" else tiny_siglip()
         masking = made["masking"]
         if masking is not None:
-            own = {}
-            if masking == "attentive":
-                own["encoder"] = backbone.vision_encoder
-            masking = MASKINGS[masking](seed=3, **own)
+            masking = MASKINGS[masking](seed=3)
         model = kcm.ContrastiveModel.from_backbone(backbone, masking, **options)
     keras.config.set_dtype_policy("float32")
     for part in filter(None, made["frozen"]):

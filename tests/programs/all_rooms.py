@@ -25,8 +25,7 @@ def make_model():
     )
     backbone = kcm.models.with_image_size(backbone, 32)
     backbone = kcm.models.with_context_length(backbone, 6)
-    masking = kcm.AttentiveMasking(kcm.models.MomentumEncoder(backbone.vision_encoder))
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.ClusterMasking(8))
     model.compile("adam")
     return model, tokenizer.with_context_length(6)
 

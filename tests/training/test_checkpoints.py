@@ -189,8 +189,6 @@ def unknown_length():
             {**ARRAYS, "validation_data": None, "validation_split": 0.2},
             marks=pytest.mark.slow,
         ),
-        # It has a teacher.
-        pytest.param(pairs, "attentive", ARRAYS, marks=pytest.mark.slow),
     ],
 )
 def test_arrays_and_other_datasets_resume_with_an_epoch(

@@ -107,13 +107,12 @@ def in_chunks_by_hand(model, num_chunks):
     ("masking", "loss"),
     [
         pytest.param(hidden_padding, "sigmoid", id="hidden_padding"),
-        # The first has a threshold that moves, the second a teacher.
+        # It has a threshold that moves.
         pytest.param(MASKINGS["threshold"], "softmax", id="threshold"),
-        pytest.param(MASKINGS["attentive"], "softmax", id="attentive"),
         *(
             pytest.param(MASKINGS[name], "softmax", id=name, marks=pytest.mark.slow)
             for name in MASKINGS
-            if name not in ("threshold", "attentive")
+            if name != "threshold"
         ),
     ],
 )
