@@ -22,7 +22,7 @@ import torch
 from keras import ops
 from reporting import publish
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
+from sklearn.model_selection import GridSearchCV, ShuffleSplit
 
 import keras_cluster_mask as kcm
 
@@ -119,7 +119,7 @@ def transfer(options):
         probe = GridSearchCV(
             LogisticRegression(max_iter=1000),
             {"C": np.logspace(-6, 6, 25)},
-            cv=StratifiedShuffleSplit(1, test_size=0.2, random_state=0),
+            cv=ShuffleSplit(1, test_size=0.2, random_state=0),
         ).fit(features, labels)
         features, labels = embedded[1]["image_embeddings"], embedded[1]["labels"]
         found.append(

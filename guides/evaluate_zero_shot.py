@@ -28,12 +28,8 @@ import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
+from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import (
-    ConfusionMatrixDisplay,
-    balanced_accuracy_score,
-    confusion_matrix,
-)
 
 import keras_cluster_mask as kcm
 
@@ -128,7 +124,8 @@ classifier = kcm.evaluation.zero_shot_classifier(
 embeddings = kcm.evaluation.embed(model, images, verbose=0)["image_embeddings"]
 found = (embeddings @ np.asarray(classifier)).argmax(axis=1)
 figure, axis = plt.subplots(figsize=(5.5, 5), layout="constrained")
-ConfusionMatrixDisplay(confusion_matrix(labels, found), display_labels=NAMES).plot(
+confusion = metrics.confusion_matrix(labels, found)
+metrics.ConfusionMatrixDisplay(confusion, display_labels=NAMES).plot(
     cmap="Blues", xticks_rotation=45, colorbar=False, ax=axis
 )
 plt.close(figure)
@@ -140,6 +137,7 @@ show(figure, "confusion")
 # A linear probe is a logistic regression on frozen embeddings. Its regularization is chosen on the
 # validation images. The test images are used once, at the end.
 
+
 # %%
 def embedded(split):
     found = kcm.evaluation.embed(model, labeled(split), verbose=0)
@@ -147,10 +145,10 @@ def embedded(split):
 
 
 train, validation, (images, labels) = map(embedded, ("train", "validation", "test"))
-probes = [LogisticRegression(C=10.0**i, max_iter=1000).fit(*train) for i in range(-1, 4)]
+probes = [LogisticRegression(C=c, max_iter=1000).fit(*train) for c in (1, 10, 100)]
 probe = max(probes, key=lambda probe: probe.score(*validation))
 print(f"top_1            {probe.score(images, labels):.1%}")
-accuracy = balanced_accuracy_score(labels, probe.predict(images))
+accuracy = metrics.balanced_accuracy_score(labels, probe.predict(images))
 print(f"mean_per_class   {accuracy:.1%}")
 
 # %% [markdown]
