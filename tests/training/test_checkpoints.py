@@ -25,11 +25,9 @@ from tests.helpers import (
     assert_same_values,
     by_tower,
     compiled_model,
-    image_mlp,
     random_pairs,
     run_program,
     small_model,
-    text_bag,
     values,
 )
 from tests.models.test_without_masking import Scaled
@@ -335,31 +333,21 @@ def test_what_a_step_does_in_another_way_may_change(tmp_path):
     ("data", "model", "field"),
     [
         ({"seed": 8}, {}, "data.seed: 7 in the checkpoint, 8 in"),
-        ({"batch_size": 9}, {}, "data.batch_size: 8 in the checkpoint, 9 in"),
-        ({"crop_scale": (0.9, 1.0)}, {}, "data.crop_scale.0: 0.4 in"),
         ({"resize": "squash"}, {}, "data.crop_scale: [0.4, 1.0] in"),
-        ({"block_size": 4}, {}, "data.block_size: 1 in the checkpoint, 4 in"),
-        (
-            {},
-            {"masking": kcm.RandomMasking(num_prefix_tokens=0)},
-            "maskings.0.class: 'ClusterMasking' in the checkpoint",
-        ),
+        ({"shards": 1}, {}, "data.index.0: "),
+        ({}, {"masking": kcm.RandomMasking()}, "maskings.0.class: 'ClusterMasking' in"),
         (
             {},
             {"masking": MASKINGS["threshold"](anchor_ratio=0.2)},
             "maskings.0.anchor_ratio: 0.03 in the checkpoint, 0.2 in",
         ),
         ({}, {"optimizer": "sgd"}, "optimizer.0: 'AdamW' in the checkpoint, 'SGD' in"),
-        ({"shards": [0, 1, 2]}, {}, "data.index.0: "),
-        ({"shards": [0]}, {}, "data.index.0: "),
-        ({"shards": [0, 2]}, {}, "data.index.0: "),
     ],
 )
 def test_data_or_a_model_with_another_option_is_refused(
-    data, model, field, whole, folder, shards, write_pairs
+    data, model, field, whole, folder, shards
 ):
-    known = [*shards, write_pairs("c.tar", 27, 3)]
-    chosen = [known[index] for index in data.get("shards", [0, 1])]
+    chosen = shards[: data.get("shards", 2)]
     data = {name: value for name, value in data.items() if name != "shards"}
     with pytest.raises(ValueError, match=r"`resume_from` must.*Received:") as raised:
         run(make_dataset(chosen, **data), folder, model=make_model(**model))
@@ -367,43 +355,22 @@ def test_data_or_a_model_with_another_option_is_refused(
 
 
 @pytest.mark.any_backend
-def test_optimizers_of_towers_and_activations_of_blocks_must_be_the_same(tmp_path):
-    def fit(image, activation):
+def test_optimizers_of_towers_activations_and_own_arguments_must_be_the_same(tmp_path):
+    def fit(image="adam", activation="gelu", factor=1.0):
         backbone = kcm.models.clip_backbone("tiny", 16, 100, 7, activation=activation)
-        model = kcm.ContrastiveModel.from_backbone(backbone)
+        model = Scaled.from_backbone(backbone, factor=factor)
         image = keras.optimizers.get(image)
         model.compile(by_tower(model, "adam", image=image), **FAST)
         run(random_pairs(8), tmp_path, model=model, epochs=1, **ARRAYS)
 
-    fit("adam", "gelu")
-    with pytest.raises(ValueError, match=r"with optimizer\.1: .*'RMSprop'"):
-        fit("rmsprop", "gelu")
-    with pytest.raises(ValueError, match=r"with layers\.\d+: .*'quick_gelu'"):
-        fit("adam", "quick_gelu")
-
-
-@pytest.mark.any_backend
-def test_arguments_of_subclasses_must_be_the_same(tmp_path):
-    class Head(kcm.models.ContrastiveHead):
-        def __init__(self, margin, **kwargs):
-            super().__init__(**kwargs)
-            self.margin = margin
-
-        def get_config(self):
-            return {**super().get_config(), "margin": self.margin}
-
-    def fit(factor, margin=0.5):
-        head = Head(projection_dim=8, margin=margin)
-        model = Scaled(image_mlp(), text_bag(), factor=factor, head=head)
-        model.compile("sgd", **FAST)
-        run(random_pairs(8), tmp_path, model=model, epochs=1, **ARRAYS)
-
-    fit(1.0)
-    fit(1.0)
-    with pytest.raises(ValueError, match=r"with model\.factor: 1\.0 .*, 2\.0 in"):
-        fit(2.0)
-    with pytest.raises(ValueError, match=r"with head\.margin: 0\.5 .*, 0\.1 in"):
-        fit(1.0, 0.1)
+    fit()
+    for other, message in (
+        ({"image": "rmsprop"}, r"optimizer\.1: .*'RMSprop'"),
+        ({"activation": "quick_gelu"}, r"layers\.\d+: .*'quick_gelu'"),
+        ({"factor": 2.0}, r"model\.factor: 1\.0 .*, 2\.0 in"),
+    ):
+        with pytest.raises(ValueError, match=f"with {message}"):
+            fit(**other)
 
 
 # === What is saved ===
@@ -562,12 +529,7 @@ def test_keras_stops_at_a_loss_that_is_not_finite(tmp_path):
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [
-        ("save_every", 0),
-        ("save_every", "epoch"),
-        ("keep", 0),
-        ("directory", "nowhere://run"),
-    ],
+    [("save_every", 0), ("keep", 0), ("directory", "nowhere://run")],
 )
 def test_bad_arguments_are_named(argument, value, tmp_path):
     with pytest.raises(ValueError, match=rf"`{argument}`.*Received: {argument}="):
@@ -575,7 +537,7 @@ def test_bad_arguments_are_named(argument, value, tmp_path):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("path", ["nowhere://run", "best.keras", "best.weights.h5"])
+@pytest.mark.parametrize("path", ["nowhere://run", "best.weights.h5"])
 def test_what_is_no_folder_of_checkpoints_is_refused(path):
     match = rf"`resume_from` must.*Received: resume_from='?{path}"
     with pytest.raises(ValueError, match=match):
@@ -583,7 +545,7 @@ def test_what_is_no_folder_of_checkpoints_is_refused(path):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("content", [b"", b"PK cut off", b"{}"])
+@pytest.mark.parametrize("content", [b"", b"PK cut off"])
 def test_a_damaged_file_is_named_with_the_remedy(tmp_path, content):
     (tmp_path / "epoch-00002.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"remove this file.*Received: .*00002.npz"):
@@ -619,11 +581,9 @@ def test_a_model_that_is_not_compiled_is_refused(whole, folder):
 def test_a_run_from_the_beginning_does_not_write_among_later_checkpoints(
     whole, folder, shards
 ):
-    for start in (None, folder / "epoch-00001.npz"):
-        with pytest.raises(
-            ValueError, match=r"`directory` must not.*Received:.*of 3 epochs"
-        ):
-            run(make_dataset(shards), folder, resume_from=start)
+    message = r"`directory` must not.*Received:.*of 3 epochs"
+    with pytest.raises(ValueError, match=message):
+        run(make_dataset(shards), folder, resume_from=folder / "epoch-00001.npz")
 
 
 def test_averages_swapped_while_they_are_saved_are_refused(tmp_path):

