@@ -124,12 +124,6 @@ def paths(variables):
     return [re.sub(r"^variable_\d+$", "variable", name) for name in names]
 
 
-@pytest.mark.any_backend
-def test_every_masking_is_drawn():
-    drawn = {draw(case)["masking"] for case in range(MANY)}
-    assert drawn == {None, *MASKINGS}
-
-
 @pytest.mark.slow_to_compile
 @pytest.mark.one_case
 @pytest.mark.parametrize(
@@ -187,9 +181,3 @@ def test_an_optimizer_of_other_weights_is_not_saved(change, tmp_path):
     )
     with pytest.raises(ValueError, match=r"call `compile\(\)`"):
         loaded.fit(random_pairs(4), **fit)
-    if change != "merged":
-        # Compiled for the weights that it trains, it is saved with its optimizer.
-        model.compile("adam", **FAST)
-        model.fit(random_pairs(4), **fit)
-        found = reloaded(model, tmp_path).optimizer.variables
-        assert_same_values(found, model.optimizer.variables)

@@ -11,18 +11,9 @@ from tests.helpers import (
     exported,
     image_mlp,
     random_pairs,
-    small_model,
     text_bag,
     tiny_clip,
 )
-
-
-@pytest.mark.any_backend
-def test_a_model_is_not_compiled_without_an_optimizer():
-    model = small_model()
-    with pytest.raises(ValueError, match=r"`optimizer` must.*Received: .*None"):
-        model.compile()
-    assert not model.compiled
 
 
 class OwnMetrics(kcm.ContrastiveModel):

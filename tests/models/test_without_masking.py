@@ -126,18 +126,21 @@ class Forgetful(Scaled):
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
-    ("kind", "match"),
+    ("kind", "is_own", "match"),
     [
         # Its config omits an argument.
-        (Forgetful, "`Forgetful` must.*Received: .*factor"),
+        (Forgetful, False, "`Forgetful` must.*Received: .*factor"),
         # It has weights of its own.
-        (Owner, "weights only in .*Received: .*Owner"),
+        (Owner, False, "weights only in .*Received: .*Owner"),
+        # Its encoder is not that of `with_masking`, but holds it.
+        (Scaled, True, "masking from `kcm.with_masking`.*Received: "),
     ],
 )
-def test_a_subclass_that_cannot_be_made_again_keeps_its_masking(kind, match):
-    model = kind(masked_vit(kcm.RandomMasking()), text_bag())
+def test_a_model_that_cannot_be_made_again_keeps_its_masking(kind, is_own, match):
+    encoder = masked_vit(kcm.RandomMasking())
+    encoder = keras.Sequential([encoder]) if is_own else encoder
     with pytest.raises(ValueError, match=match):
-        model.without_masking()
+        kind(encoder, text_bag()).without_masking()
 
 
 # === Towers ===
