@@ -1,5 +1,3 @@
-import os
-import shutil
 import types
 
 import numpy as np
@@ -85,14 +83,6 @@ def test_of_classes_of_the_same_name_only_the_first_is_predicted(model, tokenize
     assert found == pytest.approx(classification_accuracy(scores, labels))
 
 
-def test_classes_of_the_same_name_have_equal_weights(model, tokenizer):
-    names = [f"{word} {i}" for i in range(100) for word in ("a", "b")]
-    names += names[:50]
-    with pytest.warns(UserWarning, match="more than once"):
-        classifier = zero_shot_classifier(model, names, tokenizer, verbose=0)
-    np.testing.assert_array_equal(classifier[:, :50], classifier[:, 200:])
-
-
 def test_embeddings_of_templates_are_averaged(model, tokenizer):
     templates = ["{}", "the {c}!", "x{}"]
     classifier = zero_shot_classifier(model, NAMES, tokenizer, templates, verbose=0)
@@ -136,13 +126,7 @@ def test_templates_are_formats_functions_or_texts_of_each_class(model, tokenizer
 
 @pytest.mark.parametrize(
     ("name", "labels", "score"),
-    [
-        ("labels", [0, 3], 0.0),
-        ("labels", [0, -1], 0.0),
-        ("labels", [0.0, 1.0], 0.0),
-        ("labels", [0], 0.0),
-        ("scores", [0, 0], np.nan),
-    ],
+    [("labels", [0, -1], 0.0), ("labels", [0.0, 1.0], 0.0), ("scores", [0, 0], np.nan)],
 )
 def test_bad_scores_and_labels_are_refused_by_name(name, labels, score):
     with pytest.raises(ValueError, match=rf"`{name}`.*Received: "):
@@ -153,15 +137,10 @@ def test_bad_scores_and_labels_are_refused_by_name(name, labels, score):
     ("argument", "names", "templates"),
     [
         ("class_names", ["cat", " ", None], "{}"),
-        ("class_names", [], "{}"),
         ("class_names", "cat", "{}"),
         ("templates", ["cat"], []),
         ("templates", ["cat"], "a photo"),
-        ("templates", ["cat"], None),
         ("templates", ["cat"], {"cat": 5}),
-        ("templates", ["cat"], "{} {}"),
-        ("templates", ["cat"], ["{}", 3]),
-        ("templates", ["cat", "dog"], {"cat": ["x"]}),
         ("templates", ["cat"], [lambda name: None]),
     ],
 )
@@ -170,8 +149,6 @@ def test_bad_names_and_templates_are_refused_by_name(
 ):
     with pytest.raises(ValueError, match=rf"`{argument}`.*Received: "):
         zero_shot_classifier(model, names, tokenizer, templates)
-    with pytest.raises(ValueError, match=rf"`{argument}`.*Received: "):
-        evaluate_zero_shot(model, [], names, tokenizer, templates)
 
 
 def test_bad_data_is_refused_at_its_first_batch(model, tokenizer):
@@ -212,7 +189,6 @@ def test_a_misspelled_class_is_not_left_out(model, tokenizer, folder):
     ("other", "differs"),
     [
         (["green", "blue", "red"], "3 classes of .* for 3, .* in the order$"),
-        (["red", "green", "black"], "3 classes .* in \\['black', 'blue'\\]$"),
         (["red", "green"], "3 classes of .* for 2, .* in \\['blue'\\]$"),
     ],
 )
@@ -226,30 +202,20 @@ def test_classes_are_the_same_everywhere(model, tokenizer, folder, other, differ
             evaluate()
 
 
-def test_classes_may_have_as_many_other_names(model, tokenizer, folder):
-    data = colored(folder, COLORS)
-    names = ["rot", "blau", "blau"]
-    with pytest.warns(UserWarning, match="more than once"):
-        evaluate_zero_shot(model, data, names, tokenizer, verbose=0)
-    # The same names in other letters, and classes after those of the data.
+def test_classes_may_have_other_letters_and_more_may_follow(model, tokenizer, folder):
     more = [name.upper() for name in COLORS] + ["black"]
-    evaluate_zero_shot(model, data, more, tokenizer, verbose=0)
+    evaluate_zero_shot(model, colored(folder, COLORS), more, tokenizer, verbose=0)
 
 
-@pytest.mark.parametrize("remove", [os.remove, lambda x: shutil.rmtree(x.parent)])
-def test_a_class_without_images_does_not_shift_the_others(
-    model, tokenizer, folder, remove
-):
+def test_a_class_without_images_does_not_shift_the_others(model, tokenizer, folder):
     names = ["azul", "verde", "rojo"]
-    remove(folder / "green" / "0.png")
-    for evaluate in (
-        lambda data: evaluate_zero_shot(model, data, names, tokenizer, verbose=0),
-        lambda data: ZeroShot(data, names, tokenizer),
-    ):
-        with pytest.raises(ValueError, match="Received: 2 classes of `data` for 3"):
-            evaluate(colored(folder, None))
-        # The remedy.
-        evaluate(colored(folder, sorted(COLORS)))
+    (folder / "green" / "0.png").unlink()
+    data = colored(folder, None)
+    with pytest.raises(ValueError, match="Received: 2 classes of `data` for 3"):
+        evaluate_zero_shot(model, data, names, tokenizer, verbose=0)
+    # The remedy; as many other names are fine.
+    data = colored(folder, sorted(COLORS))
+    evaluate_zero_shot(model, data, names, tokenizer, verbose=0)
 
 
 def test_the_class_names_of_other_data_have_no_meaning_here():

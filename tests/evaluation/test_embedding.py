@@ -4,12 +4,13 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import (
+    compute_features,
     embed,
     embed_texts,
     evaluate_retrieval,
     evaluate_zero_shot,
 )
-from tests.helpers import random_pairs, split, to_numpy
+from tests.helpers import random_pairs, split, stream, to_numpy
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,6 @@ IMAGES = random_pairs(2)["images"]
     [
         ("data", []),
         ("image_text_dataset", "folder"),
-        ("images", IMAGES.astype("float32")),
         ("captions", IMAGES),
     ],
 )
@@ -143,37 +143,24 @@ def test_bad_texts_and_tokenizers_are_refused_by_name(model, name, texts, tokeni
         embed_texts(model, texts, tokenizer)
 
 
-def evaluations(model, tokenizer, data):
-    names = ["cat", "dog"]
-    return [
-        lambda: evaluate_retrieval(model, data),
-        lambda: evaluate_zero_shot(model, data, names, tokenizer),
-        lambda: kcm.callbacks.Retrieval(data),
-        lambda: kcm.callbacks.ZeroShot(data, names, tokenizer),
-    ]
-
-
 @pytest.mark.any_backend
 def test_datasets_for_training_and_parts_of_datasets_are_refused(
-    model, tokenizer, write_pairs
+    model, tokenizer, write_pairs, tmp_path
 ):
-    arguments = write_pairs("a.tar", 0, 8), tokenizer, 16, 4
-
     def read(training, **options):
-        return kcm.data.image_text_dataset(*arguments, training=training, **options)
+        return stream(shard, tokenizer, training, **options)
 
-    data = read(training=True)
-    for evaluate in [
-        lambda: embed(model, data),
-        *evaluations(model, tokenizer, data),
-    ]:
-        with pytest.raises(
-            ValueError, match=r"training=False.*Received: \w+=.*Dataset"
-        ):
-            evaluate()
+    shard = write_pairs("a.tar", 0, 8)
+    with pytest.raises(ValueError, match=r"training=False.*Received: \w+=.*Dataset"):
+        embed(model, read(training=True))
     part = read(training=False, process=(1, 2))
     assert len(embed(model, part, verbose=0)["image_embeddings"]) == 4
-    for evaluate in evaluations(model, tokenizer, part):
+    for evaluate in (
+        lambda: evaluate_retrieval(model, part),
+        lambda: evaluate_zero_shot(model, part, ["cat", "dog"], tokenizer),
+        lambda: compute_features(model, part, tmp_path),
+        lambda: kcm.callbacks.Retrieval(part),
+    ):
         with pytest.raises(ValueError, match=r"`process=\(0, 1\)`.*Received: .*\(1, 2"):
             evaluate()
 

