@@ -139,15 +139,14 @@ def test_similarity_of_embeddings_and_its_gradient_have_that_of_float32(loss):
 PAIRS = random_pairs(4)
 
 
-def batches(data, good):
-    """A stream whose batch after the good ones cannot be read."""
-    for _ in range(good):
-        yield (data,)
+def batches(data):
+    """A stream whose last batch cannot be read."""
+    yield from [(data,)] * 3
     raise OSError("a damaged file")
 
 
-def failing(call, model, good):
-    data = batches(PAIRS["images"] if call == "tower" else PAIRS, good)
+def failing(call, model):
+    data = batches(PAIRS["images"] if call == "tower" else PAIRS)
     if call == "tower":
         return model.image_tower.predict(data, verbose=0)
     if call != "fit":
@@ -156,9 +155,8 @@ def failing(call, model, good):
     return model.fit(PAIRS, validation_data=data, **options)
 
 
-@pytest.mark.parametrize("good", [1, 3])
 @pytest.mark.parametrize("call", ["evaluate", "predict", "tower", "fit"])
-def test_weights_are_kept_where_a_batch_of_evaluation_cannot_be_read(call, good):
+def test_weights_are_kept_where_a_batch_of_evaluation_cannot_be_read(call):
     keras.utils.set_random_seed(0)
     model, expected = small_model(), small_model()
     expected.set_weights(model.get_weights())
@@ -168,7 +166,7 @@ def test_weights_are_kept_where_a_batch_of_evaluation_cannot_be_read(call, good)
     if call == "fit":
         expected.fit(PAIRS, batch_size=4, verbose=0)
     with pytest.raises(Exception, match="a damaged file"):
-        failing(call, model, good)
+        failing(call, model)
     assert_close(model.weights, expected.weights)
     # And training continues.
     model.fit(PAIRS, batch_size=4, verbose=0)

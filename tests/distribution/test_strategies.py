@@ -88,59 +88,27 @@ def test_a_model_is_trained_outside_of_the_scope_of_its_strategy(strategy):
 
 
 @pytest.mark.parametrize(
-    ("options", "data", "message"),
+    ("kind", "size", "message"),
     [
-        *(
-            (
-                {},
-                lambda full=full: as_dataset(random_pairs(6), 3, full),
-                "must divide the batch size[^$]*"
-                f"Received: batch_size={size}, 2 replicas",
-            )
-            for full, size in ((True, 3), (False, None))
-        ),
-        (
-            {"steps_per_execution": 2},
-            lambda: as_dataset(random_pairs(16)),
-            "`steps_per_execution` must be 1 on several devices of TensorFlow",
-        ),
+        ("", 3, "must divide the batch size[^$]*Received: batch_size=3, 2 replicas"),
+        ("unknown size", 8, "must divide the batch size[^$]*Received: batch_size=None"),
+        ("executions", 8, "`steps_per_execution` must be 1 on several devices of Tens"),
+        ("scaled", 8, "`gradient_accumulation_steps` must be 1.*Received: .*=2"),
+        ("by tower", 8, "`gradient_accumulation_steps` must be 1.*Received: .*=2"),
+        ("masking", 8, r"its masking too, must be made in the scope[\s\S]*cluster_mas"),
     ],
 )
-def test_what_replicas_cannot_do_is_refused(options, data, message, strategy):
-    with strategy.scope():
-        model = small_model()
-        model(random_pairs(8))
-        model.compile("sgd", **options)
-    with pytest.raises(ValueError, match=message):
-        model.fit(data(), verbose=0)
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda model, optimizer: optimizer,
-        lambda model, optimizer: keras.optimizers.LossScaleOptimizer(optimizer),
-        lambda model, optimizer: by_tower(model, "sgd", text=optimizer),
-    ],
-    ids=["alone", "scaled", "tower"],
-)
-def test_an_optimizer_that_accumulates_gradients_is_refused(wrap, strategy):
-    with strategy.scope():
-        model = small_model()
-        optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)
-        model.compile(wrap(model, optimizer))
-    message = "`gradient_accumulation_steps` must be 1 on several.*Received: .*=2"
-    with pytest.raises(ValueError, match=message):
-        model.fit(as_dataset(random_pairs(16)), verbose=0)
-
-
-def test_a_masking_made_outside_of_the_scope_is_refused(strategy):
-    masking = kcm.ClusterMasking(4, embedding_weight=0.5)
+def test_what_replicas_cannot_do_is_refused(kind, size, message, strategy):
+    masking = None
+    if kind == "masking":
+        masking = kcm.ClusterMasking(4, embedding_weight=0.5)
     with strategy.scope():
         model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking)
-        model.compile("sgd")
-    message = (
-        r"its masking too, must be made in the scope[\s\S]*Received: \['cluster_masking"
-    )
+        optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)
+        optimizer = {
+            "scaled": keras.optimizers.LossScaleOptimizer(optimizer),
+            "by tower": by_tower(model, "sgd", text=optimizer),
+        }.get(kind, "sgd")
+        model.compile(optimizer, steps_per_execution=1 + (kind == "executions"))
     with pytest.raises(ValueError, match=message):
-        model.fit(as_dataset(random_pairs(4), 4), verbose=0)
+        model.fit(as_dataset(random_pairs(16), size, kind != "unknown size"))
