@@ -5,14 +5,12 @@ from keras_cluster_mask.encoders.masked import MaskedEncoder, with_masking
 from keras_cluster_mask.encoders.resizing import with_context_length, with_image_size
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.head import ContrastiveHead
-from keras_cluster_mask.models.model_card import save_with_card
 
 __all__ = [
     "ContrastiveHead",
     "ContrastiveModel",
     "MaskedEncoder",
     "clip_backbone",
-    "save_with_card",
     "with_context_length",
     "with_image_size",
     "with_masking",
