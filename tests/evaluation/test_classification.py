@@ -140,6 +140,7 @@ def test_bad_scores_and_labels_are_refused_by_name(name, labels, score):
         ("class_names", "cat", "{}"),
         ("templates", ["cat"], []),
         ("templates", ["cat"], "a photo"),
+        ("templates", ["cat"], "{} {}"),
         ("templates", ["cat"], {"cat": 5}),
         ("templates", ["cat"], [lambda name: None]),
     ],

@@ -110,8 +110,6 @@ def test_texts_are_str_or_bytes_in_any_number(model, tokenizer):
 
 # === Bad input ===
 
-IMAGES = random_pairs(2)["images"]
-
 
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
@@ -119,7 +117,7 @@ IMAGES = random_pairs(2)["images"]
     [
         ("data", []),
         ("image_text_dataset", "folder"),
-        ("captions", IMAGES),
+        ("captions", random_pairs(2)["images"]),
     ],
 )
 def test_bad_data_is_refused_by_name(model, tokenizer, name, data):

@@ -143,7 +143,6 @@ def test_a_checkpoint_of_other_trained_parts_is_refused(tmp_path):
 # === Copies ===
 
 
-@pytest.mark.one_case
 @pytest.mark.parametrize("change", ["LoRA", "quantized"])
 def test_models_that_share_weights_predict_with_those_that_changed(change):
     backbone, inputs, words = tiny_clip(), random_pairs(4), ["ab", "cde"]

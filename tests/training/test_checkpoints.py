@@ -356,9 +356,10 @@ def test_data_or_a_model_with_another_option_is_refused(
 
 @pytest.mark.any_backend
 def test_optimizers_of_towers_activations_and_own_arguments_must_be_the_same(tmp_path):
-    def fit(image="adam", activation="gelu", factor=1.0):
+    def fit(image="adam", activation="gelu", factor=1.0, limit=100.0):
         backbone = kcm.models.clip_backbone("tiny", 16, 100, 7, activation=activation)
-        model = Scaled.from_backbone(backbone, factor=factor)
+        head = kcm.models.ContrastiveHead(max_logit_scale=limit)
+        model = Scaled.from_backbone(backbone, factor=factor, head=head)
         image = keras.optimizers.get(image)
         model.compile(by_tower(model, "adam", image=image), **FAST)
         run(random_pairs(8), tmp_path, model=model, epochs=1, **ARRAYS)
@@ -368,6 +369,7 @@ def test_optimizers_of_towers_activations_and_own_arguments_must_be_the_same(tmp
         ({"image": "rmsprop"}, r"optimizer\.1: .*'RMSprop'"),
         ({"activation": "quick_gelu"}, r"layers\.\d+: .*'quick_gelu'"),
         ({"factor": 2.0}, r"model\.factor: 1\.0 .*, 2\.0 in"),
+        ({"limit": 50.0}, r"head\.max_logit_scale: 100\.0 .*, 50\.0 in"),
     ):
         with pytest.raises(ValueError, match=f"with {message}"):
             fit(**other)

@@ -243,15 +243,12 @@ def test_numbers_are_checked_before_training(name, value):
 
 @pytest.mark.any_backend
 def test_a_generator_is_validated_once():
-    def held_out():
-        return (batch for batch in [random_pairs(4), random_pairs(4)])
-
-    model = compiled()
-    options = dict(FIT, epochs=2, validation_data=held_out())
-    history = model.fit(random_pairs(8), validation_freq=2, **options).history
-    assert len(history["val_loss"]) == 1
+    model, held_out = compiled(), ((random_pairs(4),) for _ in range(2))
+    options = dict(FIT, epochs=2, validation_data=held_out)
     with pytest.raises(ValueError, match=r"`validation_data` must.*after each epoch"):
         model.fit(random_pairs(8), **options)
+    history = model.fit(random_pairs(8), validation_freq=2, **options).history
+    assert len(history["val_loss"]) == 1
 
 
 @pytest.mark.one_case

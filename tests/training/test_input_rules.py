@@ -173,8 +173,13 @@ def test_floats_that_are_normalized_to_0_to_1_pass():
     found = model.encode_image(images / np.float32(255))
     expected = model.encode_image(images)
     np.testing.assert_allclose(*map(to_numpy, (found, expected)), rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match=REFUSED):
-        model.encode_image(images.astype("float32"))
+
+
+@pytest.mark.any_backend
+def test_a_bright_batch_after_a_normalized_one_is_no_batch_of_pixels():
+    rules, images = InputRules(pixel_range=(-1.0, 1.0)), pixels(2) - 1
+    for each in (images, abs(images)):
+        rules.check({**random_pairs(4), "images": each})
 
 
 def test_what_has_no_values_yet_is_not_checked():
