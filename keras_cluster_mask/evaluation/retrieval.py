@@ -138,7 +138,7 @@ def evaluate_retrieval(
 
     Returns:
         The dictionary of `retrieval_recall`, and `"chance"`, a dictionary with the same
-        keys and the recall of random embeddings; see `chance_recall`.
+        keys and the recall of a random order; see `chance_recall`.
 
     Raises:
         ValueError: For data without texts, and for an `image_text_dataset` with
@@ -158,7 +158,6 @@ def evaluate_retrieval(
     found = embed_batches(embedder, data, batches, tokenizer, verbose)
     images, texts = _normalized(found["image_embeddings"], found["text_embeddings"])
     owners, numbers = found["image_of_text"], found["text_numbers"]
-    chance = _chance(owners, numbers, len(images), ks, duplicates)
     if duplicates == "negative":
         labels, numbers = np.arange(len(images))[:, None], owners
     else:
@@ -166,6 +165,7 @@ def evaluate_retrieval(
         places = np.arange(len(owners)) - np.searchsorted(owners, owners)
         labels = np.full((len(images), places.max() + 1), -1)
         labels[owners, places] = numbers
+    chance = _chance(owners, numbers, len(images), ks)
     return {**_recall(images, texts, labels, numbers, ks), "chance": chance}
 
 
@@ -174,17 +174,18 @@ def chance_recall(
     ks: int | Sequence[int] = (1, 5, 10),
     duplicates: str = "positive",
 ) -> dict[str, float]:
-    """Computes the expected recall of random embeddings.
+    """Computes the expected recall if items are retrieved in random order.
 
-    Equal captions have the same embedding, and raise the chance from text to image,
-    because more images match. The chance from image to text is the mean of many random
-    orders, which are the same in each call.
+    If c of n items match a query, one of them is among k random items with the
+    probability `1 - C(n - c, k) / C(n, k)`, which is `k / n` for one match. An image
+    with several captions, and equal captions, have several matches. Equal captions are
+    separate items.
 
     Example:
 
     ```python
     kcm.evaluation.chance_recall(["a cat", "a dog", "a dog", "a fox"], ks=1)
-    # {"image_to_text_recall@1": 0.33, "text_to_image_recall@1": 0.38}
+    # {"image_to_text_recall@1": 0.38, "text_to_image_recall@1": 0.38}
     ```
 
     Args:
@@ -204,43 +205,36 @@ def chance_recall(
     texts, owners = texts_of({"captions": captions})
     if not texts:
         raise ValueError(f"`captions` must hold a text. Received: captions={captions}")
-    return _chance(owners, texts, len(captions), check_ks(ks), duplicates)
+    labels = owners if duplicates == "negative" else texts
+    return _chance(owners, labels, len(captions), check_ks(ks))
 
 
-def _chance(owners, texts, num_images, ks, duplicates):
-    """Returns the recall if images, and groups of equal texts, are in random order.
+def _chance(owners, labels, num_images, ks):
+    """Returns the recall of a random order.
 
     Args:
-        owners: `(texts,)` ints, the row of the image of each text, ascending.
-        texts: `(texts,)` values, equal for equal texts.
+        owners: `(texts,)` ints, the row of the image of each text.
+        labels: `(texts,)` values. A text matches the images of texts with its label.
         num_images: Integer.
         ks: Tuple of integers.
-        duplicates: See `evaluate_retrieval`.
     """
-    _, texts, sizes = np.unique(texts, return_inverse=True, return_counts=True)
-    (images, groups), counts = np.unique([owners, texts], axis=1, return_counts=True)
-    starts = np.flatnonzero(np.diff(images, prepend=-1))
-    wrong, right = 0, np.bincount(groups)[texts]
-    if duplicates == "negative":
-        # Wrong texts that are equal to a right one rank ahead of it.
-        wrong, right = sizes[groups] - counts, np.array([1])
-    rng = np.random.default_rng(0)
-    rounds = np.clip(2**20 // len(texts), 20, 2000)
-    first = []
-    for _ in range(rounds):
-        order = rng.permutation(len(sizes))
-        ahead = np.empty(len(sizes), "int64")
-        ahead[order] = np.cumsum(sizes[order]) - sizes[order]
-        first.append(np.minimum.reduceat(ahead[groups] + wrong, starts))
-    chances = {}
-    for k in ks:
-        found = np.less(first, k).sum() / rounds / num_images
-        chances[f"image_to_text_recall@{k}"] = float(found)
-        # The hypergeometric distribution.
-        left = (num_images - n for n in range(min(k, num_images)))
-        missed = math.prod(np.maximum(1 - right / n, 0) for n in left)
-        chances[f"text_to_image_recall@{k}"] = float(np.mean(1 - missed))
-    return chances
+    _, labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    images, groups = np.unique([owners, labels], axis=1)
+    matches = {
+        "image_to_text": (np.bincount(images, sizes[groups], num_images), len(labels)),
+        "text_to_image": (np.bincount(groups)[labels], num_images),
+    }
+    return {
+        f"{name}_recall@{k}": float(np.mean(1 - _all_missed(right, count, k)))
+        for name, (right, count) in matches.items()
+        for k in ks
+    }
+
+
+def _all_missed(right, count, k):
+    """Returns `C(count - right, k) / C(count, k)`: k random items do not match."""
+    left = range(count, max(count - k, 0), -1)
+    return math.prod(np.maximum(1 - right / n, 0) for n in left)
 
 
 def _normalized(image_embeddings, text_embeddings):
