@@ -16,7 +16,6 @@ from keras_cluster_mask.training.micro_batches import (
 )
 from tests.encoders.test_families import model_of as model_of_bert
 from tests.encoders.test_families import texts
-from tests.encoders.test_rotary_positions import pooled
 from tests.helpers import (
     FAST,
     MASKINGS,
@@ -40,6 +39,10 @@ from tests.models.test_backbones import metaclip_pairs
 from tests.test_losses import reference
 
 BATCH = 12
+
+
+def pooled(encoder):
+    return keras.Model(encoder.input, encoder.output[:, 0], name="pooled")
 
 
 def hidden_padding(**options):
