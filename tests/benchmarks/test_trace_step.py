@@ -15,7 +15,7 @@ MOST = {
     "row": (17, 119),
     "fit": (30, 141),
     "step": (12, 50),
-    "checkpoint": (13, 41),
+    "checkpoint": (13, 39),
 }
 
 
