@@ -5,6 +5,7 @@ from keras import ops
 import keras_cluster_mask as kcm
 from keras_cluster_mask import visualization
 from keras_cluster_mask.masking.patch_masking import join
+from keras_cluster_mask.visualization.images import _for_display
 from tests.helpers import compiled_model, random_pairs
 
 pytestmark = pytest.mark.any_backend
@@ -211,3 +212,9 @@ def test_history_shows_recall_and_chance():
     # Of a run that was resumed with another callback.
     figure = visualization.plot_history({**HISTORY, f"val_{name}": [0.3]})
     assert curves_of(figure)["image to text recall@10"] == ([2], [0.3])
+
+
+def test_gray_images_in_any_format_are_shown_with_three_channels():
+    levels = np.linspace(0, 1, 2 * 16 * 16, dtype="float32").reshape(2, 1, 16, 16)
+    shown = _for_display(levels, "channels_first")
+    np.testing.assert_array_equal(shown, np.stack([levels[:, 0]] * 3, axis=-1))

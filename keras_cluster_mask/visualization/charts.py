@@ -70,8 +70,6 @@ def plot_history(
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, labels) in zip(axes, panels.items()):
         for name, label in labels.items():
-            if name not in logs:
-                continue
             # A resumed run may have the recall only for its last epochs. The curve of a
             # single epoch is a point, which only a marker shows.
             shown = epochs[-len(logs[name]) :]

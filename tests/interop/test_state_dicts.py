@@ -78,6 +78,12 @@ def test_quantized_weights_are_not_written(reference):
 
 
 @pytest.mark.any_backend
+def test_what_holds_no_tensors_is_refused():
+    with pytest.raises(ValueError, match=r"`source` must.*Received: .* type int"):
+        load(5)
+
+
+@pytest.mark.any_backend
 def test_every_entry_that_does_not_fit_is_listed(reference):
     state = dict(reference)
     del state["visual.ln_pre.weight"], state["transformer.resblocks.1.mlp.c_fc.bias"]

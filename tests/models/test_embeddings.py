@@ -137,12 +137,14 @@ def test_a_zero_feature_has_a_finite_embedding_and_gradient():
 
 
 @pytest.mark.any_backend
-def test_words_need_a_list_and_a_tokenizer():
+def test_inputs_that_a_model_cannot_take_are_refused():
     model = small_model()
     for message, call, given in (
         (r"set `model.tokenizer`", model.encode_text, ["a red heart"]),
         (r"`texts` must be a list", model.encode_text, "a red heart"),
+        (r"`texts` must be strings, or token ids", model.encode_text, ["a", 5]),
         (r"`images` must be a list", model.encode_image, []),
+        (r"`save_to_preset` is for models", model.save_to_preset, "folder"),
     ):
         with pytest.raises(ValueError, match=rf"{message}.*Received"):
             call(given)

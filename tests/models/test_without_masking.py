@@ -79,6 +79,14 @@ def test_a_mask_ratio_of_0_trains_on_whole_images(masking):
     assert model.fit(pairs, **fit).history["mask_ratio"][0] > 0.2
 
 
+@pytest.mark.any_backend
+def test_a_masking_with_a_ratio_of_0_is_loaded():
+    masking = kcm.ClusterMasking(4, 0.5, 0.25, threshold=0.1, embedding_weight=0.5)
+    masking.mask_ratio = 0.0
+    loaded = kcm.ClusterMasking.from_config(masking.get_config())
+    assert (loaded.mask_ratio, loaded.num_kept(16)) == (0.0, 16)
+
+
 # === Without masking ===
 
 

@@ -116,6 +116,12 @@ def test_a_file_grows_by_no_more_than_the_vocabulary(tmp_path):
     assert sizes[1] - sizes[0] < vocabulary + 1000
 
 
+@pytest.mark.any_backend
+def test_a_file_has_the_tokenizer_of_the_package(tmp_path):
+    tokenizer = reloaded(reader(ours()), tmp_path).tokenizer
+    assert tokenizer(["a dog"]).tolist() == ours()(["a dog"]).tolist()
+
+
 def test_keras_does_not_track_a_tokenizer(tmp_path):
     def seen(model):
         settings = describe(model, types.SimpleNamespace(description={}))
