@@ -228,13 +228,6 @@ def test_a_part_is_a_line_and_32_bytes_a_sample(source):
     assert os.path.getsize(part.path) == part.start + 3 * 32 + len(part.stamp)
 
 
-def test_a_part_without_samples_is_no_error(write_tar, tmp_path):
-    (tmp_path / "x.csv").write_text("file_name,text\n")
-    for path in (write_tar("a.tar", []), tmp_path / "x.csv"):
-        (part,) = build(path)
-        assert (part.num_records, len(part.records())) == (0, 0)
-
-
 def test_keys_and_names_of_any_letters_are_kept(tmp_path, write_tar):
     odd = "odd\udcff\u2028\n"
     path = write_tar("a.tar", [(f"{odd}.j\udcff", b"j"), (f"{odd}.txt", b"t")])

@@ -76,9 +76,16 @@ def test_training_batches_do_not_depend_on_the_number_of_processes(
 def test_tensorflow_numbers_and_torch_read_the_same_batches(shards, training):
     pytest.importorskip("tensorflow")
     data = pytest.importorskip("torch.utils.data")
-    dataset = make(shards, training)
+    names = [f"no {index}" for index in range(200)]
+    dataset = make(shards, training, label_key="txt", class_names=names)
     dataset.start = 2
     expected = take(dataset, 10)
+    spec = dataset.element_spec
+    assert {*spec} == {"captions", "images", "keys", "labels", "token_ids"}
+    for name, (shape, dtype) in spec.items():
+        values = expected[0][name]
+        assert shape in (values.shape, (None, *values.shape[1:]))
+        assert values.dtype == ("object" if dtype == "string" else dtype)
     assert_same(take_from_tensorflow(dataset, 10), expected)
     assert_same([dataset[number] for number in range(10)], expected)
     loader = data.DataLoader(
@@ -111,19 +118,6 @@ def test_each_iteration_begins_with_the_start_of_the_stream(shards, training):
         if not training:
             assert len(dataset) == len([*dataset]) == len(expected) - start
             assert dataset.num_images == 100 - 8 * start
-
-
-@pytest.mark.usefixtures("data_format")
-def test_batches_are_as_their_spec_says(shards):
-    names = [f"no {index}" for index in range(200)]
-    dataset = make(shards, True, label_key="txt", class_names=names)
-    spec = dataset.element_spec
-    assert sorted(spec) == ["captions", "images", "keys", "labels", "token_ids"]
-    for batch in take(dataset, 5):
-        assert sorted(batch) == sorted(spec)
-        for name, (shape, dtype) in spec.items():
-            assert batch[name].shape == shape
-            assert batch[name].dtype == ("object" if dtype == "string" else dtype)
 
 
 def test_the_description_tells_other_data_and_other_orders(shards):

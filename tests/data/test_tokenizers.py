@@ -79,21 +79,13 @@ def mixed_captions(count, seed):
     """Words of real captions, odd pieces, and letters of all scripts."""
     draw = random.Random(seed)
     words = " ".join(read_captions(IMAGES / "test-*.tar")).split()
-    makers = [
-        lambda: draw.choice(words),
-        lambda: draw.choice(words).capitalize(),
-        lambda: draw.choice(PIECES.split(" ")),
-        lambda: "".join(draw.choices(LETTERS, k=draw.randint(1, 5))),
-        # Most code points are Chinese; most scripts are below them.
-        lambda: "".join(draw.choices(LETTERS[:12_000], k=draw.randint(1, 8))),
-    ]
-    return [
-        "".join(
-            draw.choice(makers)() + draw.choice(["", " ", " "])
-            for _ in range(draw.choice([1, 3, 8, 60]))
-        )
-        for _ in range(count)
-    ]
+    # Most code points are Chinese; most scripts are below them.
+    pools = words, words, PIECES.split(" "), LETTERS, *[LETTERS[:12_000]] * 4
+    captions = []
+    for size in draw.choices([1, 3, 8, 60], k=count):
+        parts = [draw.choice(draw.choice(pools)) for _ in range(2 * size)]
+        captions.append("".join(x + draw.choice(["", " "]) for x in parts))
+    return captions
 
 
 @pytest.mark.parametrize(("context_length", "count"), [(77, 3000), (8, 0)])
