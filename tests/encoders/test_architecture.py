@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from keras import ops
 
 from keras_cluster_mask.encoders.architecture import SIZES, Architecture
 from keras_cluster_mask.models import clip_backbone
@@ -20,8 +19,6 @@ def test_tiny_takes_the_images_texts_and_patches_it_is_told_to():
     width = SIZES["tiny"].projection
     assert tuple(backbone.get_vision_embeddings(images).shape) == (2, width)
     assert tuple(backbone.get_text_embeddings(ids).shape) == (2, width)
-    ids = backbone.vision_encoder.embedding.position_ids
-    np.testing.assert_array_equal(ops.convert_to_numpy(ids), [np.arange(5)])
 
 
 @pytest.mark.parametrize(

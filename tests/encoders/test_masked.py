@@ -147,21 +147,16 @@ def test_weights_are_the_encoders_own_and_not_held_twice(kind):
 @pytest.mark.any_backend
 def test_one_masking_serves_encoders_with_different_prefixes():
     masking = kcm.RandomMasking(0.5, seed=1)
-    config, noise = masking.get_config(), random_noise(4)
-    for make_encoder, prefix in (
-        (dino_encoder, 3),
-        (clip_vision_encoder, 1),
-        (siglip_encoder, 0),
-    ):
-        masked = kcm.with_masking(make_encoder(), masking)
+    config, prefixes = masking.get_config(), {"dino": 3, "clip": 1, "siglip": 0}
+    several = [kcm.with_masking(encoder_of(kind), masking) for kind in prefixes]
+    for masked, prefix in zip(several, prefixes.values()):
         assert masked.masking is masking
         assert masked.num_prefix_tokens == prefix
-        images = {"images": random_images(4)}
-        blocks, tokens = blocks_of(masked), masked.stem(images)
-        found = masked(images, training=True, noise=noise)
+        images, noise = {"images": random_images(4)}, random_noise(4)
         alone = kcm.RandomMasking(0.5, num_prefix_tokens=prefix)
-        expected = blocks(alone(tokens, training=True, noise=noise))
-        assert_close(found, expected)
+        tokens = alone(masked.stem(images), training=True, noise=noise)
+        found = masked(images, training=True, noise=noise)
+        assert_close(found, blocks_of(masked)(tokens))
     assert masking.num_prefix_tokens is None
     assert masking.get_config() == config
 
@@ -317,45 +312,32 @@ def test_a_masking_that_does_not_fit_is_refused(masking, match):
         kcm.with_masking(dino_encoder(), masking)
 
 
-@pytest.mark.any_backend
-@pytest.mark.parametrize(("prefix", "policy"), [(0, "float32"), (2, "mixed_bfloat16")])
-def test_tokens_that_do_not_depend_on_the_image_are_counted_as_the_prefix(
-    prefix, policy
-):
-    keras.config.set_dtype_policy(policy)
-    masked = kcm.with_masking(later("attention", prefix), kcm.RandomMasking(), "tokens")
-    assert masked.num_prefix_tokens == prefix
-    assert masked(random_images(2), training=True).shape == (2, 4)
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize("prefix", [0, 1])
-def test_the_prefix_of_an_encoder_for_images_of_any_size_is_counted(prefix):
-    images = keras.Input((None, None, 3))
-    x = keras.layers.Conv2D(16, 4, strides=4)(images)
-    x = keras.layers.Reshape((-1, 16))(x)
-    x = keras.layers.ZeroPadding1D((prefix, 0), name="tokens")(x)
-    encoder = keras.Model(images, keras.layers.GlobalMaxPool1D()(x), name="any_size")
-    masked = kcm.with_masking(encoder, kcm.RandomMasking(), "tokens")
-    assert masked.num_prefix_tokens == prefix
-    assert masked(random_images(2), training=True).shape == (2, 16)
-
-
-@pytest.mark.any_backend
-def test_a_sequential_encoder_is_masked():
-    encoder = keras.Sequential(
+def of_any_size(prefix):
+    """A sequential encoder for images of any size."""
+    return keras.Sequential(
         [
-            keras.Input((16, 16, 3)),
+            keras.Input((None, None, 3)),
             keras.layers.Conv2D(16, 4, strides=4),
-            keras.layers.Reshape((16, 16)),
-            AddPositions(name="positions"),
+            keras.layers.Reshape((-1, 16)),
+            keras.layers.ZeroPadding1D((prefix, 0), name="tokens"),
             keras.layers.GlobalMaxPool1D(),
         ]
     )
-    masked = kcm.with_masking(encoder, kcm.RandomMasking(0.5), "positions")
-    images = random_images(2)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("make", [of_any_size, functools.partial(later, "attention")])
+def test_tokens_that_do_not_depend_on_the_image_are_counted_as_the_prefix(
+    make, prefix, policy
+):
+    keras.config.set_dtype_policy(policy)
+    encoder, images = make(prefix), random_images(2)
+    masked = kcm.with_masking(encoder, kcm.RandomMasking(), "tokens")
+    assert masked.num_prefix_tokens == prefix
     assert_same_values(masked(images), encoder(images))
-    assert masked(images, training=True).shape == (2, 16)
+    assert masked(images, training=True).shape == encoder(images).shape
     assert ids_of(encoder.weights) <= ids_of(masked.weights)
 
 

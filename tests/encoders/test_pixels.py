@@ -42,14 +42,6 @@ def test_bytes_are_scaled_and_normalized_by_channel(channels):
     assert_close(normalized, expected, 1e-5)
 
 
-def test_channels_first_is_normalized_along_the_first_axis():
-    images = bytes_of_images()
-    last = normalize_pixels(images)
-    keras.config.set_image_data_format("channels_first")
-    first = normalize_pixels(np.moveaxis(images, -1, 1))
-    assert_same_values(ops.moveaxis(first, 1, -1), last)
-
-
 @pytest.mark.one_case
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_floats_are_left_alone(dtype):

@@ -196,17 +196,6 @@ def test_a_subclass_of_an_encoder_has_the_family_of_its_base():
 
 
 @pytest.mark.any_backend
-def test_blocks_after_a_convolutional_stem_are_masked():
-    stem = resnet()
-    tokens = keras.layers.Reshape((-1, 64), name="tokens")(stem.output)
-    encoder = keras.Model(stem.input, keras.layers.Dense(8)(tokens))
-    masking = kcm.RandomMasking(0.5, num_prefix_tokens=0)
-    masked = kcm.with_masking(encoder, masking, layer="tokens")
-    kept = encoder.output.shape[1] // 2
-    assert masked(random_images(2), training=True).shape == (2, kept, 8)
-
-
-@pytest.mark.any_backend
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_a_text_embedder_has_its_own_pooling(pooling):
     texts = embedder(pooling)
