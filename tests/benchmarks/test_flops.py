@@ -61,13 +61,3 @@ def test_a_threshold_reads_its_least_share():
     assert training_flops("vit_b_16", masking=threshold) == training_flops(
         "vit_b_16", masking=exact
     )
-
-
-def test_the_sizes_of_images_texts_and_patches_count():
-    small = training_flops("tiny", image_size=32, patch_size=4)
-    large = training_flops("tiny", image_size=64, patch_size=8)
-    assert large - small == 3 * 2 * 64 * 3 * (64 - 16) * 96
-    two, one = (training_flops("tiny", context_length=length) for length in (2, 1))
-    assert two - one == 3 * (24 * 96**2 + 4 * 3 * 96)
-    with pytest.raises(ValueError, match=r"Received: image_size=225, patch_size=16"):
-        training_flops("vit_b_16", 225)
