@@ -53,11 +53,3 @@ def test_a_step_is_counted_as_torch_counts_open_clips(size, mask_ratio):
 def test_choosing_patches_is_counted_once(masking, products):
     random = training_flops("vit_b_16", masking=kcm.RandomMasking(0.5))
     assert training_flops("vit_b_16", masking=masking) - random == 2 * products * 768
-
-
-def test_a_threshold_reads_its_least_share():
-    threshold = kcm.ClusterMasking(16, 0.6, min_mask_ratio=0.3, threshold=0.5)
-    exact = kcm.ClusterMasking(16, 0.3)
-    assert training_flops("vit_b_16", masking=threshold) == training_flops(
-        "vit_b_16", masking=exact
-    )

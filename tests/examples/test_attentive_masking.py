@@ -114,16 +114,6 @@ def test_crops_are_resized_with_bilinear_weights(side, place):
         assert_close(found, np.eye(8), 1e-6)
 
 
-def test_crops_differ_between_images_and_between_calls():
-    image = np.random.default_rng(0).random((1, 16, 16, 3), dtype="float32")
-    images, seed = image.repeat(3, axis=0), keras.random.SeedGenerator(1)
-    one, other = (to_numpy(program.random_crops(images, seed)) for _ in range(2))
-    assert one.shape == images.shape
-    assert 0 <= one.min() < one.max() <= 1
-    different = {x.tobytes() for x in (*one, *other, image[0])}
-    assert len(different) == 7
-
-
 def test_the_loss_is_the_mean_over_views_of_one_step():
     backbone = tiny_clip()
     masking = masking_of(backbone.vision_encoder)
