@@ -196,7 +196,6 @@ def test_a_frozen_encoder_and_lora_train_what_is_left():
     [
         {"learning_rate": 0.0},
         {"steps": 0},
-        {"block_decay": 0.0},
         {"block_decay": 1.1},
         {"projections": 0.0},
         {"weight_decay": -0.1},
