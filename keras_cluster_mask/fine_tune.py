@@ -46,8 +46,8 @@ def optimizer_by_block(
     model.fit(batch, batch_size=4, epochs=3)
     ```
 
-    The optimizer finds weights by their paths: enable LoRA before you make it. There is
-    no clipping by one norm of all gradients, which Keras's `MultiOptimizer` lacks.
+    The optimizer finds weights by the paths of their layers. There is no clipping by
+    one norm of all gradients, which Keras's `MultiOptimizer` lacks.
 
     Args:
         model: A `ContrastiveModel`, whose encoders are built.
@@ -70,8 +70,6 @@ def optimizer_by_block(
     check_range("learning_rate", learning_rate, 0, math.inf, "()")
     steps = check_integer("steps", steps)
     check_range("block_decay", block_decay, 0, 1, "(]")
-    check_range("projections", projections, 0, math.inf, "()")
-    check_range("weight_decay", weight_decay, 0, math.inf, "[)")
 
     def adamw(factor):
         rate = keras.optimizers.schedules.CosineDecay(factor * learning_rate, steps)
@@ -79,9 +77,9 @@ def optimizer_by_block(
 
     optimizers = {}
     for name in ("image_encoder", "text_encoder"):
-        encoder = getattr(model, name)
+        encoder = unmasked(getattr(model, name))
         groups = weights_by_block(encoder)
-        if len(groups) == 1 and block_decay < 1:
+        if len(groups) == 1:
             warnings.warn(
                 f"No transformer blocks of keras_hub were found in `model.{name}`, so "
                 "all its weights have one learning rate. Received: "
@@ -90,12 +88,14 @@ def optimizer_by_block(
             )
         # keras_hub begins the paths of some encoders with their names, but only once
         # they have names, as all encoders have that are loaded from a file.
-        backbone = getattr(unmasked(encoder), "backbone", unmasked(encoder))
-        prefix = f"(?:{re.escape(backbone.name)}_)?"
+        own_name = getattr(encoder, "backbone", encoder).name
+        prefix = f"(?:{re.escape(own_name)}_)?"
         for before_last, weights in enumerate(reversed(groups)):
-            paths = "|".join(re.escape(v.path) for v in weights)
-            if paths:
-                key = f"{prefix}(?:{paths})"
+            # By layers: keras_hub leaves the names of some weights to Keras, which
+            # numbers them.
+            layers = dict.fromkeys(v.path[: v.path.rfind("/") + 1] for v in weights)
+            if layers:
+                key = f"{prefix}(?:{'|'.join(map(re.escape, layers))})[^/]+"
                 optimizers[key] = adamw(block_decay**before_last)
     rates = keras.optimizers.OptimizerMap(adamw(projections), optimizers)
     return keras.optimizers.MultiOptimizer(rates)

@@ -389,12 +389,11 @@ def reloaded(model, folder, **options):
 
 def by_tower(model, default, **towers):
     """A `MultiOptimizer` with an optimizer for each tower, by `image` and `text`."""
-    optimizers = {
-        "|".join(
-            re.escape(v.path) for v in getattr(model, f"{name}_encoder").weights
-        ): x
-        for name, x in towers.items()
-    }
+    optimizers = {}
+    for name, optimizer in towers.items():
+        weights = getattr(model, f"{name}_encoder").weights
+        layers = {re.escape(v.path[: v.path.rfind("/") + 1]) for v in weights}
+        optimizers[f"(?:{'|'.join(sorted(layers))})[^/]+"] = optimizer
     default = keras.optimizers.get(default)
     rates = keras.optimizers.OptimizerMap(default, optimizers)
     return keras.optimizers.MultiOptimizer(rates)

@@ -5,6 +5,7 @@ recognized by name, to avoid importing keras_hub.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -212,13 +213,16 @@ def weights_by_block(encoder: keras.Model) -> list[list[keras.Variable]]:
 
     Returns:
         A list of lists: the weights before the first transformer block, and those of
-        each block. Weights after the last block are in the last list. Without blocks
-        of a known family, one list has all weights.
+        each block. Weights after the last block that is pooled are in the last list.
+        Without blocks of a known family, one list has all weights.
     """
-    kinds = {x.block for x in EMBEDDINGS.values()} | {*TEXT_BLOCKS}
+    layers = all_layers(encoder)
+    pooled = [n for x in layers for n in getattr(x, "block_numbers", None) or ()]
+    last = max(pooled, default=math.inf)
+    kinds = {*BLOCKS, *TEXT_BLOCKS}
     block_of = {
         id(weight): layer
-        for layer in all_layers(encoder)
+        for layer in layers
         if kinds & {kind.__name__ for kind in type(layer).__mro__}
         for weight in layer.weights
     }
@@ -226,7 +230,7 @@ def weights_by_block(encoder: keras.Model) -> list[list[keras.Variable]]:
     # Weights are in the order of layers, but `all_layers` is not.
     for weight in encoder.weights:
         block = block_of.get(id(weight), current)
-        if block is not current:
+        if block is not current and len(groups) <= last:
             groups.append([])
         current = block
         groups[-1].append(weight)

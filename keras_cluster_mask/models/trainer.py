@@ -221,10 +221,10 @@ class ContrastiveTrainer(replicas.OwnReduction):
 
     def _options(self):
         """Returns the options that a step is compiled with."""
-        settings = [(x, (*x._settings, "mask_ratio")) for x in self.maskings]
         return [
             *(getattr(self, name) for name in OPTIONS),
-            *(getattr(x, name) for x, names in settings for name in names),
+            *(x.mask_ratio for x in self.maskings),
+            *(getattr(x, name) for x in self.maskings for name in x._settings),
             # TensorFlow would still train weights that are frozen after the first step.
             *(weight.trainable for weight in self.weights),
         ]
@@ -236,7 +236,8 @@ class ContrastiveTrainer(replicas.OwnReduction):
             # JAX would reuse the steps of a function that was not deleted.
             setattr(self, name, None)
         # An encoder that is built in the first step changes them within it.
-        self._compiled_with.update({name: options} if self.built else {})
+        if self.built:
+            self._compiled_with[name] = options
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
