@@ -8,8 +8,9 @@ import threading
 import numpy as np
 
 # The rounds of the cipher that shuffles, the least bits of its halves, and its two odd
-# factors: each bit of a product depends on all lower bits of the other factor.
-ROUNDS = 4
+# factors: each bit of a product depends on all lower bits of the other factor. After
+# four rounds, places whose right halves are equal would still be correlated.
+ROUNDS = 6
 MIN_BITS = 4
 FACTORS = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
 BITS = 2**64 - 1
