@@ -248,7 +248,7 @@ def beside(path, name):
 def read_ranges(ranges):
     """Reads byte ranges of files, with nearby ranges in one request.
 
-    Failed reads are retried a few times.
+    Failed reads are retried a few times, and so are short replies of remote storage.
 
     Args:
         ranges: List of `(path, start, stop)`, in bytes. `None` as stop reads the rest.
@@ -264,7 +264,11 @@ def read_ranges(ranges):
     requests = [*zip(*merged)]
     replies = fetch(requests)
     for pause in RETRY_AFTER:
-        failed = [each for each, reply in replies.items() if _may_pass(reply)]
+        failed = [
+            each
+            for each, reply in replies.items()
+            if _may_pass(reply) or _is_cut(each, reply)
+        ]
         if not failed:
             break
         time.sleep(pause)
@@ -365,6 +369,13 @@ def limited(system, function, names, *arguments, size=0):
                 stacklevel=1,
             )
         raise TimeoutError(errno.ETIMEDOUT, reason) from error
+
+
+def _is_cut(request, reply):
+    """Returns whether remote storage sent fewer bytes than were requested."""
+    path, start, stop = request
+    is_known = stop is not None and not isinstance(reply, Exception)
+    return is_known and len(reply) < stop - start and is_address(path)
 
 
 def _may_pass(result):

@@ -108,8 +108,9 @@ def memory():
 def server(tmp_path):
     """A web server of `tmp_path`, which sends parts of files.
 
-    `sent` is the number of bytes for each request. The next `stalls` requests get half
-    of their bytes.
+    `sent` is the number of bytes for each request. The next requests get one of the
+    `faults` each: they get half of their bytes, and wait for the others ("stall"), or
+    get half as if it were the whole ("cut").
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -121,16 +122,20 @@ def server(tmp_path):
             if not part:
                 server.sent.append(0)
                 return self.send_error(416)
+            is_get = self.command == "GET"
+            fault = server.faults.pop() if is_get and server.faults else None
+            half = part[: len(part) // 2]
+            if fault == "cut":
+                part = half
             self.send_response(206 if wanted else 200)
             self.send_header("Accept-Ranges", "bytes")
             self.send_header("Content-Length", len(part))
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
             self.end_headers()
-            if self.command == "GET":
+            if is_get:
                 server.sent.append(len(part))
-                if server.stalls:
-                    server.stalls -= 1
-                    self.wfile.write(part[: len(part) // 2])
+                if fault == "stall":
+                    self.wfile.write(half)
                     released.wait()
                 self.wfile.write(part)
 
@@ -141,7 +146,7 @@ def server(tmp_path):
 
     released = threading.Event()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.sent, server.stalls = [], 0
+        server.sent, server.faults = [], []
         server.url = f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server

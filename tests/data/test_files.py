@@ -185,7 +185,7 @@ def test_a_range_beyond_the_end_is_requested_once(tmp_path, server):
     assert server.sent == [0]
 
 
-# === Storage that stalls ===
+# === Storage that stalls or sends too little ===
 
 
 @pytest.fixture
@@ -193,20 +193,26 @@ def short_wait(monkeypatch):
     monkeypatch.setattr(files, "MAX_WAIT", 0.5)
 
 
-def test_a_request_to_a_server_that_stalls_is_sent_again(tmp_path, server, short_wait):
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("stall", "the storage has not answered"), ("cut", "/a ends before byte 5000")],
+)
+def test_a_request_that_a_server_does_not_answer_in_full_is_sent_again(
+    tmp_path, server, short_wait, fault, reason
+):
     (tmp_path / "a").write_bytes(CONTENT)
-    url, server.stalls = f"{server.url}/a", 1
+    url, server.faults = f"{server.url}/a", [fault]
     assert files.read_ranges([(url, 0, 5000)]) == [CONTENT[:5000]]
-    assert server.sent == [5000, 5000]
+    assert len(server.sent) == 2
     with files.open_file(url) as file:
-        server.stalls = 1
+        server.faults = [fault]
         assert file.read() == CONTENT
-    server.stalls = 9
+    server.faults = [fault] * 9
     (error,) = files.read_ranges([(url, 0, 5000)])
-    assert isinstance(error, OSError)
-    assert "the storage has not answered" in str(error)
+    assert isinstance(error, Exception)
+    assert reason in str(error)
     # As often as other errors.
-    assert server.stalls == 9 - 1 - len(files.RETRY_AFTER)
+    assert len(server.faults) == 9 - 1 - len(files.RETRY_AFTER)
 
 
 def test_any_storage_that_stalls_is_an_error(address, storage, short_wait, monkeypatch):
