@@ -457,7 +457,8 @@ def _value(fields, key):
 def _text(value):
     if isinstance(value, bytes):
         value = value.decode("utf-8", errors="replace")
-    return value.strip() if isinstance(value, str) else ""
+    # Editors on Windows write a byte order mark first, which Python keeps.
+    return value.removeprefix("\ufeff").strip() if isinstance(value, str) else ""
 
 
 def _several(names, common):

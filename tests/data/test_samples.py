@@ -123,3 +123,9 @@ def test_bytes_that_are_no_utf_8_are_replaced():
         ("caf\N{REPLACEMENT CHARACTER} \N{CAT}",),
         None,
     )
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption():
+    json = b'\xef\xbb\xbf{"captions": "one"}'
+    for sample in {"txt": b"\xef\xbb\xbfone"}, {"txt": "\ufeffone"}, {"json": json}:
+        assert captions_of(sample) == (("one",), None)

@@ -41,7 +41,7 @@ def test_a_folder_holds_the_images_in_it_and_below(images, read_all):
 
 @pytest.mark.parametrize("at", ["", "memory://texts"])
 def test_the_text_beside_an_image_is_its_caption(images, memory, tmp_path, at):
-    (images / "cats/1.txt").write_text("a cat, é\n")
+    (images / "cats/1.txt").write_text("a cat, é\n", "utf-8-sig")
     (images / "dogs/1.txt").write_text("")
     (images / "4.txt").write_text("no image")
     memory.put(f"{images}/", "/texts/", recursive=True)
