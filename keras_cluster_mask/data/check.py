@@ -35,7 +35,7 @@ def check(
 
     A sample is broken if it has no image or no caption, if its image does not decode,
     if its key is a duplicate within the shard, or if it is a table row that names a
-    missing local image file. A damaged shard counts as one broken sample, because the
+    missing local image file. A damaged file counts as one broken sample, because the
     number of samples after the damage is unknown. A progress bar is shown after one
     second. Set the environment variable `TQDM_DISABLE=1` to hide it.
 
@@ -63,11 +63,11 @@ def check(
         Dictionary: `"samples"`, the number of intact samples; `"captions"`, the number
         of their captions; `"broken"`, the number of broken samples; `"by_reason"`, a
         dictionary from each reason to a count; and `"examples"`, a dictionary from each
-        reason to a list of the first 20 broken samples, dictionaries of `"shard"`,
-        `"key"`, `"reason"` and `"details"`.
+        reason to a list of the first 20 broken samples, dictionaries of `"shard"`, the
+        file or folder, `"key"`, `"reason"` and `"details"`.
 
     Raises:
-        FileNotFoundError: If a shard is missing.
+        FileNotFoundError: If a file is missing.
     """
     wants_caption = label_key is None or caption_key is not None
     fields = Fields(image_keys, caption_key, wants_caption, label_key, class_names)
@@ -138,7 +138,7 @@ def read_captions(
     for fault in index.damage:
         message = f"{fault.details}. The captions after it are missing."
         warnings.warn(message, stacklevel=2)
-    captions, fault = [], None
+    captions, fault = [], next(iter(index.examples(1)), None)
     for each in index.read(range(len(index)), with_images=False):
         if each.key is None:
             raise OSError(f"{each.reason}: {each.shard}: {each.details}")

@@ -42,11 +42,12 @@ def image_text_dataset(
 ) -> ImageTextDataset:
     """Reads images and captions, from shards, tables or folders, as batches.
 
-    Shards are WebDataset tar files, as img2dataset writes them (`KEY.jpg` is followed
-    by `KEY.txt`), Parquet files, tables (CSV, TSV, JSON lines) that name image files,
-    or folders of images, in which `KEY.txt` is the caption of `KEY.jpg`. They are
-    indexed on first use: a small file for each shard, in a cache folder, stores the
-    position of each sample. `check` reads all samples, and lists the broken ones.
+    A source is WebDataset shards, tar files as img2dataset writes them (`KEY.jpg` is
+    followed by `KEY.txt`), Parquet files, tables (CSV, TSV, JSON lines) that name image
+    files, or folders of images, in which `KEY.txt` is the caption of `KEY.jpg`. Sources
+    are indexed on first use: a small file for each file or folder, in a cache folder,
+    stores the position of each sample. `check` reads all samples, and lists the broken
+    ones.
 
     Rows of a table or Parquet file with the same image form one sample with several
     captions. They must be in one file and have the same label.
@@ -59,11 +60,11 @@ def image_text_dataset(
     `fit(((batch,) for batch in dataset), steps_per_epoch=len(dataset))`, and TensorFlow
     takes `dataset.as_dataset()`.
 
-    With `training=False`, each sample is read once, in the order of the shards, with a
+    With `training=False`, each sample is read once, in the order of the files, with a
     center crop.
 
     The index leaves out samples without an image or a caption, samples with a duplicate
-    key, samples after the damage in a damaged shard, and table rows that name a missing
+    key, samples after the damage in a damaged file, and table rows that name a missing
     local image file. An image that cannot be read or decoded is replaced in training by
     another image of the same batch, so the number of steps never depends on broken
     samples. In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts
@@ -109,7 +110,7 @@ def image_text_dataset(
     ```
 
     Args:
-        source: String or path, or a list of them: shards, folders, or patterns such as
+        source: String or path, or a list of them: files, folders, or patterns such as
             `"data/train-{00000..00127}.tar"` or `"gs://bucket/*.tar"`; see
             `list_shards`. Or an object with `__len__` and `__getitem__` that holds
             dictionaries, such as a `Dataset` of the package `datasets`; an image is
@@ -198,7 +199,7 @@ def image_text_dataset(
             process, which share the GIL and decode at most about 2,200 images per
             second on any number of cores.
         index_dir: String or path. The folder of the index. `"beside"` writes a hidden
-            file next to each local shard in a writable folder. Defaults to `None`:
+            file next to each local file in a writable folder. Defaults to `None`:
             `~/.cache/keras_cluster_mask`, unless such a hidden file exists.
 
     Returns:
@@ -207,12 +208,12 @@ def image_text_dataset(
         `(batch, length)`. It has a length, and `dataset[n]` is the batch `n`.
 
     Raises:
-        FileNotFoundError: If a shard is missing.
-        OSError: If a shard cannot be read.
-        ValueError: If an argument is invalid, if a shard does not support random
+        FileNotFoundError: If a file is missing.
+        OSError: If a file cannot be read.
+        ValueError: If an argument is invalid, if a file does not support random
             access, if there is no intact sample, or if an epoch of training has fewer
             samples than a batch.
-        ImportError: If a package that reads the shards is not installed.
+        ImportError: If a package that reads the files is not installed.
     """
     import keras
 

@@ -29,8 +29,6 @@ REMEMBERED = 1024
 # a sample of unknown size, in bytes.
 MAX_TOGETHER = 2**24
 GUESS = 2**20
-# The fault of a shard that cannot be read to its end.
-DAMAGED = "damaged shard"
 # The bytes that are read of a broken sample to find its key.
 GLANCE = 2**16
 
@@ -78,8 +76,7 @@ def no_intact_sample(index, examples=()):
         f"`source` has no intact sample: {next(known)}. Each sample needs one "
         f"of these fields: {index.wanted}. `image_keys`, `caption_key` and "
         "`label_key` choose other fields. Received: "
-        f"{dict(faults) or 'no sample'} with the fields {names} from "
-        f"{len(index.paths)} shards"
+        f"{dict(faults) or 'no sample'} with the fields {names}"
     )
 
 
@@ -113,13 +110,7 @@ class Index:
         # The number of the first sample of each shard, and the total number of samples.
         self._starts = [0, *itertools.accumulate(each.count for each in self._shards)]
         self.faults = sum((each.faults for each in self._shards), collections.Counter())
-        self.damage = [
-            Fault(
-                part.shard, None, DAMAGED, str(DamagedShard(part.shard, *part.damage))
-            )
-            for part in parts
-            if part.damage
-        ]
+        self.damage = [each.damage for each in self._shards if each.damage]
         self.paths = [part.shard for part in parts]
         self.stamps = [part.stamp for part in parts]
         self.wanted = fields.wanted
@@ -261,6 +252,7 @@ class _Shard:
     Attributes:
         count: Integer. The number of intact samples.
         faults: Counter of the reasons of broken samples.
+        damage: `Fault`, or `None` if the file can be read to its end.
     """
 
     def __init__(self, part, keep, fields):
@@ -279,15 +271,20 @@ class _Shard:
         self.count = self.faults.pop(None, 0)
         if part.has_groups:
             self.count = len(self.intact()[1]) - 1
+        self.damage = None
         if part.damage:
-            self.faults[DAMAGED] = 1
+            reason = f"damaged {self.format.noun}"
+            details = str(DamagedShard(part.shard, *part.damage))
+            self.damage = Fault(part.shard, None, reason, details)
+            self.faults[reason] = 1
 
     def sample(self, row, content):
         """Returns the `Sample` or the `Fault` of a row; see `_read`."""
         _, number, _, *expected = row
         part, reason = self.part, "another sample is in its place"
         if isinstance(content, Exception):
-            return Fault(part.shard, None, "the shard cannot be read", str(content))
+            reason = f"the {self.format.noun} cannot be read"
+            return Fault(part.shard, None, reason, str(content))
         try:
             key, fields = self.format.parse(content, number, part.context)
             same = [hash_of(key), checksum_of(fields)] == expected
@@ -311,10 +308,13 @@ class _Shard:
         """
         if reason not in self.reasons:
             return
-        part, names_files = self.part, self.format.names_files
+        part, names_files, details = self.part, self.format.names_files, None
+        # Not even the names of all columns have the field.
+        if self.fields.fault_of(part.context or ()) == reason:
+            details = self.format.explain(part.context)
         for number in self._numbers(reason).tolist():
             place, *_ = part.record(number)
-            key, details = None, None
+            key, path = None, None
             # In a tar, the first header contains the key, and its file may be large.
             if not names_files:
                 place = place[0], min(place[1], GLANCE)
@@ -323,8 +323,8 @@ class _Shard:
                 key, fields = self.format.parse(content, number, part.context)
                 # The image file that a row names may be missing.
                 sample = self.fields.sample(part.shard, key, fields, names_files)
-                details = sample.path or None
-            yield Fault(part.shard, key, reason, details)
+                path = sample.path
+            yield Fault(part.shard, key, reason, path or details)
 
     def _numbers(self, reason):
         """Returns the numbers of the records that are broken for a reason, or intact.

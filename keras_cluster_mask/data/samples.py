@@ -35,7 +35,7 @@ class Sample(typing.NamedTuple):
     """An image with its captions and its label.
 
     Attributes:
-        shard: String.
+        shard: String. The file or folder of the sample.
         key: String.
         captions: Tuple of strings. Not empty if captions are requested.
         label: Integer, the class of the image; `None` if labels are not requested.
@@ -72,7 +72,7 @@ class Fault(typing.NamedTuple):
     def __str__(self):
         sample = "" if self.key is None else f"the sample {self.key!r} of "
         details = f" ({self.details})" if self.details else ""
-        return f"{sample}the shard {self.shard}: {self.reason}{details}"
+        return f"{sample}{self.shard}: {self.reason}{details}"
 
 
 class SampleError(RuntimeError):
@@ -86,11 +86,11 @@ class SampleError(RuntimeError):
 
     def __str__(self):
         shard, key, reason = self.args
-        return f"The sample {key!r} of the shard {shard} failed: {reason}"
+        return f"The sample {key!r} of {shard} failed: {reason}"
 
 
 class DamagedShard(ValueError):
-    """A shard that cannot be read to its end.
+    """A file that cannot be read to its end.
 
     Args:
         path: String.
@@ -101,7 +101,7 @@ class DamagedShard(ValueError):
     def __str__(self):
         path, last_key, reason = self.args
         place = f"after the sample {last_key!r}" if last_key else "at its start"
-        return f"The shard {path} is damaged {place}: {reason}"
+        return f"{path} is damaged {place}: {reason}"
 
 
 class Entry(typing.NamedTuple):
@@ -127,20 +127,26 @@ class Entry(typing.NamedTuple):
 
 
 class Format:
-    """A format of shards: how its rows become samples.
+    """A format of files: how their rows become samples.
 
     Attributes:
+        noun: String. The word for such a file in messages.
         has_rows: Boolean. Whether a shard has rows. All rows of one image form a
             sample. In other formats, a duplicate key in a shard is a fault.
         names_files: Boolean. Whether samples may hold the names of image files, which
             are relative to the folder of the shard.
     """
 
+    noun = "file"
     has_rows = False
     names_files = False
 
     def context(self, path):
         """Returns the data on the whole shard that `parse` needs, as JSON values."""
+        return None
+
+    def explain(self, context):
+        """Returns why all samples of a file may lack a field, or `None`."""
         return None
 
     def scan(self, path):

@@ -24,7 +24,7 @@ class Sampling:
     epoch of mean length. `ContrastiveModel.fit` trains for `steps_per_epoch` steps in
     each epoch. No sample is lost between epochs.
 
-    Drawing reads no samples, because the index of the shards has the hashes of all
+    Drawing reads no samples, because the index of the source has the hashes of all
     keys. (Objects with `"__key__"` in their samples are read.) The keys are in the
     metadata that img2dataset writes, or in the batches of a dataset with
     `include_keys=True`.
@@ -107,8 +107,8 @@ class Sampling:
         if len(first) < len(hashes):
             twice = np.setdiff1d(range(len(hashes)), first)[0]
             raise ValueError(
-                "`source` must have each key once, over all shards: `Sampling` knows "
-                "samples by their keys. Write the shards with longer keys. Received: "
+                "`source` must have each key once, over all files: `Sampling` knows "
+                "samples by their keys. Write the files with longer keys. Received: "
                 f"the key {key_at(twice)!r} twice"
             )
         copies = [self._copies.get(x, self._default) for x in hashes.tolist()]

@@ -91,7 +91,7 @@ def find_shards(source):
             shards[path] = stamp(info)
     if not shards:
         raise ValueError(
-            f"`source` must name at least one shard. Received: source={source!r}"
+            f"`source` must name at least one file. Received: source={source!r}"
         )
     return dict(sorted(shards.items()))
 
@@ -147,7 +147,7 @@ def expand(pattern):
         for name, matches in zip(names, results):
             if not matches:
                 raise FileNotFoundError(
-                    f"`source` must name shards that exist. Received: {name}"
+                    f"`source` must name files that exist. Received: {name}"
                 )
             found.update(matches)
     if not files.is_address(pattern):

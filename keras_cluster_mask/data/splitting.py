@@ -71,16 +71,16 @@ def split(
     """Splits a source into training and test data that share no image.
 
     The side of a sample depends only on a hash of its image, and on `test` and `seed`.
-    So copies of an image are on the same side, even across shards, and a sample stays
+    So copies of an image are on the same side, even across files, and a sample stays
     on its side when other samples are added, removed or sorted. A larger `test` only
     moves samples from the training data to the test data. The fractions are
     approximate.
 
     All images are read once, with a progress bar after one second. Only images of
-    objects are decoded. For large shards, `by="key"` reads no images.
+    objects are decoded. For large files, `by="key"` reads no images.
 
     A sample with a missing or unreadable image is on the side of its key, and counts as
-    broken there. A damaged shard counts on both sides. If files change later, the part
+    broken there. A damaged file counts on both sides. If files change later, the part
     raises an error: split again. Changes are not noticed in image files that a table or
     folder names, or in objects of the same length.
 
@@ -116,7 +116,7 @@ def split(
 
     Raises:
         ValueError: If an argument is invalid, or if a side has no sample.
-        OSError: If a shard cannot be read.
+        OSError: If a file cannot be read.
     """
     check_range("test", test, 0, 1, "()")
     check_choice("by", by, ("image", "key"))

@@ -95,7 +95,7 @@ class ImageTextDataset(Stream):
         captions = batches.captions
         masking, crop_scale = captions.text_masking, images.crop_scale
         return {
-            "shards": sum(len(index.paths) for index in batches.indexes),
+            "files": sum(len(index.paths) for index in batches.indexes),
             "samples": self.num_samples,
             "index": [index.fingerprint for index in batches.indexes],
             "weights": batches.weights,

@@ -34,6 +34,7 @@ class Parquet(Format):
     group is read for each sample, so blocks of rows are shuffled; see `block_size`.
     """
 
+    noun = "Parquet file"
     has_rows = True
     names_files = True
 

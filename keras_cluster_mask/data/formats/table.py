@@ -39,6 +39,7 @@ class Table(Format):
         delimiter: String. The delimiter of cells; None for JSON lines.
     """
 
+    noun = "table"
     has_rows = True
     names_files = True
 
@@ -54,6 +55,12 @@ class Table(Format):
             return None
         with files.open_file(path) as file:
             return self._columns(path, file)
+
+    def explain(self, context):
+        return context and (
+            f"the first line was read as the names of columns, {context}: if it is a "
+            "row, add a header line above it, for example `filepath` and `caption`"
+        )
 
     def scan(self, path):
         with files.open_file(path) as file:

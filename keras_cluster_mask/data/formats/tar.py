@@ -27,6 +27,8 @@ class Tar(Format):
     The name of a field is the file name after its first dot, in lower case.
     """
 
+    noun = "shard"
+
     def scan(self, path):
         last = None
         try:
@@ -49,7 +51,7 @@ class Tar(Format):
         except Exception as error:
             if last is None and not path.lower().endswith(".tar"):
                 raise ValueError(
-                    "`source` must be shards with random access, but this is a "
+                    "`source` must be files with random access, but this is a "
                     "compressed file, or one of unknown format: use tar, Parquet, CSV, "
                     "TSV or JSON lines, without compression. Read TFRecord files with "
                     "`tf.data.TFRecordDataset`, and pass its batches to `fit`. "

@@ -9,6 +9,8 @@ import pytest
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.data import example_images, list_shards
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.samples import Fields
 from keras_cluster_mask.data.shards import format_of
 from tests.data.formats.conftest import ROWS
 
@@ -104,6 +106,15 @@ def test_a_missing_file_is_not_a_damaged_one(shard, scan):
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=shard.name):
         list(scan(shard))
+
+
+def test_a_fault_calls_a_file_what_it_is(shard):
+    index = open_index(shard, Fields(()))
+    shard.unlink()
+    (fault,) = index.read([2], with_images=False)
+    nouns = {".tar": "shard", ".parquet": "Parquet file"}
+    noun = nouns.get(shard.suffix, "table")
+    assert str(fault).startswith(f"{shard}: the {noun} cannot be read (")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import random
 
 import pytest
 
-from keras_cluster_mask.data.samples import DamagedShard
+from keras_cluster_mask.data import read_captions, split
+from keras_cluster_mask.data.index import open_index
+from keras_cluster_mask.data.samples import DamagedShard, Fields
 
 pytestmark = pytest.mark.any_backend
 
@@ -91,6 +93,20 @@ def test_a_quoted_cell_of_a_tsv_may_have_newlines(write, read_all):
         lines = ["\t".join(columns), "\t".join(cells[name] for name in columns)]
         ((_, fields),), _ = read_all(write("x.tsv", "\n".join(lines)))
         assert fields == row
+
+
+def test_a_first_line_that_names_no_field_is_shown(write):
+    path = write("x.csv", "1.png,one\n2.png,two\n")
+    for read in (split, read_captions):
+        with pytest.raises(
+            ValueError,
+            match=r"x\.csv: no .*first line .*\['1.png', 'one'\].* `filepath`",
+        ) as error:
+            read(path)
+        assert "shard" not in str(error.value)
+    # Only a cell is missing.
+    index = open_index(write("y.csv", "file_name,text\n1.png\n"), Fields(()))
+    assert [fault.details for fault in index.examples(1)] == [None]
 
 
 # === Broken rows ===
