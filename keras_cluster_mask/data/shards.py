@@ -50,12 +50,13 @@ def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
     ```
 
     Args:
-        source: String or path, or a list of them. A file; a folder with a table,
-            `metadata.csv`, `.tsv` or `.jsonl`; a folder of images, which may have
-            subfolders; a pattern with `*`, `?` or `[...]` for all existing files that
-            match it; or a pattern with `{a,b}` or `{000..123}`, for files that must all
-            exist. Each may be a URL, such as `"s3://bucket/train-*.tar"`, or an fsspec
-            chain, such as `"simplecache::s3://bucket/train-*.tar"`.
+        source: String or path, or a list of them. A file; a folder with one table,
+            named `metadata`, `manifest` or `captions` with the extension `.csv`, `.tsv`
+            or `.jsonl`; a folder of images, which may have subfolders; a pattern with
+            `*`, `?` or `[...]` for all existing files that match it; or a pattern with
+            `{a,b}` or `{000..123}`, for files that must all exist. Each may be a URL,
+            such as `"s3://bucket/train-*.tar"`, or an fsspec chain, such as
+            `"simplecache::s3://bucket/train-*.tar"`.
 
     Returns:
         A sorted list of strings without duplicates. A folder of images ends with `/`.
@@ -63,6 +64,7 @@ def list_shards(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
     Raises:
         FileNotFoundError: If a file is missing, or if no file matches a pattern.
         ImportError: If no installed package opens files at a URL.
+        ValueError: If a folder has several tables.
     """
     return list(find_shards(source))
 
@@ -101,15 +103,20 @@ def _in_folder(path):
     path = path.rstrip("/") + "/"
     system, folder = files.file_system(path)
     infos = {info["name"].rpartition("/")[2]: info for info in system.ls(folder, True)}
-    table = next((name for name in TABLES if name in infos), None)
-    if table:
-        return path + table, infos[table]
+    tables = [name for name in TABLES if name in infos]
+    if len(tables) > 1:
+        raise ValueError(
+            "`source` must be a folder with one table: pass the path of a table "
+            f"instead. Received: {path} with {', '.join(tables)}"
+        )
+    if tables:
+        return path + tables[0], infos[tables[0]]
     images = images_in(path)
     if not images:
         raise FileNotFoundError(
             "`source` must name shards, for example "
-            f"{os.path.join(path, '*.tar')!r}, or a folder that holds metadata.csv, "
-            ".tsv or .jsonl with a row per image, or images. Received a folder "
+            f"{os.path.join(path, '*.tar')!r}, or a folder that holds images, or a "
+            f"table with a row per image, one of {TABLES}. Received a folder "
             f"without: {path}"
         )
     versions = [(name, text and stamp(text)) for name, text in images.items()]

@@ -15,9 +15,9 @@ from keras_cluster_mask.data.samples import (
     json_object,
 )
 
-# The file names of the table of a folder, in order of preference.
-ENDINGS = "csv", "tsv", "jsonl"
-TABLES = [f"{name}.{end}" for name in ("metadata", "manifest") for end in ENDINGS]
+# The file names of the table of a folder.
+NAMES, ENDINGS = ("metadata", "manifest", "captions"), ("csv", "tsv", "jsonl")
+TABLES = [f"{name}.{end}" for name in NAMES for end in ENDINGS]
 # The maximum size of a row in bytes.
 MAX_ROW = 2**20
 NO_CSV = "a row that is not CSV in UTF-8"

@@ -62,10 +62,18 @@ def test_a_file_may_have_braces_in_its_name(tmp_path):
 
 
 def test_a_folder_is_represented_by_its_table(tmp_path, memory):
-    for name in ("manifest.jsonl", "metadata.tsv", "metadata.csv"):
+    for name in ("manifest.jsonl", "metadata.tsv", "captions.csv"):
         (tmp_path / name).touch()
         assert names(tmp_path) == [name]
         assert names(f"{tmp_path}/") == [name]
+        (tmp_path / name).unlink()
+    # Nothing says which of two is meant.
+    for name in ("metadata.csv", "captions.csv"):
+        (tmp_path / name).touch()
+    received = rf"{tmp_path}/ with metadata.csv, captions.csv"
+    with pytest.raises(ValueError, match=f"`source` must.*Received: {received}"):
+        names(tmp_path)
+    assert names(tmp_path / "captions.csv") == ["captions.csv"]
     memory.pipe("/set/metadata.csv", b"file_name,text")
     assert names("memory://set") == ["metadata.csv"]
 
