@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_cluster_mask.batches import as_array
 from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import replicas
 from keras_cluster_mask.distribution.backends import import_keras_hub, is_traced
@@ -27,7 +28,7 @@ from keras_cluster_mask.models.backbones import parts_of_backbone
 from keras_cluster_mask.models.head import ContrastiveHead, as_head
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
 from keras_cluster_mask.training.image_files import read_images
-from keras_cluster_mask.training.input_rules import KEYS, InputRules
+from keras_cluster_mask.training.input_rules import KEYS, InputRules, is_numeric
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.training.micro_batches import embed_in_micro_batches
 from keras_cluster_mask.training.tokenizers import (
@@ -411,13 +412,15 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         Args:
             images: `(batch, H, W, C)` tensor, uint8 or normalized floats. Or a list of
                 images of any size: paths, `PIL.Image.Image` and uint8 arrays
-                `(height, width, 3)`, which are resized according to `resize`.
+                `(height, width, 3)`, which are resized according to `resize`. Or one
+                path or `PIL.Image.Image`, as a batch of one.
             training: Python boolean. If true, the masking leaves out parts of the
                 images. The state of a masking advances only in training calls of the
                 model.
 
         Returns:
-            `(batch, d)` float32 tensor, L2-normalized. For a list, a NumPy array.
+            `(batch, d)` float32 tensor, L2-normalized. For a list, a NumPy array. For
+            one image, a NumPy array `(1, d)`.
 
         Raises:
             ValueError: If an image cannot be read, or is not valid for the encoder.
@@ -445,29 +448,33 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         ```
 
         Args:
-            texts: List of strings, for the `tokenizer` of the model. Or token ids,
-                a `(batch, T)` int tensor, or a dictionary of tensors if the text
-                encoder has further inputs: `{"token_ids": ..., "padding_mask": ...}`.
+            texts: List of strings, or one string as a batch of one, for the
+                `tokenizer` of the model. Or token ids, a `(batch, T)` int tensor, or a
+                dictionary of tensors if the text encoder has further inputs:
+                `{"token_ids": ..., "padding_mask": ...}`.
             training: Python boolean, passed to the text encoder.
 
         Returns:
-            `(batch, d)` float32 tensor, L2-normalized. For strings, a NumPy array.
+            `(batch, d)` float32 tensor, L2-normalized. For strings, a NumPy array. For
+            one string, a NumPy array `(1, d)`.
 
         Raises:
             ValueError: If the model has no tokenizer for strings, if the ids are not
                 valid for the text encoder, or if the dictionary does not match its
                 inputs.
         """
-        words = _as_list("texts", texts) or ()
-        if num_words := sum(isinstance(x, str | bytes) for x in words):
-            if num_words < len(words):
+        if (listed := _as_list("texts", texts)) is not None:
+            texts = listed
+            others = [x for x in listed if not isinstance(x, str | bytes)]
+            if not others:
+                texts = tokenizer_of(self)(listed)
+                if not training:
+                    return self._embedder.texts(texts)
+            elif len(others) < len(listed) or not hasattr(others[0], "__len__"):
                 raise ValueError(
-                    "`texts` must be strings, or token ids. "
-                    f"Received: {num_words} strings among {len(words)} texts"
+                    "`texts` must be strings, or rows of token ids. "
+                    f"Received: {others[0]!r} among {len(listed)} texts"
                 )
-            texts = tokenizer_of(self)(words)
-            if not training:
-                return self._embedder.texts(texts)
         given = texts if isinstance(texts, dict) else {"token_ids": texts}
         if "token_ids" in given and not is_traced(given["token_ids"]):
             self.input_rules.check_ids(given["token_ids"], "padding_mask" in given)
@@ -695,15 +702,18 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
 def _as_list(name, values):
     """Returns a list of items to read, or `None` for an array or a tensor."""
-    kind = getattr(getattr(values, "dtype", None), "kind", "") or "number"
-    if isinstance(values, Mapping) or (hasattr(values, "shape") and kind not in "OSU"):
+    if isinstance(values, Mapping):
         return None
+    if hasattr(values, "shape"):
+        if is_numeric(values):
+            return None
+        # Strings, such as a tensor of TensorFlow.
+        values = np.atleast_1d(as_array(values))
     is_single = isinstance(values, str | bytes) or not hasattr(values, "__iter__")
-    found = [] if is_single else list(values)
+    found = [values] if is_single else list(values)
     if not found:
         raise ValueError(
-            f"`{name}` must be a list of at least one item, or an array: pass `[x]` "
-            f"for a single item. Received: {name}={values!r}"
+            f"`{name}` must hold at least one item. Received: {name}={values!r}"
         )
     return found
 

@@ -41,6 +41,8 @@ class ContrastiveHead(keras.layers.Layer):
             the features without a projection, or the projections of a backbone.
         projection: `"linear"`, without a bias, or `"mlp"`: a `Standardization`, one
             hidden layer of twice the width of the projection, GELU and dropout of 0.3.
+            A `.keras` file does not hold the random state of dropout: the loaded model
+            starts from a new one. A checkpoint holds this state.
         initial_temperature: Float. Defaults to 0.07 for softmax and 0.1 for sigmoid. A
             pre-trained backbone keeps its temperature.
         initial_logit_bias: Float, for the sigmoid loss. Defaults to -10.
@@ -223,6 +225,15 @@ class ContrastiveHead(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in self._settings}
         return {**super().get_config(), **options}
+
+    def __reduce__(self):
+        # For `copy` and `pickle`. Keras would load it without the model that builds it.
+        if self.built:
+            raise TypeError(
+                "The head of a model is copied with its model: `copy.deepcopy(model)`. "
+                f"Received: head={self.name}"
+            )
+        return super().__reduce__()
 
     def _add_scalar(self, name, value):
         return self.add_weight(

@@ -114,7 +114,7 @@ class InputRules:
                 f"Received: {found}"
             )
         known = {"images", "sample_weight", *self.text_inputs}
-        numbers = {k: v for k, v in batch.items() if k in known or _is_numeric(v)}
+        numbers = {k: v for k, v in batch.items() if k in known or is_numeric(v)}
         if self.warns and len(numbers) < len(batch):
             self.warns[...] = False
             warnings.warn(
@@ -348,7 +348,8 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
     return arrays
 
 
-def _is_numeric(values):
+def is_numeric(values):
+    """Returns whether an array, a tensor or a spec holds numbers."""
     dtype = getattr(values, "dtype", "string")
     # Dtypes of TensorFlow and of a `Stream` have no `kind`, but equal their names.
     is_text = dtype in ("string", "object")

@@ -131,8 +131,8 @@ class MadeOfParts:
     """Base class of layers with other layers in their configuration.
 
     Dictionaries in the configuration describe layers and models, except for
-    `"omitted"`, the result of `omitted_settings`, or `None` for parts that already
-    exist.
+    `"omitted"`, the result of `omitted_settings` and the class name of the tokenizer,
+    or `None` for parts that already exist.
 
     Attributes:
         _parts: Names of the arguments of the class that have attributes of their names.
@@ -148,7 +148,8 @@ class MadeOfParts:
         parts = {name: getattr(self, name) for name in self._parts}
         parts = keras.saving.serialize_keras_object(parts)
         options = {name: getattr(self, name) for name in self._settings}
-        omitted = omitted_settings(self)
+        mention = _Mention(getattr(self, "tokenizer", None))
+        omitted = {**omitted_settings(self), "tokenizer": mention}
         return {"name": self.name, **parts, **options, "omitted": omitted}
 
     @classmethod
@@ -163,8 +164,23 @@ class MadeOfParts:
         made = cls._make(**{**config, **parts})
         if omitted is not None:
             restore_settings(made, omitted)
+            tokenizer = getattr(omitted["tokenizer"], "tokenizer", None)
+            if tokenizer is not None:
+                made.tokenizer = tokenizer
         return made
 
     @classmethod
     def _make(cls, **arguments: Any) -> Self:
         return cls(**arguments)
+
+
+class _Mention(str):
+    """The class name of a tokenizer, in a configuration that becomes a file.
+
+    Within the program, it also holds the tokenizer, for `keras.models.clone_model`.
+    """
+
+    def __new__(cls, tokenizer):
+        made = super().__new__(cls, type(tokenizer).__name__)
+        made.tokenizer = tokenizer
+        return made

@@ -1,11 +1,13 @@
 """From images and texts to embeddings."""
 
+import copy
 import re
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
+from PIL import Image
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.models.contrastive_model import FIXED
@@ -141,17 +143,23 @@ def test_inputs_that_a_model_cannot_take_are_refused():
     model = small_model()
     for message, call, given in (
         (r"set `model.tokenizer`", model.encode_text, ["a red heart"]),
-        (r"`texts` must be a list", model.encode_text, "a red heart"),
-        (r"`texts` must be strings, or token ids", model.encode_text, ["a", 5]),
-        (r"`images` must be a list", model.encode_image, []),
+        (r"set `model.tokenizer`", model.encode_text, "a red heart"),
+        (r"`texts` must be strings, or rows", model.encode_text, ["a", [5]]),
+        (r"`texts` must be strings, or rows", model.encode_text, None),
+        (r"`images` must be a list", model.encode_image, None),
+        (r"`images` must hold at least one item", model.encode_image, []),
         (r"`save_to_preset` is for models", model.save_to_preset, "folder"),
     ):
         with pytest.raises(ValueError, match=rf"{message}.*Received"):
             call(given)
 
 
+def tensorflow_strings(words):
+    return pytest.importorskip("tensorflow").constant(words)
+
+
 @pytest.mark.one_case
-@pytest.mark.parametrize("make", [list, tuple, np.array])
+@pytest.mark.parametrize("make", [list, tuple, np.array, iter, tensorflow_strings])
 def test_words_and_images_of_any_size_become_arrays_of_embeddings(make):
     words = ["a red heart", "b"]
     model = small_model(tokenizer=letters_as_tokens)
@@ -159,11 +167,35 @@ def test_words_and_images_of_any_size_become_arrays_of_embeddings(make):
     assert isinstance(found, np.ndarray)
     assert_close(found, model.encode_text(letters_as_tokens(words)))
     assert ops.is_tensor(model.encode_text(words, training=True))
+    assert_close(model.encode_text(map(list, letters_as_tokens(words))), found)
     images = random_pairs(3)["images"]
     found = model.encode_image([*images])
     assert isinstance(found, np.ndarray)
     assert_close(found, model.encode_image(images))
     assert ops.is_tensor(model.encode_image([*images], training=True))
+
+
+@pytest.mark.any_backend
+def test_one_text_and_one_image_are_batches_of_one(tmp_path):
+    model = small_model(tokenizer=letters_as_tokens)
+    expected = model.encode_text(["a red heart"])
+    for text in ("a red heart", b"a red heart", tensorflow_strings("a red heart")):
+        assert_same_values(model.encode_text(text), expected)
+    image, path = Image.new("RGB", (20, 30), "red"), tmp_path / "red.png"
+    image.save(path)
+    expected = model.encode_image([image])
+    assert expected.shape == (1, 16)
+    for each in (image, path, str(path)):
+        assert_same_values(model.encode_image(each), expected)
+
+
+@pytest.mark.any_backend
+def test_a_model_is_copied_with_its_tokenizer_and_its_head_only_with_it():
+    model = small_model(tokenizer=letters_as_tokens)
+    assert keras.models.clone_model(model).tokenizer is letters_as_tokens
+    with pytest.raises(TypeError, match=r"`copy\.deepcopy\(model\)`.*Received: head="):
+        copy.deepcopy(model.head)
+    assert copy.deepcopy(kcm.models.ContrastiveHead("sigmoid")).loss == "sigmoid"
 
 
 @pytest.mark.any_backend
