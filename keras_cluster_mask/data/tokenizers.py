@@ -251,14 +251,19 @@ class CLIPTokenizer:
         """Loads the vocabulary of a KerasHub CLIP preset.
 
         Args:
-            preset: String. A preset of `keras_hub.models.CLIPTokenizer`, such as
-                `"clip_vit_base_patch32"`, or the folder of a preset.
+            preset: String. The folder of a preset, or the name of a preset of
+                `keras_hub.models.CLIPTokenizer`, such as `"clip_vit_base_patch32"`,
+                unless there is a folder with this name.
             context_length: Integer. Defaults to `None`: the text encoder's length in
                 the folder, or 77.
 
         Returns:
             A `CLIPTokenizer`.
         """
+        # Imported here because worker processes do not import Keras.
+        from keras_cluster_mask.distribution.backends import import_keras_hub, preset_of
+
+        preset = preset_of(preset)
         folder = pathlib.Path(preset)
         config = folder / "config.json"
         if context_length is None and config.exists():
@@ -269,9 +274,6 @@ class CLIPTokenizer:
         if assets.is_dir():
             paths = assets / "vocabulary.json", assets / "merges.txt"
             return cls.from_vocabulary(*paths, context_length or 77)
-        # Imported here because worker processes do not import Keras.
-        from keras_cluster_mask.distribution.backends import import_keras_hub
-
         source = import_keras_hub().models.CLIPTokenizer.from_preset(preset)
         return cls._of_others(source.vocabulary, source.merges, context_length or 77)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Iterator
 
@@ -180,3 +181,12 @@ def import_keras_hub():
     import keras_hub
 
     return keras_hub
+
+
+def preset_of(preset):
+    """Returns a preset for keras_hub: the full path of a folder, or a name.
+
+    keras_hub prefers its own preset to a folder with the same name.
+    """
+    folder = os.path.expanduser(preset)
+    return os.path.abspath(folder) if os.path.isdir(folder) else str(preset)

@@ -13,7 +13,11 @@ from keras import ops
 from keras_cluster_mask.batches import as_array
 from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution import replicas
-from keras_cluster_mask.distribution.backends import import_keras_hub, is_traced
+from keras_cluster_mask.distribution.backends import (
+    import_keras_hub,
+    is_traced,
+    preset_of,
+)
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD
@@ -321,19 +325,20 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         """Makes a model from a keras_hub preset of a two-tower backbone.
 
         Args:
-            preset: The name of a preset, such as `"clip_vit_base_patch16"`, which
-                keras_hub downloads, or a folder that `save_to_preset` wrote. Or a
-                MetaCLIP 2 of transformers, as a folder or `"hf://..."`, with
+            preset: A folder that `save_to_preset` wrote, or the name of a preset, such
+                as `"clip_vit_base_patch16"`, which keras_hub downloads unless there is
+                a folder with this name. Or a MetaCLIP 2 of transformers, as a folder or
+                `"hf://..."`, with
                 `tokenizer=transformers.AutoTokenizer.from_pretrained(...)`.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             **kwargs: Arguments of `from_backbone`, and the `dtype` of the backbone.
                 `tokenizer` defaults to the preset's tokenizer, if any: a
                 `CLIPTokenizer` for CLIP, and the preprocessor for others.
         """
-        make = import_keras_hub().models.Backbone.from_preset
-        backbone = make(str(preset), dtype=kwargs.pop("dtype", None))
+        make, preset = import_keras_hub().models.Backbone.from_preset, preset_of(preset)
+        backbone = make(preset, dtype=kwargs.pop("dtype", None))
         if "tokenizer" not in kwargs:
-            kwargs["tokenizer"] = load_from_preset(str(preset), backbone)
+            kwargs["tokenizer"] = load_from_preset(preset, backbone)
         return cls.from_backbone(backbone, masking, **kwargs)
 
     @classmethod

@@ -187,11 +187,15 @@ def test_keras_hub_alone_reads_what_was_trained(trained, tmp_path):
 
 
 @pytest.mark.any_backend
-def test_a_preset_has_the_tokenizer_too(tmp_path):
+def test_a_preset_has_the_tokenizer_too(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow")
+    # As a preset of keras_hub, which would be downloaded.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kagglehub.model_download", pytest.fail)
+    folder = "clip_vit_base_patch16"
     tokenizer = kcm.data.CLIPTokenizer.train(["a red cat, é"] * 4, 600, 9)
     backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 9, 4)
-    model, folder = kcm.ContrastiveModel.from_backbone(backbone), str(tmp_path / "clip")
+    model = kcm.ContrastiveModel.from_backbone(backbone)
     with pytest.raises(ValueError, match=r"`tokenizer` .*without one.*Received: "):
         model.save_to_preset(folder)
     model.tokenizer = tokenizer
@@ -199,7 +203,8 @@ def test_a_preset_has_the_tokenizer_too(tmp_path):
     texts = ["a red cat", "a CAT &amp; é"]
     assert kcm.data.CLIPTokenizer.from_preset(folder, 5).context_length == 5
     hub = import_keras_hub().models
-    theirs = hub.CLIPPreprocessor(hub.CLIPTokenizer.from_preset(folder), None, 9)
+    theirs = hub.CLIPTokenizer.from_preset(f"./{folder}")
+    theirs = hub.CLIPPreprocessor(theirs, None, 9)
     loaded = kcm.ContrastiveModel.from_preset(folder)
     assert_same_values(loaded.tokenizer(texts), tokenizer(texts))
     given = kcm.ContrastiveModel.from_preset(folder, tokenizer=theirs)
