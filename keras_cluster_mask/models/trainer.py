@@ -333,14 +333,11 @@ class ContrastiveTrainer(replicas.OwnReduction):
         `tf.data.Dataset` starts over. If you use `CSVLogger`, pass it `append=True`.
         The returned history holds all epochs, including those before the interruption.
 
-        Training on arrays uses only full batches. The remaining pairs, after shuffling,
-        are dropped from the epoch with a warning. Each process passes all arrays, and
-        trains on its rows of every batch.
-
-        An epoch of an `image_text_dataset` has `dataset.steps_per_epoch` steps, the
-        number of full batches. The remaining samples are carried over to the next
-        epoch. Another call of `fit`, and each epoch of `steps_per_epoch` steps,
-        continues where the last one ended.
+        An epoch of arrays, `TowerFeatures` or an `image_text_dataset` has as many steps
+        as there are full batches. The remaining pairs are carried over to the next
+        epoch. Each epoch of `steps_per_epoch` steps continues where the last one ended.
+        On an `image_text_dataset`, so does another call of `fit`. Each process passes
+        all arrays, and trains on its rows of every batch.
 
         All arguments except `resume_from` match `keras.Model.fit`, in the same order.
 

@@ -1,6 +1,5 @@
 """Training on arrays: full batches, in an order that a resumed run repeats."""
 
-import warnings
 import zlib
 
 import keras
@@ -17,9 +16,8 @@ class ArrayBatches(Stream):
 
     Keras also trains on the last partial batch, although the loss depends on the batch
     size, and draws an order that a resumed run cannot repeat. Here the order of an
-    epoch depends only on a seed. The last partial batch is dropped after the shuffle,
-    so each epoch leaves out different pairs. Each process has all pairs, and takes its
-    own rows of every batch.
+    epoch depends only on a seed. Pairs that fill no batch are carried over to the next
+    epoch. Each process has all pairs, and takes its own rows of every batch.
 
     Args:
         arrays: Dictionary of arrays with one row per pair.
@@ -42,13 +40,7 @@ class ArrayBatches(Stream):
         texts = self._arrays.get("token_ids", self._arrays.get("caption_labels"))
         self._pairs = pairs = len(texts)
         self._batch_size = min(batch_size, pairs)
-        self.steps_per_epoch, rest = divmod(pairs, self._batch_size)
-        if rest:
-            warnings.warn(
-                f"{rest} of {pairs} pairs fill no batch of {batch_size} and are left "
-                "out of each epoch.",
-                stacklevel=2,
-            )
+        self.steps_per_epoch = pairs // self._batch_size
         self._process, self._processes = process_index_and_count(training=True)
         if self._batch_size % self._processes:
             raise ValueError(
@@ -72,24 +64,28 @@ class ArrayBatches(Stream):
         self.shuffle_seed = all_gather_object(int(np.random.randint(2**31)))[0]
 
     def __iter__(self):
-        epoch, step = divmod(self.start, self.steps_per_epoch)
+        epoch, place = divmod(self.start * self._batch_size, self._pairs)
+        ahead = self.draw(epoch)[:, place:]
         while True:
-            order = np.arange(self._pairs)
-            if self._shuffle:
-                rng = np.random.default_rng([self.shuffle_seed, epoch])
-                order = rng.permutation(self._pairs)
-            for first in range(step, self.steps_per_epoch):
-                rows = order[first * self._batch_size : (first + 1) * self._batch_size]
-                # In the order of processes, as without any, so masks are the same.
-                rows = np.split(rows, self._processes)[self._process]
-                yield self.batch(rows, epoch)
-            epoch, step = epoch + 1, 0
+            if ahead.shape[1] < self._batch_size:
+                epoch += 1
+                ahead = np.hstack([ahead, self.draw(epoch)])
+            batch, ahead = np.split(ahead, [self._batch_size], axis=1)
+            # In the order of processes, as without any, so masks are the same.
+            yield self.batch(*np.hsplit(batch, self._processes)[self._process])
 
-    def batch(self, rows, epoch):
-        """Returns a batch of an epoch.
+    def draw(self, epoch):
+        """Returns the arguments of `batch` for all pairs of an epoch, in their order.
 
         Args:
-            rows: `(batch,)` ints, the rows of the arrays.
             epoch: Integer.
         """
+        order = np.arange(self._pairs)
+        if self._shuffle:
+            rng = np.random.default_rng([self.shuffle_seed, epoch])
+            order = rng.permutation(self._pairs)
+        return order[None]
+
+    def batch(self, rows):
+        """Returns the batch of some `(batch,)` rows of the arrays."""
         return {name: array[rows] for name, array in self._arrays.items()}

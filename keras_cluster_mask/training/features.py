@@ -151,11 +151,15 @@ class FeatureBatches(ArrayBatches):
         self._features = features
         self.description = {**self.description, **features.description}
 
-    def batch(self, rows, epoch):
-        features = self._features
+    def draw(self, epoch):
+        (rows,) = super().draw(epoch)
+        counts = self._features.counts
         rng = np.random.default_rng([self.shuffle_seed, epoch, 1])
-        drawn = rng.random(features.num_images)[rows] * features.counts[rows]
-        return features.pairs(rows, captions=drawn.astype("int64"))
+        captions = rng.random(len(counts)) * counts
+        return np.stack([rows, captions.astype("int64")[rows]])
+
+    def batch(self, rows, captions):
+        return self._features.pairs(rows, captions)
 
 
 def read_progress(folder: pathlib.Path) -> dict[str, Any] | None:

@@ -62,8 +62,6 @@ def defaults_after():
 
 
 @pytest.mark.slow
-# The small data is split by hashes.
-@pytest.mark.filterwarnings("ignore:.* pairs fill no batch")
 @pytest.mark.usefixtures("in_folder", "defaults_after", "small_cifar100")
 @pytest.mark.parametrize("page", pages_with_code())
 def test_code_of_a_page_runs(page, request):

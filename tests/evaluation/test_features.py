@@ -1,5 +1,6 @@
 """Features of frozen towers: computed once, resumed, and trained on."""
 
+import itertools
 import json
 import warnings
 
@@ -209,14 +210,16 @@ def test_each_epoch_draws_one_caption_of_each_image(model, tmp_path):
         label.tobytes(): divmod(i, 6) for i, label in enumerate(np.vstack(labels))
     }
     assert len(places) == 18
-    stream = iter(FeatureBatches(features, 3))
-    seen = set()
-    for _ in range(6):
-        epoch = [next(stream) for _ in range(2)]
-        images, texts = (
-            np.concatenate([batch[name] for batch in epoch])
+    # A batch has pairs of two epochs.
+    batches = [*itertools.islice(FeatureBatches(features, 4), 9)]
+    epochs = zip(
+        *(
+            np.split(np.concatenate([batch[name] for batch in batches]), 6)
             for name in ("image_features", "caption_labels")
         )
+    )
+    seen = set()
+    for images, texts in epochs:
         numbers, rows = np.transpose([places[text.tobytes()] for text in texts])
         assert sorted(rows) == [*range(6)]
         np.testing.assert_array_equal(images, whole[rows])
