@@ -193,8 +193,8 @@ def build_parts(shards, image_keys, index_dir=None, num_workers=0, process=(0, 1
             pool = futures.ProcessPoolExecutor(num_workers, context)
             apply = stack.enter_context(pool).map
         built = apply(build, order, [shards[path] for path in order])
-        bar = tqdm(built, "index", len(shards), unit=" files", delay=SHORT)
-        parts = dict(zip(order, bar))
+        built = zip(order, built)
+        parts = dict(tqdm(built, "index", len(shards), unit=" files", delay=SHORT))
     return [parts[path] for path in shards]
 
 

@@ -3,7 +3,13 @@ import json
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import check, files, image_text_dataset, read_captions
+from keras_cluster_mask.data import (
+    check,
+    files,
+    image_text_dataset,
+    parts,
+    read_captions,
+)
 from tests.data.reading import pairs_of
 
 pytestmark = pytest.mark.any_backend
@@ -20,6 +26,12 @@ def test_a_folder_of_classes_needs_no_captions(tmp_path, noise):
         assert check(tmp_path)["broken"] == 3
     found = check(tmp_path, caption_key="txt", label_key="folder")
     assert found["by_reason"] == {"no caption": 3}
+
+
+def test_the_bar_of_the_index_ends_with_all_shards(write_pairs, monkeypatch, capsys):
+    monkeypatch.setattr(parts, "SHORT", 0.0)
+    check([write_pairs(f"{name}.tar", 0, 1) for name in "ab"])
+    assert "| 2/2 [" in capsys.readouterr().err
 
 
 def test_broken_samples_are_listed_with_their_reasons(write_pairs, noise):
