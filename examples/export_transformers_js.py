@@ -5,14 +5,21 @@
 The folder has ONNX files of both towers, and files that say how texts and images are
 prepared. `AutoTokenizer`, `CLIPTextModelWithProjection`, `AutoProcessor` and
 `CLIPVisionModelWithProjection` read it. Needs torch and onnxscript.
+
+The tokenizer of a CLIP becomes a `tokenizer.json`. It replaces curly quotes, ligatures,
+wide letters and common HTML entities, and joins letters with their accents, as
+`CLIPTokenizer` does. It does not repair broken encodings (`schÃ¶n`), and does not
+resolve other HTML entities. Texts that contain these get other tokens.
 """
 
 import argparse
+import collections
 import copy
 import json
 import os
 import shutil
 import tempfile
+import unicodedata
 from pathlib import Path
 
 # Keras writes ONNX for batches of any size with torch.
@@ -25,6 +32,7 @@ from onnx import TensorProto, helper
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.data.tokenizers import clean
 
 # Inputs of the towers, and their names in transformers.js.
 NAMES = {
@@ -33,8 +41,19 @@ NAMES = {
     "padding_mask": "attention_mask",
     "segment_ids": "token_type_ids",
 }
-# The words of a lower-case text, as CLIP splits them.
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# Common entities of HTML. The first may hide another.
+ENTITIES = {
+    "&amp;": "&",
+    "&lt;": "<",
+    "&gt;": ">",
+    "&quot;": '"',
+    "&#39;": "'",
+    "&apos;": "'",
+    "&nbsp;": " ",
+}
+# The words of a lower-case text, as CLIP splits them. U+0345 is the character itself,
+# since JavaScript and Rust have different escapes.
+WORDS = "'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}\u0345]+"
 START, END = "<|startoftext|>", "<|endoftext|>"
 # The length of texts without a limit.
 ANY = 10**9
@@ -53,11 +72,21 @@ def main():
     model = keras.saving.load_model(arguments.model)
     export(model, arguments.folder, arguments.tokenizer)
     print(f"Wrote {arguments.folder}")
+    if isinstance(model.tokenizer, kcm.data.CLIPTokenizer) and not arguments.tokenizer:
+        print(
+            "Texts with broken encodings, or HTML entities other than "
+            f"{' '.join(ENTITIES)}, get other tokens than in encode_text"
+        )
 
 
 def export(model, folder, tokenizer=None):
     """Writes the files of a `ContrastiveModel`."""
     folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise SystemExit(
+            "`folder` must be new or empty: remove it, or pass another. "
+            f"Received: folder={folder}"
+        )
     (folder / "onnx").mkdir(parents=True)
     config = write_tokenizer(model.tokenizer, folder, tokenizer)
     write_tower(model.image_tower, folder / "onnx/vision_model.onnx", "image_embeds")
@@ -111,7 +140,7 @@ def write_tokenizer(tokenizer, folder, source):
 
 
 def clip_tokenizer(tokenizer):
-    """Converts a `CLIPTokenizer` to Hugging Face's format, which repairs no texts."""
+    """Converts a `CLIPTokenizer` to Hugging Face's format."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_to_preset(folder)
         assets = Path(folder) / "assets/tokenizer"
@@ -122,7 +151,14 @@ def clip_tokenizer(tokenizer):
             end_of_word_suffix="</w>",
         )
     found = tokenizers.Tokenizer(model)
-    found.normalizer = normalizers.Lowercase()
+    found.normalizer = normalizers.Sequence(
+        [
+            *(normalizers.Replace(*pair) for pair in ENTITIES.items()),
+            *(normalizers.Replace(*pair) for pair in replaced_characters()),
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+        ]
+    )
     found.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(WORDS), "removed", invert=True),
@@ -134,6 +170,24 @@ def clip_tokenizer(tokenizer):
         (END, tokenizer.end_token_id), (START, tokenizer.start_token_id)
     )
     return found
+
+
+def replaced_characters():
+    """Returns pairs of a pattern of characters and the text that replaces them.
+
+    A `CLIPTokenizer` replaces curly quotes, ligatures and wide letters, and removes
+    control characters.
+    """
+    found = collections.defaultdict(list)
+    for character in map(chr, (*range(0xD800), *range(0xE000, 0x10000))):
+        text = f"x{character}x"
+        cleaned = clean(text, lower=False)
+        if cleaned != " ".join(unicodedata.normalize("NFC", text).split()):
+            found[cleaned[1:-1]].append(character)
+    return [
+        (tokenizers.Regex(f"[{''.join(characters)}]"), content)
+        for content, characters in found.items()
+    ]
 
 
 def write_tower(tower, path, output):

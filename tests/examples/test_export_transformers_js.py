@@ -57,6 +57,35 @@ def test_the_files_embed_what_transformers_js_passes_to_them(model, tmp_path):
     assert_close(found, model.encode_text(CAPTIONS), 1e-5)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It\u2019s a dog\u2019s \u201clife\u201d, \u201ba\u201f \u0149",
+        "cafe\u0301 nai\u0308ve A\u030angstro\u0308m \u1112\u1161\u11ab",
+        "\ufb01ne \ufb02ow \u0132 \uff26\uff35\uff2c\uff2c\u3000\uff57 \uff76\uff9e",
+        "tom &amp; jerry &lt;b&gt; &quot;hi&#39;&nbsp;&apos; &amp;lt;",
+        "a\u00a0b\u2026c \u2014 d \u00bd \u00b2 \u2460 日本語 👩\u200d👧 ❤️ ẞ İ \u0345",
+        "\ufeffzero\u200bwidth\x00\x1c\x0b \t\r\n\u2028 x\x85 \x93z\x94",
+        "DON'T I'LL 100% $5.00 `x\u00b4",
+    ],
+)
+def test_the_tokenizer_gives_the_ids_of_the_model(model, text):
+    import export_transformers_js
+
+    found = export_transformers_js.clip_tokenizer(model.tokenizer)
+    found = tokenizers.Tokenizer.from_str(found.to_str())
+    expected = model.tokenizer.with_context_length(99)([text])[0]
+    assert found.encode(text).ids == expected[: expected.argmax() + 1].tolist()
+
+
+def test_a_folder_that_is_not_empty_is_refused(model, tmp_path):
+    import export_transformers_js
+
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"`folder` must be new or empty.*Received:"):
+        export_transformers_js.export(model, tmp_path)
+
+
 def test_the_export_asks_for_the_tokenizer_that_it_cannot_write(model, tmp_path):
     import export_transformers_js
 
