@@ -31,14 +31,12 @@ BLOCK, RUNS = 64, 16
 EXAMPLES = 8
 # The smallest and the largest number of rows of a batch that one thread reads together.
 TOGETHER = 8, 32
-# The numbers of other samples of the batch that are read, one after the other, to
+# The numbers of other samples that are read together, one group after the other, to
 # replace a broken sample. Failed reads are slow, so each is twice the one before.
 SUBSTITUTES = 1, 2, 4, 8, 16, 32
-# The distance between them, as a fraction of the batch, to reach different shards.
-DISTANCE = 0.618
 # The entry of a batch for the tokenizer, if that is a Keras layer.
 TEXTS = "texts"
-# The entry of a batch with its broken samples, and the number of captions left out.
+# The entry of a batch with what was read, and the number of captions left out.
 REPORT = "report"
 
 
@@ -146,9 +144,13 @@ class Batches:
 
     Attributes:
         indexes: List of `Index` and `ObjectIndex`, one for each source.
+        names: List of strings, the names of the sources in messages.
+        lengths: List of numbers. The mean number of samples of each source in a pass
+            of all processes, without repetitions.
         weights: List of floats, the weights of several sources, or `None`.
         num_samples: Integer. The number of intact samples.
-        order: `Order` or `Mix`, in training.
+        orders: List of `Order`, one for each source, in training.
+        order: `Order` or `Mix` of them, in training.
         rows: Integer. The number of rows per process in a full batch.
     """
 
@@ -201,7 +203,7 @@ class Batches:
 
     def _open(self, source, sampling, index_dir):
         """Opens the indexes, and checks that samples have all requested fields."""
-        self.weights, sources = None, [source]
+        self.weights, sources, self.names = None, [source], ["`source`"]
         if isinstance(source, Mapping):
             self.weights, sources = [*source.values()], [*source]
             is_valid = sources and all(map(is_positive, self.weights))
@@ -212,19 +214,20 @@ class Batches:
                     f"training={self.training}, sampling={sampling!r}"
                 )
             self.weights = [*map(float, self.weights)]
+            self.names = [f"`source[{each!r}]`" for each in sources]
         self.indexes = [
             open_index(each, self.fields, index_dir, process=self.process)
             for each in sources
         ]
-        self.num_samples = sum(map(len, self.indexes))
+        self.lengths = [*map(len, self.indexes)]
+        self.num_samples = sum(self.lengths)
         for index in self.indexes:
             # An index has no field values, such as labels, and no images at URLs, so
             # read a few samples.
             step = len(index) // EXAMPLES + 1
             examples = [*index.read(range(0, len(index), step))]
-            if any(isinstance(example, Sample) for example in examples):
-                continue
-            raise no_intact_sample(index, examples)
+            if not any(isinstance(example, Sample) for example in examples):
+                raise no_intact_sample(index, examples)
 
     def _shuffle(self, sampling):
         """Sets the order of training, and the default of `block_size`."""
@@ -251,11 +254,13 @@ class Batches:
                 f"or None. Received: sampling={sampling!r}"
             )
         draw = sampling and sampling.of_index(self.indexes[0])
-        orders = [
+        self.orders = orders = [
             Order(len(index), self.seed, self.block_size, draw, source)
             for source, index in enumerate(self.indexes)
         ]
         self.order = Mix(orders, self.weights) if self.weights else orders[0]
+        if sampling:
+            self.lengths = [min(self.order.mean_length, self.num_samples)]
 
     @property
     def element_spec(self):
@@ -309,9 +314,9 @@ class Batches:
             batch: Integer. The number of the batch.
 
         Returns:
-            Dictionary of arrays, and under `REPORT` a list of `Fault` and the number of
-            captions left out. Broken samples are replaced in training, and left out in
-            evaluation.
+            Dictionary of arrays, and under `REPORT` the list of what was read, see
+            `SkippedSamples.report`, and the number of captions left out. Broken samples
+            are replaced in training, and left out in evaluation.
         """
         positions = self.positions(batch)
         size = int(np.clip(-(-len(positions) // threads.count), *TOGETHER))
@@ -330,41 +335,47 @@ class Batches:
             arrays["keys"] = np.fromiter((x.key for x in samples), object)
         if self.fields.labels:
             arrays["labels"] = np.array([sample.label for sample in samples], "int32")
-        faults = [fault for _, found in results for fault in found]
+        found = [each for _, found in results for each in found]
         unused = 0
         if self.captions.include_captions != "all":
             unused = sum(len(sample.captions[1:]) for sample in samples)
-        return {**arrays, REPORT: (faults, unused)}
+        return {**arrays, REPORT: (found, unused)}
 
     def _rows(self, positions):
         """Reads a group of rows.
 
         Returns:
             Tuple: A list of the `Sample`, the generator and the epoch of each row, and
-            a list of `Fault`.
+            a list of the source of each position and its `Fault` or `None`.
         """
-        rows, faults = [], []
+        rows, found = [], []
+        places = [self.order[n] if self.training else (0, n) for n in positions]
         generators = [
             np.random.Generator(
                 np.random.Philox(key=self.seed, counter=[0, position, 0, 0])
             )
             for position in positions
         ]
-        for position, generator, sample in zip(
-            positions, generators, self._samples(positions, generators)
+        for position, (source, _), generator, sample in zip(
+            positions, places, generators, self._samples(places, generators)
         ):
-            if isinstance(sample, Fault):
-                faults.append(sample)
+            fault = sample if isinstance(sample, Fault) else None
+            found.append((source, fault))
+            epoch = self.order.place(position)[0] if self.training else 0
+            if fault:
                 if not self.training:
                     continue
-                sample = self._substitute(position, generator, sample)
-            epoch = self.order.place(position)[0] if self.training else 0
+                sample = self._substitute(source, epoch, generator, fault)
             rows.append((sample, generator, epoch))
-        return rows, faults
+        return rows, found
 
-    def _samples(self, positions, generators):
-        """Yields the `Sample` of each position, with its pixels, or its `Fault`."""
-        places = [self.order[n] if self.training else (0, n) for n in positions]
+    def _samples(self, places, generators):
+        """Yields the `Sample` of each place, with its pixels, or its `Fault`.
+
+        Args:
+            places: List of the number of the source and the number there.
+            generators: Iterable of `np.random.Generator`.
+        """
         readers = {
             source: self.indexes[source].read([n for s, n in places if s == source])
             for source in {source for source, _ in places}
@@ -382,25 +393,19 @@ class Batches:
                     raise SampleError(sample.shard, sample.key, repr(error)) from error
             yield sample
 
-    def _substitute(self, position, generator, fault):
-        """Returns another sample of the batch, decoded, to replace a broken one.
+    def _substitute(self, source, epoch, generator, fault):
+        """Returns another sample of the source, decoded, to replace a broken one.
 
-        Which samples are tried depends only on the batch, not on the number of
-        processes.
+        It may be any of the epoch, since another row of the batch would be there twice.
         """
-        size, tried = self.batch_size, 0
-        start = position - position % size
-        step = int(DISTANCE * size) + 1
-        while math.gcd(step, size) > 1:
-            step += 1
+        others = self.orders[source].draw(epoch, sum(SUBSTITUTES), generator)
         for count in SUBSTITUTES:
-            several = range(count, min(2 * count, size))
-            tried += len(several)
-            others = [start + (position + n * step) % size for n in several]
-            for sample in self._samples(others, itertools.repeat(generator)):
+            # There are `count - 1` before.
+            several = others[count - 1 : 2 * count - 1]
+            for sample in self._samples(several, itertools.repeat(generator)):
                 # A broken substitute is counted at its own position.
                 if isinstance(sample, Sample):
                     return sample
         reason = fault.reason + (f" ({fault.details})" if fault.details else "")
-        reason += f"; {tried} others of its batch are broken, too"
+        reason += f"; {len(others)} drawn in its place are broken, too"
         raise SampleError(fault.shard, fault.key, reason)

@@ -35,9 +35,13 @@ def check(
 
     A sample is broken if it has no image or no caption, if its image does not decode,
     if its key is a duplicate within the shard, or if it is a table row that names a
-    missing local image file. A damaged file counts as one broken sample, because the
-    number of samples after the damage is unknown. A progress bar is shown after one
-    second. Set the environment variable `TQDM_DISABLE=1` to hide it.
+    missing local image file. A progress bar is shown after one second. Set the
+    environment variable `TQDM_DISABLE=1` to hide it.
+
+    Samples that a damaged file has lost count as broken. Their number is estimated by
+    the size of the rest of the file. The full size of a truncated file is unknown. It
+    is assumed to be that of the largest file of the source, or, if no other file is
+    larger, twice the size that was found.
 
     Example:
 
@@ -136,7 +140,7 @@ def read_captions(
     """
     index = open_index(source, Fields((), caption_key))
     for fault in index.damage:
-        message = f"{fault.details}. The captions after it are missing."
+        message = f"{fault.details}. Their captions are missing."
         warnings.warn(message, stacklevel=2)
     captions, fault = [], next(iter(index.examples(1)), None)
     for each in index.read(range(len(index)), with_images=False):

@@ -66,8 +66,8 @@ def image_text_dataset(
     The index leaves out samples without an image or a caption, samples with a duplicate
     key, samples after the damage in a damaged file, and table rows that name a missing
     local image file. An image that cannot be read or decoded is replaced in training by
-    another image of the same batch, so the number of steps never depends on broken
-    samples. In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts
+    another image of its source, so the number of steps never depends on broken samples.
+    In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts
     both cases. A read is tried four times within 6 seconds. Storage at a URL that does
     not answer for 60 seconds counts as a failed read, so its last error comes after 4
     minutes.
@@ -172,8 +172,10 @@ def image_text_dataset(
         include_keys: Boolean. Whether batches contain the `"keys"` of samples, str. The
             key of a table row is the value of its first column. Defaults to `False`.
         max_skipped: Float. The maximum fraction of samples that may be broken, from 0
-            to 1. An error is raised if more samples are broken in the index, or among
-            the samples that a process reads in one pass. Defaults to `0.01`.
+            to 1, in each source of a dictionary. An error is raised if more samples are
+            broken in the index, or among the samples that a process reads in one pass
+            over the source. Samples that a damaged shard has lost count as broken; see
+            `check`. Defaults to `0.01`.
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
             `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions that have
             more tokens than the `context_length` of the `tokenizer`, which must pad the

@@ -96,8 +96,8 @@ class Index:
 
     Attributes:
         paths: List of strings. The shards.
-        faults: Counter of the reasons of broken samples. A damaged shard counts as one
-            sample, because the number of samples after the damage is unknown.
+        faults: Counter of the reasons of broken samples. Samples that a damaged shard
+            has lost are counted by estimate, at least one for each such shard.
         damage: List of `Fault`, one for each damaged shard.
         stamps: List of strings, which change with the dates of the shards.
         wanted: Dictionary of the fields that a sample needs, see `Fields.wanted`.
@@ -109,8 +109,11 @@ class Index:
         self._shards = [_Shard(*each, fields) for each in zip(parts, kept)]
         # The number of the first sample of each shard, and the total number of samples.
         self._starts = [0, *itertools.accumulate(each.count for each in self._shards)]
+        largest = max(each.size if each.share else 0 for each in self._shards)
+        self.damage = [
+            each.count_lost(largest) for each in self._shards if each.part.damage
+        ]
         self.faults = sum((each.faults for each in self._shards), collections.Counter())
-        self.damage = [each.damage for each in self._shards if each.damage]
         self.paths = [part.shard for part in parts]
         self.stamps = [part.stamp for part in parts]
         self.wanted = fields.wanted
@@ -252,7 +255,10 @@ class _Shard:
     Attributes:
         count: Integer. The number of intact samples.
         faults: Counter of the reasons of broken samples.
-        damage: `Fault`, or `None` if the file can be read to its end.
+        found: Integer. The number of samples, intact or broken.
+        share: Number. The fraction of its samples that were found, 0 if unknown.
+        size: Float. The number of its samples, the lost ones included. If the fraction
+            is unknown, it is assumed to be a half.
     """
 
     def __init__(self, part, keep, fields):
@@ -271,12 +277,24 @@ class _Shard:
         self.count = self.faults.pop(None, 0)
         if part.has_groups:
             self.count = len(self.intact()[1]) - 1
-        self.damage = None
-        if part.damage:
-            reason = f"damaged {self.format.noun}"
-            details = str(DamagedShard(part.shard, *part.damage))
-            self.damage = Fault(part.shard, None, reason, details)
-            self.faults[reason] = 1
+        self.found = self.count + self.faults.total()
+        self.share = part.damage[2] if part.damage else 1
+        self.size = self.found / (self.share or 0.5)
+
+    def count_lost(self, largest):
+        """Counts the samples that the file has lost by damage; returns its `Fault`.
+
+        Args:
+            largest: Number. The largest size that is known of a file of the source.
+        """
+        size, why, noun = self.size, "by the size of the rest", self.format.noun
+        if not self.share:
+            size = largest if largest > self.found else size
+            why = f"since a {noun} of {size:.0f} samples is assumed"
+        reason, shard = f"damaged {noun}", self.part.shard
+        lost = self.faults[reason] = max(round(size - self.found), 1)
+        details = f"{DamagedShard(shard, *self.part.damage)}; {lost} samples are "
+        return Fault(shard, None, reason, f"{details}counted as lost, {why}")
 
     def sample(self, row, content):
         """Returns the `Sample` or the `Fault` of a row; see `_read`."""

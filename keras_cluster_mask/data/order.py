@@ -61,7 +61,13 @@ class Order:
         if run < runs:
             place = shuffled(run, runs, keys) * self.block_size + offset
         number = (place + shift) % length
-        return self._seeds[1], int(number if chosen is None else chosen[number])
+        return self._seeds[1], int(chosen[number])
+
+    def draw(self, epoch, count, generator):
+        """Draws up to `count` different samples of an epoch, as a list."""
+        chosen, length, *_ = self._epoch(epoch)
+        numbers = generator.choice(length, min(count, length), replace=False)
+        return [(self._seeds[1], int(chosen[number])) for number in numbers]
 
     def length(self, epoch):
         """Returns the number of samples in an epoch."""
@@ -86,14 +92,14 @@ class Order:
         return epoch, position - starts[epoch]
 
     def _epoch(self, epoch):
-        """Returns the chosen numbers or None, the length, and the keys and shift."""
+        """Returns the chosen numbers, the length, and the keys and shift."""
         with _drawing:
             if epoch in self._known:
                 return self._known[epoch]
-            chosen, length = None, self.num_samples
+            chosen = range(self.num_samples)
             if self._sampling is not None:
                 chosen = self._sampling(epoch)
-                length = len(chosen)
+            length = len(chosen)
             sequence = np.random.SeedSequence([*self._seeds, epoch])
             *keys, shift = sequence.generate_state(ROUNDS + 1, "uint64").tolist()
             # By chance, an epoch may have no samples.

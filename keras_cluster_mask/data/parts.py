@@ -39,7 +39,7 @@ from keras_cluster_mask.data.samples import IMAGE_KEYS, DamagedShard, hash_of
 from keras_cluster_mask.data.shards import format_of
 
 # Increase this number when the format of parts changes.
-VERSION = 5
+VERSION = 6
 # The place of a sample in its shard, the hash of its key, the number of its entry in
 # `Part.layouts`, and the checksum of its fields.
 RECORD = np.dtype(
@@ -74,7 +74,8 @@ class Part:
             samples have, the reason why they are broken or `None`, and the number of
             these records.
         has_groups: Boolean. Whether several rows have the same image.
-        damage: `None`, or `(last_key, reason)` of a shard that is damaged.
+        damage: `None`, or `(last_key, reason, share)` of a shard that is damaged; see
+            `DamagedShard`.
         context: The result of `Format.context`, for `Format.parse`.
         start: Integer. The offset of the records in the file.
     """
@@ -271,10 +272,10 @@ def _scan(path, format, image_keys):
             records += PACKED.pack(*entry.place, key, number, checksum)
             content += entry.content
     except DamagedShard as error:
-        _, last_key, reason = error.args
+        _, last_key, reason, share = error.args
         if last_key is not None:
             last_key = last_key.encode("utf-8", "backslashreplace").decode()
-        damage = last_key, reason
+        damage = last_key, reason, share
     _, first, image_of = np.unique(images, return_index=True, return_inverse=True)
     has_groups = len(first) < len(images)
     if has_groups:

@@ -96,10 +96,12 @@ class DamagedShard(ValueError):
         path: String.
         last_key: String, the key of the last sample that was found, or `None`.
         reason: String.
+        share: Float. The fraction of its samples that were found, estimated by the size
+            of the rest. 0 if that is unknown.
     """
 
     def __str__(self):
-        path, last_key, reason = self.args
+        path, last_key, reason, _ = self.args
         place = f"after the sample {last_key!r}" if last_key else "at its start"
         return f"{path} is damaged {place}: {reason}"
 

@@ -80,9 +80,9 @@ def split(
     objects are decoded. For large files, `by="key"` reads no images.
 
     A sample with a missing or unreadable image is on the side of its key, and counts as
-    broken there. A damaged file counts on both sides. If files change later, the part
-    raises an error: split again. Changes are not noticed in image files that a table or
-    folder names, or in objects of the same length.
+    broken there. Samples that a damaged file has lost count on both sides. If files
+    change later, the part raises an error: split again. Changes are not noticed in
+    image files that a table or folder names, or in objects of the same length.
 
     Example:
 

@@ -67,14 +67,14 @@ class ImageTextDataset(Stream):
     def __init__(self, batches: Batches):
         self._batches = batches
         self.start, self.waited, self.unused_captions = 0, 0.0, 0
-        self.skipped = SkippedSamples(batches.indexes, batches.max_skipped)
-        self.skipped.report_index(batches.num_samples)
+        self.process = batches.process
+        self.skipped = self._new_skipped()
+        self.skipped.report_index()
         self.batch_size = batches.batch_size
         self.num_samples = batches.num_samples
         self.training = batches.training
         self.element_spec = batches.element_spec
         self.tokenizer = batches.captions.tokenizer
-        self.process = batches.process
         labels = batches.fields.labels
         self.class_names = list((labels and labels.numbers) or ())
         if self.training:
@@ -155,8 +155,7 @@ class ImageTextDataset(Stream):
 
     def __iter__(self) -> Generator[dict[str, np.ndarray], None, None]:
         process = os.getpid()
-        indexes, max_skipped = self._batches.indexes, self._batches.max_skipped
-        self.skipped = skipped = SkippedSamples(indexes, max_skipped)
+        self.skipped = skipped = self._new_skipped()
         self.unused_captions = 0
         workers = self._batches.num_workers
         size = self._batches.rows * math.prod(self.element_spec["images"].shape[1:])
@@ -190,14 +189,19 @@ class ImageTextDataset(Stream):
         finally:
             close()
 
+    def _new_skipped(self):
+        """Returns the counts of a pass that begins."""
+        batches = self._batches
+        lengths = [math.ceil(length / self.process[1]) for length in batches.lengths]
+        return SkippedSamples(
+            batches.indexes, batches.max_skipped, batches.names, lengths
+        )
+
     def _finished(self, batch, skipped):
         """Counts the broken samples of a batch, and adds what workers cannot make."""
-        faults, unused = batch.pop(REPORT)
+        found, unused = batch.pop(REPORT)
         self.unused_captions += unused
-        # In training, broken samples have been replaced.
-        rows = len(batch["images"]) + (0 if self.training else len(faults))
-        total = self.num_samples // self.process[1]
-        skipped.report(faults, rows, total)
+        skipped.report(found)
         # A Keras layer cannot run in worker processes.
         if TEXTS in batch:
             captions = self._batches.captions
@@ -227,31 +231,38 @@ class SkippedSamples:
     starts with the counts of the index.
 
     Args:
-        indexes: List of `Index` and `ObjectIndex`.
-        max_share: Float. The fraction of samples that may be broken.
+        indexes: List of `Index` and `ObjectIndex`, one for each source.
+        max_share: Float. The fraction of the samples of each source that may be broken.
+        names: List of strings, the names of the sources in messages.
+        lengths: List of integers. The number of samples of each source in a pass.
 
     Attributes:
-        max_share: Float. The fraction of samples that may be broken.
+        max_share: Float. The fraction of the samples of each source that may be broken.
         by_reason: Dictionary from each reason, a string, to the number of samples.
         examples: Dictionary from each reason to a list of the first 20 samples, tuples
             of `shard`, `key`, `reason` and `details`. The keys of samples that the
             index left out are read from the shards at each access.
     """
 
-    def __init__(self, indexes: Sequence[Any] = (), max_share: float = 1.0):
+    def __init__(
+        self,
+        indexes: Sequence[Any] = (),
+        max_share: float = 1.0,
+        names: Sequence[str] = (),
+        lengths: Sequence[int] = (),
+    ):
         self.max_share = max_share
-        self._indexes = indexes
-        self._counts = collections.Counter()
-        for index in indexes:
-            self._counts.update(index.faults)
+        self._indexes, self._names, self._lengths = indexes, names, lengths
+        # Of each source: the faults, the samples that were read, the broken of a pass.
+        self._counts = [collections.Counter(index.faults) for index in indexes]
+        self._read, self._broken = collections.Counter(), {}
         # Of the samples that turned out to be broken.
         self._examples = collections.defaultdict(list)
-        self._read, self._broken = 0, set()
-        self._taken = self._counts.total()
+        self._taken = self.count
 
     @property
     def by_reason(self) -> dict[str, int]:
-        return dict(sorted(self._counts.items()))
+        return dict(sorted(sum(self._counts, collections.Counter()).items()))
 
     @property
     def examples(self) -> dict[str, list[Any]]:
@@ -265,84 +276,79 @@ class SkippedSamples:
     @property
     def count(self) -> int:
         """Integer. The number of broken samples."""
-        return self._counts.total()
+        return sum(self.by_reason.values())
 
     def reasons(self) -> str:
         """Returns the reasons with their counts."""
-        return ", ".join(f"{reason}: {n}" for reason, n in self.by_reason.items())
+        return _listed(self.by_reason)
 
-    def add(self, fault: Any) -> None:
+    def add(self, fault: Any, source: int = 0) -> None:
         """Counts a broken sample.
 
         Args:
             fault: `Fault`.
+            source: Integer. The number of its source.
         """
-        self._counts[fault.reason] += 1
+        self._counts[source][fault.reason] += 1
         examples = self._examples[fault.reason]
         if len(examples) < MAX_EXAMPLES:
             examples.append(fault)
 
-    def report_index(self, num_samples: int) -> None:
-        """Warns about samples left out of the index, or raises an error for too many.
-
-        Args:
-            num_samples: Integer. The number of intact samples.
-        """
-        count = self._counts.total()
-        total = count + num_samples
-        if not count:
-            return
-        examples = itertools.chain(*(index.examples(1) for index in self._indexes))
-        message = (
-            f"{count} of {total} samples of `source` are broken ({self.reasons()}), "
-            f"such as {next(examples)}"
-        )
-        self._check(message, count, total)
+    def report_index(self) -> None:
+        """Warns about samples that the indexes left out, or raises an error."""
         # Imported here, since worker processes import this module without Keras.
         from keras_cluster_mask.distribution import is_main_process
 
-        if is_main_process():
-            # Show the line that called `image_text_dataset`.
-            warnings.warn(f"{message}. They are left out.", stacklevel=4)
+        for source, index in enumerate(self._indexes):
+            count = index.faults.total()
+            if not count:
+                continue
+            total = count + len(index)
+            message = (
+                f"{count} of {total} samples of {self._names[source]} are broken "
+                f"({_listed(index.faults)}), such as {next(index.examples(1))}"
+            )
+            self._check(source, message, count, total)
+            if is_main_process():
+                # Show the line that called `image_text_dataset`.
+                warnings.warn(f"{message}. They are left out.", stacklevel=4)
 
-    def report(self, faults: Sequence[Any], read: int, total: int) -> None:
-        """Counts the samples of a batch, and warns about the first broken one.
+    def report(self, found: Sequence[tuple[int, Any]]) -> None:
+        """Counts the samples of a batch, and warns about the first broken one of all.
 
-        Raises an error as soon as a pass has too many.
+        Raises an error as soon as a pass over a source has too many.
 
         Args:
-            faults: List of `Fault`.
-            read: Integer. The number of samples, intact or broken.
-            total: Integer. The number of samples in a pass.
+            found: List of pairs for the samples that were read: the number of the
+                source, and the `Fault`, or `None` for an intact sample.
         """
-        if self._read >= total:
-            self._read, self._broken = 0, set()
-        self._read += read
-        if not faults:
-            return
-        message = f"A sample is broken: {faults[0]}"
-        is_first = not self._examples
-        # Rounds of whole batches may read a sample twice.
-        self._broken.update((x.shard, x.key or object()) for x in faults)
-        for fault in faults:
-            self.add(fault)
-        # Samples that take the places of broken ones may be more than a pass has.
-        self._check(message, len(self._broken), max(total, self._read))
-        if is_first:
-            warnings.warn(
-                f"{message}. It was skipped; others may follow without a warning, "
-                "`dataset.skipped` counts them.",
-                stacklevel=2,
-            )
+        for source, fault in found:
+            length = self._lengths[source]
+            if self._read[source] % length == 0:
+                self._broken[source] = set()
+            self._read[source] += 1
+            if fault is None:
+                continue
+            message, is_first = f"A sample is broken: {fault}", not self._examples
+            self.add(fault, source)
+            # A pass that begins within an epoch may read a sample twice.
+            self._broken[source].add((fault.shard, fault.key or object()))
+            self._check(source, message, len(self._broken[source]), length)
+            if is_first:
+                warnings.warn(
+                    f"{message}. It was skipped; others may follow without a warning, "
+                    "`dataset.skipped` counts them.",
+                    stacklevel=2,
+                )
 
-    def _check(self, message, broken, total):
-        """Raises an error if too many samples are broken."""
+    def _check(self, source, message, broken, total):
+        """Raises an error if too many samples of a source are broken."""
         if broken > self.max_share * total:
             raise ValueError(
-                f"{message}. More than {100 * self.max_share:.3g} % of the samples are "
-                "broken. Repair `source`, or pass a larger `max_skipped`. Received: "
-                f"max_skipped={self.max_share}, {broken} broken of {total} samples, "
-                f"{self.reasons()}"
+                f"{message}. More than {100 * self.max_share:.3g} % of the samples of "
+                f"{self._names[source]} are broken. Repair it, or pass a larger "
+                f"`max_skipped`. Received: max_skipped={self.max_share}, {broken} "
+                f"broken of {total} samples, {_listed(self._counts[source])}"
             )
 
     def take_new(self) -> int:
@@ -353,6 +359,10 @@ class SkippedSamples:
     def __repr__(self):
         reasons = f", {self.reasons()}" if self.count else ""
         return f"<SkippedSamples count={self.count}{reasons}>"
+
+
+def _listed(counts):
+    return ", ".join(f"{reason}: {n}" for reason, n in sorted(counts.items()))
 
 
 def num_processors():

@@ -110,16 +110,19 @@ def broken_tar(write_tar, noise, broken):
     return write_tar("broken.tar", pairs_of(images))
 
 
-def test_training_replaces_a_broken_sample_by_another_of_its_batch(write_tar, noise):
+def test_training_replaces_a_broken_sample_by_any_other(write_tar, noise):
     broken = {3, 4, 5, 20}
     expected = take(make(broken_tar(write_tar, noise, {}), True, batch_size=8), 9)
     dataset = make(broken_tar(write_tar, noise, broken), True, batch_size=8)
+    others = set()
     for batch, intact in zip(take(dataset, 9), expected, strict=True):
         keys, wanted = batch["keys"].tolist(), intact["keys"].tolist()
-        assert {*keys} == {key for key in wanted if int(key) not in broken}
         # The rows that are intact keep their places.
         changed = [want for key, want in zip(keys, wanted) if key != want]
         assert changed == [want for want in wanted if int(want) in broken]
+        others |= {*keys} - {*wanted}
+    # Another row of the batch would be there twice.
+    assert others
 
 
 def test_each_sample_that_stands_in_is_cropped_on_its_own(write_tar, noise):
@@ -131,7 +134,7 @@ def test_each_sample_that_stands_in_is_cropped_on_its_own(write_tar, noise):
 
 def test_a_batch_of_broken_samples_is_an_error_in_training(write_tar, noise):
     shard = broken_tar(write_tar, noise, {*range(24)})
-    with pytest.raises(RuntimeError, match=r"'\d\d' of .*others of its batch"):
+    with pytest.raises(RuntimeError, match=r"'\d\d' of .*24 drawn in its place"):
         take(make(shard, True), 1)
 
 

@@ -134,7 +134,7 @@ def test_storage_that_dies_in_training_ends_the_run_within_four_minutes(
     with threads:
         with (
             pytest.warns(UserWarning, match=f"storage://{path}: {reason} 50") as told,
-            pytest.raises(SampleError, match=rf"{reason} .*; 63 others"),
+            pytest.raises(SampleError, match=rf"{reason} .*; 63 drawn"),
         ):
             dataset._batches.read(threads, 0)
         assert len(told) == 1

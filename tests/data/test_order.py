@@ -74,6 +74,8 @@ def test_sampling_chooses_the_samples_of_each_epoch(block_size):
         received = read(order, len(expected), first)
         assert sorted(received) == expected.tolist()
         assert received != expected.tolist()
+        drawn = order.draw(number, 99, np.random.default_rng(0))
+        assert sorted(drawn) == [(0, sample) for sample in expected]
         assert order.place(first) == (number, 0)
         assert order.place(first + len(expected) - 1) == (number, len(expected) - 1)
         first += len(expected)

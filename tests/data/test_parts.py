@@ -85,7 +85,7 @@ def test_a_damaged_part_is_built_again(source, scanned):
         lambda content: content + b"\0",
         lambda content: b"[1]\n" + content,
         lambda content: b"\xff" * 100,
-        lambda content: content.replace(b'"version": 5', b'"version": 4'),
+        lambda content: content.replace(b'"version": 6', b'"version": 5'),
         lambda content: content.replace(b'"digest"', b'"digits"'),
     ):
         scanned.clear()

@@ -131,6 +131,15 @@ def test_keys_need_no_image_and_unreadable_images_follow_their_keys(encode):
         assert len(train | test) == len(train) + len(test) == 20
 
 
+def test_samples_that_a_damaged_shard_has_lost_count_on_both_sides(write_pairs):
+    path = write_pairs("a.tar", 0, 200)
+    # Half of its samples.
+    path.write_bytes(path.read_bytes()[:204_800] + b"-" * 204_800)
+    for part in split(path, 0.25):
+        lost = check(part)["by_reason"]["damaged shard"]
+        assert lost == pytest.approx(len(part), abs=2)
+
+
 def test_broken_samples_are_counted_on_one_side(write_tar, noise):
     members = pairs_of([noise(n) for n in range(20)])
     for n in range(20):

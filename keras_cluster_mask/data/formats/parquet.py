@@ -44,7 +44,9 @@ class Parquet(Format):
         number = 0
         with _open(path) as file:
             for group in range(file.num_row_groups):
-                table = _intact(path, file.read_row_group, group)
+                # The metadata at the end of the file has the number of all rows.
+                share = number and number / file.metadata.num_rows
+                table = _intact(path, file.read_row_group, group, share=share)
                 for place in range(table.num_rows):
                     row = _intact(path, table.slice(place, 1).to_pylist)[0]
                     key, fields = self.parse(row, number, None)
@@ -91,7 +93,7 @@ def _open(path):
         yield _intact(path, pq.ParquetFile, file.raw)
 
 
-def _intact(path, read, *arguments):
+def _intact(path, read, *arguments, share=0.0):
     """Calls a function of pyarrow, and raises `DamagedShard` if it fails."""
     try:
         return read(*arguments)
@@ -101,7 +103,7 @@ def _intact(path, read, *arguments):
     except Exception as error:
         if getattr(error, "errno", None) is not None:
             raise
-        raise DamagedShard(path, None, str(error)) from error
+        raise DamagedShard(path, None, str(error), share) from error
 
 
 @functools.lru_cache(OPEN_GROUPS)

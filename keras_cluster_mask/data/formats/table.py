@@ -86,7 +86,7 @@ class Table(Format):
         line = file.readline(MAX_ROW)
         row, fault = self._cells([line.removeprefix(b"\xef\xbb\xbf")])
         if fault:
-            raise DamagedShard(path, None, f"its first line is {fault}")
+            raise DamagedShard(path, None, f"its first line is {fault}", 0.0)
         return [name.strip() for name in row]
 
     def _rows(self, file, columns):

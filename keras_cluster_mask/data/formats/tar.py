@@ -30,7 +30,8 @@ class Tar(Format):
     noun = "shard"
 
     def scan(self, path):
-        last = None
+        # A truncated file does not show how large it was.
+        last, share = None, 0.0
         try:
             with files.open_file(path) as file:
                 # First, since it discards what has been read ahead.
@@ -39,7 +40,7 @@ class Tar(Format):
                 archive = tarfile.TarFile(fileobj=file, tarinfo=_Header)
                 for entry in _samples(archive, length):
                     yield entry
-                    last = entry.key
+                    last, share = entry.key, sum(entry.place) / length
                 file.seek(archive.offset + BLOCK)
                 rest = file.read(MAX_PADDING + 1)
                 # A header overwritten with zeros looks like the end mark.
@@ -57,7 +58,9 @@ class Tar(Format):
                     "`tf.data.TFRecordDataset`, and pass its batches to `fit`. "
                     f"Received: source={path!r}"
                 ) from error
-            raise DamagedShard(path, last, str(error)) from error
+            if isinstance(error, EOFError):
+                share = 0.0
+            raise DamagedShard(path, last, str(error), share) from error
 
     def parse(self, content, number, context):
         archive = tarfile.TarFile(fileobj=io.BytesIO(content), tarinfo=_Header)
@@ -81,8 +84,8 @@ def _samples(archive, length):
         archive.members.clear()
         if archive.offset <= member.offset:
             raise tarfile.ReadError(f"{member.name} has an invalid size")
-        if member.offset_data + member.size > length:
-            raise tarfile.ReadError("it is truncated within a file")
+        if archive.offset > length:
+            raise EOFError("it is truncated within a file")
         key, field = _key_and_field(member)
         if not field:
             continue
@@ -130,7 +133,8 @@ class _Header(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             # Even an empty archive ends with two blocks of zeros.
-            raise tarfile.ReadError(f"no file or end mark follows: {error}") from error
+            kind = tarfile.ReadError if archive.fileobj.read(1) else EOFError
+            raise kind(f"no file or end mark follows: {error}") from error
 
 
 def _key_and_field(member):

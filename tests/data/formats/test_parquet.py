@@ -75,8 +75,9 @@ def test_truncated_files_and_damaged_pages_are_damage(write, scan):
     content[120_000:129_000] = b"\xff" * 9000
     path.write_bytes(content)
     keys = []
-    with pytest.raises(DamagedShard, match=r"x\.parquet is damaged"):
+    with pytest.raises(DamagedShard, match=r"x\.parquet is damaged") as error:
         keys.extend(scan(path))
+    assert error.value.args[3] == 20 / 50
     assert keys == [f"{i:08}" for i in range(20)]
 
 
