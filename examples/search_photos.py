@@ -6,16 +6,23 @@
 The model is a `.keras` file of this library, or a preset of keras_hub for those who
 train nothing: CLIP or SigLIP 2, by name or as a folder. The first start embeds all
 photographs and keeps their embeddings; the next one embeds what is new or has changed.
-The page is on this machine alone, and asks no other for anything.
+The page is on this machine alone, asks no other for anything, and is closed to other
+web sites.
 """
 
 import argparse
+import asyncio
 import atexit
+import contextlib
 import hashlib
+import html
 import os
+import re
 import signal
 import sys
 import tempfile
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -29,12 +36,27 @@ import gradio as gr
 import keras
 import numpy as np
 from PIL import Image, ImageOps
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse
 
 import keras_cluster_mask as kcm
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 CACHE = Path.home() / ".cache" / "keras_cluster_mask" / "search"
 AT_A_TIME, THUMBNAIL, MAX_CHARACTERS = 32, 384, 1000
+# Any port, because SSH may forward another one.
+HOSTS = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
+MAX_BYTES, MAX_AGE = 20 * 2**20, 3600
+# Without a second scroll bar, and with whole names where the mouse is.
+CSS = """.grid-wrap { max-height: none !important; }
+.gallery-item:hover .caption-label { opacity: 1; white-space: normal; }"""
+# With this header, a browser asks no other host, whatever the page contains.
+POLICY = (
+    b"content-security-policy",
+    b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:",
+)
 
 
 def main():
@@ -56,11 +78,16 @@ def main():
         raise SystemExit(f"There is no photograph in {options.photos}.")
     # The copies of photographs are deleted in this case, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    threading.Thread(target=delete_old_copies, daemon=True).start()
+    print(f"The page is http://127.0.0.1:{options.port}")
     page(index).launch(
         server_name="127.0.0.1",
         server_port=options.port,
         share=False,
         ssr_mode=False,
+        quiet=True,
+        app_kwargs={"middleware": [Middleware(Guard)]},
+        css=CSS,
         # Gradio's own fonts come from the web.
         theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]),
         footer_links=[],
@@ -72,6 +99,69 @@ def load_model(name):
     if name.endswith(".keras"):
         return keras.saving.load_model(name)
     return kcm.ContrastiveModel.from_preset(name)
+
+
+class Guard:
+    """Refuses requests of other web sites, and large ones.
+
+    The name of a site may point at 127.0.0.1. A browser then sends this name as `Host`.
+    For requests from a page of another site, it sends that site as `Origin`.
+
+    Args:
+        app: The ASGI application.
+    """
+
+    def __init__(self, app):
+        self.app, self.uploading = app, asyncio.Lock()
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        host, *others = headers.getlist("host") or [""]
+        origins = {*headers.getlist("origin")} - {f"http://{host}"}
+        is_own = HOSTS.fullmatch(host) and not (others or origins)
+        # The page opens no websocket.
+        if scope["type"] != "http" or not is_own:
+            refused = PlainTextResponse("Open the page as 127.0.0.1 or localhost.", 403)
+            return await refused(scope, receive, send)
+        is_upload = scope["path"].endswith("/upload")
+        async with self.uploading if is_upload else contextlib.nullcontext():
+            await self.pass_on(scope, receive, send)
+
+    async def pass_on(self, scope, receive, send):
+        """Calls the application once the request is complete.
+
+        If an upload ends early, Gradio leaves a file behind.
+        """
+        body = bytearray()
+        with contextlib.suppress(ClientDisconnect):
+            async for part in Request(scope, receive).stream():
+                body += part
+                if len(body) > MAX_BYTES:
+                    refused = PlainTextResponse("A file may have at most 20 MiB.", 413)
+                    return await refused(scope, receive, send)
+            messages = iter([{"type": "http.request", "body": bytes(body)}])
+
+            async def received():
+                return next(messages, None) or await receive()
+
+            async def sent(message):
+                if message["type"] == "http.response.start":
+                    message["headers"] = [*message["headers"], POLICY]
+                await send(message)
+
+            await self.app(scope, received, sent)
+
+
+def delete_old_copies():
+    """Deletes thumbnails and uploads that are an hour old, for as long as it runs."""
+    while True:
+        for file in Path(_copies.name).rglob("*"):
+            with contextlib.suppress(OSError):
+                if file.is_file() and time.time() - file.stat().st_mtime > MAX_AGE:
+                    file.unlink()
+        time.sleep(MAX_AGE / 60)
 
 
 class Index:
@@ -176,7 +266,8 @@ def page(index):
                 with Image.open(index.folder / name) as image:
                     image = ImageOps.exif_transpose(image).convert("RGBA")
             except OSError:
-                gr.Warning(f"{name} cannot be read any more.")
+                # Gradio shows messages as HTML.
+                gr.Warning(html.escape(f"{name} cannot be read any more."))
                 continue
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             shown.append((image, caption))
@@ -189,13 +280,13 @@ def page(index):
     def by_words(words, count):
         return nearest(index.model.encode_text([checked(words)])[0], count)
 
-    def by_photo(path, count):
-        if path is None:
-            return []
+    def by_photo(upload, count):
         try:
-            (query,) = index.model.encode_image([path])
+            (query,) = index.model.encode_image([upload["path"]])
         except (OSError, ValueError) as error:
             raise gr.Error("This file is not an image.") from error
+        finally:
+            Path(upload["path"]).unlink(missing_ok=True)
         return nearest(query, count)
 
     def by_classes(words, count):
@@ -222,14 +313,18 @@ def page(index):
     with gr.Blocks(title="Search photographs") as made:
         gr.Markdown(f"# Search {num_photos:,} photographs")
         if index.broken:
-            listed = ", ".join(index.broken[:10])
-            gr.Markdown(f"Files that are not images: {len(index.broken)} ({listed})")
+            # A name may look like Markdown or HTML, which a text box shows as text.
+            gr.Textbox(
+                ", ".join(index.broken[:10]),
+                label=f"Files that are not images: {len(index.broken)}",
+                interactive=False,
+            )
         count = gr.Slider(1, 60, 12, step=1, label="Photographs, best first")
         with gr.Tab("A sentence"):
             words = gr.Textbox(label="Sentence", placeholder="a dog in the snow")
         with gr.Tab("A photograph"):
             # A `gr.Image` would convert the file, and show no message for a broken one.
-            photo = gr.File(label="Photograph", file_types=["image"], height=140)
+            photo = gr.File(label="Photograph", height=140)
         with gr.Tab("Classes"):
             classes = gr.Textbox(label="Classes", placeholder="dogs, boats, people")
         options = dict(
@@ -238,7 +333,9 @@ def page(index):
         gallery = gr.Gallery(show_label=False, **options)
         for box, search in ((words, by_words), (classes, by_classes)):
             box.submit(search, [box, count], gallery, api_visibility="private")
-        photo.upload(by_photo, [photo, count], gallery, api_visibility="private")
+        # Of each upload that Gradio prepares for a function, an empty file stays.
+        options = dict(preprocess=False, api_visibility="private")
+        photo.upload(by_photo, [photo, count], gallery, **options)
     return made
 
 

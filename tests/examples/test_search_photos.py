@@ -1,6 +1,8 @@
 """The search in photographs: its index, and its page in a browser."""
 
+import asyncio
 import contextlib
+import http.client
 import os
 import re
 import shutil
@@ -43,9 +45,12 @@ def model():
     return kcm.ContrastiveModel.from_backbone(backbone, tokenizer=tokenizer)
 
 
+def files_in(folder):
+    return sorted(x for x in folder.rglob("*") if x.is_file())
+
+
 def names_of(folder):
-    files = sorted(folder.rglob("*.*"))
-    return [str(x.relative_to(folder)) for x in files if x.is_file()]
+    return [str(x.relative_to(folder)) for x in files_in(folder)]
 
 
 def test_only_new_and_changed_photographs_are_embedded_again(
@@ -92,8 +97,14 @@ def test_only_new_and_changed_photographs_are_embedded_again(
     assert len(read) == 64
 
 
+# Runs the program, whose uploads are old after a second.
+PROGRAM = """import search_photos
+search_photos.MAX_AGE = 1
+search_photos.main()"""
+
+
 @contextlib.contextmanager
-def serving(model, photos, tmp_path):
+def serving(model, photos, tmp_path, program=None):
     """Runs the program; yields the address of its page and the folder of copies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -101,9 +112,12 @@ def serving(model, photos, tmp_path):
     copies = tmp_path / "temporary"
     copies.mkdir()
     arguments = [model, photos, f"--cache={tmp_path / 'cache'}", f"--port={port}"]
+    examples = ROOT / "examples"
+    start = ["-c", program] if program else [examples / "search_photos.py"]
+    path = f"{ROOT}{os.pathsep}{examples}"
     program = subprocess.Popen(
-        [sys.executable, ROOT / "examples" / "search_photos.py", *arguments],
-        env={**os.environ, "TMPDIR": str(copies), "PYTHONPATH": str(ROOT)},
+        [sys.executable, *start, *arguments],
+        env={**os.environ, "TMPDIR": str(copies), "PYTHONPATH": path},
     )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -126,19 +140,35 @@ def browser():
 
     path = shutil.which("chromium") or shutil.which("google-chrome")
     assert path, "These tests need Chromium: apt-get install chromium."
-    options = ["--no-sandbox", "--disable-background-networking"]
+    rule = "--host-resolver-rules=MAP *.example 127.0.0.1"
+    options = ["--no-sandbox", "--disable-background-networking", rule]
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=path, args=options)
 
 
-@pytest.mark.parametrize("kind", ["file", "preset"])
+# Markdown or HTML asks another host, and the page shows text.
+NAMES = [
+    "{}![](http:&#47;&#47;one.example&#47;x).jpg",
+    "{}<img src='http:&#47;&#47;two.example&#47;x'>.jpg",
+    '{}<img src="http:\\\\three.example\\x">.jpg',
+]
+
+
+@pytest.mark.parametrize("kind", ["file", "preset with names that are HTML"])
 def test_the_page_ranks_as_the_embeddings_do(kind, model, photos, tmp_path, browser):
     from playwright.sync_api import expect
 
     path = tmp_path / ("model.keras" if kind == "file" else "preset")
-    model.save(path) if kind == "file" else model.save_to_preset(path)
-    (photos / "text.jpg").write_text("no image")
-    names = [name for name in names_of(photos) if name != "text.jpg"]
+    no_image = "text.jpg"
+    if kind == "file":
+        model.save(path)
+    else:
+        model.save_to_preset(path)
+        for number, name in enumerate(names_of(photos)):
+            (photos / name).rename(photos / NAMES[number % 3].format(number))
+        no_image = "".join(NAMES).format("a", "b", "c")
+    names = names_of(photos)
+    (photos / no_image).write_text("no image")
     images = model.encode_image([photos / name for name in names])
 
     def best(query, count):
@@ -156,7 +186,7 @@ def test_the_page_ranks_as_the_embeddings_do(kind, model, photos, tmp_path, brow
             expect(captions).to_have_text(ends, timeout=30_000)
 
         page.get_by_text("Search 64 photographs").wait_for()
-        page.get_by_text("text.jpg").wait_for()
+        expect(page.get_by_label("not images")).to_have_value(no_image)
         for words in ("a red boat", "blue"):
             (query,) = model.encode_text([words])
             page.get_by_label("Sentence").fill(words)
@@ -173,8 +203,10 @@ def test_the_page_ranks_as_the_embeddings_do(kind, model, photos, tmp_path, brow
         page.set_input_files("input[type=file]", photos / names[7])
         query = images[7]
         shows(best(query, 12))
+        # Thumbnails alone.
+        assert {x.name for x in files_in(copies)} == {"image.webp"}
         page.get_by_label("Clear").first.click()
-        page.set_input_files("input[type=file]", photos / "text.jpg")
+        page.set_input_files("input[type=file]", photos / no_image)
         page.get_by_text("not an image").first.wait_for()
 
         # A photograph that is gone is left out.
@@ -188,14 +220,106 @@ def test_the_page_ranks_as_the_embeddings_do(kind, model, photos, tmp_path, brow
         shows(best(query, 12)[1:])
 
         page.get_by_role("tab", name="Classes").click()
-        page.get_by_label("Classes").fill("red, blue")
+        page.get_by_label("Classes").fill(f"red, {NAMES[1]}")
         page.keyboard.press("Enter")
-        page.get_by_text(re.compile(r"^(red|blue) ")).first.wait_for()
+        kinds = re.compile(rf"^(red|{re.escape(NAMES[1])}) ")
+        page.get_by_text(kinds).first.wait_for()
 
         hosts = {url.split("/")[2] for url in requested if url.startswith("http")}
         assert hosts == {address.removeprefix("http://")}
-        assert any(copies.rglob("*.webp"))
         for outside in ("/etc/passwd", photos.parent / "model.keras"):
             with pytest.raises(urllib.error.HTTPError, match=r"403|404"):
                 urllib.request.urlopen(f"{address}/gradio_api/file={outside}")
-    assert not [*copies.rglob("*.*")]
+    assert not files_in(copies)
+
+
+def status_of(address, path="/", body=None, **headers):
+    """Returns the status of an answer."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"))
+    with contextlib.closing(connection):
+        connection.request("POST" if body else "GET", path, body, headers)
+        return connection.getresponse().status
+
+
+PATHS = "/", "/config", "/gradio_api/upload", "/gradio_api/queue/join"
+MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
+START = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+END = b"\r\n--x--\r\n"
+
+
+def test_other_web_sites_and_large_uploads_are_refused(
+    model, photos, tmp_path, browser
+):
+    model.save(tmp_path / "model.keras")
+    with serving(tmp_path / "model.keras", photos, tmp_path, PROGRAM) as served:
+        address, copies = served
+        host = address.removeprefix("http://")
+        port = host.split(":")[1]
+        # SSH may forward another port.
+        for own in (host, f"localhost:{port}", "[::1]:8888", "127.0.0.1"):
+            assert status_of(address, Host=own, Origin=f"http://{own}") == 200
+        for headers in (
+            {"Host": f"evil.example:{port}", "Origin": f"http://evil.example:{port}"},
+            {"Host": "127.0.0.1.evil.example"},
+            {"Host": "localhost@evil.example"},
+            {"Host": ""},
+            {"Origin": "http://evil.example"},
+            {"Origin": "http://127.0.0.1:1"},
+            {"Origin": f"https://{host}"},
+            {"Origin": "null"},
+        ):
+            for path in PATHS:
+                for body in (None, START + END):
+                    assert status_of(address, path, body, **headers) == 403
+        # The name of a site that points at this machine, as in DNS rebinding.
+        page = browser.new_page()
+        assert page.goto(f"http://evil.example:{port}").status == 403
+        page.evaluate(
+            """address => {
+                const body = new FormData();
+                body.append("files", new Blob(["no image"]), "a.jpg");
+                return fetch(address, {method: "POST", mode: "no-cors", body});
+            }""",
+            f"{address}/gradio_api/upload",
+        )
+        # A request of known length, and one in chunks.
+        megabyte, large = b"x" * 2**20, tmp_path / "large.jpg"
+        for size, as_body in ((20, b"".join), (90, iter)):
+            body = as_body([START, *[megabyte] * size, END])
+            assert status_of(address, PATHS[2], body, **MULTIPART) == 413
+        page.goto(address)
+        page.get_by_role("tab", name="A photograph").click()
+        large.write_bytes(megabyte * 21)
+        page.set_input_files("input[type=file]", large)
+        page.get_by_text("at most 20 MiB").first.wait_for()
+        assert not files_in(copies)
+
+        # What nobody uses, and what ends early, is deleted after a while.
+        for body in (START + megabyte * 19 + END, START + b"no end"):
+            assert status_of(address, PATHS[2], body, **MULTIPART) == 200
+        assert len(files_in(copies)) == 2
+        for _ in range(100):
+            time.sleep(0.1 if files_in(copies) else 0)
+        assert not files_in(copies)
+
+
+def test_the_guard_lets_one_upload_through_at_a_time():
+    import search_photos
+
+    async def app(*_):
+        events.append("start")
+        await asyncio.sleep(0)
+        events.append("end")
+
+    async def receive():
+        return {"type": "http.request"}
+
+    async def run():
+        guard = search_photos.Guard(app)
+        scope = {"type": "http", "path": "/gradio_api/upload"}
+        scope["headers"] = [(b"host", b"localhost")]
+        await asyncio.gather(*[guard(scope, receive, None) for _ in "12"])
+
+    events = []
+    asyncio.run(run())
+    assert events == ["start", "end"] * 2
