@@ -13,17 +13,19 @@ web sites.
 import argparse
 import asyncio
 import atexit
+import collections
 import contextlib
 import hashlib
 import html
+import json
 import os
 import re
 import signal
+import stat
 import sys
 import tempfile
 import threading
 import time
-import zlib
 from pathlib import Path
 
 # Read when Gradio is imported.
@@ -43,7 +45,14 @@ from starlette.responses import PlainTextResponse
 
 import keras_cluster_mask as kcm
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+with contextlib.suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+# Images that Pillow opens here: no videos, tables or PostScript.
+TYPES = {x: Image.MIME.get(y, "") for x, y in Image.registered_extensions().items()}
+SUFFIXES = {suffix for suffix, kind in TYPES.items() if kind.startswith("image/")}
 CACHE = Path.home() / ".cache" / "keras_cluster_mask" / "search"
 AT_A_TIME, THUMBNAIL, MAX_CHARACTERS = 32, 384, 1000
 # Any port, because SSH may forward another one.
@@ -53,10 +62,8 @@ MAX_BYTES, MAX_AGE = 20 * 2**20, 3600
 CSS = """.grid-wrap { max-height: none !important; }
 .gallery-item:hover .caption-label { opacity: 1; white-space: normal; }"""
 # With this header, a browser asks no other host, whatever the page contains.
-POLICY = (
-    b"content-security-policy",
-    b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:",
-)
+SOURCES = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+POLICY = b"content-security-policy", SOURCES
 
 
 def main():
@@ -72,8 +79,8 @@ def main():
     options = parsed.parse_args()
     index = Index(load_model(options.model), options.photos, options.cache)
     index.update()
-    for name in index.broken:
-        print(f"Not an image: {name}")
+    for line in index.left_out():
+        print(line)
     if len(index.broken) == len(index.embeddings):
         raise SystemExit(f"There is no photograph in {options.photos}.")
     # The copies of photographs are deleted in this case, too.
@@ -96,9 +103,23 @@ def main():
 
 def load_model(name):
     """Loads a `.keras` file, or a preset of keras_hub."""
-    if name.endswith(".keras"):
-        return keras.saving.load_model(name)
-    return kcm.ContrastiveModel.from_preset(name)
+    try:
+        if name.endswith(".keras"):
+            model = keras.saving.load_model(name)
+        else:
+            model = kcm.ContrastiveModel.from_preset(name)
+    except (TypeError, ValueError) as error:
+        if not (found := re.search(r"Could not locate class '(\w+)'", str(error))):
+            raise
+        raise SystemExit(
+            f"{name} has the class {found[1]}. Import it in this program. If it is a "
+            "masking, search does not need it: save `model.without_masking()`."
+        ) from None
+    if getattr(model, "tokenizer", None) is None:
+        raise SystemExit(
+            f"{name} has no tokenizer. Set `model.tokenizer`, and save it."
+        )
+    return model
 
 
 class Guard:
@@ -106,9 +127,6 @@ class Guard:
 
     The name of a site may point at 127.0.0.1. A browser then sends this name as `Host`.
     For requests from a page of another site, it sends that site as `Origin`.
-
-    Args:
-        app: The ASGI application.
     """
 
     def __init__(self, app):
@@ -130,10 +148,7 @@ class Guard:
             await self.pass_on(scope, receive, send)
 
     async def pass_on(self, scope, receive, send):
-        """Calls the application once the request is complete.
-
-        If an upload ends early, Gradio leaves a file behind.
-        """
+        """Calls the application with a request that is complete."""
         body = bytearray()
         with contextlib.suppress(ClientDisconnect):
             async for part in Request(scope, receive).stream():
@@ -174,27 +189,33 @@ class Index:
 
     Attributes:
         embeddings: Dictionary from the name of a photograph to its embedding, or `None`
-            if the file is no image.
+            if the file cannot be read as an image.
+        other_kinds: Dictionary from the suffixes of all other files to their number.
     """
 
     def __init__(self, model, folder, cache=CACHE):
         if not folder.is_dir():
             raise SystemExit(f"There is no folder {folder}.")
         self.model, self.folder = model, folder.resolve()
-        weights = 0
-        for weight in map(keras.ops.convert_to_numpy, model.weights):
-            weights = zlib.crc32(np.ascontiguousarray(weight), weights)
-        name = hashlib.sha256(f"{self.folder} {weights}".encode()).hexdigest()[:16]
-        self.file = cache / f"{name}.npz"
-        self.embeddings = {}
+        config = keras.saving.serialize_keras_object(model.get_config())
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        digest.update(os.fsencode(self.folder))
+        for weight in model.weights:
+            digest.update(keras.ops.convert_to_numpy(weight).tobytes())
+        self.file = cache / f"{digest.hexdigest()[:16]}.npz"
+        self.embeddings, self.other_kinds = {}, {}
 
     def update(self):
         """Embeds photographs that are new or have changed, with a progress bar."""
-        files = [x for x in self.folder.rglob("*") if x.suffix.lower() in SUFFIXES]
-        now = {str(x.relative_to(self.folder)): version_of(x) for x in sorted(files)}
-        self.embeddings = {
-            name: row for name, (at, row) in self._read().items() if now.get(name) == at
-        }
+        files = [x for x in self.folder.rglob("*") if not os.path.isdir(x)]
+        kinds = collections.Counter(x.suffix.lower() for x in files).most_common()
+        self.other_kinds = {kind: n for kind, n in kinds if kind not in SUFFIXES}
+        files = sorted(x for x in files if x.suffix.lower() in SUFFIXES)
+        now = {str(x.relative_to(self.folder)): version_of(x) for x in files}
+        self.embeddings = {name: None for name, version in now.items() if not version}
+        for name, (version, row) in self._read().items():
+            if version and now.get(name) == version:
+                self.embeddings[name] = row
         new = [name for name in now if name not in self.embeddings]
         bar = keras.utils.Progbar(len(new), unit_name="photo")
         for start in range(0, len(new), AT_A_TIME):
@@ -205,8 +226,20 @@ class Index:
 
     @property
     def broken(self):
-        """The names of files that are no images."""
+        """The names of files that cannot be read as images."""
         return [name for name, row in self.embeddings.items() if row is None]
+
+    def left_out(self, most=None):
+        """Yields lines about files that are not searched, with so many names."""
+        if self.broken:
+            names = ", ".join(map(as_text, self.broken[:most]))
+            yield f"Not readable as images: {len(self.broken)} ({names})"
+        if self.other_kinds:
+            kinds = [f"{n} {as_text(x)}" for x, n in self.other_kinds.items()]
+            total = sum(self.other_kinds.values())
+            yield f"Of other kinds: {total} ({', '.join(kinds[:most])})"
+        if {".heic", ".heif"} & self.other_kinds.keys():
+            yield "To search HEIC: pip install pillow-heif"
 
     def best(self, query, count):
         """Returns pairs of a similarity and a name, those most similar first."""
@@ -223,36 +256,42 @@ class Index:
 
     def _read(self):
         """Returns the version and the embedding of each photograph that is known."""
-        if not self.file.exists():
+        try:
+            with np.load(self.file) as found:
+                names, versions = found["names"].tolist(), found["versions"].tolist()
+                rows = zip(versions, found["embeddings"], strict=True)
+                return dict(zip(names, rows, strict=True))
+        # NumPy raises many kinds of errors.
+        except Exception as error:
+            if not isinstance(error, FileNotFoundError):
+                print(f"{self.file} is damaged. All photographs are embedded again.")
             return {}
-        with np.load(self.file) as found:
-            rows = iter(found["embeddings"])
-            return {
-                name: (version, next(rows) if is_image else None)
-                for name, version, is_image in zip(
-                    *(found[x].tolist() for x in ("names", "versions", "is_image")),
-                    strict=True,
-                )
-            }
 
     def _write(self, versions):
-        rows = self.embeddings
+        rows = {name: x for name, x in self.embeddings.items() if x is not None}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         draft = self.file.with_suffix(".draft.npz")
         np.savez(
             draft,
             names=np.array([*rows], str),
             versions=np.array([versions[name] for name in rows], str),
-            is_image=np.array([x is not None for x in rows.values()], bool),
-            embeddings=np.array([x for x in rows.values() if x is not None]),
+            embeddings=np.array([*rows.values()]),
         )
         draft.replace(self.file)
 
 
 def version_of(path):
-    """Returns a text that changes with a file."""
-    found = path.stat()
-    return f"{found.st_size} {found.st_mtime_ns}"
+    """Returns a text that changes with a file, "" unless there is one to read."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode):
+            return f"{found.st_size} {found.st_mtime_ns}"
+    return ""
+
+
+def as_text(name):
+    """Replaces control characters, and bytes that are not UTF-8."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", name)
 
 
 def page(index):
@@ -265,9 +304,9 @@ def page(index):
             try:
                 with Image.open(index.folder / name) as image:
                     image = ImageOps.exif_transpose(image).convert("RGBA")
-            except OSError:
+            except Exception:
                 # Gradio shows messages as HTML.
-                gr.Warning(html.escape(f"{name} cannot be read any more."))
+                gr.Warning(html.escape(f"{as_text(name)} cannot be read any more."))
                 continue
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             shown.append((image, caption))
@@ -275,7 +314,9 @@ def page(index):
 
     def nearest(query, count):
         found = index.best(query, int(count))
-        return photos_of([(name, f"{score:.3f}  {name}") for score, name in found])
+        return photos_of(
+            [(name, f"{score:.3f}  {as_text(name)}") for score, name in found]
+        )
 
     def by_words(words, count):
         return nearest(index.model.encode_text([checked(words)])[0], count)
@@ -303,7 +344,7 @@ def page(index):
                 found[names[best]].append((scores[best], name))
         return photos_of(
             [
-                (name, f"{kind}  {score:.3f}  {name}")
+                (name, f"{kind}  {score:.3f}  {as_text(name)}")
                 for kind, rows in found.items()
                 for score, name in sorted(rows, reverse=True)[: int(count)]
             ]
@@ -312,13 +353,9 @@ def page(index):
     num_photos = len(index.embeddings) - len(index.broken)
     with gr.Blocks(title="Search photographs") as made:
         gr.Markdown(f"# Search {num_photos:,} photographs")
-        if index.broken:
+        if left_out := "\n".join(index.left_out(most=10)):
             # A name may look like Markdown or HTML, which a text box shows as text.
-            gr.Textbox(
-                ", ".join(index.broken[:10]),
-                label=f"Files that are not images: {len(index.broken)}",
-                interactive=False,
-            )
+            gr.Textbox(left_out, label="Files that are left out", interactive=False)
         count = gr.Slider(1, 60, 12, step=1, label="Photographs, best first")
         with gr.Tab("A sentence"):
             words = gr.Textbox(label="Sentence", placeholder="a dog in the snow")

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,33 +55,43 @@ def names_of(folder):
 
 
 def test_only_new_and_changed_photographs_are_embedded_again(
-    model, photos, tmp_path, monkeypatch
+    model, photos, tmp_path, monkeypatch, capsys
 ):
     import search_photos
 
-    read, encode_image = [], model.encode_image
+    read, encode_image = [], kcm.ContrastiveModel.encode_image
 
-    def counted(paths):
-        found = encode_image(paths)
+    def counted(self, paths):
+        (photos / "deleted.jpg").unlink(missing_ok=True)
+        found = encode_image(self, paths)
         read.extend(str(x.relative_to(photos)) for x in paths)
         return found
 
-    monkeypatch.setattr(model, "encode_image", counted)
+    monkeypatch.setattr(kcm.ContrastiveModel, "encode_image", counted)
 
-    def index():
+    def index(model=model):
         read.clear()
         found = search_photos.Index(model, photos, tmp_path / "cache")
         found.update()
         return found
 
+    for name in ("a.avif", "b.JFIF", "\udcff.png"):
+        Image.new("RGB", (30, 50), "blue").save(photos / name)
     names = names_of(photos)
-    (photos / "text.jpg").write_text("no image")
+    for name in ("a.heic", "b.heic", "c.txt", "deleted.jpg", "text.jpg"):
+        (photos / name).write_text("no image")
+    (photos / "link.jpg").symlink_to("nowhere")
+    os.mkfifo(photos / "pipe.jpg")
     first = index()
     assert sorted(read) == names
-    assert first.broken == ["text.jpg"]
+    broken = ["deleted.jpg", "link.jpg", "pipe.jpg", "text.jpg"]
+    assert sorted(first.broken) == broken
+    _, kinds, remedy = first.left_out()
+    assert kinds == "Of other kinds: 3 (2 .heic, 1 .txt)"
+    assert "pillow-heif" in remedy
     again = index()
     assert not read
-    assert again.broken == ["text.jpg"]
+    assert sorted(again.broken) == broken[1:]
     np.testing.assert_array_equal(
         again.embeddings[names[3]], first.embeddings[names[3]]
     )
@@ -90,11 +101,37 @@ def test_only_new_and_changed_photographs_are_embedded_again(
     changed = index()
     assert sorted(read) == sorted([names[3], "text.jpg"])
     assert names[4] not in changed.embeddings
-    assert not changed.broken
-    # Another model has a file of its own.
+    assert sorted(changed.broken) == broken[1:3]
+    # Another model has a file of its own, and so has other preprocessing.
+    config = {"backbone": model.backbone, "tokenizer": model.tokenizer}
+    for options in ({}, {"resize": "squash"}, {"pixel_mean": [0.5] * 3}):
+        index(kcm.ContrastiveModel.from_backbone(**config, name=model.name, **options))
+        assert len(read) == (67 if options else 0)
     model.image_encoder.trainable_variables[0].assign_add([1.0])
+    file = index().file
+    assert len(read) == 67
+    file.write_bytes(file.read_bytes()[:99])
     index()
-    assert len(read) == 64
+    assert len(read) == 67
+    assert f"{file} is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["Stripes", "tokenizer"])
+def test_a_model_that_cannot_search_is_refused_in_one_line(kind, model, tmp_path):
+    import search_photos
+
+    @keras.saving.register_keras_serializable("test")
+    class Stripes(kcm.RandomMasking):
+        pass
+
+    masking = Stripes(0.5) if kind == "Stripes" else None
+    kcm.ContrastiveModel.from_backbone(model.backbone, masking).save(
+        tmp_path / "a.keras"
+    )
+    del keras.saving.get_custom_objects()["test>Stripes"]
+    with pytest.raises(SystemExit, match=kind) as error:
+        search_photos.load_model(str(tmp_path / "a.keras"))
+    assert "\n" not in str(error.value)
 
 
 # Runs the program, whose uploads are old after a second.
@@ -146,9 +183,9 @@ def browser():
         yield playwright.chromium.launch(executable_path=path, args=options)
 
 
-# Markdown or HTML asks another host, and the page shows text.
+# Markdown or HTML that asks another host, and a byte that is not UTF-8.
 NAMES = [
-    "{}![](http:&#47;&#47;one.example&#47;x).jpg",
+    "{}\udcff![](http:&#47;&#47;one.example&#47;x).jpg",
     "{}<img src='http:&#47;&#47;two.example&#47;x'>.jpg",
     '{}<img src="http:\\\\three.example\\x">.jpg',
 ]
@@ -179,14 +216,19 @@ def test_the_page_ranks_as_the_embeddings_do(kind, model, photos, tmp_path, brow
         page.on("request", lambda request: requested.append(request.url))
         page.goto(address)
 
+        def as_text(name):
+            return re.escape(name.replace("\udcff", "\ufffd"))
+
         def shows(names):
             """Waits until the page shows these photographs, in this order."""
-            ends = [re.compile(f" {re.escape(name)}\\s*$") for name in names]
+            ends = [re.compile(f" {as_text(name)}\\s*$") for name in names]
             captions = page.locator(".caption-label")
             expect(captions).to_have_text(ends, timeout=30_000)
 
         page.get_by_text("Search 64 photographs").wait_for()
-        expect(page.get_by_label("not images")).to_have_value(no_image)
+        expect(page.get_by_label("left out")).to_have_value(
+            re.compile(rf"^Not .*: 1 \({as_text(no_image)}")
+        )
         for words in ("a red boat", "blue"):
             (query,) = model.encode_text([words])
             page.get_by_label("Sentence").fill(words)
@@ -200,13 +242,17 @@ def test_the_page_ranks_as_the_embeddings_do(kind, model, photos, tmp_path, brow
             page.get_by_text(message).first.wait_for()
 
         page.get_by_role("tab", name="A photograph").click()
-        page.set_input_files("input[type=file]", photos / names[7])
+        page.set_input_files(
+            "input[type=file]", shutil.copy(photos / names[7], tmp_path)
+        )
         query = images[7]
         shows(best(query, 12))
         # Thumbnails alone.
         assert {x.name for x in files_in(copies)} == {"image.webp"}
         page.get_by_label("Clear").first.click()
-        page.set_input_files("input[type=file]", photos / no_image)
+        page.set_input_files(
+            "input[type=file]", shutil.copy(photos / no_image, tmp_path / NAMES[1])
+        )
         page.get_by_text("not an image").first.wait_for()
 
         # A photograph that is gone is left out.
@@ -216,7 +262,7 @@ def test_the_page_ranks_as_the_embeddings_do(kind, model, photos, tmp_path, brow
         page.get_by_role("tab", name="A sentence").click()
         page.get_by_label("Sentence").fill("blue")
         page.keyboard.press("Enter")
-        page.get_by_text(f"{gone} cannot be read").first.wait_for()
+        page.get_by_text(re.compile(f"{as_text(gone)} cannot be read")).first.wait_for()
         shows(best(query, 12)[1:])
 
         page.get_by_role("tab", name="Classes").click()
