@@ -55,14 +55,14 @@ def optimizer_by_block(
         steps: Integer. The number of steps, which is epochs times `len(dataset)`.
         block_decay: Float in `(0, 1]`. The rate of a block as a fraction of the rate of
             the next block. 1 gives all blocks one rate.
-        projections: Float. The rate of projections, temperature and bias as a multiple
-            of the rate of the last blocks.
-        weight_decay: Float. The weight decay of matrices.
+        projections: Float above 0. The rate of projections, temperature and bias as a
+            multiple of the rate of the last blocks.
+        weight_decay: Float, at least 0. The weight decay of matrices.
 
     Returns:
         A `keras.optimizers.MultiOptimizer`, for `compile`. An encoder without blocks of
-        keras_hub has one rate, with a warning. The rates follow schedules, so Keras
-        refuses callbacks that set a learning rate.
+        keras_hub has one rate, with a warning if `block_decay` is below 1. The rates
+        follow schedules, so Keras refuses callbacks that set a learning rate.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -70,6 +70,8 @@ def optimizer_by_block(
     check_range("learning_rate", learning_rate, 0, math.inf, "()")
     steps = check_integer("steps", steps)
     check_range("block_decay", block_decay, 0, 1, "(]")
+    check_range("projections", projections, 0, math.inf, "()")
+    check_range("weight_decay", weight_decay, 0, math.inf, "[)")
 
     def adamw(factor):
         rate = keras.optimizers.schedules.CosineDecay(factor * learning_rate, steps)
@@ -79,7 +81,7 @@ def optimizer_by_block(
     for name in ("image_encoder", "text_encoder"):
         encoder = unmasked(getattr(model, name))
         groups = weights_by_block(encoder)
-        if len(groups) == 1:
+        if len(groups) == 1 and block_decay < 1:
             warnings.warn(
                 f"No transformer blocks of keras_hub were found in `model.{name}`, so "
                 "all its weights have one learning rate. Received: "

@@ -143,9 +143,12 @@ def test_rates_follow_a_cosine_to_zero():
 
 
 @pytest.mark.any_backend
-def test_an_encoder_that_is_not_known_has_one_rate_with_a_warning():
+def test_an_encoder_that_is_not_known_has_one_rate_with_a_warning(recwarn):
+    model = connected(resnet(), masking=None)
+    optimizer_of(model, block_decay=1.0)
+    assert not [x for x in recwarn if "No transformer blocks" in str(x.message)]
     with pytest.warns(UserWarning, match=r"No transformer blocks.*image_encoder.*Rec"):
-        optimizer = optimizer_of(model := connected(resnet(), masking=None))
+        optimizer = optimizer_of(model)
     weights = {id(v) for v in model.image_encoder.weights}
     rates = zip(model.trainable_variables, rates_of(model, optimizer))
     found = [rate for v, rate in rates if id(v) in weights]
@@ -188,6 +191,10 @@ def test_a_frozen_encoder_and_lora_train_what_is_left():
         {"learning_rate": 0.0},
         {"steps": 0},
         {"block_decay": 1.1},
+        {"projections": 0.0},
+        {"projections": np.inf},
+        {"weight_decay": -0.1},
+        {"weight_decay": np.nan},
     ],
 )
 def test_an_argument_out_of_range_is_refused(options):
