@@ -25,7 +25,12 @@ from keras_cluster_mask.masking.selection import (
     noise_of_model,
     split_tokens,
 )
-from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
+from keras_cluster_mask.training.layers import (
+    MadeOfParts,
+    all_layers,
+    as_functional,
+    state_variables,
+)
 from keras_cluster_mask.types import Tensor
 
 
@@ -321,26 +326,31 @@ def _outputs(blocks, *inputs_of_runs, visible=None):
     return zip(*map(run, inputs_of_runs))
 
 
-def random_weights(model):
+def random_weights(model, signs=np.positive):
     """Returns a scope in which the weights of a model have random values.
 
     A zero weight (LayerScale, a fresh residual branch) would hide a leak that appears
     later in training.
+
+    Args:
+        model: A built Keras model.
+        signs: Function that changes the signs of an array of values around zero.
     """
     # Larger weights repeat these values, because generating all of them takes ten times
     # as long. Their number is prime, so that rows differ.
     numbers = 0.1 * np.random.default_rng(0).standard_normal(65_537, "float32")
-    values, shared = [], {}
+    values, shared, states = [], {}, {id(v) for v in state_variables(model)}
     for index, variable in enumerate(model.variables):
         if keras.backend.is_float_dtype(variable.dtype):
             # A large encoder is not copied: three tensors serve all weights of a shape,
             # so that query, key and value differ.
-            key = index % 3, variable.shape, variable.dtype, variable.trainable
+            is_state = id(variable) in states
+            key = index % 3, variable.shape, variable.dtype, is_state
             if key not in shared:
                 value = np.resize(np.roll(numbers, 997 * index), variable.shape)
-                # A weight that is not trained may be a variance, which must be
-                # positive.
-                value = value if variable.trainable else np.abs(value) + 0.01
+                # A state may be a variance, which must be positive. A frozen weight
+                # has values of both signs.
+                value = np.abs(value) + 0.01 if is_state else signs(value)
                 shared[key] = ops.convert_to_tensor(value, dtype=variable.dtype)
             values.append((variable, shared[key]))
     return keras.StatelessScope(state_mapping=values)

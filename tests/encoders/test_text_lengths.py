@@ -271,6 +271,17 @@ def encoder_with_mask(hides=True, length=None, layer=None):
     return keras.Model([ids, mask], x)
 
 
+def extreme_of_tokens(sign):
+    """An own encoder of the largest, or the smallest values, where padding is zero."""
+    ids, mask = (
+        keras.Input((None,), dtype="int32", name=name)
+        for name in ("token_ids", "padding_mask")
+    )
+    x = keras.layers.Embedding(VOCABULARY, 16)(ids)
+    x = x * ops.cast(mask, "float32")[:, :, None]
+    return keras.Model([ids, mask], sign * ops.max(sign * x, axis=1))
+
+
 @pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("make", "is_cut"),
@@ -283,6 +294,7 @@ def encoder_with_mask(hides=True, length=None, layer=None):
         (lambda: pooling_encoder(tiny_clip()), True),
         (lambda: pooling_encoder(tiny_metaclip()), True),
         (lambda: mean_of_tokens(tiny_clip()), False),
+        (lambda: extreme_of_tokens(-1), False),
         (text_bag, False),
         (lambda: tiny_siglip().text_encoder, False),
         (lambda: from_backbone(tiny_clip).text_encoder, True),
@@ -296,6 +308,7 @@ def encoder_with_mask(hides=True, length=None, layer=None):
         "own clip",
         "own metaclip",
         "other pooling",
+        "minimum of zeroed",
         "no mask",
         "siglip",
         "clip",
@@ -317,6 +330,21 @@ def test_only_encoders_that_padding_does_not_change_get_cut_texts(
     # Tested once, and never in a compiled step.
     monkeypatch.setattr(TextTower, "features", None)
     assert model.text_tower.lengths is lengths
+
+
+@pytest.mark.any_backend
+def test_a_frozen_maximum_over_zeroed_padding_is_that_of_full_texts():
+    batch, found = pairs("BERT", longest=LEAST), []
+    for train in ("fit", "train_on_batch"):
+        keras.utils.set_random_seed(0)
+        encoder = extreme_of_tokens(1)
+        encoder.trainable = False
+        encoder.set_weights([-np.abs(x) for x in encoder.get_weights()])
+        model = kcm.ContrastiveModel(image_mlp(), encoder)
+        model.compile(keras.optimizers.SGD(1.0), **FAST)
+        getattr(model, train)(batch)
+        found.append(model.weights)
+    assert_close(*found)
 
 
 @pytest.mark.any_backend
