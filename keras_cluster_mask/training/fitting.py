@@ -26,7 +26,11 @@ from keras_cluster_mask.training.checkpoints import RunCallback, resume
 from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.micro_batches import check_micro_batches
-from keras_cluster_mask.training.optimizers import learning_rates, optimizer_parts
+from keras_cluster_mask.training.optimizers import (
+    learning_rates,
+    optimizer_parts,
+    start_averages,
+)
 from keras_cluster_mask.training.tokenizers import adopt_tokenizer
 from keras_cluster_mask.training.training_data import (
     TrainingData,
@@ -306,6 +310,7 @@ class TrainingRun(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         # Those of a checkpoint are from the start of the run that saved it.
         self.first_rates = self.first_rates or learning_rates(self.model)
+        start_averages(self.model.optimizer)
 
     def on_train_batch_begin(self, batch, logs=None):
         if batch == 0:

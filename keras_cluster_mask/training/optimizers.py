@@ -124,6 +124,24 @@ def build(model):
             model.optimizer.build(model.trainable_variables)
 
 
+def start_averages(optimizer):
+    """Starts the averages of weights, of `use_ema=True`, at the weights.
+
+    Keras starts them at zeros, and would assign these to the weights at the end of a
+    `fit` in which loss scaling skipped all steps. The first step that is applied starts
+    averages too.
+    """
+    for part in optimizer_parts(optimizer):
+        if part.built and part.use_ema and not int(part.iterations):
+            # Private, but Keras's `SwapEMAWeights` has no other way to them either.
+            for average, weight in zip(
+                part._model_variables_moving_average, part._trainable_variables
+            ):
+                if average is not None:
+                    # Steps of JAX overwrite weights and averages in-place.
+                    average.assign(ops.copy(weight))
+
+
 def fits_when_reloaded(optimizer, model) -> bool:
     """Returns whether a file of a model can hold its optimizer.
 

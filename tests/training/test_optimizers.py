@@ -16,6 +16,7 @@ from tests.helpers import (
     by_tower,
     dino_encoder,
     functional_vit,
+    largest_error,
     random_pairs,
     small_model,
     split,
@@ -242,6 +243,25 @@ def test_a_loss_scale_optimizer_spares_vectors():
     fit(model, steps=1)
     decaying = filter(optimizer._use_weight_decay, model.trainable_variables)
     assert {v.name for v in decaying} == {"embeddings", "kernel"}
+
+
+def test_averages_start_with_the_first_step_that_is_not_skipped():
+    found = []
+    for use_ema in (False, True):
+        model = make_model()
+        images, others = (keras.optimizers.SGD(0.05, use_ema=use_ema) for _ in range(2))
+        optimizer = by_tower(model, others, image=images)
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, np.inf)
+        model.compile(optimizer, **FAST)
+        before = values(model.trainable_weights)
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        fit(model, callbacks=[swap] * use_ema)
+        assert_same_values(model.trainable_weights, before)
+        optimizer.dynamic_scale.assign(64.0)
+        fit(model, steps=1)
+        found.append(values(model.trainable_weights))
+    assert_same_values(*found)
+    assert largest_error(found[0], before) > 0
 
 
 # === Keras ===
