@@ -160,15 +160,15 @@ def map_rows(function, max_rows, rows):
 
 def merge_chunks(x):
     """Reshapes `(chunks, rows, ...)` to `(batch, ...)`, in the order of the batch."""
-    x = ops.swapaxes(x, 0, 1)
-    return ops.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
+    chunks, rows, *sizes = ops.shape(x)
+    return ops.reshape(ops.swapaxes(x, 0, 1), (rows * chunks, *sizes))
 
 
 def take_chunk(x, index, num_chunks):
     """Returns the rows of one chunk, see `map_chunks`."""
-    # TensorFlow need not know the length of texts.
-    sizes = ops.shape(x)[1:]
-    split = ops.reshape(x, (x.shape[0] // num_chunks, num_chunks, *sizes))
+    # TensorFlow need not know the number of rows, nor the length of texts.
+    rows, *sizes = ops.shape(x)
+    split = ops.reshape(x, (rows // num_chunks, num_chunks, *sizes))
     return split[:, index]
 
 

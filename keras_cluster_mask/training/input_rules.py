@@ -52,6 +52,7 @@ class InputRules:
             normalization; `None` for a model that does not normalize images.
         lengths: The `TextLengths` of the text encoder, or `None` to cut no padding off.
         training: Boolean. Whether the batches are for training.
+        chunk_size: Integer, the number of pairs of a micro-batch in this process.
         is_normalized: Boolean. Whether an earlier batch showed that images are
             normalized.
         warns: Boolean array of shape `()`. Whether the next entry that is left out
@@ -68,6 +69,7 @@ class InputRules:
     pixel_range: tuple[float, float] | None = None
     lengths: Any = None
     training: bool = False
+    chunk_size: int = 1
     is_normalized: bool = False
     warns: np.ndarray = dataclasses.field(default_factory=lambda: np.array(True))
 
@@ -169,6 +171,12 @@ class InputRules:
                 )
         if self.training and rows < 2:
             raise ValueError(f"{LONELY} Received: a batch of {rows}")
+        if self.training and rows % self.chunk_size:
+            raise ValueError(
+                "`micro_batch_size` must divide the size of every batch: drop a "
+                "smaller last batch, or set another. Received: micro-batches of "
+                f"{self.chunk_size} pairs in each process, a batch of {rows}"
+            )
         # A batch of bright normalized images may look like pixels. Once a batch shows
         # that the images are normalized, later batches are not checked. Never set back
         # to False: batches may be checked in several threads.

@@ -40,9 +40,10 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
     """
     tower = model.text_tower
     taken = ("images", *tower.input_names)
-    rows = inputs["token_ids"].shape[0]
-    batch_size = None if rows is None else rows * num_replicas()
-    check_micro_batches(batch_size, micro_batch_size, num_replicas())
+    batch_size = ops.shape(inputs["token_ids"])[0] * num_replicas()
+    # A step of TensorFlow need not know it. `InputRules` check it before.
+    if isinstance(batch_size, int):
+        check_micro_batches(batch_size, micro_batch_size, num_replicas())
     num_chunks = batch_size // micro_batch_size
     # The states of all seed generators, except in maskings, are seeds.
     not_seeds = {id(v) for v in model.weights}
@@ -103,15 +104,13 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
     return embeddings, [ops.mean(values) for values in extra_losses]
 
 
-def check_micro_batches(batch_size: int | None, micro_batch_size: int, replicas: int):
+def check_micro_batches(batch_size: int, micro_batch_size: int, replicas: int):
     """Raises an error if the replicas cannot share micro-batches of this size."""
-    is_known = batch_size is not None
-    if not is_known or batch_size % micro_batch_size or micro_batch_size % replicas:
+    if batch_size % micro_batch_size or micro_batch_size % replicas:
         raise ValueError(
-            "`micro_batch_size` must divide the batch size, which must be known, as by "
-            "`dataset.batch(batch_size, drop_remainder=True)`, and be divisible by the "
-            "number of replicas, since it counts their pairs together. Received: "
-            f"micro_batch_size={micro_batch_size}, a batch of {batch_size}, "
+            "`micro_batch_size` must divide the size of every batch, and be divisible "
+            "by the number of replicas, since it counts their pairs together. "
+            f"Received: micro_batch_size={micro_batch_size}, a batch of {batch_size}, "
             f"{replicas} replicas"
         )
 

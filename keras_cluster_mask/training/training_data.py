@@ -77,7 +77,7 @@ class TrainingData:
         if isinstance(data, dict):
             # Arrays are checked once, as a whole.
             data = rules.check_keys(data)
-            rules.check_values(data)
+            dataclasses.replace(rules, chunk_size=1).check_values(data)
             data = ArrayBatches(data, batch_size, shuffle)
         elif isinstance(data, TowerFeatures):
             data = FeatureBatches(data, batch_size, shuffle)
@@ -188,7 +188,14 @@ def rules_of(model):
     """
     _, processes = process_index_and_count(training=False)
     lengths = model.text_tower.lengths if processes == 1 else None
-    return dataclasses.replace(model.input_rules, lengths=lengths)
+    return dataclasses.replace(
+        model.input_rules,
+        lengths=lengths,
+        # Rounded up: a micro-batch that processes cannot share is refused later.
+        chunk_size=-(
+            -(model.micro_batch_size or 1) // process_index_and_count(training=True)[1]
+        ),
+    )
 
 
 @contextlib.contextmanager

@@ -6,13 +6,13 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from torch.utils.data import DataLoader, default_collate
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
 from keras_cluster_mask.masking.selection import StepNoise
 from keras_cluster_mask.training.micro_batches import (
     check_micro_batches,
-    embed_in_micro_batches,
 )
 from tests.encoders.test_families import model_of as model_of_bert
 from tests.encoders.test_families import texts
@@ -37,6 +37,8 @@ from tests.helpers import (
 )
 from tests.models.test_backbones import metaclip_pairs
 from tests.test_losses import reference
+from tests.training.test_training_data import KINDS as DATA
+from tests.training.test_training_data import rows
 
 BATCH = 12
 
@@ -216,6 +218,27 @@ def test_micro_batches_train_a_model_of_any_kind_as_the_whole_batch_does(kind):
     assert_close(*found, 1e-5)
 
 
+def loader(pairs):
+    # Keras takes dictionaries of a `DataLoader` on torch alone, and tuples anywhere.
+    return DataLoader(rows(pairs), 4, collate_fn=lambda x: (default_collate(x),))
+
+
+@pytest.mark.parametrize("make", [DATA["PyDataset"], DATA["generator"], loader])
+def test_batches_of_sizes_that_a_graph_does_not_know_are_split(make):
+    def train(data, size):
+        keras.utils.set_random_seed(0)
+        model = small_model(micro_batch_size=size)
+        model.compile(keras.optimizers.SGD(0.1))
+        history = model.fit(data, batch_size=4, shuffle=False).history
+        return [history["loss"], *model.trainable_variables]
+
+    whole, partial = random_pairs(8), random_pairs(10)
+    assert_close(train(make(whole), 2), train(whole, 2), 1e-5)
+    assert_close(train(make(partial), 2), train(make(partial), None), 1e-5)
+    with pytest.raises(Exception, match=r"`micro_batch_size` must .* a batch of 3"):
+        train(make(random_pairs(11)), 2)
+
+
 @pytest.mark.any_backend
 def test_bfloat16_trains_like_whole_batches():
     losses = []
@@ -321,10 +344,3 @@ def test_micro_batches_that_replicas_cannot_share_are_refused():
     check_micro_batches(12, 4, 2)
     with pytest.raises(ValueError, match=r"`micro_batch_size` must divide.*Received:"):
         check_micro_batches(12, 3, 2)
-
-
-@pytest.mark.any_backend
-def test_a_batch_of_unknown_size_is_refused():
-    batch = {"token_ids": keras.Input((6,), dtype="int32")}
-    with pytest.raises(ValueError, match=r"must be known.*Received: .*=4, .*None"):
-        embed_in_micro_batches(small_model(), None, batch, None, 4)
