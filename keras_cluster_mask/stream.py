@@ -3,6 +3,10 @@
 from collections.abc import Generator
 from typing import Any
 
+# A description covers at least this many items, evenly spaced, of what takes long to
+# read as a whole.
+COMPARED = 32
+
 
 class Stream:
     """Batches in an order that is known before any is read.

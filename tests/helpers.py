@@ -131,8 +131,8 @@ class Batches(keras.utils.PyDataset):
 # === Maskings ===
 
 
-def moving_weight():
-    return keras.optimizers.schedules.PolynomialDecay(0.2, 10, 0.8)
+def moving_weight(highest=0.8):
+    return keras.optimizers.schedules.PolynomialDecay(0.2, 10, highest)
 
 
 # One of each kind, for patches of 4 x 4 pixels; with state that training changes, where
@@ -140,11 +140,11 @@ def moving_weight():
 MASKINGS = {
     "random": kcm.RandomMasking,
     "cluster": lambda **options: kcm.ClusterMasking(4, softness=0.1, **options),
-    "threshold": lambda **options: kcm.ClusterMasking(
+    "threshold": lambda highest=0.8, **options: kcm.ClusterMasking(
         4,
         min_mask_ratio=0.25,
         threshold=0.1,
-        embedding_weight=moving_weight(),
+        embedding_weight=moving_weight(highest),
         hide_padding=False,
         **options,
     ),

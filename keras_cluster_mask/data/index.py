@@ -18,6 +18,8 @@ from keras_cluster_mask.data.samples import (
     Fault,
     Sample,
     digest_of,
+    digest_of_files,
+    digest_of_samples,
     hash_of,
     read_images,
 )
@@ -130,17 +132,30 @@ class Index:
         """Set of strings. The names of the fields of all samples."""
         return {x for part in self._parts for names, *_ in part.layouts for x in names}
 
-    @property
+    @functools.cached_property
     def fingerprint(self):
         """String. A hash of the samples that the index reads.
 
         It changes with the keys of samples, with their fields, as far as `checksum_of`
-        covers them, and with the names of the fields that are read, but not if files
-        are moved.
+        covers them, with the names of the fields that are read, and with images, as far
+        as `digest_of_samples` covers them, but not if files are copied or moved.
         """
         selected = [hash_of(each.tobytes()) for each in self._keep]
         digests = [part.digest for part in self._parts]
-        return digest_of([self._fields.describe(), digests, selected])
+        return digest_of(
+            [self._fields.describe(), digests, selected, digest_of_samples(self)]
+        )
+
+    @property
+    def versions(self):
+        """String. A hash of the sizes and dates of shards and of local image files."""
+        numbers = [
+            number
+            for first, shard in zip(self._starts, self._shards)
+            if shard.format.names_files
+            for number in range(first, first + shard.count)
+        ]
+        return digest_of([self.stamps, digest_of_files(self, numbers)])
 
     def select(self, keep):
         """Returns the `Index` of those records that `keep` chooses, too."""
@@ -184,7 +199,8 @@ class Index:
 
         Args:
             numbers: Iterable of integers, from 0 to `len(index) - 1`.
-            with_images: Boolean. Whether to read the image files that samples name.
+            with_images: Boolean, or `"local"`. Whether to read the image files that
+                samples name, or all but those at URLs.
 
         Yields:
             `Sample`, or `Fault` for a sample that cannot be read or turns out to be
@@ -219,7 +235,7 @@ def _read(group, with_images):
     Args:
         group: List of the rows of each sample: a row is the `_Shard`, its number there,
             its place, the hash of its key, and the checksum of its fields.
-        with_images: Boolean. Whether to read the image files that samples name.
+        with_images: See `Index.read`.
 
     Returns:
         List of the `Sample` or the `Fault` of each sample.
@@ -241,7 +257,7 @@ def _read(group, with_images):
             captions = itertools.chain(*(each.captions for each in intact))
             first = first._replace(captions=tuple(captions))
         samples.append(first)
-    return read_images(samples) if with_images else samples
+    return read_images(samples, with_images) if with_images else samples
 
 
 class _Shard:

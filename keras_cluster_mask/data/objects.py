@@ -14,13 +14,13 @@ from keras_cluster_mask.data.samples import (
     Fault,
     SampleError,
     digest_of,
+    digest_of_files,
+    digest_of_samples,
     hash_of,
     key_of,
     read_images,
 )
 
-# The number of samples that a fingerprint depends on.
-SAMPLED = 32
 # Several indexes may read the same object.
 _reading = threading.RLock()
 
@@ -63,12 +63,15 @@ class ObjectIndex:
 
     @functools.cached_property
     def fingerprint(self):
-        """String. See `Index`. It depends on up to `SAMPLED` of the samples."""
-        numbers = np.unique(np.linspace(0, len(self) - 1, SAMPLED, dtype=int))
-        samples = self.read(numbers[: len(self)], with_images=False)
+        """String. See `Index.fingerprint`. It covers some samples, and their number."""
+        settings = self._fields.describe()
+        return digest_of([self.paths, len(self), settings, digest_of_samples(self)])
+
+    @property
+    def versions(self):
+        """String. See `Index.versions`. A Hugging Face `Dataset` has its own, too."""
         identity = str(getattr(self._source, "_fingerprint", None))
-        settings = identity, len(self), self._fields.describe()
-        return digest_of([*self.paths, *settings, *map(_facts, samples)])
+        return digest_of([identity, digest_of_files(self, range(len(self)))])
 
     def __len__(self):
         return len(self._numbers)
@@ -99,7 +102,7 @@ class ObjectIndex:
         for number in numbers:
             with self._turn():
                 sample = self._sample(int(self._numbers[number]), with_images)
-            yield read_images([sample])[0] if with_images else sample
+            yield read_images([sample], with_images)[0] if with_images else sample
 
     def _turn(self):
         """Returns a context in which no other thread reads objects."""
@@ -133,12 +136,3 @@ class ObjectIndex:
             with contextlib.suppress(Exception):
                 sample = sample._replace(image=image.copy())
         return sample
-
-
-def _facts(sample):
-    """Returns JSON values that identify a sample of an object without its pixels."""
-    if isinstance(sample, Fault):
-        return sample.key, sample.reason
-    image = sample.path.rstrip("/").rpartition("/")[2]
-    image = image or getattr(sample.image, "size", None) or len(sample.image)
-    return sample.key, sample.captions, sample.label, image

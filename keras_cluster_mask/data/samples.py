@@ -9,6 +9,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
 import typing
 
 import numpy as np
@@ -16,6 +17,8 @@ from PIL import Image
 
 from keras_cluster_mask.checks import is_number
 from keras_cluster_mask.data import files
+from keras_cluster_mask.data.images import UnreadableImage, decoding
+from keras_cluster_mask.stream import COMPARED
 
 # `path` is also the field of an image in a folder. `filename` may lack the folder that
 # another column names.
@@ -249,7 +252,7 @@ class Fields:
     def describe(self):
         """Returns the settings that decide which samples are intact, as JSON values."""
         labels = self.labels and [self.labels.keys, self.labels.numbers]
-        return [self.image_keys, self.wanted.get("caption"), labels]
+        return [self.image_keys, self.wants_caption and self.caption_keys, labels]
 
     def fault_of(self, names):
         """Returns the fault that the names of a sample's fields reveal, or `None`."""
@@ -373,16 +376,22 @@ class Labels:
         return number, None if number in known else "unknown label"
 
 
-def read_images(samples):
+def read_images(samples, which=True):
     """Reads the image files that samples name together.
 
     Args:
         samples: List of `Sample` and `Fault`.
+        which: `True`, or `"local"` to leave out files at URLs.
 
     Returns:
         List of `Sample`, with its image, and `Fault`.
     """
-    named = [number for number, each in enumerate(samples) if getattr(each, "path", "")]
+    named = [
+        number
+        for number, each in enumerate(samples)
+        if getattr(each, "path", "")
+        and not (which == "local" and files.is_address(each.path))
+    ]
     contents = files.read_ranges([(samples[n].path, 0, None) for n in named])
     for number, content in zip(named, contents):
         sample = samples[number]
@@ -432,6 +441,60 @@ def hash_of(key):
 def digest_of(content):
     """Returns the hash of JSON values, a string."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def hash_of_image(image):
+    """Returns the hash of an encoded image, or of the pixels of a `PIL.Image.Image`.
+
+    Raises:
+        UnreadableImage: If the pixels cannot be decoded.
+    """
+    if isinstance(image, bytes):
+        return hash_of(image)
+    with decoding():
+        return hash_of(f"{image.mode} {image.size}".encode() + image.tobytes())
+
+
+def some(items):
+    """Returns at least `COMPARED` items of a sequence, if it has so many."""
+    return items[:: max(len(items) // COMPARED, 1)]
+
+
+def digest_of_samples(index):
+    """Returns a hash of some samples of an index, which copied files do not change.
+
+    The hash covers keys, captions, labels and images, or what is wrong with a sample.
+    Only the names of images at URLs count, since they may not be read twice alike.
+
+    Args:
+        index: `Index` or `ObjectIndex`.
+    """
+    facts = []
+    for sample in index.read(some(range(len(index))), with_images="local"):
+        # The key, and the captions or the reason of a fault.
+        facts += sample[1:3]
+        if isinstance(sample, Sample):
+            facts += sample.label, os.path.basename(sample.path.rstrip("/"))
+            with contextlib.suppress(UnreadableImage):
+                facts.append(hash_of_image(sample.image))
+    return digest_of(facts)
+
+
+def digest_of_files(index, numbers):
+    """Returns a hash of the sizes and dates of the local image files of samples.
+
+    Args:
+        index: `Index` or `ObjectIndex`.
+        numbers: Sequence of integers. The samples that may name files. All are read if
+            one of a few does.
+    """
+    digest = ""
+    if any(getattr(x, "path", "") for x in index.read(some(numbers), False)):
+        for sample in index.read(numbers, with_images=False):
+            with contextlib.suppress(OSError, AttributeError):
+                file = os.stat(os.path.expanduser(sample.path))
+                digest = digest_of([digest, file.st_size, file.st_mtime_ns])
+    return digest
 
 
 def _may_have(names, key):

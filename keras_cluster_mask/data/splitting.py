@@ -9,9 +9,9 @@ import numpy as np
 
 from keras_cluster_mask.checks import check_choice, check_integer, check_range
 from keras_cluster_mask.data.check import read_all
-from keras_cluster_mask.data.images import UnreadableImage, decoding
+from keras_cluster_mask.data.images import UnreadableImage
 from keras_cluster_mask.data.index import no_intact_sample, open_index
-from keras_cluster_mask.data.samples import Fields, hash_of
+from keras_cluster_mask.data.samples import Fields, hash_of, hash_of_image
 
 
 class SourcePart:
@@ -153,12 +153,8 @@ def split(
 
 def _hash(sample):
     """Returns the hash of the image of a sample, or of its key if it has none."""
-    image = getattr(sample, "image", None)
-    if isinstance(image, bytes):
-        return hash_of(image)
-    # The image of an object is decoded.
-    with contextlib.suppress(UnreadableImage), decoding():
-        return hash_of(f"{image.mode} {image.size}".encode() + image.tobytes())
+    with contextlib.suppress(UnreadableImage):
+        return hash_of_image(getattr(sample, "image", None))
     if sample.key is None:
         raise OSError(f"{sample.reason}: {sample.shard}: {sample.details}")
     return hash_of(sample.key)

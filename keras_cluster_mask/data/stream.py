@@ -53,6 +53,8 @@ class ImageTextDataset(Stream):
         element_spec: Dictionary from the name of each entry of a batch to its `Spec`.
         description: Dictionary. The settings that determine the samples of each batch.
             A run can only be resumed on a dataset with an equal `description`.
+        versions: List of strings, one for each source, which change with the sizes and
+            dates of its files. Each access reads these, and tables.
         tokenizer: The tokenizer, or `None`.
         process: Pair of integers. The index of this process, and the number of
             processes.
@@ -104,6 +106,8 @@ class ImageTextDataset(Stream):
             "block_size": batches.block_size,
             "sampling": batches.order.digest() if self.training else None,
             "image_size": list(images.image_size),
+            "data_format": images.data_format,
+            "resize": images.resize,
             "crop_scale": crop_scale and [*map(float, crop_scale)],
             "max_image_pixels": images.max_pixels,
             "image_transform": _name_of(images.image_transform),
@@ -111,6 +115,10 @@ class ImageTextDataset(Stream):
             "text_masking": masking and repr(masking),
             "include_captions": not self.training and captions.include_captions,
         }
+
+    @property
+    def versions(self) -> list[str]:
+        return [index.versions for index in self._batches.indexes]
 
     def __len__(self) -> int:
         """Returns the number of batches, from `start` on.

@@ -17,6 +17,7 @@ from keras_cluster_mask.batches import (
     read_batches,
 )
 from keras_cluster_mask.data.files import replacing
+from keras_cluster_mask.data.samples import some
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_whole
@@ -67,8 +68,12 @@ def compute_features(
 
     Raises:
         ValueError: If the folder holds features of other towers, of another tokenizer
-            or of other data. Data other than arrays and an `image_text_dataset` is
-            identified by its first batch, and iterators are not identified.
+            or of other data: other settings or samples, or files of other sizes or
+            dates (ETags at URLs). Arrays are compared as a whole, and at least 32 items
+            of an object, or batches of a list or `PyDataset`. Changes are not noticed
+            in the other items, in a file that keeps its size and date, in images at
+            URLs that a table or folder names, in an iterator, or in other iterables
+            after the first batch.
     """
     model = embedder_of(model).model
     data = pairs_of(model, data)
@@ -83,6 +88,7 @@ def compute_features(
         "towers": describe_towers(model),
         "data": _describe_data(data),
         "tokenizer": digest_of(model, tokenizer),
+        "files": data.versions if isinstance(data, Stream) else None,
     }
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,15 +133,22 @@ def compute_features(
 
 
 def _describe_data(data):
-    """Describes arrays, a dataset, or other data by its first batch."""
+    """Describes arrays, a dataset, or other data by some batches or its first one."""
     if isinstance(data, Stream):
-        # In the types that JSON has.
-        return json.loads(json.dumps(data.description))
+        return data.description
     if isinstance(data, Iterator):
         return None
-    first = data if isinstance(data, dict) else next(read_batches(data), {})
-    images = np.ascontiguousarray(first.get("images", 0))
-    return [zlib.crc32(images), zlib.crc32(repr([*first.get("captions", ())]).encode())]
+    if isinstance(data, dict):
+        batches = [data]
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        batches = read_batches(map(data.__getitem__, some(range(len(data)))))
+    else:
+        batches = itertools.islice(read_batches(data), 1)
+    checksum = 0
+    for batch in batches:
+        checksum = zlib.crc32(np.ascontiguousarray(batch.get("images", 0)), checksum)
+        checksum = zlib.crc32(repr([*batch.get("captions", ())]).encode(), checksum)
+    return checksum
 
 
 def _append(folder, found, arrays):

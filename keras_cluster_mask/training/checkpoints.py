@@ -73,9 +73,11 @@ class Checkpoint(RunCallback):
     Training waits until the file is written.
 
     An `image_text_dataset` resumes at the next batch, even with another number of
-    workers or processes. Its samples, seed and options must not change. For other kinds
-    of data, each epoch is a pass over the data. The state of other callbacks is not
-    saved. An epoch that a callback stops early is not saved either.
+    workers or processes. Its samples, seed and options must not change, and its files
+    may be copied. Of arrays, the texts, the weights and at least 32 images are
+    compared. For other kinds of data, each epoch is a pass over the data. The state of
+    other callbacks is not saved. An epoch that a callback stops early is not saved
+    either.
 
     A NaN or infinite loss of an epoch stops the run with an error that names the last
     checkpoint, and the epoch is not saved. To stop at the first such step, also pass

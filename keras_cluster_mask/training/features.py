@@ -26,6 +26,15 @@ ARRAYS = {
     "caption_labels": ("int32", "texts"),
     "captions_of_image": ("int32", "images"),
 }
+# What the hashes in a description stand for.
+HASHED = {
+    "towers.image_encoder": "the weights or settings of the image encoder",
+    "towers.text_encoder": "the weights or settings of the text encoder",
+    "tokenizer": "the tokenizer",
+    "data": "the images or captions",
+    "data.index.0": "the samples",
+    "files.0": "the sizes or dates of files",
+}
 
 
 class TowerFeatures:
@@ -55,7 +64,7 @@ class TowerFeatures:
     Attributes:
         description: Dictionary. What the features depend on: the encoders and their
             compute dtypes, the pixel mean and deviation of the model, the tokenizer,
-            and the data.
+            and the data, without the dates of files.
         tokenizer_digest: String, or `None`. Identifies the tokenizer.
         num_images: Integer. The number of images.
         num_texts: Integer. The number of captions of all images.
@@ -73,6 +82,8 @@ class TowerFeatures:
                 f"Received: folder={folder}"
             )
         self.description = found["description"]
+        # A run on the features resumes if they are recomputed from copied files.
+        del self.description["files"]
         self.tokenizer_digest = found["description"]["tokenizer"]
         rows = found["rows"]
         self.num_images, self.num_texts = rows["images"], rows["texts"]
@@ -95,7 +106,8 @@ class TowerFeatures:
             model: A `ContrastiveModel`.
             training: Boolean. Whether they must stay so while the model is trained.
         """
-        check_same(self.description["towers"], describe_towers(model), "towers")
+        expected = {**self.description, "towers": describe_towers(model)}
+        check_same(self.description, expected, "towers")
         if not training:
             return
         for name in ("image_encoder", "text_encoder"):
@@ -194,10 +206,17 @@ def describe_towers(model: keras.Model) -> dict[str, Any]:
 
 def check_same(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
     """Raises an error if features come from other towers or data than given."""
-    differs = [name for name in expected if found.get(name) != expected[name]]
-    if differs:
+    then, now = (
+        {".".join(map(str, path)): x for path, x in keras.tree.flatten_with_path(each)}
+        for each in (found, expected)
+    )
+    differing = [
+        HASHED.get(name) or f"{name}={then.get(name)!r} then, {now.get(name)!r} now"
+        for name in sorted(dict(then.items() ^ now.items()))
+    ]
+    if differing:
         raise ValueError(
             f"`features` must come from the same {what}: compute them again, in "
-            "another folder. Received: features that differ in "
-            + "; ".join(f"{x}={found.get(x)} for {expected[x]}" for x in differs)
+            "another folder, or delete this one. Received: features that differ in "
+            + "; ".join(differing)
         )

@@ -114,9 +114,9 @@ def test_the_fingerprint_differs_if_samples_or_fields_differ(source, write_pairs
         open_all(source, wants_caption=False),
         open_all(source, label_key="json.label"),
     ]
-    write_pairs("3.tar", 21, 2)
-    others.append(open_all(source))
     fingerprints = [each.fingerprint for each in [first, *others]]
+    write_pairs("3.tar", 21, 2)
+    fingerprints.append(open_all(source).fingerprint)
     assert len(set(fingerprints)) == len(fingerprints)
 
 
@@ -134,14 +134,15 @@ def test_the_fingerprint_covers_what_rows_hold(write_rows, name):
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
-def test_the_fingerprint_covers_the_sizes_of_images(write_tar, write_rows, name):
+def test_the_fingerprint_covers_images(write_tar, write_rows, name):
     def fingerprint(image, text):
         if name == "x.tar":
             return open_all(write_tar(name, [("1.png", image), ("1.txt", text)]))
         return open_all(write_rows(name, [{"image": image, "text": text.decode()}]))
 
     contents = (b"png", b"one"), (b"other", b"one"), (b"png", b"three")
-    assert len({fingerprint(*each).fingerprint for each in contents}) == 3
+    contents += ((b"gnp", b"one"),)
+    assert len({fingerprint(*each).fingerprint for each in contents}) == 4
 
 
 # === Changes while it is used ===

@@ -166,6 +166,9 @@ def test_arrays_that_are_no_images_are_refused_with_their_key(array):
 
 
 def test_the_fingerprint_of_an_object_depends_on_its_samples(noise, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(noise(0))
+
     def row(**changes):
         row = {"image": Image.open(io.BytesIO(noise(0))), "text": "one", "__key__": "a"}
         return {**row, **changes}
@@ -177,17 +180,20 @@ def test_the_fingerprint_of_an_object_depends_on_its_samples(noise, tmp_path):
         {"text": ""},
         {"image": noise(0)},
         {"image": noise(0, (8, 8))},
-        {"image": Image.new("L", (5, 4))},
-        {"image": "a.png"},
-        {"image": "b.png"},
+        {"image": Image.new("L", (24, 20))},
+        {"image": Image.open(io.BytesIO(noise(1)))},
+        {"image": str(tmp_path / "a.png")},
+        {"image": str(tmp_path / "b.png")},
         {"image": "https://host/c/"},
     ]
     sources = [[row()] * 9 + [row(**each)] for each in changed]
     fingerprints = {open_all(source).fingerprint for source in sources}
     assert len(fingerprints) == len(changed)
-    # An object of the package `datasets` has one itself.
+    # An object of the package `datasets` has one itself, which changes with files.
     Named = type("list", (list,), {"_fingerprint": "a"})
-    assert open_all(Named(sources[0])).fingerprint not in fingerprints
+    named, plain = (open_all(cls(sources[0])) for cls in (Named, list))
+    assert named.fingerprint == plain.fingerprint
+    assert named.versions != plain.versions
     again = [row() for _ in range(10)]
     assert open_all(again).fingerprint == open_all(sources[0]).fingerprint
 
@@ -196,7 +202,18 @@ def test_few_samples_are_read_for_a_fingerprint():
     source = Counted([{"image": b"-", "text": "a"}] * 10**6)
     assert open_all(source).fingerprint
     assert len(source.read) < 40
-    assert {0, 10**6 - 1} <= {*source.read}
+    assert {0, 10**6 // 32 * 31} <= {*source.read}
+
+
+def test_no_images_at_urls_and_no_shards_without_file_names_are_read(
+    storage, write_pairs
+):
+    path = f"storage://{write_pairs('a.tar', 0, 8)}"
+    index = open_all(path)
+    storage.requests.clear()
+    rows = open_all([{"image": path, "text": "a"}])
+    assert all([rows.fingerprint, rows.versions, index.versions])
+    assert not storage.requests
 
 
 # === Refusals ===

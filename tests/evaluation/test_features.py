@@ -2,22 +2,28 @@
 
 import itertools
 import json
+import os
+import shutil
 import warnings
 
 import keras
 import numpy as np
 import pytest
+from PIL import Image
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import compute_features
 from keras_cluster_mask.training import arrays
 from keras_cluster_mask.training.features import FeatureBatches
+from tests.data.reading import pairs_of as files_of
 from tests.encoders.test_pooled import bert, make_model
 from tests.helpers import (
     FAST,
     assert_close,
     assert_same_values,
+    compiled_model,
     dino_encoder,
+    letters_as_tokens,
     random_images,
     reloaded,
     split,
@@ -284,7 +290,7 @@ def test_features_of_other_settings_are_refused(tmp_path):
 @pytest.mark.any_backend
 def test_features_of_another_precision_are_refused(features, tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
-    message = r"`features` .*dtype=\[\['float32'\], .* for \[\['bfloat16', "
+    message = r"`features` .*dtype\.0\.0='float32' then, 'bfloat16' now"
     with pytest.raises(ValueError, match=message):
         frozen_model().fit(features, batch_size=5)
     # A masking does not change features, whatever its precision.
@@ -311,6 +317,92 @@ def test_other_batches_and_other_captions_are_refused(model, tmp_path, write_pai
         for each in others:
             with pytest.raises(ValueError, match=r"`features` .*data.*Received: "):
                 compute_features(model, each, folder, tokenizer, verbose=0)
+
+
+FILES, SAMPLES = "the sizes or dates of files", "the samples"
+
+
+@pytest.fixture
+def write_source(tmp_path, encode, write_tar):
+    """Writes images, of equal sizes, as a source of a kind; returns it."""
+
+    def write_source(kind, images, newer):
+        if kind == "batches":
+            captions = [f"a {number}" for number in range(len(images))]
+            return split({"images": images, "captions": captions})
+        if kind == "PIL":
+            images = map(Image.fromarray, images)
+        if kind in ("PIL", "arrays"):
+            return [{"image": image, "caption": "a"} for image in images]
+        files = files_of([encode(image, "BMP") for image in images])
+        if kind == "tar":
+            return write_tar("a.tar", files)
+        folder = tmp_path / "source"
+        folder.mkdir(exist_ok=True)
+        if kind == "table":
+            rows = [f"{name},a" for name, _ in files[::2]]
+            files.append(("metadata.csv", "\n".join(["image,text", *rows]).encode()))
+        for name, content in files:
+            (folder / name).write_bytes(content)
+            os.utime(folder / name, (1, 1 + (name == newer)))
+        return folder
+
+    return write_source
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("kind", "changed", "part"),
+    [
+        ("folder", None, "data.resize='crop' then, 'squash' now"),
+        # Not among those that are read for a description, or one of them.
+        *[("table", 1, FILES), ("folder", 1, FILES), ("tar", 1, FILES)],
+        *[("PIL", 93, SAMPLES), ("arrays", 93, SAMPLES)],
+        ("batches", 93, "the images or captions"),
+    ],
+)
+def test_features_of_other_images_are_refused_and_of_the_same_ones_returned(
+    kind, changed, part, model, tmp_path, write_source, monkeypatch
+):
+    def compute(model, newer=None):
+        data, folder = write_source(kind, images, newer), tmp_path / "features"
+        return compute_features(model, data, folder, tokenizer, verbose=0)
+
+    images = dataset(96)["images"]
+    compute(model)
+    # A tar that is written again has another date.
+    if kind != "tar":
+        with monkeypatch.context() as patch:
+            patch.setattr(model.image_tower, "features", None)
+            compute(model)
+    newer = "01.png"
+    if changed is None:
+        model, newer = frozen_model(resize="squash"), None
+    else:
+        images[changed] = 0
+    with pytest.raises(ValueError, match=f"`features` .*that differ in {part}$"):
+        compute(model, newer)
+
+
+@pytest.mark.any_backend
+def test_copied_files_resume_a_run_but_their_features_are_computed_again(
+    model, tmp_path, write_source
+):
+    def compute(source, folder):
+        folder = tmp_path / folder
+        return compute_features(model, source, folder, tokenizer, verbose=0)
+
+    source, small = write_source("table", dataset(8)["images"], None), compiled_model()
+    copy = shutil.copytree(source, tmp_path / "copy", copy_function=shutil.copy)
+    for epochs, path in ((1, source), (2, copy)):
+        data = kcm.data.image_text_dataset(path, letters_as_tokens, 16, 4)
+        for x, fitted in ((data, small), (compute(path, str(epochs)), model)):
+            run = tmp_path / fitted.name
+            fit = {"batch_size": 4, "epochs": epochs, "resume_from": run}
+            fit["callbacks"] = [kcm.callbacks.Checkpoint(run)]
+            assert fitted.fit(x, verbose=0, **fit).epoch == [0, 1][:epochs]
+    with pytest.raises(ValueError, match=f"`features` .*that differ in {FILES}$"):
+        compute(copy, "1")
 
 
 @pytest.mark.any_backend

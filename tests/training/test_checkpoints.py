@@ -333,13 +333,27 @@ def test_what_a_step_does_in_another_way_may_change(tmp_path):
     ("data", "model", "field"),
     [
         ({"seed": 8}, {}, "data.seed: 7 in the checkpoint, 8 in"),
-        ({"resize": "squash"}, {}, "data.crop_scale: [0.4, 1.0] in"),
+        (
+            {"resize": "squash"},
+            {},
+            "data.resize: 'crop' in the checkpoint, 'squash' in",
+        ),
         ({"shards": 1}, {}, "data.index.0: "),
         ({}, {"masking": kcm.RandomMasking()}, "maskings.0.class: 'ClusterMasking' in"),
         (
             {},
             {"masking": MASKINGS["threshold"](anchor_ratio=0.2)},
             "maskings.0.anchor_ratio: 0.03 in the checkpoint, 0.2 in",
+        ),
+        (
+            {},
+            {"masking": MASKINGS["threshold"](seed=4)},
+            "1 differences, with maskings.0.seed: 3 in the checkpoint, 4 in",
+        ),
+        (
+            {},
+            {"masking": MASKINGS["threshold"](seed=3, highest=0.7)},
+            "embedding_weight.config.end_learning_rate: 0.8 in the checkpoint, 0.7 in",
         ),
         ({}, {"optimizer": "sgd"}, "optimizer.0: 'AdamW' in the checkpoint, 'SGD' in"),
     ],
@@ -352,6 +366,35 @@ def test_data_or_a_model_with_another_option_is_refused(
     with pytest.raises(ValueError, match=r"`resume_from` must.*Received:") as raised:
         run(make_dataset(chosen, **data), folder, model=make_model(**model))
     assert field in str(raised.value)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ("images", "arrays.images"),
+        ("sample_weight", "arrays.sample_weight"),
+        ("rows", "index.0"),
+    ],
+)
+def test_other_images_and_weights_of_the_same_texts_are_refused(
+    changed, field, tmp_path
+):
+    data = {**random_pairs(64), "sample_weight": np.ones(64, "float32")}
+    fit = {"model": compiled_model(), "epochs": 1}
+
+    def given():
+        if changed != "rows":
+            return data
+        rows = [{"image": image, "caption": "no 1"} for image in data["images"]]
+        return make_dataset(rows)
+
+    run(given(), tmp_path, **fit)
+    # Without a change, it resumes after its last epoch.
+    run(given(), tmp_path, **fit)
+    data["images" if changed == "rows" else changed][62] = 0
+    with pytest.raises(ValueError, match=rf"1 differences, with data\.{field}: "):
+        run(given(), tmp_path, **fit)
 
 
 @pytest.mark.any_backend
