@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import http.client
+import json
 import os
 import re
 import shutil
@@ -287,6 +288,21 @@ def status_of(address, path="/", body=None, **headers):
         return connection.getresponse().status
 
 
+def search_by(address, path):
+    """Asks for photographs like a file, which is deleted, and waits for the answer."""
+    with urllib.request.urlopen(f"{address}/config") as found:
+        parts = json.load(found)["dependencies"]
+    (number,) = (x["id"] for x in parts if x["targets"][0][1] == "upload")
+    upload = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+    body = {"data": [upload, 12], "fn_index": number, "session_hash": "a"}
+    queue, content = f"{address}/gradio_api/queue", {"Content-Type": "application/json"}
+    urllib.request.urlopen(
+        urllib.request.Request(f"{queue}/join", json.dumps(body).encode(), content)
+    ).close()
+    with urllib.request.urlopen(f"{queue}/data?session_hash=a", timeout=30) as found:
+        return next(line for line in found if b"process_completed" in line)
+
+
 PATHS = "/", "/config", "/gradio_api/upload", "/gradio_api/queue/join"
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
 START = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
@@ -338,6 +354,10 @@ def test_other_web_sites_and_large_uploads_are_refused(
         large.write_bytes(megabyte * 21)
         page.set_input_files("input[type=file]", large)
         page.get_by_text("at most 20 MiB").first.wait_for()
+        # Only an upload is read, and deleted.
+        own = files_in(photos)[0]
+        assert b'"success":false' in search_by(address, own)
+        assert own.exists()
         assert not files_in(copies)
 
         # What nobody uses, and what ends early, is deleted after a while.
