@@ -318,9 +318,9 @@ class PatchMasking(keras.layers.Layer):
         return {
             name: value
             for name, value in self.get_config().items()
-            # The names of layers are numbered by Keras, and their weights are compared.
+            # Not of layers: their weights are compared, and Keras numbers their names.
             if name not in others
-            and not (isinstance(value, dict) and "'trainable'" in str(value))
+            and not (isinstance(value, dict) and "trainable" in value.get("config", ()))
         }
 
     def get_config(self) -> dict[str, Any]:

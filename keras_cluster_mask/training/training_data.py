@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import sys
 import types
 import warnings
@@ -186,15 +187,13 @@ def rules_of(model):
     Processes of JAX compile one step for the batch of all, so that their texts must
     have equal lengths. They cut nothing off.
     """
-    _, processes = process_index_and_count(training=False)
-    lengths = model.text_tower.lengths if processes == 1 else None
+    _, readers = process_index_and_count(training=False)
+    _, trainers = process_index_and_count(training=True)
     return dataclasses.replace(
         model.input_rules,
-        lengths=lengths,
+        lengths=model.text_tower.lengths if readers == 1 else None,
         # Rounded up: a micro-batch that processes cannot share is refused later.
-        chunk_size=-(
-            -(model.micro_batch_size or 1) // process_index_and_count(training=True)[1]
-        ),
+        chunk_size=math.ceil((model.micro_batch_size or 1) / trainers),
     )
 
 
