@@ -387,10 +387,10 @@ class Batches:
                     pixels = self.images(sample.image, generator)
                     sample = sample._replace(image=None, pixels=pixels)
                 except UnreadableImage as error:
-                    sample = Fault(sample.shard, sample.key, str(error))
+                    sample = Fault(sample.file, sample.key, str(error))
                 # Such as an error in the user's transform, or too little memory.
                 except Exception as error:
-                    raise SampleError(sample.shard, sample.key, repr(error)) from error
+                    raise SampleError(sample.file, sample.key, repr(error)) from error
             yield sample
 
     def _substitute(self, source, epoch, generator, fault):
@@ -408,4 +408,4 @@ class Batches:
                     return sample
         reason = fault.reason + (f" ({fault.details})" if fault.details else "")
         reason += f"; {len(others)} drawn in its place are broken, too"
-        raise SampleError(fault.shard, fault.key, reason)
+        raise SampleError(fault.file, fault.key, reason)

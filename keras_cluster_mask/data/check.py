@@ -67,8 +67,8 @@ def check(
         Dictionary: `"samples"`, the number of intact samples; `"captions"`, the number
         of their captions; `"broken"`, the number of broken samples; `"by_reason"`, a
         dictionary from each reason to a count; and `"examples"`, a dictionary from each
-        reason to a list of the first 20 broken samples, dictionaries of `"shard"`, the
-        file or folder, `"key"`, `"reason"` and `"details"`.
+        reason to a list of the first 20 broken samples, dictionaries of `"file"`,
+        `"key"`, `"reason"` and `"details"`.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -113,7 +113,7 @@ def _captions_of(sample):
         image.check_pixels()
         image.part((0, 0, *image.size), TINY)
     except UnreadableImage as error:
-        return Fault(sample.shard, sample.key, str(error))
+        return Fault(sample.file, sample.key, str(error))
     return len(sample.captions)
 
 
@@ -145,7 +145,7 @@ def read_captions(
     captions, fault = [], next(iter(index.examples(1)), None)
     for each in index.read(range(len(index)), with_images=False):
         if each.key is None:
-            raise OSError(f"{each.reason}: {each.shard}: {each.details}")
+            raise OSError(f"{each.reason}: {each.file}: {each.details}")
         if isinstance(each, Fault):
             fault = fault or each
         else:

@@ -67,9 +67,9 @@ def image_text_dataset(
     key, samples after the damage in a damaged file, and table rows that name a missing
     local image file. An image that cannot be read or decoded is replaced in training by
     another image of its source, so the number of steps never depends on broken samples.
-    In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts
-    both cases. A read is tried four times within 6 seconds. Storage at a URL that does
-    not answer for 60 seconds counts as a failed read, so its last error comes after 4
+    In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts both
+    cases. A read is tried four times within 6 seconds. Storage at a URL that does not
+    answer for 60 seconds counts as a failed read, so its last error comes after 4
     minutes.
 
     Images stay uint8, and models scale them on the device. The EXIF orientation is
@@ -174,7 +174,7 @@ def image_text_dataset(
         max_skipped: Float. The maximum fraction of samples that may be broken, from 0
             to 1, in each source of a dictionary. An error is raised if more samples are
             broken in the index, or among the samples that a process reads in one pass
-            over the source. Samples that a damaged shard has lost count as broken; see
+            over the source. Samples that a damaged file has lost count as broken; see
             `check`. Defaults to `0.01`.
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
             `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions that have

@@ -98,9 +98,9 @@ class Index:
 
     Attributes:
         paths: List of strings. The shards.
-        faults: Counter of the reasons of broken samples. Samples that a damaged shard
-            has lost are counted by estimate, at least one for each such shard.
-        damage: List of `Fault`, one for each damaged shard.
+        faults: Counter of the reasons of broken samples. Samples that a damaged file
+            has lost are counted by estimate, at least one for each such file.
+        damage: List of `Fault`, one for each damaged file.
         stamps: List of strings, which change with the dates of the shards.
         wanted: Dictionary of the fields that a sample needs, see `Fields.wanted`.
     """
@@ -252,7 +252,7 @@ def _read(group, with_images):
         first = intact[0] if intact else several[0]
         if any(each.label != first.label for each in intact):
             reason = "rows of one image with different labels"
-            first = Fault(first.shard, first.key, reason)
+            first = Fault(first.file, first.key, reason)
         elif len(intact) > 1:
             captions = itertools.chain(*(each.captions for each in intact))
             first = first._replace(captions=tuple(captions))

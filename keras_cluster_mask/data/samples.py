@@ -38,17 +38,17 @@ class Sample(typing.NamedTuple):
     """An image with its captions and its label.
 
     Attributes:
-        shard: String. The file or folder of the sample.
+        file: String. The file or folder of the sample, or the class of an object.
         key: String.
         captions: Tuple of strings. Not empty if captions are requested.
         label: Integer, the class of the image; `None` if labels are not requested.
-        path: String, the file of the image; empty if it is inside the shard.
+        path: String, the file of the image; empty if it is inside of `file`.
         image: The encoded image, bytes or a `PIL.Image.Image`. `None` before the file
             `path` is read, and after the image is decoded.
         pixels: uint8 array, the decoded image. `None` before.
     """
 
-    shard: str
+    file: str
     key: str
     captions: tuple = ()
     label: int | None = None
@@ -61,13 +61,13 @@ class Fault(typing.NamedTuple):
     """What is wrong with a broken sample.
 
     Attributes:
-        shard: String.
+        file: String. See `Sample`.
         key: String, or `None` if it is unknown.
         reason: String. One of a few fixed reasons, for counting.
         details: String, or `None` if nothing more is known.
     """
 
-    shard: str
+    file: str
     key: str | None
     reason: str
     details: str | None = None
@@ -75,21 +75,21 @@ class Fault(typing.NamedTuple):
     def __str__(self):
         sample = "" if self.key is None else f"the sample {self.key!r} of "
         details = f" ({self.details})" if self.details else ""
-        return f"{sample}{self.shard}: {self.reason}{details}"
+        return f"{sample}{self.file}: {self.reason}{details}"
 
 
 class SampleError(RuntimeError):
     """An error in a sample that ends the run.
 
     Args:
-        shard: String.
+        file: String. See `Sample`.
         key: String.
         reason: String.
     """
 
     def __str__(self):
-        shard, key, reason = self.args
-        return f"The sample {key!r} of {shard} failed: {reason}"
+        file, key, reason = self.args
+        return f"The sample {key!r} of {file} failed: {reason}"
 
 
 class DamagedShard(ValueError):
@@ -397,7 +397,7 @@ def read_images(samples, which=True):
         sample = samples[number]
         if isinstance(content, Exception):
             reason = "the image file cannot be read", f"{sample.path}: {content}"
-            samples[number] = Fault(sample.shard, sample.key, *reason)
+            samples[number] = Fault(sample.file, sample.key, *reason)
         else:
             samples[number] = sample._replace(image=content)
     return samples

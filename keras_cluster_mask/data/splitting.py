@@ -156,5 +156,5 @@ def _hash(sample):
     with contextlib.suppress(UnreadableImage):
         return hash_of_image(getattr(sample, "image", None))
     if sample.key is None:
-        raise OSError(f"{sample.reason}: {sample.shard}: {sample.details}")
+        raise OSError(f"{sample.reason}: {sample.file}: {sample.details}")
     return hash_of(sample.key)

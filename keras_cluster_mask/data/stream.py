@@ -248,7 +248,7 @@ class SkippedSamples:
         max_share: Float. The fraction of the samples of each source that may be broken.
         by_reason: Dictionary from each reason, a string, to the number of samples.
         examples: Dictionary from each reason to a list of the first 20 samples, tuples
-            of `shard`, `key`, `reason` and `details`. The keys of samples that the
+            of `file`, `key`, `reason` and `details`. The keys of samples that the
             index left out are read from the shards at each access.
     """
 
@@ -340,7 +340,7 @@ class SkippedSamples:
             message, is_first = f"A sample is broken: {fault}", not self._examples
             self.add(fault, source)
             # A pass that begins within an epoch may read a sample twice.
-            self._broken[source].add((fault.shard, fault.key or object()))
+            self._broken[source].add((fault.file, fault.key or object()))
             self._check(source, message, len(self._broken[source]), length)
             if is_first:
                 warnings.warn(

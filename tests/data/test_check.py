@@ -55,7 +55,7 @@ def test_broken_samples_are_listed_with_their_reasons(write_pairs, noise):
     listed = found["examples"]
     assert found["by_reason"] == {reason: len(x) for reason, x in listed.items()}
     assert {
-        (x["shard"], x["key"], reason) for reason in listed for x in listed[reason]
+        (x["file"], x["key"], reason) for reason in listed for x in listed[reason]
     } == {
         (str(shard), "0000", "duplicate key"),
         (str(shard), "blank", "empty caption"),

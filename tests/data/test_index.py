@@ -62,7 +62,7 @@ def test_faults_are_counted_by_reason_with_the_first_samples_of_each(source):
     faults = {"damaged shard": 13, "no caption": 2, "duplicate key": 1, "no image": 1}
     assert index.faults == faults
     first, *others = index.examples(1)
-    assert first.shard == f"{folder}/1.tar"
+    assert first.file == f"{folder}/1.tar"
     assert {(x.key, x.reason) for x in others} == {
         ("0001", "duplicate key"),
         ("silent", "no caption"),

@@ -156,7 +156,7 @@ def test_arrays_that_are_no_images_are_refused_with_their_key(array):
     dataset = make_dataset(rows)
     assert keys(dataset) == [*"01234", *"67"]
     ((fault,),) = dataset.skipped.examples.values()
-    assert (fault.shard, fault.key) == ("list", "5")
+    assert (fault.file, fault.key) == ("list", "5")
     assert fault.reason.startswith(("the array is not uint8 (", "the gray levels are"))
     with pytest.raises(ValueError, match=r"`source`.*Received: .*the array is not"):
         make_dataset([{"image": np.zeros((4, 4, 1)), "text": "a"}])

@@ -163,4 +163,4 @@ def test_broken_samples_are_skipped_and_counted_in_each_pass(shard, training):
         assert dataset.skipped.by_reason == STRUCTURAL | READ
         listed = [each for x in dataset.skipped.examples.values() for each in x]
         assert {each.key for each in listed} == {f"x{number}" for number in range(6)}
-        assert {each.shard for each in listed} == {str(shard)}
+        assert {each.file for each in listed} == {str(shard)}
