@@ -247,7 +247,7 @@ def dataset(options, split, model, tuning=None, seed=0):
         batch_size = tuning.batch
         more = {"crop_scale": (tuning.crop, 1.0), "seed": seed}
     else:
-        batch_size, more = 50, {"include_captions": "all"}
+        batch_size, more = 50, {"include_captions": True}
     return kcm.data.image_text_dataset(
         f"{options.data}/{split}-*.tar",
         model,

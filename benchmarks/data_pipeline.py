@@ -157,12 +157,11 @@ def decode(options):
     import io
     from concurrent.futures import ThreadPoolExecutor
 
+    import braceexpand
     from PIL import Image
 
-    import keras_cluster_mask as kcm
-
     files = []
-    for shard in kcm.data.list_shards(options.data):
+    for shard in braceexpand.braceexpand(options.data):
         with tarfile.open(shard) as archive:
             files += [
                 archive.extractfile(each).read()

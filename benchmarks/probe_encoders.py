@@ -200,7 +200,7 @@ def labeled_images(options, split):
     images, labels = [], []
     for batch in batches:
         images.append(batch["images"])
-        labels += [caption.decode().split()[-1] for caption in batch["captions"]]
+        labels += [text.split()[-1] for (text,) in batch["captions"]]
         if len(labels) >= options.count:
             break
     return np.concatenate(images)[: options.count], labels[: options.count]

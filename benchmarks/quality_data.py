@@ -71,7 +71,7 @@ class Data:
 
     def _evaluation(self, split, limit=None):
         """Batches of images and all their captions, or their classes."""
-        options = {"include_captions": "all"}
+        options = {"include_captions": True}
         if self.classes is not None:
             options = {"label_key": self.recipe.caption_key}
             options["class_names"] = self.classes

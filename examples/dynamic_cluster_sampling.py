@@ -6,13 +6,18 @@ large clusters are thinned most, and still give more samples than small ones.
 
 `--embeddings` is a file of `np.savez(path, keys=keys, embeddings=embeddings)`, with a
 row for each sample, of any model; DINOv2 in the paper. `examples/README.md` shows how
-to make it. Needs faiss: `pip install faiss-cpu`.
+to make it. Samples without a row, such as broken ones, are not trained on. Needs faiss:
+`pip install faiss-cpu`.
+
+Each epoch is a `fit` of its own, and ends with a file in `--output`. The program starts
+after the last of these files.
 
 Dynamic Cluster Data Sampling for Efficient and Long-Tail-Aware Vision-Language
 Pre-training: https://arxiv.org/abs/2604.27932
 """
 
 import argparse
+import pathlib
 
 import keras
 import numpy as np
@@ -29,7 +34,7 @@ def parse(arguments=None):
     images = kcm.data.example_images() / "train-*.tar"
     add("--train", default=images, help="shards to train on")
     add("--embeddings", required=True, help="a file of keys and embeddings")
-    add("--output", default="probability.npz", help="for the keys and probabilities")
+    add("--output", type=pathlib.Path, default="dynamics", help="folder of the models")
 
     add("--num-clusters", type=int, help="default: one for each 4,000 samples")
     add("--iterations", type=int, default=10, help="of k-means")
@@ -41,7 +46,7 @@ def parse(arguments=None):
     add("--image-size", type=int, default=48, help="in pixels")
     add("--batch-size", type=int, default=64, help="over all devices together")
     add("--epochs", type=int, default=9, help="passes over a share of the samples")
-    add("--seed", type=int, default=0, help="of the clusters and the samples")
+    add("--seed", type=int, default=0, help="of all that is random")
     return parser.parse_args(arguments)
 
 
@@ -93,41 +98,74 @@ def probabilities(clusters, alpha, share, repeat=False):
     return (copies if repeat else np.minimum(copies, 1.0))[places]
 
 
-def train(args, sampling):
+def numbers_of(source, keys):
+    """The number of the sample of each key in the source."""
+    dataset = kcm.data.image_text_dataset(source, None, 8, training=False)
+    every = kcm.data.subset(source, range(dataset.num_samples))
+    numbers = {str(item["__key__"]): number for number, item in enumerate(every)}
+    if len(numbers) < len(every) or {*keys} - {*numbers}:
+        raise SystemExit("--train must have all keys of --embeddings, each once.")
+    return np.array([numbers[key] for key in keys])
+
+
+def choose(copies, seed, epoch):
+    """The numbers of the samples of an epoch; 2.3 copies are two or three."""
+    draws = np.random.default_rng([seed, epoch]).random(len(copies))
+    return np.repeat(np.arange(len(copies)), np.floor(copies + draws).astype(int))
+
+
+def make_model(args):
+    keras.utils.set_random_seed(args.seed)
     captions = kcm.data.read_captions(args.train)
     tokenizer = kcm.data.CLIPTokenizer.train(captions, 3000, context_length=16)
-    dataset = kcm.data.image_text_dataset(
-        args.train,
-        tokenizer,
-        args.image_size,
-        args.batch_size,
-        training=True,
-        sampling=sampling,
-    )
     backbone = kcm.models.clip_backbone(
         "tiny", args.image_size, tokenizer.vocabulary_size, tokenizer.context_length
     )
-    masking = kcm.ClusterMasking(patch_size=8)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
+    masking = kcm.ClusterMasking(patch_size=8, seed=args.seed)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking, tokenizer=tokenizer)
     model.compile(keras.optimizers.AdamW(1e-3))
-    model.fit(dataset, epochs=args.epochs)
+    return model
+
+
+def dataset_of(args, copies, model, epoch):
+    part = kcm.data.subset(args.train, choose(copies, args.seed, epoch))
+    # With one seed, samples at the same place would have the same crop in each epoch.
+    return kcm.data.image_text_dataset(
+        part, model, batch_size=args.batch_size, seed=args.seed + epoch
+    )
+
+
+def train(args, copies):
+    args.output.mkdir(parents=True, exist_ok=True)
+    new = args.output / "new.keras"
+    *_, last = [None, *sorted(args.output.glob("epoch_*.keras"))]
+    model = keras.saving.load_model(last) if last else make_model(args)
+    first = int(last.stem.removeprefix("epoch_")) if last else 0
+    print(f"Training starts after {first} epochs.")
+    for epoch in range(first, args.epochs):
+        dataset = dataset_of(args, copies, model, epoch)
+        model.fit(dataset, initial_epoch=epoch, epochs=epoch + 1)
+        # A run that is killed while it saves leaves no broken file of this epoch.
+        model.save(new)
+        new.replace(args.output / f"epoch_{epoch + 1:04}.keras")
     return model
 
 
 def main(args):
     content = np.load(args.embeddings)
-    keys, embeddings = content["keys"], normalized(content["embeddings"])
-    num_clusters = args.num_clusters or max(len(keys) // 4000, 16)
+    embeddings = normalized(content["embeddings"])
+    num_clusters = args.num_clusters or max(len(embeddings) // 4000, 16)
     clusters = cluster(
         embeddings, num_clusters, args.iterations, args.merge_threshold, args.seed
     )
-    copies = probabilities(clusters, args.alpha, args.share, args.repeat)
-    np.savez(args.output, keys=keys, probability=copies)
+    numbers = numbers_of(args.train, content["keys"])
+    copies = np.zeros(numbers.max() + 1)
+    copies[numbers] = probabilities(clusters, args.alpha, args.share, args.repeat)
     print(
         f"{len({*clusters.tolist()})} clusters. An epoch has {copies.sum():.0f} of "
-        f"{len(keys)} samples on average."
+        f"{len(numbers)} samples on average."
     )
-    return train(args, kcm.data.Sampling(dict(zip(keys, copies)), args.seed))
+    return train(args, copies)
 
 
 if __name__ == "__main__":

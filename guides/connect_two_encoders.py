@@ -73,10 +73,10 @@ options = dict(training=False, include_captions=True)
 source = IMAGES / "train-00000.tar"
 batches = kcm.data.image_text_dataset(source, None, IMAGE_SIZE, 64, **options)
 drawings = [pair for x in batches for pair in zip(x["images"], x["captions"])]
-for number, (image, caption) in enumerate(drawings[:400]):
+for number, (image, (caption,)) in enumerate(drawings[:400]):
     Image.fromarray(image).save(PHOTOGRAPHS / f"{number}.png")
     table = TRAIN if number % 4 else TEST
-    rows[table].append((f"{number}.png", caption.decode()))
+    rows[table].append((f"{number}.png", caption))
 for table, content in rows.items():
     with open(table, "w", newline="") as file:
         csv.writer(file).writerows([("file_name", "caption"), *content])

@@ -97,7 +97,7 @@ TEMPLATES = ["{}", "{}, symbol", "a {}", "flat drawing of a {}"]
 def labeled(split):
     """Images whose caption names exactly one class, with their labels."""
     for batch in dataset(split):
-        words = [set(re.split("[ ,]+", text.decode())) for text in batch["captions"]]
+        words = [set(re.split("[ ,]+", text)) for (text,) in batch["captions"]]
         named = np.array([[name in each for name in NAMES] for each in words])
         rows = named.sum(axis=1) == 1
         if rows.any():

@@ -70,10 +70,10 @@ for folder, split in ((TRAIN, "validation"), (TEST, "test")):
     source = kcm.data.example_images() / f"{split}-*.tar"
     options = dict(include_captions=True, include_keys=True)
     for batch in kcm.data.image_text_dataset(source, None, 64, 64, False, **options):
-        for key, image, caption in zip(
+        for key, image, (caption,) in zip(
             *(batch[k] for k in ("keys", "images", "captions"))
         ):
-            rows.append((f"{key}.png", caption.decode()))
+            rows.append((f"{key}.png", caption))
             Image.fromarray(image).convert("L").save(folder / rows[-1][0])
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)

@@ -3,7 +3,7 @@ on a CPU. Published masking methods behind one API, on JAX, TensorFlow and PyTor
 """
 
 import importlib
-import multiprocessing
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,8 @@ if TYPE_CHECKING:
 
 # Import the classes that a `.keras` file can refer to, so that Keras finds them. Worker
 # processes that read data do not need Keras: they import what they use.
-# A worker is started with this option, and knows its parent only later.
-_IS_SPAWNED = "--multiprocessing-fork" in sys.orig_argv
-_NEEDS_KERAS = not (_IS_SPAWNED or multiprocessing.parent_process())
-if TYPE_CHECKING or "keras" in sys.modules or _NEEDS_KERAS:
+_IS_WORKER = "KERAS_CLUSTER_MASK_WORKER" in os.environ
+if TYPE_CHECKING or "keras" in sys.modules or not _IS_WORKER:
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
     from keras_cluster_mask.fine_tune import optimizer_by_block
     from keras_cluster_mask.masking import (

@@ -163,15 +163,15 @@ def write_pairs_to(encode, write_tar_to):
 @pytest.fixture(scope="session")
 def copy_pairs(write_tar_to):
     """Copies the first pairs of a shard of the repository; returns the path."""
-    from keras_cluster_mask.data.index import open_index
-    from keras_cluster_mask.data.samples import Fields
+    from keras_cluster_mask.data.paths import open_source
 
     def copy_pairs(shard, path, count):
         files = []
-        source = DATASETS / "images" / f"{shard}.tar"
-        for pair in open_index(source, Fields()).read(range(count)):
-            files.append((f"{pair.key}.webp", pair.image))
-            files.append((f"{pair.key}.txt", pair.captions[0].encode()))
+        source = open_source(DATASETS / "images" / f"{shard}.tar")
+        for number in range(count):
+            item = source[number]
+            for field in ("webp", "txt"):
+                files.append((f"{item['__key__']}.{field}", item[field]))
         return write_tar_to(path, files)
 
     return copy_pairs

@@ -33,13 +33,13 @@ def run_program(*command, **environment):
     """Runs a program in a process of its own; returns what it prints.
 
     Args:
-        *command: The path of the program from the root of the repository, or `"-m"` and
-            the name of a module; and its arguments.
+        *command: The path of the program from the root of the repository, or `"-c"` and
+            its code; and its arguments.
         **environment: Variables. The backend is that of the tests.
     """
     program, *arguments = command
     done = subprocess.run(
-        [sys.executable, program if program == "-m" else ROOT / program, *arguments],
+        [sys.executable, program if program == "-c" else ROOT / program, *arguments],
         env={
             **os.environ,
             "KERAS_BACKEND": keras.backend.backend(),

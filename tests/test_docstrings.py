@@ -18,7 +18,6 @@ pytestmark = pytest.mark.any_backend
 # Their examples read files that a reader has and this test has not.
 NEED_FILES = {
     "keras_cluster_mask.data.check.check",
-    "keras_cluster_mask.data.shards.list_shards",
     "keras_cluster_mask.interop.hugging_face.load_hugging_face",
 }
 

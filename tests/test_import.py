@@ -25,11 +25,8 @@ def test_a_saved_model_loads_in_a_program_that_imports_only_the_package(tmp_path
     assert_close(dict(np.load(files[2])), model(pairs))
 
 
-def test_a_spawned_worker_that_has_not_imported_keras_imports_it_not_here():
-    printed = run_program("tests/programs/spawn.py")
-    assert printed.split() == ["False", "ClusterMasking"]
-
-
-def test_a_program_started_as_a_module_imports_as_any_other():
-    module = "tests.programs.project.train"
-    assert run_program("-m", module, "keras_cluster_mask/file.py").split() == ["True"]
+def test_a_worker_imports_keras_when_a_name_needs_it(monkeypatch):
+    monkeypatch.setenv("KERAS_CLUSTER_MASK_WORKER", "1")
+    names = "'keras' in sys.modules, kcm.ClusterMasking.__name__"
+    program = f"import sys, keras_cluster_mask as kcm; print({names})"
+    assert run_program("-c", program).split() == ["False", "ClusterMasking"]

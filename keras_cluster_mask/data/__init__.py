@@ -1,12 +1,11 @@
 """Image-text pairs for training and evaluation: shards, images and tokens."""
 
 from keras_cluster_mask.data.check import check, read_captions
-from keras_cluster_mask.data.dataset import image_text_dataset
+from keras_cluster_mask.data.dataset import ImageTextDataset, image_text_dataset
 from keras_cluster_mask.data.frequency_masking import FrequencyTextMasking
-from keras_cluster_mask.data.sampling import Sampling
-from keras_cluster_mask.data.shards import example_images, list_shards
-from keras_cluster_mask.data.splitting import split
-from keras_cluster_mask.data.stream import ImageTextDataset, SkippedSamples
+from keras_cluster_mask.data.paths import example_images
+from keras_cluster_mask.data.skipped import SkippedSamples
+from keras_cluster_mask.data.splitting import split, subset
 from keras_cluster_mask.data.text_masking import (
     BlockTextMasking,
     RandomTextMasking,
@@ -20,13 +19,12 @@ __all__ = [
     "FrequencyTextMasking",
     "ImageTextDataset",
     "RandomTextMasking",
-    "Sampling",
     "SkippedSamples",
     "TextMasking",
     "check",
     "example_images",
     "image_text_dataset",
-    "list_shards",
     "read_captions",
     "split",
+    "subset",
 ]

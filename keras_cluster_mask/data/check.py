@@ -1,7 +1,5 @@
 """Reads all samples of a source: to check them, or to list their captions."""
 
-import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +7,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from keras_cluster_mask.data.files import Threads
+from keras_cluster_mask.data.formats.indexed import SHORT
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
-from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.parts import SHORT
-from keras_cluster_mask.data.samples import Fault, Fields
-from keras_cluster_mask.data.stream import SkippedSamples
+from keras_cluster_mask.data.paths import open_source
+from keras_cluster_mask.data.samples import Fault, Fields, read_images
+from keras_cluster_mask.data.skipped import SkippedSamples
+from keras_cluster_mask.data.sources import check_readable, folders_of, read_items
 
 # The threads of `read_all`, and the number of samples that each reads together.
 READERS, TOGETHER = 16, 16
@@ -28,15 +27,12 @@ def check(
     caption_key: str | Sequence[str] | None = None,
     label_key: str | Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
-    index_dir: str | os.PathLike | None = None,
-    num_workers: int = 0,
 ) -> dict:
     """Reads all samples of a source, and counts the broken ones by reason.
 
-    A sample is broken if it has no image or no caption, if its image does not decode,
-    if its key is a duplicate within the shard, or if it is a table row that names a
-    missing local image file. A progress bar is shown after one second. Set the
-    environment variable `TQDM_DISABLE=1` to hide it.
+    A sample is broken if it has no image or no caption, or if its image cannot be read
+    or does not decode. A progress bar is shown after one second. Set the environment
+    variable `TQDM_DISABLE=1` to hide it.
 
     Samples that a damaged file has lost count as broken. Their number is estimated by
     the size of the rest of the file. The full size of a truncated file is unknown. It
@@ -59,9 +55,6 @@ def check(
             no caption, unless `caption_key` is given. Defaults to `None`: samples need
             no label.
         class_names: Sequence of strings; see `image_text_dataset`.
-        index_dir: String or path; see `image_text_dataset`.
-        num_workers: Integer. The number of processes that build the index. A program
-            that uses them needs `if __name__ == "__main__":`. Defaults to `0`: none.
 
     Returns:
         Dictionary: `"samples"`, the number of intact samples; `"captions"`, the number
@@ -75,22 +68,16 @@ def check(
     """
     wants_caption = label_key is None or caption_key is not None
     fields = Fields(image_keys, caption_key, wants_caption, label_key, class_names)
-    index = open_index(source, fields, index_dir, num_workers)
-    broken = SkippedSamples([index])
-    samples = captions = 0
-    for found in read_all(index, _captions_of, "check"):
+    source = open_source(source, fields.image_keys)
+    broken, captions = SkippedSamples(), 0
+    if fields.labels:
+        fields.labels.add_folders(folders_of(source))
+    for found in read_all(source, fields, _captions_of, "check"):
         if isinstance(found, Fault):
             broken.add(found)
         else:
-            samples += 1
             captions += found
-    is_silent = not samples and "no caption" in broken.by_reason
-    if is_silent and label_key is None and "folder" in index.fields:
-        warnings.warn(
-            "No image has a caption. If the folders in `source` are classes, pass "
-            f'`label_key="folder"`. Received: label_key=None, {broken.reasons()}',
-            stacklevel=2,
-        )
+    samples = len(source) - broken.count
     return {
         "samples": samples,
         "captions": captions,
@@ -138,32 +125,21 @@ def read_captions(
     Returns:
         List of strings, in the order of the samples. No images are needed or read.
     """
-    index = open_index(source, Fields((), caption_key))
-    for fault in index.damage:
-        message = f"{fault.details}. Their captions are missing."
-        warnings.warn(message, stacklevel=2)
-    captions, fault = [], next(iter(index.examples(1)), None)
-    for each in index.read(range(len(index)), with_images=False):
-        if each.key is None:
-            raise OSError(f"{each.reason}: {each.file}: {each.details}")
-        if isinstance(each, Fault):
-            fault = fault or each
-        else:
-            captions.extend(each.captions)
+    fields = Fields((), caption_key)
+    source, captions = open_source(source), []
+    for sample in read_all(source, fields, lambda sample: sample, "captions"):
+        captions.extend(getattr(sample, "captions", ()))
     if not captions:
-        raise ValueError(
-            "`caption_key` must name a field of `source` with captions. Received: "
-            f"caption_key={caption_key}, with the fields {index.fields}, and first "
-            f"{fault}"
-        )
+        check_readable(source, fields)
     return captions
 
 
-def read_all(index, function, title):
+def read_all(source, fields, function, title):
     """Reads all samples in threads, with a progress bar.
 
     Args:
-        index: `Index` or `ObjectIndex`.
+        source: The source.
+        fields: `Fields`.
         function: Function of a `Sample` or a `Fault`.
         title: String. The title of the progress bar.
 
@@ -172,12 +148,13 @@ def read_all(index, function, title):
     """
 
     def read(first):
-        numbers = range(first, min(first + TOGETHER, len(index)))
-        return [*map(function, index.read(numbers))]
+        numbers = [*range(first, min(first + TOGETHER, len(source)))]
+        items = read_items(source, numbers)
+        return [*map(function, read_images([*map(fields.sample, items)]))]
 
-    bar = tqdm(total=len(index), desc=title, unit=" samples", delay=SHORT)
+    bar = tqdm(total=len(source), desc=title, unit=" samples", delay=SHORT)
     with bar, Threads(READERS) as threads:
-        groups = range(0, len(index), TOGETHER)
+        groups = range(0, len(source), TOGETHER)
         for group in threads.in_order(read, groups, ahead=2 * READERS):
             bar.update(len(group))
             yield from group

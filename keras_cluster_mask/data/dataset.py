@@ -1,17 +1,48 @@
-"""Creates datasets of batches from shards, for `fit` and evaluation."""
+"""Datasets of batches from sources of samples, for `fit` and evaluation."""
 
+import contextlib
+import functools
+import math
+import operator
 import os
-from collections.abc import Callable, Sequence
+import time
+import types
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.data.batches import Batches, Captions
+from keras_cluster_mask.checks import check_integer, check_range, is_positive
+from keras_cluster_mask.data.batches import REPORT, TEXTS, Batches, Captions
+from keras_cluster_mask.data.files import is_address
+from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.images import Images
+from keras_cluster_mask.data.order import Order
+from keras_cluster_mask.data.paths import open_source
 from keras_cluster_mask.data.samples import Fields
-from keras_cluster_mask.data.sampling import Sampling
-from keras_cluster_mask.data.stream import ImageTextDataset
+from keras_cluster_mask.data.skipped import SkippedSamples
+from keras_cluster_mask.data.sources import (
+    Concatenation,
+    check_readable,
+    describe,
+    folders_of,
+    parts_of,
+    paths_of,
+    versions_of,
+)
 from keras_cluster_mask.data.text_masking import TextMasking
+from keras_cluster_mask.data.tokenizing import length_of
+from keras_cluster_mask.data.workers import in_processes
+from keras_cluster_mask.stream import Stream
+
+# The largest default block size for object stores and Parquet, and the number of
+# blocks that a batch must contain to be well mixed.
+BLOCK, RUNS = 64, 16
+# The limits of prefetching per process, in bytes and in batches.
+MAX_AHEAD, AHEAD = 2**29, 2
+# More threads in one process would wait for each other.
+MAX_THREADS = 16
 
 
 def image_text_dataset(
@@ -26,28 +57,26 @@ def image_text_dataset(
     caption_key: str | Sequence[str] | None = None,
     label_key: str | Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
-    resize: str | None = None,
-    crop_scale: tuple[float, float] | None = None,
     image_transform: Callable[[np.ndarray, np.random.Generator], np.ndarray]
     | None = None,
-    include_captions: bool | str = False,
-    include_keys: bool = False,
-    max_skipped: float = 0.01,
+    crop_scale: tuple[float, float] | None = None,
+    resize: str | None = None,
     text_masking: TextMasking | None = None,
-    sampling: Sampling | None = None,
+    include_captions: bool = False,
+    include_keys: bool = False,
     block_size: int | None = None,
     process: tuple[int, int] | None = None,
     num_workers: int = 0,
-    index_dir: str | os.PathLike | None = None,
-) -> ImageTextDataset:
-    """Reads images and captions, from shards, tables or folders, as batches.
+    max_skipped: float = 0.01,
+) -> "ImageTextDataset":
+    """Reads images and captions, from files, folders or objects, as batches.
 
-    A source is WebDataset shards, tar files as img2dataset writes them (`KEY.jpg` is
-    followed by `KEY.txt`), Parquet files, tables (CSV, TSV, JSON lines) that name image
-    files, or folders of images, in which `KEY.txt` is the caption of `KEY.jpg`. Sources
-    are indexed on first use: a small file for each file or folder, in a cache folder,
-    stores the position of each sample. `check` reads all samples, and lists the broken
-    ones.
+    A source is an object with a length, whose items are dictionaries of fields, such as
+    a list of dictionaries. Paths become one: WebDataset shards, tar files as
+    img2dataset writes them (`KEY.jpg` is followed by `KEY.txt`), Parquet files, tables
+    (CSV, TSV, JSON lines) that name image files, or folders of images, in which
+    `KEY.txt` is the caption of `KEY.jpg`. Files are indexed on first use: a small file
+    for each, in a cache folder, stores the position of each sample.
 
     Rows of a table or Parquet file with the same image form one sample with several
     captions. They must be in one file and have the same label.
@@ -57,20 +86,18 @@ def image_text_dataset(
     Each image is cropped at random. `len(dataset)` is the number of full batches in an
     epoch. The same seed gives the same batches with any number of processes and
     workers. `ContrastiveModel.fit` needs no `steps_per_epoch`. Other Keras models take
-    `fit(((batch,) for batch in dataset), steps_per_epoch=len(dataset))`, and TensorFlow
-    takes `dataset.as_dataset()`.
+    `fit(((batch,) for batch in dataset), steps_per_epoch=len(dataset))`, or
+    `dataset.as_dataset()`.
 
-    With `training=False`, each sample is read once, in the order of the files, with a
+    With `training=False`, each sample is read once, in the order of the source, with a
     center crop.
 
-    The index leaves out samples without an image or a caption, samples with a duplicate
-    key, samples after the damage in a damaged file, and table rows that name a missing
-    local image file. An image that cannot be read or decoded is replaced in training by
-    another image of its source, so the number of steps never depends on broken samples.
-    In evaluation it is skipped. `dataset.skipped`, a `SkippedSamples`, counts both
-    cases. A read is tried four times within 6 seconds. Storage at a URL that does not
-    answer for 60 seconds counts as a failed read, so its last error comes after 4
-    minutes.
+    A sample is broken if it has no image or no caption, or if it cannot be read or
+    decoded. In training, another sample of its source replaces it, so the number of
+    steps never depends on broken samples. In evaluation it is left out.
+    `dataset.skipped`, a `SkippedSamples`, counts both cases, and `check` finds broken
+    samples before. A read is tried three times within 4 seconds. If storage at a URL
+    does not answer three times, each within 35 seconds, the run ends with an error.
 
     Images stay uint8, and models scale them on the device. The EXIF orientation is
     applied. Transparent pixels become white. The order of the axes is
@@ -80,8 +107,7 @@ def image_text_dataset(
     limit is read when the dataset is created, also for worker processes, and must stay
     the same while the dataset is read; `None` means no limit. In training, a large JPEG
     is reduced while it is decoded, so its reduced size must be within the limit, and
-    its full size within twice the limit. Each pixel of a progressive JPEG counts as
-    four, because its coefficients are kept in full.
+    its full size within twice the limit.
 
     Training shuffles samples of local files one by one. Files at URLs and Parquet files
     are read in blocks of up to 64 consecutive samples; see `block_size`.
@@ -110,15 +136,20 @@ def image_text_dataset(
     ```
 
     Args:
-        source: String or path, or a list of them: files, folders, or patterns such as
-            `"data/train-{00000..00127}.tar"` or `"gs://bucket/*.tar"`; see
-            `list_shards`. Or an object with `__len__` and `__getitem__` that holds
-            dictionaries, such as a `Dataset` of the package `datasets`; an image is
-            bytes, a file name, a `PIL.Image.Image`, or a uint8 array. Only one thread
-            at a time reads items of objects and decodes their images, unless the object
-            has the attribute `thread_safe = True`. Or a part that `split` returned. Or
-            a dictionary from several such sources to weights, to mix the sources in
-            these proportions.
+        source: String or path, or a list of them. A file; a folder with one table,
+            named `metadata`, `manifest` or `captions` with the extension `.csv`, `.tsv`
+            or `.jsonl`; a folder of images, which may have subfolders; a pattern with
+            `*`, `?` or `[...]` for all existing files that match it; or a pattern with
+            `{a,b}` or `{000..123}`, for files that must all exist. Each may be a URL,
+            such as `"s3://bucket/train-*.tar"`, or an fsspec chain, such as
+            `"simplecache::s3://bucket/train-*.tar"`. Or an object with `__len__` and
+            `__getitem__` that holds dictionaries, such as a `Dataset` of the package
+            `datasets`, or a part that `split` or `subset` returned; an image is bytes,
+            a file name, a `PIL.Image.Image`, or a uint8 array. One thread at a time
+            reads items of objects. A method `__getitems__` reads several at once, for
+            neighbors, and an entry `"__key__"` names a sample. Or a list of such
+            objects, one after the other. Or a dictionary from several of all these to
+            weights, to mix them in these proportions.
         tokenizer: A `CLIPTokenizer`; any callable from a list of strings to integers
             `(batch, length)`; an open_clip tokenizer; a Hugging Face tokenizer, with
             rows padded and truncated to its `model_max_length`; or a Keras layer, such
@@ -166,25 +197,20 @@ def image_text_dataset(
             `(height, width, 3)`, and a `np.random.Generator`, that returns an image of
             the same shape and dtype. It may change the image in place. Must be `None`
             in evaluation. Defaults to `None`.
-        include_captions: Boolean, or `"all"`. Whether batches contain `"captions"`,
-            UTF-8 bytes. With `"all"`, each is a tuple of all captions of an image.
-            Defaults to `False`.
+        include_captions: Boolean. Whether batches contain `"captions"`, for each image
+            a tuple of all its captions, str. Defaults to `False`.
         include_keys: Boolean. Whether batches contain the `"keys"` of samples, str. The
             key of a table row is the value of its first column. Defaults to `False`.
         max_skipped: Float. The maximum fraction of samples that may be broken, from 0
-            to 1, in each source of a dictionary. An error is raised if more samples are
-            broken in the index, or among the samples that a process reads in one pass
-            over the source. Samples that a damaged file has lost count as broken; see
-            `check`. Defaults to `0.01`.
+            to 1, in each source of a dictionary. An error is raised if more are broken
+            of the samples that a process reads in one pass over the source. Samples
+            that a damaged file has lost count as broken; see `check`. Defaults to
+            `0.01`.
         text_masking: A `TextMasking` for training, such as `RandomTextMasking`,
             `BlockTextMasking` or `FrequencyTextMasking`. It shortens captions that have
             more tokens than the `context_length` of the `tokenizer`, which must pad the
             ends of rows. It does not change `"captions"`, and evaluation is never
             masked. Defaults to `None`: captions that are too long are truncated.
-        sampling: A `Sampling`, which chooses the samples of each training epoch. Only
-            these samples are read, in shuffled order. `len(dataset)` is the number of
-            full batches in the epoch that the dataset starts in, and `steps_per_epoch`
-            in an epoch of mean length. Defaults to `None`: each sample once.
         block_size: Integer. In training, blocks of this many consecutive samples are
             read together, which is faster on object stores and hard disks. A block may
             begin in one batch and end in the next. The number of processes must divide
@@ -200,9 +226,6 @@ def image_text_dataset(
             program needs `if __name__ == "__main__":`. Defaults to `0`: threads of this
             process, which share the GIL and decode at most about 2,200 images per
             second on any number of cores.
-        index_dir: String or path. The folder of the index. `"beside"` writes a hidden
-            file next to each local file in a writable folder. Defaults to `None`:
-            `~/.cache/keras_cluster_mask`, unless such a hidden file exists.
 
     Returns:
         An `ImageTextDataset`, an iterable of dictionaries of NumPy arrays: `"images"`,
@@ -213,8 +236,8 @@ def image_text_dataset(
         FileNotFoundError: If a file is missing.
         OSError: If a file cannot be read.
         ValueError: If an argument is invalid, if a file does not support random
-            access, if there is no intact sample, or if an epoch of training has fewer
-            samples than a batch.
+            access, if there is no intact sample, or if training has fewer samples than
+            a batch.
         ImportError: If a package that reads the files is not installed.
     """
     import keras
@@ -248,33 +271,296 @@ def image_text_dataset(
         image_transform=image_transform,
         data_format=keras.config.image_data_format(),
     )
-    captions = Captions(
-        tokenizer=tokenizer,
-        training=training,
-        text_masking=text_masking,
-        include_captions=include_captions,
-    )
-    fields = Fields(
-        image_keys=image_keys,
-        caption_key=caption_key,
-        wants_caption=captions.are_read,
-        label_key=label_key,
-        class_names=class_names,
-    )
+    captions = Captions(tokenizer, training, text_masking, include_captions)
+    fields = Fields(image_keys, caption_key, captions.are_read, label_key, class_names)
+    process = _process(process, training)
+    seed = check_integer("seed", seed, 0)
+    if check_integer("batch_size", batch_size, 1) % process[1]:
+        raise ValueError(
+            "`batch_size` is global and must be divisible by the number of "
+            f"processes. Received: batch_size={batch_size}, {process[1]} processes"
+        )
+    mix = source if isinstance(source, Mapping) else {"": 1.0}
+    if not (
+        mix and all(map(is_positive, mix.values())) and (training or mix is not source)
+    ):
+        raise ValueError(
+            "`source` as a dict from sources to positive weights is for training. "
+            f"Received: source={source!r}, training={training}"
+        )
+    several = [*mix] if mix is source else [source]
+    opened = [open_source(each, fields.image_keys) for each in several]
+    source = opened[0] if len(opened) == 1 else Concatenation(opened)
+    if fields.labels:
+        fields.labels.add_folders(folders_of(source))
+    for each in opened:
+        check_readable(each, fields)
+    order = range(len(source))
+    if training:
+        if len(source) < batch_size:
+            raise ValueError(
+                "`batch_size` must not exceed the number of samples, because training "
+                f"uses full batches only. Received: batch_size={batch_size}, "
+                f"{len(source)} samples"
+            )
+        block_size = _block_size(block_size, batch_size, source, process[1])
+        order = Order([*map(len, opened)], [*mix.values()], seed, block_size)
+    elif block_size is not None:
+        raise ValueError(
+            "`block_size` is for training, and evaluation reads all of `source` in "
+            f"order. Received: block_size={block_size}, training=False"
+        )
     batches = Batches(
         source=source,
+        order=order,
         images=images,
         captions=captions,
         fields=fields,
-        batch_size=batch_size,
-        training=training,
+        batch_size=int(batch_size),
         seed=seed,
-        sampling=sampling,
-        block_size=block_size,
         process=process,
-        num_workers=num_workers,
-        index_dir=index_dir,
-        max_skipped=max_skipped,
         include_keys=include_keys,
     )
-    return ImageTextDataset(batches)
+    return ImageTextDataset(batches, [*map(str, mix)], max_skipped, num_workers)
+
+
+def _process(process, training):
+    """Returns the index of this process, and the number of processes."""
+    if process is None:
+        from keras_cluster_mask.distribution.replicas import process_index_and_count
+
+        process = process_index_and_count(training)
+    index, count = process
+    if not 0 <= index < count:
+        raise ValueError(
+            "`process` must be a pair (number, count) with 0 <= number < count. "
+            f"Received: process={process}"
+        )
+    return index, count
+
+
+def _block_size(block_size, batch_size, source, processes):
+    """Returns the number of neighbors that are read together in training."""
+    if block_size is None:
+        # Neighbors are read much faster together than one by one.
+        is_parquet = any(isinstance(each, Parquet) for each in parts_of(source))
+        is_slow = is_parquet or any(map(is_address, paths_of(source)))
+        block_size = math.gcd(batch_size, BLOCK) if is_slow else 1
+        while block_size > 1 and batch_size < block_size * RUNS:
+            block_size //= 2
+    block_size = check_integer("block_size", block_size, 1)
+    if batch_size % block_size or batch_size // block_size % processes:
+        raise ValueError(
+            "`block_size` must divide `batch_size`, and the number of processes "
+            "must divide the number of blocks in a batch. Received: "
+            f"block_size={block_size}, batch_size={batch_size}, "
+            f"{processes} processes"
+        )
+    return block_size
+
+
+class ImageTextDataset(Stream):
+    """A dataset of batches of image-text pairs; see `image_text_dataset`.
+
+    The dataset is an iterable with a length. Training reads it as an endless stream,
+    and evaluation reads each sample once. Pass it directly to `ContrastiveModel.fit`.
+    Other Keras models take a generator:
+    `fit(((batch,) for batch in dataset), steps_per_epoch=len(dataset))`. `dataset[n]`
+    is the batch `start + n`, so a
+    `torch.utils.data.DataLoader(dataset, batch_size=None)` also reads it, in training
+    for one epoch from `start` on. Set `start` for another epoch.
+
+    Args:
+        batches: `Batches`.
+        names: List of strings, the names of the sources for messages.
+        max_skipped: See `image_text_dataset`.
+        num_workers: See `image_text_dataset`.
+
+    Attributes:
+        start: Integer. The batch at which an iteration starts. `ContrastiveModel.fit`
+            sets it to the batch after the last one that it trained on.
+        skipped: `SkippedSamples`. The broken samples of the last pass.
+        unused_captions: Integer. The number of captions left out in the last pass, for
+            images with several, unless batches contain them.
+        batch_size: Integer. The global batch size.
+        num_samples: Integer. The number of samples, broken ones included.
+        element_spec: Dictionary from the name of each entry of a batch to its `Spec`.
+        description: Dictionary. The settings that determine the samples of each batch.
+            A run can only be resumed on a dataset with an equal `description`.
+        versions: String, which changes with the sizes and dates of files. Each access
+            reads these, and tables.
+        tokenizer: The tokenizer, or `None`.
+        process: Pair of integers. The index of this process, and the number of
+            processes.
+        class_names: List of strings, the names that labels index, if known.
+        waited: Float. The seconds that the program has waited for batches. On JAX and
+            TensorFlow, earlier steps may run meanwhile.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        names: Sequence[str] = ("",),
+        max_skipped: float = 0.01,
+        num_workers: int = 0,
+    ):
+        check_range("max_skipped", max_skipped, 0, 1)
+        self._batches, self._num_workers = batches, num_workers
+        check_integer("num_workers", num_workers, 0)
+        lengths = [length // batches.process[1] for length in batches.lengths]
+        # Makes the counters of a pass.
+        self._skipped = functools.partial(
+            SkippedSamples, dict(zip(names, lengths)), max_skipped
+        )
+        self.start, self.waited, self.skipped = 0, 0.0, self._skipped()
+        self.unused_captions = 0
+        self.training, self.element_spec = batches.training, batches.element_spec
+        self.num_samples = len(batches.source)
+        self.steps_per_epoch = self.num_samples // batches.batch_size
+
+    batch_size = property(operator.attrgetter("_batches.batch_size"))
+    tokenizer = property(operator.attrgetter("_batches.captions.tokenizer"))
+    process = property(operator.attrgetter("_batches.process"))
+
+    @property
+    def class_names(self) -> list[str]:
+        labels = self._batches.fields.labels
+        return list((labels and labels.numbers) or ())
+
+    @property
+    def description(self) -> dict[str, Any]:
+        batches, images = self._batches, self._batches.images
+        captions, order = batches.captions, batches.order
+        sources = [batches.source]
+        if isinstance(batches.source, Concatenation):
+            sources = batches.source.sources
+        return {
+            "sources": [describe(each, batches.fields) for each in sources],
+            "weights": self.training and order.weights,
+            "batch_size": batches.batch_size,
+            "seed": batches.seed,
+            "block_size": self.training and order.block_size,
+            "image_size": list(images.image_size),
+            "data_format": images.data_format,
+            "resize": images.resize,
+            "crop_scale": images.crop_scale and [*map(float, images.crop_scale)],
+            "max_image_pixels": images.max_pixels,
+            "image_transform": _name_of(images.image_transform),
+            "tokenizer": [_name_of(self.tokenizer), length_of(self.tokenizer)],
+            "text_masking": captions.text_masking and repr(captions.text_masking),
+        }
+
+    @property
+    def versions(self) -> str:
+        return versions_of(self._batches.source, self._batches.fields)
+
+    def __len__(self) -> int:
+        """Returns the number of batches: in training of an epoch, else from `start`."""
+        if self.training:
+            return self.steps_per_epoch
+        return max(-(-self.num_samples // self.batch_size) - self.start, 0)
+
+    @property
+    def num_images(self) -> int | None:
+        """The number of images of this process, broken ones included.
+
+        `None` in training.
+        """
+        if self.training:
+            return None
+        batches = range(self.start, self.start + len(self))
+        return sum(len(self._batches.positions(batch)) for batch in batches)
+
+    def as_dataset(self) -> Any:
+        """Returns a `tf.data.Dataset` of the batches, in training an endless one.
+
+        Each iteration over it starts at the current `start`. Captions are left out,
+        since a `tf.data.Dataset` cannot hold tuples of different lengths. A
+        `ContrastiveModel` reads the dataset itself, and checks its tokenizer.
+        """
+        from keras_cluster_mask.distribution.tensorflow_data import dataset_of
+
+        return dataset_of(self.__iter__, self.element_spec, self.training)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Reads the batch `start + index` in this thread."""
+        if index < 0 or not (self.training or index < len(self)):
+            raise IndexError(index)
+        alone = types.SimpleNamespace(count=1, map=map)
+        batch = self._batches.read(alone, self.start + index)
+        return self._finished(batch, self.skipped)
+
+    def __iter__(self) -> Generator[dict[str, np.ndarray], None, None]:
+        process, workers = os.getpid(), self._num_workers
+        self.skipped = skipped = self._skipped()
+        self.unused_captions = 0
+        rows = self.batch_size // self.process[1]
+        size = rows * math.prod(self.element_spec["images"].shape[1:])
+        ahead = max(min(MAX_AHEAD // size, AHEAD), 1)
+        count = max(min(num_processors() // max(workers, 1), MAX_THREADS), 1)
+        read = functools.partial(self._batches.in_threads, count, ahead)
+        if workers:
+            read = functools.partial(in_processes, read, workers, size)
+        stop = 2**62 if self.training else self.start + len(self)
+        stack = contextlib.ExitStack()
+        # Also at exit, before the modules that the readers need are unloaded.
+        close = weakref.finalize(stack, _close, process, stack)
+        try:
+            batches = read(range(self.start, stop), stack)
+            while True:
+                began = time.perf_counter()
+                batch = next(batches, None)
+                self.waited += time.perf_counter() - began
+                if batch is None:
+                    break
+                batch = self._finished(batch, skipped)
+                # All samples of the batch may be broken.
+                if len(batch["images"]):
+                    yield batch
+                if os.getpid() != process:
+                    raise RuntimeError(
+                        "A pass over an `image_text_dataset` must be read in the "
+                        "process that started it, and not in a fork of it: start it "
+                        f"there. Received: process {os.getpid()}, started in {process}"
+                    )
+        finally:
+            close()
+
+    def _finished(self, batch, skipped):
+        """Counts the broken samples of a batch, and adds what workers cannot make."""
+        *report, unused = batch.pop(REPORT)
+        self.unused_captions += unused
+        skipped.report(*report)
+        # A Keras layer cannot run in worker processes.
+        if TEXTS in batch:
+            captions = self._batches.captions
+            batch["token_ids"] = captions.tokenize(*batch[TEXTS], self.tokenizer)
+        return {name: batch[name] for name in self.element_spec}
+
+    def __repr__(self):
+        entries = (f"{name} {x.shape}" for name, x in self.element_spec.items())
+        return (
+            f"<ImageTextDataset {self.num_samples} samples, {len(self)} batches of "
+            f"{', '.join(entries)}>"
+        )
+
+
+def num_processors():
+    """Returns the number of processors that this process may use."""
+    # Only Linux reports the processors that are assigned to a process.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _close(process, stack):
+    # A fork of the process must not end its readers.
+    if os.getpid() == process:
+        stack.close()
+
+
+def _name_of(function):
+    """Returns the name of a function, or of the class of an object, or `None`."""
+    if function is None:
+        return None
+    return getattr(function, "__qualname__", type(function).__qualname__)

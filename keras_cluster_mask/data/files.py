@@ -6,19 +6,15 @@ Also the threads that wait for storage.
 import bisect
 import collections
 import contextlib
-import contextvars
 import errno
 import functools
 import io
-import math
 import os
 import queue
 import re
 import secrets
 import threading
 import time
-import types
-import warnings
 from concurrent import futures
 
 import fsspec
@@ -29,8 +25,8 @@ from fsspec.utils import merge_offset_ranges
 
 # The buffer size for sequential reads, in bytes.
 READ_AHEAD = 2**20
-# The pauses before a failed read is retried, in seconds.
-RETRY_AFTER = 0.1, 1.0, 5.0
+# The pauses before a failed read is tried again, in seconds.
+RETRY_AFTER = 0.3, 3.0
 # The errors that a retry cannot resolve. A `ValueError` means an invalid name.
 FINAL = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
@@ -41,14 +37,7 @@ MAX_GAP = 2**16
 NO_RANGES = "the server does not send parts of files: download them"
 # A request is an error after this time, in seconds, and the time for its bytes at this
 # rate, in bytes per second.
-MAX_WAIT, MIN_RATE = 50.0, 2**18
-# Requests of a step are repeated for this time after the first that is not answered, in
-# seconds. Later ones, such as for substitutes, get the second time.
-PATIENCE, MIN_WAIT = 180.0, 0.5
-
-
-# The time `until` which requests of the current step are repeated. Threads share it.
-_patience = contextvars.ContextVar("patience")
+MAX_WAIT, MIN_RATE = 35.0, 2**18
 
 
 class Threads(futures.Executor):
@@ -68,9 +57,9 @@ class Threads(futures.Executor):
             each.start()
 
     def submit(self, function, *arguments):
-        """Returns the `Future` of a call, in the context of the thread that submits."""
-        future, run = futures.Future(), contextvars.copy_context().run
-        self._tasks.put((future, run, (function, *arguments)))
+        """Returns the `Future` of a call."""
+        future = futures.Future()
+        self._tasks.put((future, function, arguments))
         # There may be no thread left for it.
         if self._closed:
             raise futures.CancelledError
@@ -117,20 +106,6 @@ class Threads(futures.Executor):
                     future.set_exception(error)
             # Otherwise an idle thread keeps the last result.
             del task, future, arguments
-
-
-@contextlib.contextmanager
-def one_step(patience=None):
-    """Lets the reads within it share one time to wait, by default of a step around.
-
-    The time is infinite until a request is not answered.
-    """
-    patience = patience or _patience.get(None)
-    token = _patience.set(patience or types.SimpleNamespace(until=math.inf))
-    try:
-        yield
-    finally:
-        _patience.reset(token)
 
 
 def is_address(path):
@@ -180,15 +155,12 @@ class _RemoteFile(AbstractBufferedFile):
 
     def __init__(self, path):
         self._address = path
-        # pyarrow reads in its own threads.
-        self._patience = _patience.get(None)
         system, name = file_system(path)
         size = retried(lambda: limited(system, system.size, name))
         super().__init__(system, name, cache_type="none", size=size)
 
     def _fetch_range(self, start, end):
-        with one_step(self._patience):
-            (content,) = read_ranges([(self._address, start, min(end, self.size))])
+        (content,) = read_ranges([(self._address, start, min(end, self.size))])
         if isinstance(content, Exception):
             # Clients of object stores raise other errors.
             raise OSError(errno.EIO, f"{self._address}: {content}") from content
@@ -244,11 +216,10 @@ def beside(path, name):
     return f"{folder}{slash}{name}"
 
 
-@one_step()
 def read_ranges(ranges):
     """Reads byte ranges of files, with nearby ranges in one request.
 
-    Failed reads are retried a few times, and so are short replies of remote storage.
+    Each request is tried three times.
 
     Args:
         ranges: List of `(path, start, stop)`, in bytes. `None` as stop reads the rest.
@@ -256,6 +227,9 @@ def read_ranges(ranges):
     Returns:
         List of the bytes of each range, or an error: an `EOFError` if the file ends
         before.
+
+    Raises:
+        TimeoutError: If the storage has not answered three times.
     """
     if not ranges:
         return []
@@ -264,11 +238,7 @@ def read_ranges(ranges):
     requests = [*zip(*merged)]
     replies = fetch(requests)
     for pause in RETRY_AFTER:
-        failed = [
-            each
-            for each, reply in replies.items()
-            if _may_pass(reply) or _is_cut(each, reply)
-        ]
+        failed = [each for each, reply in replies.items() if _may_pass(each, reply)]
         if not failed:
             break
         time.sleep(pause)
@@ -279,6 +249,8 @@ def read_ranges(ranges):
     for path, start, stop in ranges:
         request = requests[bisect.bisect_right(firsts, (path, start)) - 1]
         reply, first = replies[request], request[1]
+        if isinstance(reply, TimeoutError):
+            raise reply
         if not isinstance(reply, Exception):
             reply = reply[start - first : None if stop is None else stop - first]
             if stop is not None and len(reply) < stop - start:
@@ -287,22 +259,16 @@ def read_ranges(ranges):
     return results
 
 
-def retried(read, path=""):
-    """Calls a function, and retries it a few times if it raises an `OSError`.
-
-    If it reads a file at a URL, `path`, it is called once: each request is retried.
-    """
-    if is_address(path):
-        return read()
-    with one_step():
-        for pause in RETRY_AFTER:
-            try:
-                return read()
-            except OSError as error:
-                if not _may_pass(error):
-                    raise
+def retried(request):
+    """Calls a function that requests something, three times if it fails."""
+    for pause in RETRY_AFTER:
+        try:
+            return request()
+        except FINAL:
+            raise
+        except OSError:
             time.sleep(pause)
-        return read()
+    return request()
 
 
 def fetch(requests):
@@ -334,7 +300,6 @@ def fetch(requests):
     return replies
 
 
-@one_step()
 def limited(system, function, names, *arguments, size=0):
     """Calls a method of a file system that reads, and limits the time that it takes.
 
@@ -350,8 +315,7 @@ def limited(system, function, names, *arguments, size=0):
     """
     if type(system) is LocalFileSystem:
         return function(names, *arguments)
-    patience, began = _patience.get(), time.monotonic()
-    limit = min(MAX_WAIT + size / MIN_RATE, max(patience.until - began, MIN_WAIT))
+    limit = MAX_WAIT + size / MIN_RATE
     try:
         if issubclass(type(system), AsyncFileSystem):
             # Also cancels the request.
@@ -359,31 +323,18 @@ def limited(system, function, names, *arguments, size=0):
         with Threads(1) as threads:
             return threads.submit(function, names, *arguments).result(limit)
     except TimeoutError as error:
-        reason = f"the storage has not answered within {limit:.3g} seconds"
-        if patience.until == math.inf:
-            patience.until = began + PATIENCE
-            name = names if isinstance(names, str) else names[0]
-            warnings.warn(
-                f"Waiting for {system.unstrip_protocol(name)}: {reason}. It is "
-                f"asked again until {PATIENCE:.0f} seconds have passed.",
-                stacklevel=1,
-            )
+        name = system.unstrip_protocol(names if isinstance(names, str) else names[0])
+        reason = f"{name} has not answered within {limit:.3g} seconds"
         raise TimeoutError(errno.ETIMEDOUT, reason) from error
 
 
-def _is_cut(request, reply):
-    """Returns whether remote storage sent fewer bytes than were requested."""
+def _may_pass(request, reply):
+    """Returns whether a request failed with an error that may not come again."""
     path, start, stop = request
-    is_known = stop is not None and not isinstance(reply, Exception)
-    return is_known and len(reply) < stop - start and is_address(path)
-
-
-def _may_pass(result):
-    """Returns whether a result is an error that a retry may resolve."""
+    if not isinstance(reply, Exception):
+        # Remote storage may send fewer bytes than were requested.
+        return bool(stop) and is_address(path) and len(reply) < stop - start
     numbers = errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP
     # The status 416 of a web server means a range beyond the end.
-    is_final = isinstance(result, FINAL) or getattr(result, "status", None) == 416
-    is_final = is_final or getattr(result, "errno", None) in numbers
-    if isinstance(result, TimeoutError):
-        is_final = time.monotonic() > _patience.get().until
-    return isinstance(result, Exception) and not is_final
+    is_final = isinstance(reply, FINAL) or getattr(reply, "status", None) == 416
+    return not is_final and getattr(reply, "errno", None) not in numbers

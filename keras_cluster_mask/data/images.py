@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import math
-import multiprocessing
 import threading
 from collections.abc import Callable
 
@@ -14,9 +13,6 @@ from PIL import Image, ImageOps
 
 from keras_cluster_mask.checks import check_choice, sides_of
 
-# The weight of a pixel of a progressive JPEG. Decoding keeps all coefficients in
-# memory, even if the image is reduced.
-PROGRESSIVE = 4
 CROP_SCALE = 0.4, 1.0
 # The range of the aspect ratio of a crop, width / height, relative to the resized crop.
 RATIO = 3 / 4, 4 / 3
@@ -55,8 +51,6 @@ class EncodedImage:
         with decoding():
             if not isinstance(content, Image.Image):
                 self._image = Image.open(io.BytesIO(content))
-            progressive = PROGRESSIVE if "progressive" in self._image.info else 0
-            self._coefficients = progressive * math.prod(self._image.size)
             # The orientation of a PNG may come after its pixels.
             if self._image.format == "PNG":
                 self.check_pixels()
@@ -73,7 +67,7 @@ class EncodedImage:
 
     def check_pixels(self):
         """Raises `UnreadableImage` if the image has too many pixels."""
-        if max(math.prod(self._image.size), self._coefficients) > self._max_pixels:
+        if math.prod(self._image.size) > self._max_pixels:
             raise UnreadableImage(TOO_LARGE)
 
     def part(self, box, size):
@@ -296,12 +290,6 @@ class Images:
                 "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "
                 f"Received: crop_scale={self.crop_scale}"
             )
-
-    def __setstate__(self, state):
-        vars(self).update(state)
-        # Pillow refuses large images, too. A worker process has its default limit.
-        if multiprocessing.parent_process() is not None:
-            Image.MAX_IMAGE_PIXELS = self.max_pixels
 
     def __call__(self, content, generator):
         """Decodes and crops an image.

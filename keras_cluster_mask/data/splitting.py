@@ -1,7 +1,6 @@
-"""`split`: divides a source into training and test data by the hash of each image."""
+"""Parts of a source: `split`, by the hash of each image, and `subset`."""
 
 import contextlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,52 +9,9 @@ import numpy as np
 from keras_cluster_mask.checks import check_choice, check_integer, check_range
 from keras_cluster_mask.data.check import read_all
 from keras_cluster_mask.data.images import UnreadableImage
-from keras_cluster_mask.data.index import no_intact_sample, open_index
+from keras_cluster_mask.data.paths import open_source
 from keras_cluster_mask.data.samples import Fields, hash_of, hash_of_image
-
-
-class SourcePart:
-    """One of the two sources that `split` returns.
-
-    Args:
-        source: The source that was split, which may be a part.
-        index: `Index` or `ObjectIndex` of the source.
-        keep: See `Index.select`.
-        sides: Tuple of strings, `"train"` or `"test"`: the sides in all splits.
-        fields: `Fields` that hold the images.
-        index_dir: See `image_text_dataset`.
-    """
-
-    def __init__(self, source, index, keep, sides, fields, index_dir):
-        self.source, self.keep, self.sides = source, keep, sides
-        self.fields, self.index_dir = fields, index_dir
-        self.stamps, self.count = index.stamps, len(index.select(keep))
-        self.name = index.paths[0] + ", ..." * (len(index.paths) > 1)
-
-    def open_index(self, fields, index_dir=None, num_workers=0, process=(0, 1)):
-        """Opens the index of the samples of this part; see `open_index`."""
-        fields = fields.replaced(self.fields)
-        if fields.image_keys not in ((), self.fields.image_keys):
-            raise ValueError(
-                "`image_keys` must match `split`, which finds the images with them: "
-                f"pass the same to both. Received: image_keys={fields.image_keys}, and "
-                f"in `split` {self.fields.image_keys}"
-            )
-        index_dir = index_dir or self.index_dir
-        index = open_index(self.source, fields, index_dir, num_workers, process)
-        if index.stamps != self.stamps:
-            raise ValueError(
-                "`source` must not change after it was split: split it again. Samples "
-                f"stay on their sides. Received: {self}, with changed files"
-            )
-        return index.select(self.keep)
-
-    def __len__(self):
-        return self.count
-
-    def __repr__(self):
-        sides = "/".join(self.sides)
-        return f"<SourcePart {sides} of {self.name}: {self.count} samples>"
+from keras_cluster_mask.data.sources import Subset, check_readable
 
 
 def split(
@@ -65,9 +21,7 @@ def split(
     *,
     seed: int = 0,
     image_keys: str | Sequence[str] | None = None,
-    caption_key: str | Sequence[str] | None = None,
-    index_dir: str | os.PathLike | None = None,
-) -> tuple[SourcePart, SourcePart]:
+) -> tuple[Subset, Subset]:
     """Splits a source into training and test data that share no image.
 
     The side of a sample depends only on a hash of its image, and on `test` and `seed`.
@@ -76,13 +30,9 @@ def split(
     moves samples from the training data to the test data. The fractions are
     approximate.
 
-    All images are read once, with a progress bar after one second. Only images of
-    objects are decoded. For large files, `by="key"` reads no images.
-
-    A sample with a missing or unreadable image is on the side of its key, and counts as
-    broken there. Samples that a damaged file has lost count on both sides. If files
-    change later, the part raises an error: split again. Changes are not noticed in
-    image files that a table or folder names, or in objects of the same length.
+    All samples are read once, with a progress bar after one second. Only images of
+    objects are decoded. A sample with a missing or unreadable image is on the side of
+    its key, and counts as broken there.
 
     Example:
 
@@ -103,16 +53,11 @@ def split(
             file name in a tar or the first column of a table. Copies of an image with
             other keys may then be on both sides. Defaults to `"image"`.
         seed: Integer. The random seed of the sides. Defaults to `0`.
-        image_keys: String or sequence of strings; see `image_text_dataset`. Also used
-            to read the parts. Defaults to `None`: common names.
-        caption_key: String or sequence of strings; see `image_text_dataset`. The
-            default for the parts. Defaults to `None`: common names.
-        index_dir: String or path; see `image_text_dataset`. The default for the parts.
+        image_keys: String or sequence of strings; see `image_text_dataset`. Defaults to
+            `None`: common names.
 
     Returns:
-        Two sources for `image_text_dataset`, `read_captions`, `check` and `split`: the
-        training data and the test data. Both have a `len`, the number of samples with
-        an image, and can be pickled.
+        Two sources: the training data and the test data.
 
     Raises:
         ValueError: If an argument is invalid, or if a side has no sample.
@@ -121,40 +66,60 @@ def split(
     check_range("test", test, 0, 1, "()")
     check_choice("by", by, ("image", "key"))
     check_integer("seed", seed, 0)
-    fields = Fields(image_keys, caption_key, wants_caption=False)
-    if isinstance(source, SourcePart):
-        fields = fields.replaced(source.fields)
-    index = open_index(source, fields, index_dir)
-    if not len(index):
-        raise no_intact_sample(index)
-    if by == "image":
-        hashes = np.fromiter(read_all(index, _hash, "split"), "u8", len(index))
-    else:
-        hashes = index.key_hashes()
+    fields = Fields(image_keys, wants_caption=False)
+    source = open_source(source, fields.image_keys)
+    if by == "key":
+        fields.image_keys = ()
+    check_readable(source, fields)
+    hashes = np.fromiter(read_all(source, fields, _hash, "split"), "u8", len(source))
     # The product with an odd number is another hash, which makes the split of a part
     # independent of the split before.
-    sides = source.sides if isinstance(source, SourcePart) else ()
-    factor = np.uint64(hash_of(f"{seed} {len(sides)}") | 1)
-    of_shards = index.record_hashes(hashes)
-    is_test = [of_shard * factor < test * 2.0**64 for of_shard in of_shards]
-    is_train = [~each for each in is_test]
-    options = fields, index_dir
-    parts = (
-        SourcePart(source, index, is_train, (*sides, "train"), *options),
-        SourcePart(source, index, is_test, (*sides, "test"), *options),
-    )
+    depth, whole = 0, source
+    while isinstance(whole, Subset):
+        depth, whole = depth + 1, whole.source
+    is_test = hashes * np.uint64(hash_of(f"{seed} {depth}") | 1) < test * 2.0**64
+    parts = [Subset(source, np.flatnonzero(side)) for side in (~is_test, is_test)]
     if not all(parts):
         raise ValueError(
             "`test` must leave samples on both sides: pass another fraction or more "
-            f"samples. Received: test={test}, {len(index)} samples with an image"
+            f"samples. Received: test={test}, {len(source)} samples"
         )
-    return parts
+    return parts[0], parts[1]
+
+
+def subset(source: Any, indices: Sequence[int]) -> Subset:
+    """Returns a source of some samples of another source.
+
+    Example:
+
+    ```python
+    source = [{"image": np.zeros((8, 8), "uint8"), "caption": f"{n}"} for n in range(9)]
+    print(kcm.data.read_captions(kcm.data.subset(source, [4, 2])))  # ["4", "2"]
+    ```
+
+    Args:
+        source: See `image_text_dataset`.
+        indices: Sequence of integers, from 0 to `len(source) - 1`. The samples, in this
+            order. A sample may occur several times.
+
+    Returns:
+        A source with the length of `indices`.
+
+    Raises:
+        ValueError: If there is no such sample, or if no sample is chosen.
+    """
+    source, chosen = open_source(source), np.asarray(indices)
+    is_valid = chosen.ndim == 1 and chosen.size and chosen.dtype.kind in "iu"
+    if not is_valid or chosen.min() < 0 or chosen.max() >= len(source):
+        raise ValueError(
+            "`indices` must be integers from 0 to the number of samples, and at least "
+            f"one. Received: indices={indices}, a source of {len(source)} samples"
+        )
+    return Subset(source, chosen)
 
 
 def _hash(sample):
     """Returns the hash of the image of a sample, or of its key if it has none."""
     with contextlib.suppress(UnreadableImage):
         return hash_of_image(getattr(sample, "image", None))
-    if sample.key is None:
-        raise OSError(f"{sample.reason}: {sample.file}: {sample.details}")
     return hash_of(sample.key)

@@ -4,12 +4,17 @@ import contextlib
 import itertools
 import math
 import multiprocessing
+import os
 import pickle
 import signal
 import traceback
 
 import cloudpickle
 import numpy as np
+from PIL import Image
+
+# The environment variable by which `import keras_cluster_mask` knows a worker.
+WORKER = "KERAS_CLUSTER_MASK_WORKER"
 
 
 def in_processes(read, count, size, batches, stack):
@@ -35,13 +40,18 @@ def in_processes(read, count, size, batches, stack):
         connection, other = context.Pipe()
         arguments = other, memory, batches[number::count]
         process = context.Process(target=_work, args=arguments, daemon=True)
-        process.start()
+        # A worker does not import Keras.
+        os.environ[WORKER] = "1"
+        try:
+            process.start()
+        finally:
+            os.environ.pop(WORKER, None)
         other.close()
         stack.callback(process.join)
         stack.callback(process.kill)
         workers.append((process, connection, np.frombuffer(memory, "uint8")))
     # Unlike pickle, cloudpickle supports lambdas.
-    content = cloudpickle.dumps(read)
+    content = cloudpickle.dumps((read, Image.MAX_IMAGE_PIXELS))
     for _, connection, _ in workers:
         # A worker that has ended is found below.
         with contextlib.suppress(OSError):
@@ -67,13 +77,15 @@ def in_processes(read, count, size, batches, stack):
 
 def _work(connection, memory, batches):
     """Reads batches in a worker process, and sends them until the program ends."""
+    os.environ.pop(WORKER, None)
     images = np.frombuffer(memory, "uint8")
     # After Ctrl-C, which all processes get, the program ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A program that is killed closes the connection.
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         try:
-            read = connection.recv()
+            # Pillow refuses large images, too.
+            read, Image.MAX_IMAGE_PIXELS = connection.recv()
             for batch in read(batches, stack):
                 found = batch.pop("images")
                 images[: found.size] = found.ravel()

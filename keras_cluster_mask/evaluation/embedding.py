@@ -10,7 +10,6 @@ import numpy as np
 
 from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
 from keras_cluster_mask.data.dataset import image_text_dataset
-from keras_cluster_mask.data.splitting import SourcePart
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
@@ -139,8 +138,13 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
         progress.update(count, finalize=False)
     check_not_empty(count, data)
     progress.update(count, finalize=True)
-    if "text_embeddings" in rows:
-        warn_of_unused_captions(data)
+    unused = data.unused_captions if isinstance(data, Stream) else 0
+    if unused and "text_embeddings" in rows:
+        warnings.warn(
+            f"{unused} captions of the images are left out, because `data` has one for "
+            "each image: pass `include_captions=True` to `image_text_dataset`.",
+            stacklevel=3,
+        )
     return {name: np.concatenate(values) for name, values in rows.items()}
 
 
@@ -198,13 +202,15 @@ def embedder_of(model):
 
 def pairs_of(model, data):
     """Returns a dataset of the pairs of a source; returns other data unchanged."""
-    first, others = data, Mapping | Stream | SourcePart | keras.utils.PyDataset
+    first, others = data, Mapping | Stream | keras.utils.PyDataset
     has_items = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if has_items and not isinstance(data, others) and len(data):
+    if has_items and not isinstance(data, others | str) and len(data):
         first = data[0]
     # Rows of an object, and not batches.
-    is_rows = isinstance(first, Mapping) and first is not data and "images" not in first
-    if not is_rows and not isinstance(first, str | os.PathLike | SourcePart):
+    is_rows = isinstance(first, Mapping) and first is not data
+    if is_rows and "images" in first:
+        return data
+    if not is_rows and not isinstance(first, str | os.PathLike):
         return data
     size, resize = (model.preprocessing[name] for name in ("image_size", "resize"))
     return image_text_dataset(
@@ -213,7 +219,7 @@ def pairs_of(model, data):
         image_size=size,
         training=False,
         resize=resize,
-        include_captions="all",
+        include_captions=True,
         process=(0, 1),
     )
 
@@ -225,18 +231,6 @@ def texts_of(batch):
     rows = [x if isinstance(x, several) else [x] for x in batch["captions"]]
     owners = np.repeat(np.arange(len(rows)), [len(captions) for captions in rows])
     return [_encoded(text) for captions in rows for text in captions], owners
-
-
-def warn_of_unused_captions(data):
-    """Warns if an `image_text_dataset` has left out captions of its images."""
-    count = data.unused_captions if isinstance(data, Stream) else 0
-    if count:
-        warnings.warn(
-            f"{count} captions of the images so far are left out, because `data` has "
-            'one for each image: pass `include_captions="all"` to '
-            "`image_text_dataset`.",
-            stacklevel=3,
-        )
 
 
 def _encoded(text):

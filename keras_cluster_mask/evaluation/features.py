@@ -17,7 +17,6 @@ from keras_cluster_mask.batches import (
     read_batches,
 )
 from keras_cluster_mask.data.files import replacing
-from keras_cluster_mask.data.samples import some
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_whole
@@ -25,10 +24,9 @@ from keras_cluster_mask.evaluation.embedding import (
     embedder_of,
     pairs_of,
     texts_of,
-    warn_of_unused_captions,
 )
 from keras_cluster_mask.losses import caption_labels, without_padding
-from keras_cluster_mask.stream import Stream
+from keras_cluster_mask.stream import COMPARED, Stream
 from keras_cluster_mask.training.features import (
     ARRAYS,
     PROGRESS,
@@ -56,8 +54,7 @@ def compute_features(
         model: A `ContrastiveModel`.
         data: A source of images and captions, such as a path; see `image_text_dataset`.
             Or data as for `embed`, with `"captions"`: one or several for each image. An
-            `image_text_dataset` needs `include_captions="all"` to have several, and
-            causes a warning without it.
+            `image_text_dataset` needs `include_captions=True`.
         folder: str or path. The folder to write to.
         tokenizer: As for `embed`. Defaults to the tokenizer of the model. A model
             without a tokenizer gets this one.
@@ -122,10 +119,6 @@ def compute_features(
             }
             _append(folder, found, arrays)
             progress.update(found["rows"]["images"], finalize=False)
-            # A run may take hours.
-            if found["batches"] == 1:
-                warn_of_unused_captions(data)
-        warn_of_unused_captions(data)
         check_not_empty(found["rows"]["images"], data)
         _write_progress(folder, {**found, "done": True})
         progress.update(found["rows"]["images"], finalize=True)
@@ -141,7 +134,8 @@ def _describe_data(data):
     if isinstance(data, dict):
         batches = [data]
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        batches = read_batches(map(data.__getitem__, some(range(len(data)))))
+        numbers = range(0, len(data), max(len(data) // COMPARED, 1))
+        batches = read_batches(map(data.__getitem__, numbers))
     else:
         batches = itertools.islice(read_batches(data), 1)
     checksum = 0

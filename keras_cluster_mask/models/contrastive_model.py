@@ -31,7 +31,7 @@ from keras_cluster_mask.masking.selection import StepNoise
 from keras_cluster_mask.models.backbones import parts_of_backbone
 from keras_cluster_mask.models.head import ContrastiveHead, as_head
 from keras_cluster_mask.models.trainer import ContrastiveTrainer
-from keras_cluster_mask.training.image_files import read_images
+from keras_cluster_mask.training.image_files import read_image_files
 from keras_cluster_mask.training.input_rules import KEYS, InputRules, is_numeric
 from keras_cluster_mask.training.layers import MadeOfParts, all_layers, as_functional
 from keras_cluster_mask.training.micro_batches import embed_in_micro_batches
@@ -431,7 +431,9 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             ValueError: If an image cannot be read, or is not valid for the encoder.
         """
         if (listed := _as_list("images", images)) is not None:
-            read = read_images(listed, self.preprocessing["image_size"], self.resize)
+            read = read_image_files(
+                listed, self.preprocessing["image_size"], self.resize
+            )
             if not training:
                 return np.concatenate([*map(self._embedder.images, read)])
             images = np.concatenate([*read])

@@ -32,8 +32,9 @@ HASHED = {
     "towers.text_encoder": "the weights or settings of the text encoder",
     "tokenizer": "the tokenizer",
     "data": "the images or captions",
-    "data.index.0": "the samples",
-    "files.0": "the sizes or dates of files",
+    "data.sources.0.fingerprint": "the samples",
+    "data.sources.0.samples": "the samples",
+    "files": "the sizes or dates of files",
 }
 
 

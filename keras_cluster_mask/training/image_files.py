@@ -12,7 +12,7 @@ import numpy as np
 BATCH_SIZE = 64
 
 
-def read_images(
+def read_image_files(
     images: Sequence[Any], image_size: tuple[int | None, int | None], resize: str
 ) -> Iterator[np.ndarray]:
     """Reads images as `image_text_dataset` does for evaluation.
@@ -31,8 +31,8 @@ def read_images(
     """
     # Imported here: it needs packages that `import keras` does not.
     from keras_cluster_mask.data.images import Images, UnreadableImage
-    from keras_cluster_mask.data.objects import ObjectIndex
-    from keras_cluster_mask.data.samples import Fault, Fields
+    from keras_cluster_mask.data.samples import Fault, Fields, read_images
+    from keras_cluster_mask.data.sources import read_items
 
     if None in image_size:
         raise ValueError(
@@ -43,11 +43,10 @@ def read_images(
     data_format = keras.config.image_data_format()
     decode = Images(image_size, False, resize=resize, data_format=data_format)
     paths = [os.fspath(x) if isinstance(x, os.PathLike) else x for x in images]
-    fields = Fields(wants_caption=False)
-    index = ObjectIndex([{"image": path} for path in paths], fields)
+    fields, source = Fields(wants_caption=False), [{"image": path} for path in paths]
 
     def read(number):
-        (sample,) = index.read([number])
+        (sample,) = read_images([*map(fields.sample, read_items(source, [number]))])
         try:
             if not isinstance(sample, Fault):
                 return decode(sample.image, None)

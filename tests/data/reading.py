@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from keras_cluster_mask.data import CLIPTokenizer, image_text_dataset
-from keras_cluster_mask.data.samples import Sample, hash_of
+from keras_cluster_mask.data.paths import open_source
+from keras_cluster_mask.data.samples import Fault, Fields, read_images
+from keras_cluster_mask.data.sources import read_items
 
 # Of the captions that the fixture `write_pairs` writes.
 TOKENIZER = CLIPTokenizer.train([f"no {i}" for i in range(200)], 600, context_length=9)
@@ -116,11 +118,11 @@ class Counted(list):
         return super().__getitem__(number)
 
 
-class Keys(list):
-    """Keys as an index that holds nothing else."""
-
-    def key_hashes(self):
-        return np.array([hash_of(key) for key in self], "uint64")
-
-    def read(self, numbers, with_images):
-        return [Sample("", self[number]) for number in numbers]
+def read_samples(source, with_images=False, **options):
+    """The samples of a source, and the keys and reasons of those that are broken."""
+    fields = Fields(**options)
+    source = open_source(source, fields.image_keys)
+    samples = [*map(fields.sample, read_items(source, [*range(len(source))]))]
+    samples = read_images(samples) if with_images else samples
+    intact = [each for each in samples if not isinstance(each, Fault)]
+    return intact, [(x.key, x.reason) for x in samples if isinstance(x, Fault)]

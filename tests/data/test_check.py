@@ -3,13 +3,8 @@ import json
 import pytest
 from PIL import Image
 
-from keras_cluster_mask.data import (
-    check,
-    files,
-    image_text_dataset,
-    parts,
-    read_captions,
-)
+from keras_cluster_mask.data import check, image_text_dataset, read_captions
+from keras_cluster_mask.data.formats import indexed
 from tests.data.reading import pairs_of
 
 pytestmark = pytest.mark.any_backend
@@ -21,17 +16,10 @@ def test_a_folder_of_classes_needs_no_captions(tmp_path, noise):
         (tmp_path / name / "1.png").write_bytes(noise(0))
     (tmp_path / "none.png").write_bytes(noise(0))
     found = check(tmp_path, label_key="folder")
-    assert (found["samples"], found["by_reason"]) == (2, {"unknown label": 1})
-    with pytest.warns(UserWarning, match="`label_key=.folder.`.*no caption: 3"):
-        assert check(tmp_path)["broken"] == 3
+    assert (found["samples"], found["by_reason"]) == (2, {"no label": 1})
+    assert check(tmp_path)["by_reason"] == {"no caption": 3}
     found = check(tmp_path, caption_key="txt", label_key="folder")
     assert found["by_reason"] == {"no caption": 3}
-
-
-def test_the_bar_of_the_index_ends_with_all_shards(write_pairs, monkeypatch, capsys):
-    monkeypatch.setattr(parts, "SHORT", 0.0)
-    check([write_pairs(f"{name}.tar", 0, 1) for name in "ab"])
-    assert "| 2/2 [" in capsys.readouterr().err
 
 
 def test_broken_samples_are_listed_with_their_reasons(write_pairs, noise):
@@ -44,20 +32,17 @@ def test_broken_samples_are_listed_with_their_reasons(write_pairs, noise):
         ("silent.png", noise(3)),
         ("blank.png", noise(3)),
         ("blank.txt", b" \n"),
-        ("0000.png", noise(4)),
-        ("0000.txt", b"a duplicate key"),
     ]
     two = [("9.png", noise(0)), ("9.txt", b"one\ntwo")]
     shard = write_pairs("a.tar", 0, 4, broken)
     found = check([shard, write_pairs("b.tar", 5, 2, two)])
     assert json.loads(json.dumps(found)) == found
-    assert [found[x] for x in ("samples", "captions", "broken")] == [7, 8, 5]
+    assert [found[x] for x in ("samples", "captions", "broken")] == [7, 8, 4]
     listed = found["examples"]
     assert found["by_reason"] == {reason: len(x) for reason, x in listed.items()}
     assert {
         (x["file"], x["key"], reason) for reason in listed for x in listed[reason]
     } == {
-        (str(shard), "0000", "duplicate key"),
         (str(shard), "blank", "empty caption"),
         (str(shard), "silent", "no caption"),
         (str(shard), "cut", "the image does not decode"),
@@ -74,16 +59,10 @@ def test_a_jpeg_that_only_evaluation_leaves_out_is_broken(
     assert check(shard)["by_reason"] == {"the image has too many pixels": 1}
 
 
-# === The index ===
-
-
-def test_of_a_broken_sample_only_its_start_is_read(write_tar, storage):
-    """A file that is too large to be read may be larger than memory."""
-    source = f"storage://{write_tar('a.tar', [('a.jpg', bytes(2**20))])}"
-    check(source)
-    storage.requests.clear()
-    assert check(source)["by_reason"] == {"no caption": 1}
-    assert max(stop - start for _, start, stop in storage.requests) <= 2**16
+def test_the_bar_of_the_index_ends_with_all_shards(write_pairs, monkeypatch, capsys):
+    monkeypatch.setattr(indexed, "SHORT", 0.0)
+    check([write_pairs(f"{name}.tar", 0, 1) for name in "ab"])
+    assert "| 2/2 [" in capsys.readouterr().err
 
 
 # === The captions of a source ===
@@ -113,17 +92,6 @@ def test_all_captions_of_intact_samples_are_read(write_pairs):
     assert read_captions(whole) == [f"no {n}" for n in range(130)]
     with pytest.warns(UserWarning, match="b.tar is damaged after the sample"):
         assert read_captions([whole, cut])[130:] == ["no 3", "no 4"]
-
-
-def test_a_shard_that_cannot_be_read_is_an_error(write_pairs, monkeypatch):
-    def fail(ranges):
-        return [OSError(5, "no disk")] * len(ranges)
-
-    paths = [write_pairs("a.tar", 0, 3), write_pairs("b.tar", 3, 3)]
-    read_captions(paths)
-    monkeypatch.setattr(files, "read_ranges", fail)
-    with pytest.raises(OSError, match=r"the shard cannot be read: .*a\.tar"):
-        read_captions(paths)
 
 
 def test_captions_are_read_without_image_files(tmp_path):

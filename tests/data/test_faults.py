@@ -5,14 +5,12 @@ import json
 import os
 import sys
 import time
-import warnings
 
 import numpy as np
 import pytest
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats import parquet
-from keras_cluster_mask.data.samples import SampleError
 from tests.data.reading import batches, keys, make_dataset, take
 
 pytestmark = [
@@ -20,6 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*skipped"),
 ]
 
+PAUSES = files.RETRY_AFTER
 TRAINING = pytest.mark.parametrize("training", [False, True])
 
 
@@ -70,23 +69,6 @@ def test_a_shard_that_is_truncated_after_indexing_does_not_slow_training(
     assert not pauses
 
 
-def test_a_shard_with_the_size_and_date_of_the_one_before_names_its_index(
-    write_tar, noise, tmp_path
-):
-    def write(key):
-        path = write_tar("a.tar", [(f"{key}.png", noise(0)), (f"{key}.txt", b"t")])
-        os.utime(path, (1, 1))
-        return make(path, index_dir=tmp_path / "index")
-
-    write("old")
-    with pytest.raises(ValueError, match="delete its index first") as raised:
-        write("new")
-    (index,) = (tmp_path / "index").iterdir()
-    assert f" {index}. Received: " in str(raised.value)
-    index.unlink()
-    assert keys(write("new")) == ["new"]
-
-
 class Silence:
     """Storage that never answers, and the clock of those who wait for it."""
 
@@ -116,7 +98,7 @@ class Silence:
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
-def test_storage_that_dies_in_training_ends_the_run_within_four_minutes(
+def test_storage_that_dies_in_training_ends_the_run_within_two_minutes(
     name, write_pairs, write_rows, noise, storage, monkeypatch
 ):
     if name == "a.tar":
@@ -125,20 +107,15 @@ def test_storage_that_dies_in_training_ends_the_run_within_four_minutes(
         path = write_rows(name, [{"image": noise(n), "text": "t"} for n in range(64)])
     dataset, silence = make(f"storage://{path}", True, batch_size=64), Silence()
     parquet._read_group.cache_clear()
-    monkeypatch.setattr(files, "RETRY_AFTER", (0.1, 1.0, 5.0))
+    monkeypatch.setattr(files, "RETRY_AFTER", PAUSES)
     monkeypatch.setattr(files, "time", silence)
     threads = files.Threads(1)
     monkeypatch.setattr(files, "Threads", lambda _: silence)
-    reason = "the storage has not answered within"
     # After the test, the call in progress ends before another test begins.
     with threads:
-        with (
-            pytest.warns(UserWarning, match=f"storage://{path}: {reason} 50") as told,
-            pytest.raises(SampleError, match=rf"{reason} .*; 63 drawn"),
-        ):
+        with pytest.raises(TimeoutError, match=f"storage://{path} has not answered"):
             dataset._batches.read(threads, 0)
-        assert len(told) == 1
-        assert 180 < silence.now <= 240
+        assert 60 < silence.now <= 120
 
 
 class Slow(Silence):
@@ -167,10 +144,9 @@ def test_one_slow_answer_does_not_end_the_index_of_a_large_shard(
     monkeypatch.setattr(files, "time", slow)
     monkeypatch.setattr(files, "Threads", lambda _: slow)
     path = write_pairs("a.tar", 0, 64)
-    with pytest.warns(UserWarning, match="has not answered"):
-        data = make(f"storage://{path}", index_dir=path.parent / "new")
+    data = make(f"storage://{path}")
     assert data.num_samples == 64
-    assert slow.now > files.PATIENCE + files.MAX_WAIT
+    assert slow.now > 5 * slow.count
 
 
 # === Images that tables name ===
@@ -196,52 +172,34 @@ def folder(tmp_path, noise):
 
 @TRAINING
 def test_images_that_cannot_be_read_are_counted(folder, training):
-    dataset = make(folder, training, batch_size=13)
-    assert dataset.num_samples == 13
+    dataset = make(folder, training, batch_size=20)
     received = keys(dataset, 1)
-    assert len(received) == (13 if training else 12)
+    assert len(received) == (20 if training else 12)
     assert len({*received}) == 12
     assert dataset.skipped.by_reason == {
-        "the image file is missing": 5,
+        "the image file cannot be read": 5,
         # An empty file.
         "the image does not decode": 1,
         "a line that is not a JSON object": 1,
-        "no caption": 2,
         "no image": 1,
     }
 
 
-def test_missing_images_are_found_when_the_dataset_is_made(
-    tmp_path, noise, write_rows, monkeypatch
-):
+def test_missing_images_are_found_when_they_are_read(tmp_path, noise, write_rows):
     names = [f"{n:02}.png" for n in range(20)]
     write_rows("metadata.csv", [{"file_name": name, "text": "t"} for name in names])
     first = f"{tmp_path}/00.png"
     # The cause comes before all fields that were looked for.
-    cause = rf"no intact sample: the sample '00.png' .* is missing \({first}\)"
-    with pytest.raises(ValueError, match=rf"^`source` .*{cause}.*`image_keys`.*: 20"):
+    cause = rf"the sample '00.png' of .*: the image file cannot be read \({first}"
+    with pytest.raises(ValueError, match=rf"^`source` has .*{cause}.*`image_keys`"):
         make(tmp_path)
     for name in names[2:]:
         (tmp_path / name).write_bytes(noise(0))
-    # The table is the same, but files that were missing exist.
-    # The samples that are left are too few for a batch, too.
-    for training in (False, True):
-        with pytest.raises(
-            ValueError, match=rf"2 of 20.*is missing \({first}\).*max_skipped"
-        ):
-            make(tmp_path, training, max_skipped=0.01, batch_size=19)
-    with pytest.warns(
-        UserWarning, match=rf"2 of 20 .*is missing \({first}\).*left out"
-    ):
-        dataset = make(tmp_path, max_skipped=0.1)
+    with pytest.raises(ValueError, match=rf"{cause}.*1 broken of 20"):
+        keys(make(tmp_path, max_skipped=0.01))
+    dataset = make(tmp_path, max_skipped=0.1)
     assert keys(dataset) == names[2:]
-    assert dataset.skipped.by_reason == {"the image file is missing": 2}
-    monkeypatch.setattr(
-        "keras_cluster_mask.distribution.is_main_process", lambda: False
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        make(tmp_path, max_skipped=0.1)
+    assert dataset.skipped.by_reason == {"the image file cannot be read": 2}
 
 
 def test_a_sample_of_images_at_addresses_is_read_when_the_dataset_is_made(
@@ -251,7 +209,7 @@ def test_a_sample_of_images_at_addresses_is_read_when_the_dataset_is_made(
         rows = [{"file_name": f"{address}/{n}.png", "text": "t"} for n in range(10)]
         return write_rows("metadata.csv", rows)
 
-    with pytest.raises(ValueError, match=r"memory://set/0.png.*Received: .*: 5"):
+    with pytest.raises(ValueError, match=r"memory://set/0.png.*Received: 10 samples"):
         make(table("memory://set"))
     with pytest.raises(ValueError, match=r"foo://set/0.png: .*Protocol not known"):
         make(table("foo://set"))
@@ -260,13 +218,13 @@ def test_a_sample_of_images_at_addresses_is_read_when_the_dataset_is_made(
         make(table("s3://set"))
 
 
-def test_images_at_addresses_are_read_beside_their_table(encode, tmp_path, memory):
+def test_images_at_addresses_are_read_beside_their_table(encode, memory):
     memory.pipe("/faults/a/1.png", encode(np.full((4, 4, 3), 7, "uint8")))
     lines = "file_name,text\na/1.png,one\nmissing.png,two\nmemory://faults/a/1.png,x\n"
     memory.pipe("/faults/metadata.csv", lines.encode())
-    dataset = make("memory://faults", index_dir=tmp_path / "index")
+    dataset = make("memory://faults")
     (batch,) = take(dataset)
-    assert batch["captions"].tolist() == [b"one", b"x"]
+    assert batch["captions"].tolist() == [("one",), ("x",)]
     assert (batch["images"] == 7).all()
     assert dataset.skipped.by_reason == {"the image file cannot be read": 1}
 

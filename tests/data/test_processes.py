@@ -103,7 +103,7 @@ def test_workers_use_the_settings_with_which_the_dataset_was_made(
         dataset = make(
             source, batch_size=16, image_transform=shows_the_limit, num_workers=1
         )
-    (batch,) = take(dataset, 1)
+        (batch,) = take(dataset, 1)
     assert (batch["images"] == 200).all()
     is_first = data_format == "channels_first"
     assert batch["images"].shape[1:] == ((3, 16, 16) if is_first else (16, 16, 3))

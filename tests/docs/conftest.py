@@ -55,8 +55,7 @@ def folder_of_data(tmp_path_factory, copy_datasets, encode, write_tar_to):
         for place, name in enumerate(("daisy", "rose", "tulip")):
             for part in ("train", "test"):
                 write(f"flowers/{part}/{name}/{i}.png", encoded(80 * place + i))
-    if keras.backend.backend() == "tensorflow":
-        write_records(folder / "records" / "train.tfrecord", encode)
+    write_records(folder / "records" / "train.tfrecord", encode)
     write_presets(folder)
     return folder
 

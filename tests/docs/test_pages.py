@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Words of blocks that run on one backend only.
-BACKENDS = {"import tensorflow": "tensorflow", "onnxruntime": "torch"}
+BACKENDS = {"onnxruntime": "torch"}
 # Lines that end in the shape of what they make or print.
 SHAPE = re.compile(
     r"^(?:(?P<name>\w+) = .*|print\((?P<printed>.*)\))  # (?P<shape>\(\d[\d, ]*\))",

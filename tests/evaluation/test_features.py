@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import warnings
 
 import keras
 import numpy as np
@@ -302,14 +301,15 @@ def test_features_of_another_precision_are_refused(features, tmp_path):
 @pytest.mark.any_backend
 def test_other_batches_and_other_captions_are_refused(model, tmp_path, write_pairs):
     def stream(captions):
-        options = {"training": False, "include_captions": captions}
+        options = {"training": False, "include_captions": True}
+        options["caption_key"] = captions
         return kcm.data.image_text_dataset(source, None, 16, 3, **options)
 
     source = write_pairs("pairs.tar", 0, 6)
     one, other = dataset(6), dataset(6, seed=1)
     halves = split(one, 3)[:1]
     for number, (data, others) in enumerate(
-        [(one, [other]), ([one], [[other], halves]), (stream(True), [stream("all")])]
+        [(one, [other]), ([one], [[other], halves]), (stream(None), [stream("txt")])]
     ):
         folder = tmp_path / str(number)
         for _ in range(2):
@@ -403,21 +403,6 @@ def test_copied_files_resume_a_run_but_their_features_are_computed_again(
             assert fitted.fit(x, verbose=0, **fit).epoch == [0, 1][:epochs]
     with pytest.raises(ValueError, match=f"`features` .*that differ in {FILES}$"):
         compute(copy, "1")
-
-
-@pytest.mark.any_backend
-@pytest.mark.parametrize(("included", "expected"), [(True, ["28", "29"]), ("all", [])])
-def test_captions_that_are_left_out_are_counted(model, tmp_path, included, expected):
-    source = [
-        {"image": image, "caption": ["a"] * count}
-        for image, count in zip(dataset(9)["images"], [5] * 7 + [1, 2])
-    ]
-    options = {"training": False, "include_captions": included}
-    data = kcm.data.image_text_dataset(source, None, 16, 8, **options)
-    with warnings.catch_warnings(record=True) as found:
-        compute_features(model, data, tmp_path, tokenizer, verbose=0)
-    # Of the first batch, to tell early, and of all.
-    assert [str(each.message).split()[0] for each in found] == expected
 
 
 @pytest.mark.any_backend

@@ -243,7 +243,7 @@ def test_a_source_is_read_as_the_model_says(
         16,
         training=False,
         resize="squash",
-        include_captions="all",
+        include_captions=True,
     )
     expected = evaluate_retrieval(reads_words, read, tokenizer)
     assert evaluate_retrieval(reads_words, source) == expected
@@ -274,7 +274,7 @@ def test_rows_of_an_object_and_lists_of_files_are_sources(reads_words, write_pai
     assert evaluate_retrieval(reads_words, collections.UserList(rows)) == expected
     shards = [write_pairs(name, 0, 6) for name in ("a.tar", "b.tar")]
     whole = image_text_dataset(
-        shards, reads_words, training=False, include_captions="all"
+        shards, reads_words, training=False, include_captions=True
     )
     expected = evaluate_retrieval(reads_words, whole)
     assert evaluate_retrieval(reads_words, shards) == expected

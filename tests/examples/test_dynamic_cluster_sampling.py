@@ -53,23 +53,64 @@ def test_planted_clusters_are_found():
     assert len({*zip(found, names)}) == len({*found}) == 5
 
 
-def test_it_runs_in_a_tiny_setting(shard, tmp_path, capsys):
+def test_epochs_choose_samples_as_often_as_expected():
+    copies = np.repeat([0.0, 0.2, 0.75, 1.0, 2.3], 40)
+    epochs = [dynamics.choose(copies, 5, epoch) for epoch in range(500)]
+    counts = np.array([np.bincount(each, minlength=200) for each in epochs])
+    np.testing.assert_array_less(np.abs(counts - copies), 1)
+    # Five standard deviations of a mean.
+    np.testing.assert_allclose(counts.mean(0), copies, atol=5 * (0.25 / 500) ** 0.5)
+    assert len(np.unique(counts, axis=0)) == 500
+    np.testing.assert_array_equal(dynamics.choose(copies, 5, 7), epochs[7])
+    assert not np.array_equal(dynamics.choose(copies, 6, 7), epochs[7])
+
+
+@pytest.fixture
+def tiny(shard):
+    def tiny(*flags):
+        flags = f"--train={shard} --image-size=16 --batch-size=8", *flags
+        return dynamics.parse(f"--embeddings=e.npz {' '.join(flags)}".split())
+
+    return tiny
+
+
+def test_epochs_crop_differently(tiny):
+    args = tiny("--batch-size=1")
+    model = dynamics.make_model(args)
+    first, again, second = (
+        dynamics.dataset_of(args, np.ones(1), model, epoch)[0]["images"]
+        for epoch in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(again, first)
+    assert not np.array_equal(second, first)
+
+
+def test_a_killed_run_ends_at_the_weights_of_a_whole_run(tiny, tmp_path):
+    copies = np.repeat([0.3, 0.9], 32)
+    whole = dynamics.train(tiny(f"--output={tmp_path}/a", "--epochs=3"), copies)
+    dynamics.train(tiny(f"--output={tmp_path}/b", "--epochs=1"), copies)
+    # The run is killed while it saves its second epoch.
+    (tmp_path / "b" / "new.keras").write_bytes(b"PK")
+    keras.utils.set_random_seed(99)
+    resumed = dynamics.train(tiny(f"--output={tmp_path}/b", "--epochs=3"), copies)
+    assert resumed.optimizer.iterations == whole.optimizer.iterations
+    for found, expected in zip(resumed.variables, whole.variables, strict=True):
+        np.testing.assert_array_equal(found.numpy(), expected.numpy())
+
+
+def test_it_runs_in_a_tiny_setting(shard, tiny, tmp_path, capsys):
     pytest.importorskip("faiss")
-    keys = [
-        key
-        for batch in kcm.data.image_text_dataset(
-            shard, None, 8, 64, False, include_keys=True
-        )
-        for key in batch["keys"]
-    ]
-    embeddings = np.eye(2)[np.arange(64) // 60]
-    np.savez(tmp_path / "e.npz", keys=np.array(keys), embeddings=embeddings)
-    flags = f"""--train={shard} --embeddings={tmp_path}/e.npz --num-clusters=2
-        --output={tmp_path}/p.npz --image-size=16 --batch-size=8 --epochs=1"""
-    model = dynamics.main(dynamics.parse(flags.split()))
-    assert isinstance(model, keras.Model)
-    content = np.load(tmp_path / "p.npz")
-    assert content["keys"].tolist() == keys
-    expected = np.minimum(reference([60, 4], 32, 0.2), 1)[np.arange(64) // 60]
-    np.testing.assert_allclose(content["probability"], expected)
-    assert "2 clusters. An epoch has 24 of 64" in capsys.readouterr().out
+    # Samples without an embedding are not chosen.
+    items = [*kcm.data.subset(shard, range(64))]
+    keys = [item["__key__"] for item in items[4:]]
+    embeddings = np.eye(2)[np.arange(60) // 56]
+    np.savez(tmp_path / "e.npz", keys=keys, embeddings=embeddings)
+    flags = f"--embeddings={tmp_path}/e.npz", "--num-clusters=2", "--epochs=1"
+    dynamics.main(tiny(f"--output={tmp_path}", *flags))
+    assert (tmp_path / "epoch_0001.keras").exists()
+    assert "2 clusters. An epoch has 23 of 60" in capsys.readouterr().out
+    found = dynamics.numbers_of(shard, keys[::-1])
+    np.testing.assert_array_equal(found, np.arange(63, 3, -1))
+    for source, wrong in ((items, [*keys, "other"]), (items * 2, keys)):
+        with pytest.raises(SystemExit, match="all keys"):
+            dynamics.numbers_of(source, wrong)

@@ -29,7 +29,7 @@ def drawings(path):
     data = kcm.data.image_text_dataset(path, None, SIZE, 64, False, **options)
     found = [(batch["images"], batch["captions"]) for batch in data]
     images, captions = (np.concatenate(x) for x in zip(*found))
-    return {"images": images, "captions": [text.decode() for text in captions]}
+    return {"images": images, "captions": [text for (text,) in captions]}
 
 
 def photographs(change=lambda image: image):

@@ -31,7 +31,6 @@ def train_on_shards(shard):
         4,
         training=True,
         text_masking=kcm.data.RandomTextMasking(),
-        sampling=kcm.data.Sampling({f"{i:04}": 0.6 for i in range(16)}),
     )
     test = kcm.data.image_text_dataset(shard, tokenizer, 16, 4, training=False)
     backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 6, 4)

@@ -338,7 +338,7 @@ def test_what_a_step_does_in_another_way_may_change(tmp_path):
             {},
             "data.resize: 'crop' in the checkpoint, 'squash' in",
         ),
-        ({"shards": 1}, {}, "data.index.0: "),
+        ({"shards": 1}, {}, "data.sources.0.fingerprint: "),
         ({}, {"masking": kcm.RandomMasking()}, "maskings.0.class: 'ClusterMasking' in"),
         (
             {},
@@ -374,7 +374,7 @@ def test_data_or_a_model_with_another_option_is_refused(
     [
         ("images", "arrays.images"),
         ("sample_weight", "arrays.sample_weight"),
-        ("rows", "index.0"),
+        ("rows", "sources.0.samples"),
     ],
 )
 def test_other_images_and_weights_of_the_same_texts_are_refused(

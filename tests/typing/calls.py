@@ -26,10 +26,9 @@ dataset = kcm.data.image_text_dataset(
     batch_size=256,
     training=True,
     text_masking=kcm.data.FrequencyTextMasking().fit(captions),
-    sampling=kcm.data.Sampling({"a": 0.5, "b": 2}),
     max_skipped=0,
 )
-found = kcm.data.check(["a.tar", pathlib.Path("b.tar")], num_workers=8)
+found = kcm.data.check(["a.tar", pathlib.Path("b.tar")])
 kcm.data.image_text_dataset("a.tar", tokenizer, 224, "256", True)  # type: ignore[arg-type]
 kcm.data.image_text_dataset("a.tar")  # type: ignore[call-arg]
 

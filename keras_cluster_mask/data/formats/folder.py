@@ -1,10 +1,10 @@
 """Folders of images without a table, and single images."""
 
-import json
 import os
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.samples import Entry, Format
+from keras_cluster_mask.data.samples import ERROR, FILE, KEY, BrokenSample, digest_of
+from keras_cluster_mask.data.sources import Source
 
 ENDINGS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif"),
@@ -12,47 +12,45 @@ ENDINGS = (
 )
 
 
-class Folder(Format):
-    """Images in a folder and its subfolders, or a single image.
+class Folder(Source):
+    """Images in folders and their subfolders, or single images, a source.
 
     The key of a sample is the path of the image within the folder. Its fields are
     `path`, `folder`, the name of the image's folder, which may be a class, and `txt`,
     the text of the file `KEY.txt` beside `KEY.jpg`.
+
+    Args:
+        stamps: Dictionary from each path to a string that changes with it.
+
+    Attributes:
+        stamps: The argument.
+        folders: Set of strings. The names of the folders with images.
+        fingerprint: String. A hash of the names of the files.
     """
 
-    names_files = True
+    def __init__(self, stamps, image_keys=()):
+        self.stamps = stamps
+        found = {path: images_in(path) for path in stamps}
+        self._images = [(path, *x) for path in found for x in found[path].items()]
+        self.folders = {os.path.dirname(name) for _, name, _ in self._images} - {""}
+        self.fingerprint = digest_of([image[1:] for image in self._images])
 
-    def context(self, path):
-        """Returns the names of the folders with images."""
-        return sorted({*map(os.path.dirname, images_in(path))} - {""})
+    def __len__(self):
+        return len(self._images)
 
-    def scan(self, path):
-        """Also yields the content of each sample, which the index stores."""
-        offset, images = 0, images_in(path)
-        named = [name for name in images if images[name]]
-        places = [(files.beside(path, _text_of(name)), 0, None) for name in named]
-        texts = dict(zip(named, files.read_ranges(places)))
-        for name in images:
-            text = texts.get(name, b"")
-            if isinstance(text, Exception):
-                raise text
-            # Without a loss of bytes that are not UTF-8.
-            text = text.decode(errors="surrogateescape")
-            content = json.dumps([name, text]).encode()
-            place = offset, len(content)
-            _, fields = self.parse(content, 0, None)
-            yield Entry(name, place, fields, None, content)
-            offset += len(content)
-
-    def read(self, places):
-        return [part.content(place) for part, place in places]
-
-    def parse(self, content, number, context):
-        name, text = json.loads(content)
-        fields = {"path": name, "folder": os.path.dirname(name)}
-        if text:
-            fields["txt"] = text.encode(errors="surrogateescape")
-        return name, fields
+    def __getitems__(self, numbers):
+        images = [self._images[number] for number in numbers]
+        named = [files.beside(path, text) for path, _, text in images if text]
+        texts = iter(files.read_ranges([(name, 0, None) for name in named]))
+        items = []
+        for path, name, text in images:
+            item = {"path": name, "folder": os.path.dirname(name)}
+            item["txt"] = next(texts) if text else b""
+            if isinstance(item["txt"], Exception):
+                reason = "the caption cannot be read", f"{text}: {item['txt']}"
+                item = {ERROR: BrokenSample(*reason)}
+            items.append({KEY: name, FILE: path, **item})
+        return items
 
 
 def images_in(path):
@@ -62,34 +60,30 @@ def images_in(path):
         path: String. A folder, which ends with a slash, or an image.
 
     Returns:
-        Dictionary, sorted, from the name of each image to the information on the file
-        of its caption, or `None`.
+        Dictionary, sorted, from the name of each image to the name of the file of its
+        caption, or an empty string.
     """
     if not path.endswith("/"):
-        return {os.path.basename(path): None}
+        return {os.path.basename(path): ""}
     system, folder = files.file_system(path)
     within = len(folder.rstrip("/")) + 1
     if files.is_address(path):
-        found = system.find(folder, detail=True)
+        found = system.find(folder)
     else:
-        found, seen = {}, set()
-        for top, _, names in os.walk(folder, followlinks=True):
-            # A link to a folder above would be followed again and again.
-            if (real := os.path.realpath(top)) in seen:
-                raise ValueError(
-                    f"`source` must not hold a folder twice, by links. Received: {top}"
-                )
-            seen.add(real)
-            for path in (os.path.join(top, name) for name in names):
-                # A linked caption changes with its target.
-                is_text = path.endswith(".txt") and os.path.exists(path)
-                found[path] = system.info(os.path.realpath(path)) if is_text else None
-    return {
-        name[within:]: found.get(_text_of(name))
-        for name in sorted(found)
-        if name.lower().endswith(ENDINGS) and "/." not in f"/{name[within:]}"
+        # Unlike fsspec, it follows links to folders.
+        walk = os.walk(folder, followlinks=True)
+        found = [os.path.join(top, name) for top, _, names in walk for name in names]
+    found = {name[within:] for name in found}
+    texts = {name: f"{os.path.splitext(name)[0]}.txt" for name in sorted(found)}
+    images = {
+        name: text if text in found else ""
+        for name, text in texts.items()
+        if name.lower().endswith(ENDINGS) and "/." not in f"/{name}"
     }
-
-
-def _text_of(name):
-    return f"{os.path.splitext(name)[0]}.txt"
+    if not images:
+        raise FileNotFoundError(
+            "`source` must name shards, for example "
+            f"{os.path.join(path, '*.tar')!r}, or a folder that holds images, or a "
+            "table with a row per image. Received a folder without: " + path
+        )
+    return images

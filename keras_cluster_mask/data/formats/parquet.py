@@ -2,17 +2,11 @@
 
 import contextlib
 import functools
-import os
 import threading
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.samples import (
-    DamagedShard,
-    Entry,
-    Format,
-    filled,
-    key_of,
-)
+from keras_cluster_mask.data.formats.indexed import DamagedFile, IndexedFiles, Row
+from keras_cluster_mask.data.samples import filled, key_of
 
 KEYS = ("__key__", "key", "image_id", "id")
 # The number of row groups that are kept in memory. A group is read as a whole.
@@ -20,7 +14,7 @@ OPEN_GROUPS = 4
 _reading = threading.Lock()
 
 
-class Parquet(Format):
+class Parquet(IndexedFiles):
     """Parquet files, with columns as fields. Needs pyarrow.
 
     The image column contains bytes, file names, or dictionaries of `"bytes"` and
@@ -35,52 +29,40 @@ class Parquet(Format):
     """
 
     noun = "Parquet file"
-    has_rows = True
-    names_files = True
 
-    def scan(self, path):
+    def scan(self, path, context):
         # The cache may hold row groups of an older file of this name.
         _read_group.cache_clear()
-        number = 0
         with _open(path) as file:
-            for group in range(file.num_row_groups):
-                # The metadata at the end of the file has the number of all rows.
-                share = number and number / file.metadata.num_rows
-                table = _intact(path, file.read_row_group, group, share=share)
+            count = file.num_row_groups
+            for group in range(count):
+                table = _intact(path, file.read_row_group, group)
                 for place in range(table.num_rows):
-                    row = _intact(path, table.slice(place, 1).to_pylist)[0]
-                    key, fields = self.parse(row, number, None)
-                    yield Entry(key, (group, place), fields)
-                    number += 1
+                    (row,) = _intact(path, table.slice(place, 1).to_pylist)
+                    row = filled(row)
+                    image = next((row[k] for k in self._image_keys if k in row), None)
+                    if isinstance(image, dict):
+                        image = image.get("bytes") or image.get("path")
+                    yield Row((group, place), repr(row).encode(), image)
 
-    def read(self, places):
-        rows = []
-        for part, (group, place) in places:
-            read = functools.partial(_read_group, part.shard, group)
+    def read(self, rows):
+        found = []
+        for path, (group, place) in rows:
             try:
                 # The lock prevents threads from reading the same group twice.
                 with _reading:
-                    table = files.retried(read, part.shard)
-                rows.append(_intact(part.shard, table.slice(place, 1).to_pylist)[0])
-            except (OSError, DamagedShard) as error:
-                rows.append(error)
-        return rows
+                    table = _read_group(path, group)
+                found += _intact(path, table.slice(place, 1).to_pylist)
+            except TimeoutError:
+                raise
+            except (OSError, DamagedFile) as error:
+                found.append(error)
+        return found
 
     def parse(self, content, number, context):
-        fields = filled(plain(content))
-        key = next((fields[name] for name in KEYS if name in fields), f"{number:08}")
-        return key_of(key), fields
-
-
-def plain(columns):
-    """Returns the values of columns as other formats have them, without `None`."""
-    fields = {}
-    for name, value in columns.items():
-        if isinstance(value, dict) and {"bytes", "path"} <= value.keys():
-            value = value["path"] if value["bytes"] is None else value["bytes"]
-        if value is not None:
-            fields[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
-    return fields
+        row = filled(content)
+        key = next((row[name] for name in KEYS if name in row), f"{number:08}")
+        return key_of(key), row
 
 
 @contextlib.contextmanager
@@ -93,8 +75,8 @@ def _open(path):
         yield _intact(path, pq.ParquetFile, file.raw)
 
 
-def _intact(path, read, *arguments, share=0.0):
-    """Calls a function of pyarrow, and raises `DamagedShard` if it fails."""
+def _intact(path, read, *arguments):
+    """Calls a function of pyarrow, and raises `DamagedFile` if it fails."""
     try:
         return read(*arguments)
     except MemoryError:
@@ -103,7 +85,7 @@ def _intact(path, read, *arguments, share=0.0):
     except Exception as error:
         if getattr(error, "errno", None) is not None:
             raise
-        raise DamagedShard(path, None, str(error), share) from error
+        raise DamagedFile(path, None, str(error)) from error
 
 
 @functools.lru_cache(OPEN_GROUPS)

@@ -1,8 +1,7 @@
-import types
-
 import pytest
 
-from keras_cluster_mask.data.shards import format_of
+from keras_cluster_mask.data.paths import open_source
+from keras_cluster_mask.data.samples import ERROR, FILE, KEY, filled
 
 # What the fixture `shard` holds.
 ROWS = [
@@ -13,29 +12,17 @@ ROWS = [
 
 
 def read_all_of(path):
-    """Reads all samples of a shard as an index does; returns them and their faults.
-
-    Also checks that `scan`, which finds a sample, and `parse`, which reads it, agree.
-    """
-    path = str(path)
-    format = format_of(path)
-    context = format.context(path)
-    entries = list(format.scan(path))
-    stored = b"".join(entry.content for entry in entries)
-    part = types.SimpleNamespace(
-        shard=path, content=lambda place: stored[place[0] : sum(place)]
-    )
-    # In any order.
-    contents = format.read([(part, entry.place) for entry in entries[::-1]])[::-1]
+    """Reads all samples of a file, in any order; returns them and their faults."""
+    source = open_source(path)
+    items = source.__getitems__([*range(len(source))][::-1])[::-1]
     samples, faults = [], []
-    for number, (entry, content) in enumerate(zip(entries, contents)):
-        if entry.fault:
-            faults.append((entry.key, entry.fault))
-            continue
-        key, fields = format.parse(content, number, context)
-        assert key == entry.key
-        assert {*fields} <= {*entry.fields}
-        samples.append((key, fields))
+    for item in items:
+        key, file = item.pop(KEY), item.pop(FILE)
+        assert file == next(iter(source.stamps))
+        if ERROR in item:
+            faults.append((key, item[ERROR].args[0]))
+        else:
+            samples.append((key, filled(item)))
     return samples, faults
 
 
@@ -45,14 +32,16 @@ def read_all():
 
 
 @pytest.fixture
-def scan():
-    """Yields the keys of a shard, until its damage is raised."""
+def read_damaged():
+    """Returns the keys before the damage of a file, and the number of lost samples."""
 
-    def scan(path):
-        for entry in format_of(str(path)).scan(str(path)):
-            yield entry.key
+    def read_damaged(path):
+        with pytest.warns(UserWarning, match=rf"{path} is damaged .*are lost"):
+            samples, faults = read_all_of(path)
+        assert all(reason.startswith("damaged ") for _, reason in faults)
+        return [key for key, _ in samples], len(faults)
 
-    return scan
+    return read_damaged
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 import pytest
 
 from keras_cluster_mask.data import files
-from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.samples import DamagedShard, Fields
+from keras_cluster_mask.data.paths import open_source
+from tests.data.reading import read_samples
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -41,61 +41,47 @@ def test_the_key_is_a_column_or_the_number_of_the_row(write, read_all):
     assert [key for key, _ in samples] == [f"{i:08}" for i in range(7)]
 
 
-def test_images_as_the_package_datasets_writes_them(write, read_all):
+def test_images_as_the_package_datasets_writes_them(write):
     images = [{"bytes": b"j", "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}, None]
     captions = [["one", "two"], [], None]
-    samples, _ = read_all(write({"image": images, "captions": captions}))
-    assert [fields for _, fields in samples] == [
-        {"image": b"j", "captions": ["one", "two"]},
-        {"image": "b.jpg"},
-        {},
-    ]
+    path = write({"image": images, "captions": captions})
+    ((first,), faults) = read_samples(path)
+    assert (first.image, first.captions) == (b"j", ("one", "two"))
+    assert faults == [("00000001", "no caption"), ("00000002", "no image")]
+    samples, _ = read_samples(path, wants_caption=False)
+    assert [each.path.rpartition("/")[2] for each in samples] == ["", "b.jpg"]
 
 
 def test_a_replaced_file_is_read_again(write):
     write(COLUMNS)
-    index = open_index(write(COLUMNS), Fields())
-    assert next(index.read([1])).captions == ("no 1",)
+    assert open_source(write(COLUMNS))[1]["caption"] == "no 1"
     changed = {**COLUMNS, "caption": [f"new {i}" for i in range(7)]}
-    index = open_index(write(changed), Fields())
-    assert next(index.read([1])).captions == ("new 1",)
+    assert open_source(write(changed))[1]["caption"] == "new 1"
 
 
-def test_truncated_files_and_damaged_pages_are_damage(write, scan):
+def test_truncated_files_and_damaged_pages_are_damage(write, read_damaged):
     content = write(COLUMNS).read_bytes()
     for damaged in (content[:-50], content[50:], b""):
         path = write(COLUMNS)
         path.write_bytes(damaged)
-        with pytest.raises(DamagedShard, match=r"x\.parquet is damaged"):
-            list(scan(path))
-    columns = {"image": [b"x" * 5000] * 50, "caption": ["a"] * 50}
+        assert read_damaged(path) == ([], 1)
+    columns = {"image": [b"%02d" % n * 2500 for n in range(50)], "caption": ["a"] * 50}
     options = {"compression": "none", "use_dictionary": False}
     path = write(columns, row_group_size=10, **options)
     content = bytearray(path.read_bytes())
     content[120_000:129_000] = b"\xff" * 9000
     path.write_bytes(content)
-    keys = []
-    with pytest.raises(DamagedShard, match=r"x\.parquet is damaged") as error:
-        keys.extend(scan(path))
-    assert error.value.args[3] == 20 / 50
-    assert keys == [f"{i:08}" for i in range(20)]
+    assert read_damaged(path) == ([f"{i:08}" for i in range(20)], 20)
 
 
-def test_a_group_that_cannot_be_read_is_read_again_and_files_are_closed(
-    write, monkeypatch
-):
-    monkeypatch.setattr(files, "RETRY_AFTER", (0.0,))
-    index = open_index(write(COLUMNS), Fields())
+def test_files_are_closed(write, monkeypatch):
+    source = open_source(write(COLUMNS))
     open_file, opened = files.open_file, []
-    errors = [OSError(5, "the connection was reset")]
 
-    def fails_once(path):
-        if errors:
-            raise errors.pop()
+    def recorded(path):
         opened.append(open_file(path))
         return opened[-1]
 
-    monkeypatch.setattr(files, "open_file", fails_once)
-    assert next(index.read([0])).captions == ("no 0",)
-    assert errors == []
+    monkeypatch.setattr(files, "open_file", recorded)
+    assert source[0]["caption"] == "no 0"
     assert [file.closed for file in opened] == [True]

@@ -6,8 +6,6 @@ import random
 import pytest
 
 from keras_cluster_mask.data import read_captions, split
-from keras_cluster_mask.data.index import open_index
-from keras_cluster_mask.data.samples import DamagedShard, Fields
 
 pytestmark = pytest.mark.any_backend
 
@@ -67,7 +65,7 @@ def test_a_row_may_be_short_but_not_wide(write, read_all):
         ("2.jpg", {"file_name": "2.jpg", "text": "two"}),
     ]
     # "three" would be half of a caption.
-    assert faults == [("3.jpg", "more cells than columns")]
+    assert faults == [("2", "more cells than columns")]
 
 
 @pytest.mark.parametrize("content", ["", "file_name,text\n", "file_name,text"])
@@ -97,16 +95,12 @@ def test_a_quoted_cell_of_a_tsv_may_have_newlines(write, read_all):
 
 def test_a_first_line_that_names_no_field_is_shown(write):
     path = write("x.csv", "1.png,one\n2.png,two\n")
+    columns = r"\['1.png', 'one'\]"
     for read in (split, read_captions):
         with pytest.raises(
-            ValueError,
-            match=r"x\.csv: no .*first line .*\['1.png', 'one'\].* `filepath`",
-        ) as error:
+            ValueError, match=rf"first line .*with the fields {columns}"
+        ):
             read(path)
-        assert "shard" not in str(error.value)
-    # Only a cell is missing.
-    index = open_index(write("y.csv", "file_name,text\n1.png\n"), Fields(()))
-    assert [fault.details for fault in index.examples(1)] == [None]
 
 
 # === Broken rows ===
@@ -142,12 +136,12 @@ def test_a_broken_line_of_json_costs_one_sample(write, read_all):
         b"{}",
     ]
     samples, faults = read_all(write("x.jsonl", b"\n".join(lines)))
-    assert faults == [(f"row {i}", NO_JSON) for i in range(1, 6)]
+    assert faults == [(f"{i}", NO_JSON) for i in range(1, 6)]
     assert samples == [
         ("1.jpg", {"file_name": "1.jpg", "text": "one"}),
         ("None", {"text": ["a", "b"], "n": 0}),
         ("?.jpg", {"file_name": "\ud800.jpg"}),
-        ("row 8", {}),
+        ("8", {}),
     ]
 
 
@@ -180,15 +174,13 @@ def test_a_row_that_is_too_long_costs_one_sample(write, read_all, name, lines):
     assert len(faults) == 1
 
 
-@pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_a_table_in_utf_16_is_refused_by_name(write, read_all, name, encoding):
-    path = write(name, f"\ufeff{TABLES[name]}".encode(encoding))
-    with pytest.raises(ValueError, match=rf"`source` .*UTF-8.*Received: {path}"):
-        read_all(path)
+def test_a_table_in_utf_16_is_not_in_utf_8(write, read_damaged, encoding):
+    for name in ("x.csv", "x.tsv"):
+        content = f"\ufeff{TABLES[name]}".encode(encoding)
+        assert read_damaged(write(name, content)) == ([], 1)
 
 
-def test_a_broken_first_line_is_damage(write, scan):
+def test_a_broken_first_line_is_damage(write, read_damaged):
     for content in (b"\xff\n1,2\n", b'"a\nb,c\n', b"f,text\rold,Mac\r"):
-        with pytest.raises(DamagedShard, match="at its start"):
-            list(scan(write("x.csv", content)))
+        assert read_damaged(write("x.csv", content)) == ([], 1)

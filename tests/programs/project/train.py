@@ -1,3 +1,0 @@
-import sys
-
-print("keras" in sys.modules)
