@@ -97,6 +97,19 @@ def test_two_devices_train_as_one(run_guides):
     assert "the same history: True" in printed
 
 
+@slow
+def test_records_are_read_by_tf_data(run_guides, tmp_path):
+    pytest.importorskip("tensorflow_text")
+    (printed,) = run_guides("train_from_tf_data")
+    assert "0 of 192 captions have other token ids" in printed
+    assert re.search(r"\b3/3 - .*loss: [\d.]+", printed)
+    # The model that is evaluated was saved with its tokenizer.
+    assert len(re.findall(r"recall@\d+ +[\d.]+%   chance", printed)) == 6
+    assert (tmp_path / "tf_data.keras").exists()
+    for pipeline in ("image_text_dataset", "tf.data"):
+        assert re.search(rf"^{re.escape(pipeline)} +[1-9]\d*$", printed, re.MULTILINE)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("encoders")
 def test_two_encoders_are_tuned_in_both_ways(run_guides, tmp_path, monkeypatch):
