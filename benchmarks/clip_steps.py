@@ -20,7 +20,7 @@ PADDED = ", 77 tokens"
 def threshold(beta):
     # Any threshold does: shapes, and so the cost, depend on `min_mask_ratio` alone.
     return lambda patch_size: kcm.ClusterMasking(
-        patch_size, 0.6, min_mask_ratio=beta, threshold=0.5
+        0.6, patch_size=patch_size, min_mask_ratio=beta, threshold=0.5
     )
 
 
@@ -28,7 +28,7 @@ def threshold(beta):
 MASKINGS = {
     "none": lambda patch_size: None,
     "random": lambda patch_size: kcm.RandomMasking(0.5),
-    "cluster": lambda patch_size: kcm.ClusterMasking(patch_size, 0.5),
+    "cluster": lambda patch_size: kcm.ClusterMasking(0.5, patch_size=patch_size),
     "threshold, beta 0.5": threshold(0.5),
     "threshold, beta 0.3": threshold(0.3),
     "resized": lambda patch_size: None,

@@ -34,7 +34,7 @@ def training_flops(
 
     ```
     whole = training_flops("vit_b_16")  # 123 billion
-    half = training_flops("vit_b_16", masking=kcm.ClusterMasking(16, 0.5))
+    half = training_flops("vit_b_16", masking=kcm.ClusterMasking(0.5, patch_size=16))
     half / whole  # 0.57
     ```
 

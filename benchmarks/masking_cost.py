@@ -23,12 +23,12 @@ import keras_cluster_mask as kcm
 PATCH_SIZE = 16
 MASKINGS = {
     "random": kcm.RandomMasking(0.5, num_prefix_tokens=0),
-    "cluster": kcm.ClusterMasking(PATCH_SIZE, 0.5),
+    "cluster": kcm.ClusterMasking(0.5, patch_size=PATCH_SIZE),
     "centered": kcm.CenteredMasking(0.5, num_prefix_tokens=0),
     "grid": kcm.GridMasking(num_prefix_tokens=0),
     "block": kcm.BlockMasking(0.5, num_prefix_tokens=0),
-    "k-means": kcm.KMeansMasking(PATCH_SIZE, 0.5),
-    "edge": kcm.EdgeMasking(PATCH_SIZE, 0.5),
+    "k-means": kcm.KMeansMasking(0.5, patch_size=PATCH_SIZE),
+    "edge": kcm.EdgeMasking(0.5, patch_size=PATCH_SIZE),
 }
 
 

@@ -60,7 +60,7 @@ def threshold(patch_size, mask_ratio, **options):
     """As in the paper's comparison: 30 to 100 % of an image, 50 % on average."""
     # `quality.py` calls `adapt` on training images.
     return kcm.ClusterMasking(
-        patch_size, mask_ratio, min_mask_ratio=0.6 * mask_ratio, **options
+        mask_ratio, patch_size=patch_size, min_mask_ratio=0.6 * mask_ratio, **options
     )
 
 
@@ -74,14 +74,16 @@ PATCHES = {
     "none": Method(),
     "resized": Method(image_scale=0.75),
     "random": Method(lambda p, r: kcm.RandomMasking(r)),
-    "cluster": Method(lambda p, r: kcm.ClusterMasking(p, r)),
-    "softer cluster": Method(lambda p, r: kcm.ClusterMasking(p, r, softness=0.3)),
+    "cluster": Method(lambda p, r: kcm.ClusterMasking(r, patch_size=p)),
+    "softer cluster": Method(
+        lambda p, r: kcm.ClusterMasking(r, patch_size=p, softness=0.3)
+    ),
     # As many clusters in 64 patches as the paper has in 196.
     "cluster of 6 anchors": Method(
-        lambda p, r: kcm.ClusterMasking(p, r, anchor_ratio=6 / 64)
+        lambda p, r: kcm.ClusterMasking(r, patch_size=p, anchor_ratio=6 / 64)
     ),
     "embedding cluster": Method(
-        lambda p, r: kcm.ClusterMasking(p, r, embedding_weight=0.5)
+        lambda p, r: kcm.ClusterMasking(r, patch_size=p, embedding_weight=0.5)
     ),
     "threshold": Method(threshold),
     "threshold with fill-in": Method(
@@ -91,8 +93,8 @@ PATCHES = {
     "block": Method(lambda p, r: kcm.BlockMasking(r)),
     # One patch of 2 x 2.
     "grid": Method(lambda p, r: kcm.GridMasking(2), mask_ratio=0.75),
-    "k-means": Method(lambda p, r: kcm.KMeansMasking(p, r)),
-    "edges": Method(lambda p, r: kcm.EdgeMasking(p, r)),
+    "k-means": Method(lambda p, r: kcm.KMeansMasking(r, patch_size=p)),
+    "edges": Method(lambda p, r: kcm.EdgeMasking(r, patch_size=p)),
 }
 
 

@@ -40,7 +40,7 @@ SEED = 1
 MASKINGS = {
     "none": lambda: None,
     "random": lambda: kcm.RandomMasking(0.5, seed=SEED),
-    "cluster": lambda: kcm.ClusterMasking(PATCH_SIZE, 0.5, seed=SEED),
+    "cluster": lambda: kcm.ClusterMasking(0.5, patch_size=PATCH_SIZE, seed=SEED),
 }
 RESULTS.mkdir(parents=True, exist_ok=True)
 
@@ -64,8 +64,8 @@ files = [IMAGES.parent / "photographs" / f"{name}.jpg" for name in names]
 photographs = np.stack([plt.imread(file) for file in files])
 columns = {
     "random": kcm.RandomMasking(0.5),
-    "cluster": kcm.ClusterMasking(16, 0.5),
-    "cluster,\nsoftness 0.3": kcm.ClusterMasking(16, 0.5, softness=0.3),
+    "cluster": kcm.ClusterMasking(0.5, patch_size=16),
+    "cluster,\nsoftness 0.3": kcm.ClusterMasking(0.5, patch_size=16, softness=0.3),
 }
 show(kcm.visualization.plot_masks(photographs, columns), "compared_masks")
 

@@ -102,7 +102,10 @@ def train_classifier(encoder, epochs):
 runs = {
     "no masking": (None, max(1, EPOCHS // 3)),
     "random 50 %": (kcm.RandomMasking(0.5, seed=1), max(1, EPOCHS // 2)),
-    "cluster 50 %": (kcm.ClusterMasking(PATCH_SIZE, 0.5, seed=1), max(1, EPOCHS // 2)),
+    "cluster 50 %": (
+        kcm.ClusterMasking(0.5, patch_size=PATCH_SIZE, seed=1),
+        max(1, EPOCHS // 2),
+    ),
 }
 for name, (masking, epochs) in runs.items():
     encoder = make_encoder()

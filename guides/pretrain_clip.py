@@ -81,7 +81,7 @@ files = [IMAGES.parent / "photographs" / f"{name}.jpg" for name in names]
 photographs = np.stack([plt.imread(file) for file in files])
 maskings = {
     "random masking": kcm.RandomMasking(0.5),
-    "cluster masking": kcm.ClusterMasking(16, 0.5),
+    "cluster masking": kcm.ClusterMasking(0.5, patch_size=16),
 }
 show(kcm.visualization.plot_masks(photographs, maskings), "masks")
 
@@ -120,7 +120,7 @@ validation, test = dataset(VALIDATION), dataset(TEST)
 #
 # `small_data_recipe` gives the settings to start with on small data: random masking (50 %),
 # AdamW, and a learning rate that warms up and falls to zero. To use another masking, pass it to
-# `from_backbone`: `masking=kcm.ClusterMasking(PATCH_SIZE)`. The loss is built in, so `compile`
+# `from_backbone`: `masking=kcm.ClusterMasking(patch_size=PATCH_SIZE)`. The loss is built in, so `compile`
 # takes only an optimizer.
 
 # %%

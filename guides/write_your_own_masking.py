@@ -113,7 +113,7 @@ def dataset(split, training=False, **options):
 images = np.concatenate([x["images"] for x in dataset("validation")])
 maskings = {
     "RandomMasking": kcm.RandomMasking(0.5, num_prefix_tokens=0),
-    "ClusterMasking": kcm.ClusterMasking(PATCH_SIZE, 0.5),
+    "ClusterMasking": kcm.ClusterMasking(0.5, patch_size=PATCH_SIZE),
     "ContentMasking": ContentMasking(PATCH_SIZE, 0.5),
 }
 show(kcm.visualization.plot_masks(images[:4] / 255.0, maskings), "own_masks")

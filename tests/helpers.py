@@ -139,9 +139,11 @@ def moving_weight(highest=0.8):
 # it can have any.
 MASKINGS = {
     "random": kcm.RandomMasking,
-    "cluster": lambda **options: kcm.ClusterMasking(4, softness=0.1, **options),
+    "cluster": lambda **options: kcm.ClusterMasking(
+        patch_size=4, softness=0.1, **options
+    ),
     "threshold": lambda highest=0.8, **options: kcm.ClusterMasking(
-        4,
+        patch_size=4,
         min_mask_ratio=0.25,
         threshold=0.1,
         embedding_weight=moving_weight(highest),
@@ -152,10 +154,10 @@ MASKINGS = {
     "grid": kcm.GridMasking,
     "block": kcm.BlockMasking,
     "kmeans": lambda **options: kcm.KMeansMasking(
-        4, num_clusters=4, embedding_weight=moving_weight(), **options
+        patch_size=4, num_clusters=4, embedding_weight=moving_weight(), **options
     ),
     "edge": lambda **options: kcm.EdgeMasking(
-        4, embedding_weight=moving_weight(), **options
+        patch_size=4, embedding_weight=moving_weight(), **options
     ),
 }
 

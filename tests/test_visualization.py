@@ -15,7 +15,7 @@ NOISE = np.random.default_rng(1).random((2, 6)).astype("float32")
 
 
 def clusters(patch_size=8, data_format="channels_last", **options):
-    return kcm.ClusterMasking(patch_size, data_format=data_format, **options)
+    return kcm.ClusterMasking(patch_size=patch_size, data_format=data_format, **options)
 
 
 def drawn(axis):

@@ -54,11 +54,11 @@ class ClusterMasking(SimilarityMasking):
     ```
 
     Args:
-        patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
-            size of the encoder.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out:
             exactly in budget mode, on average in threshold mode. 0 keeps all patches in
             both modes.
+        patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
+            size of the encoder.
         min_mask_ratio: Float in `[0, 1)` or `None`. The minimum fraction of the patches
             to leave out of every image in threshold mode; `None` selects budget mode.
         threshold: Float. The similarity above which a patch joins a cluster, in
@@ -116,8 +116,8 @@ class ClusterMasking(SimilarityMasking):
 
     def __init__(
         self,
-        patch_size: int | tuple[int, int] | None = None,
         mask_ratio: float = 0.5,
+        patch_size: int | tuple[int, int] | None = None,
         min_mask_ratio: float | None = None,
         threshold: float | None = None,
         anchor_ratio: float = 0.03,

@@ -45,9 +45,9 @@ class EdgeMasking(SimilarityMasking):
     ```
 
     Args:
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
             size of the encoder.
-        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         seed_ratio: Float in `[0, 1]`. The fraction of the patches that become seeds (at
             least one).
         threshold: Float in `[-1, 1]`. The similarity above which a patch is a
@@ -104,8 +104,8 @@ class EdgeMasking(SimilarityMasking):
 
     def __init__(
         self,
-        patch_size: int | tuple[int, int] | None = None,
         mask_ratio: float = 0.5,
+        patch_size: int | tuple[int, int] | None = None,
         seed_ratio: float = 0.05,
         threshold: float = 0.5,
         edges: str | None = "protect",

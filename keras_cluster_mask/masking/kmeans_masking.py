@@ -39,9 +39,9 @@ class KMeansMasking(SimilarityMasking):
     ```
 
     Args:
+        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
             size of the encoder.
-        mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         num_clusters: Integer. The number of clusters per image, at most the number of
             patches. A patch that is equally similar to several centers joins the
             cluster that is left out first, so some clusters may be empty.
@@ -83,8 +83,8 @@ class KMeansMasking(SimilarityMasking):
 
     def __init__(
         self,
-        patch_size: int | tuple[int, int] | None = None,
         mask_ratio: float = 0.5,
+        patch_size: int | tuple[int, int] | None = None,
         num_clusters: int = 8,
         iterations: int = 5,
         embedding_weight: float | keras.optimizers.schedules.LearningRateSchedule = 0.0,

@@ -27,8 +27,8 @@ class SimilarityMasking(PatchMasking):
     strategy defines `score_images`, which gets a few images at a time on torch.
 
     Args:
-        patch_size: Integer or tuple `(height, width)`, in pixels, or `None`.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
+        patch_size: Integer or tuple `(height, width)`, in pixels, or `None`.
         embedding_weight: Float in `[0, 1]`, or a
             `keras.optimizers.schedules.LearningRateSchedule` over training steps. The
             weight of the tokens' cosine similarity. The pixels' similarity gets 1 minus
@@ -43,8 +43,8 @@ class SimilarityMasking(PatchMasking):
 
     def __init__(
         self,
-        patch_size: int | tuple[int, int] | None,
         mask_ratio: float,
+        patch_size: int | tuple[int, int] | None,
         embedding_weight: float | keras.optimizers.schedules.LearningRateSchedule,
         num_prefix_tokens: int | None,
         data_format: str | None,

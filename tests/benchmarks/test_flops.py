@@ -43,11 +43,11 @@ def test_a_step_is_counted_as_torch_counts_open_clips(size, mask_ratio):
     ("masking", "products"),
     [
         # 6 anchors with 196 patches; a mix with as many tokens, as wide as the pixels.
-        (kcm.ClusterMasking(16), 6 * 196),
-        (kcm.ClusterMasking(16, embedding_weight=0.5), 2 * 6 * 196),
+        (kcm.ClusterMasking(patch_size=16), 6 * 196),
+        (kcm.ClusterMasking(patch_size=16, embedding_weight=0.5), 2 * 6 * 196),
         # All patches with all.
-        (kcm.KMeansMasking(16), 196 * 196),
-        (kcm.EdgeMasking(16), 196 * 196),
+        (kcm.KMeansMasking(patch_size=16), 196 * 196),
+        (kcm.EdgeMasking(patch_size=16), 196 * 196),
     ],
 )
 def test_choosing_patches_is_counted_once(masking, products):

@@ -66,7 +66,11 @@ def make_model(masking=None, way="whole", **options):
     if masking is None:
         # The threshold moves with the mask ratio of the whole batch.
         masking = kcm.ClusterMasking(
-            4, min_mask_ratio=0.25, threshold=0.05, embedding_weight=0.3, seed=1
+            patch_size=4,
+            min_mask_ratio=0.25,
+            threshold=0.05,
+            embedding_weight=0.3,
+            seed=1,
         )
     if "micro" in way:
         options["micro_batch_size"] = 4

@@ -99,10 +99,10 @@ def test_another_product_has_the_default_precision():
 @pytest.mark.parametrize(
     "masking",
     [
-        kcm.ClusterMasking(4, 0.5),
-        kcm.ClusterMasking(4, 0.5, embedding_weight=0.5),
-        kcm.KMeansMasking(4, 0.5, num_clusters=3),
-        kcm.EdgeMasking(4, 0.5),
+        kcm.ClusterMasking(0.5, patch_size=4),
+        kcm.ClusterMasking(0.5, patch_size=4, embedding_weight=0.5),
+        kcm.KMeansMasking(0.5, patch_size=4, num_clusters=3),
+        kcm.EdgeMasking(0.5, patch_size=4),
     ],
     ids=lambda masking: f"{type(masking).__name__}-{masking.embedding_weight}",
 )

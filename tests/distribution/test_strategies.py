@@ -101,7 +101,7 @@ def test_a_model_is_trained_outside_of_the_scope_of_its_strategy(strategy):
 def test_what_replicas_cannot_do_is_refused(kind, size, message, strategy):
     masking = None
     if kind == "masking":
-        masking = kcm.ClusterMasking(4, embedding_weight=0.5)
+        masking = kcm.ClusterMasking(patch_size=4, embedding_weight=0.5)
     with strategy.scope():
         model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking)
         optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)

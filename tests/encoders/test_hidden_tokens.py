@@ -44,7 +44,9 @@ def leaky_vit(mix):
 
 
 def threshold_masking(**kwargs):
-    return kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.1, **kwargs)
+    return kcm.ClusterMasking(
+        patch_size=4, min_mask_ratio=0.25, threshold=0.1, **kwargs
+    )
 
 
 class LeakFrom(keras.layers.Layer):
@@ -103,7 +105,7 @@ def test_an_encoder_that_lets_hidden_tokens_through_is_refused_by_name(kind):
 @pytest.mark.parametrize(
     "masking",
     [
-        lambda: kcm.ClusterMasking(4, mask_ratio=0.5),
+        lambda: kcm.ClusterMasking(patch_size=4, mask_ratio=0.5),
         lambda: kcm.RandomMasking(0.5, num_prefix_tokens=0),
         lambda: threshold_masking(hide_padding=False),
     ],

@@ -67,7 +67,9 @@ def encoder_of(kind):
 def make(kind, **kwargs):
     """A masked encoder, images and noise for it, and its number of prefix tokens."""
     _, layer, (height, width), prefix = ENCODERS[kind]
-    masked = kcm.with_masking(encoder_of(kind), kcm.ClusterMasking(4, **kwargs), layer)
+    masked = kcm.with_masking(
+        encoder_of(kind), kcm.ClusterMasking(patch_size=4, **kwargs), layer
+    )
     images = random_images(4, height, width)
     return masked, images, random_noise(4, height * width // 16), prefix
 
@@ -303,7 +305,7 @@ def test_an_encoder_that_cannot_be_masked_is_refused(make, layer, match):
     [
         (keras.layers.Dropout(0.5), "`masking`"),
         # The patch size is not that of the encoder.
-        (kcm.ClusterMasking(8), "`tokens` does not fit"),
+        (kcm.ClusterMasking(patch_size=8), "`tokens` does not fit"),
         (kcm.RandomMasking(num_prefix_tokens=1), "`num_prefix_tokens` must be 3"),
     ],
 )
@@ -347,7 +349,7 @@ def test_tokens_that_do_not_depend_on_the_image_are_counted_as_the_prefix(
 @pytest.mark.any_backend
 def test_a_pooled_output_carries_no_mask_of_tokens():
     # A loss of Keras's own would take it for weights of the samples.
-    masking = kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.1)
+    masking = kcm.ClusterMasking(patch_size=4, min_mask_ratio=0.25, threshold=0.1)
     masked = kcm.with_masking(functional_vit(), masking, "positions")
     features = masked(random_images(4), training=True)
     assert tuple(features.shape) == (4, 16)

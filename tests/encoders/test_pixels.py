@@ -98,7 +98,7 @@ def test_the_order_of_axes_is_that_of_the_encoder(masked):
     x = keras.layers.GlobalAveragePooling1D()(x)
     encoder = keras.Model(images, keras.layers.Dense(16)(x))
     if masked:
-        masking = kcm.ClusterMasking(4, data_format="channels_first")
+        masking = kcm.ClusterMasking(patch_size=4, data_format="channels_first")
         encoder = kcm.with_masking(encoder, masking, "tokens")
     model = kcm.ContrastiveModel(encoder, text_bag())
     pixels = random_pairs(2)["images"]

@@ -293,7 +293,7 @@ def test_the_patches_that_are_kept_alone_are_pooled_after_each_block(
 )
 def test_hidden_patches_are_not_pooled_after_any_block(make):
     masking = kcm.ClusterMasking(
-        4, 0.6, min_mask_ratio=0.25, threshold=0.2, anchor_ratio=0.2
+        0.6, patch_size=4, min_mask_ratio=0.25, threshold=0.2, anchor_ratio=0.2
     )
     encoder = PooledEncoder(make(num_layers=2), None, [1, 2])
     images, noise = random_images(1), random_noise(1)

@@ -194,7 +194,7 @@ def test_positions_of_texts_are_interpolated_as_torch_does(make, length):
 
 
 def masked_clip():
-    return kcm.with_masking(clip_vision_encoder(), kcm.ClusterMasking(4))
+    return kcm.with_masking(clip_vision_encoder(), kcm.ClusterMasking(patch_size=4))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_with_all_patches_the_output_is_that_of_the_last_block(num_layers):
 @pytest.mark.one_case
 def test_kept_tokens_are_those_of_the_whole_encoder_that_attends_to_them_alone():
     encoder = dino_3_encoder(2)
-    masking = kcm.ClusterMasking(4, 0.5)
+    masking = kcm.ClusterMasking(0.5, patch_size=4)
     masked = kcm.with_masking(encoder, masking)
     assert masked.num_prefix_tokens == PREFIX
     images, noise = random_images(4), random_noise(4)
@@ -64,4 +64,6 @@ def test_kept_tokens_are_those_of_the_whole_encoder_that_attends_to_them_alone()
 @pytest.mark.parametrize("option", ["attention_dropout", "drop_path_rate"])
 def test_dropout_is_refused(option):
     with pytest.raises(ValueError, match=rf"without dropout.*Received:.*{option}=0.1"):
-        kcm.with_masking(dino_3_encoder(2, **{option: 0.1}), kcm.ClusterMasking(4))
+        kcm.with_masking(
+            dino_3_encoder(2, **{option: 0.1}), kcm.ClusterMasking(patch_size=4)
+        )

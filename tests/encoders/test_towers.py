@@ -30,7 +30,7 @@ from tests.helpers import (
 
 MODELS = {
     "clip": lambda: kcm.ContrastiveModel.from_backbone(
-        tiny_clip(), kcm.ClusterMasking(4, seed=0)
+        tiny_clip(), kcm.ClusterMasking(patch_size=4, seed=0)
     ),
     "siglip": lambda: kcm.ContrastiveModel.from_backbone(tiny_siglip()),
     "own": lambda: kcm.ContrastiveModel(

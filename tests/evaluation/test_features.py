@@ -453,7 +453,7 @@ def test_what_changes_features_is_refused(model, features):
 @pytest.mark.one_case
 def test_a_masked_model_trains_on_features_without_a_step_of_its_masking(tmp_path):
     weight = keras.optimizers.schedules.PolynomialDecay(0.0, 10, 1.0)
-    masking = kcm.ClusterMasking(4, embedding_weight=weight)
+    masking = kcm.ClusterMasking(patch_size=4, embedding_weight=weight)
     model = frozen_model(masking=masking)
     features = computed(model, tmp_path)
     model.compile("adam", **FAST)

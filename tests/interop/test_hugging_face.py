@@ -213,7 +213,7 @@ def test_options_of_from_backbone_take_precedence_over_the_files(folder):
     model = load_hugging_face(
         folder,
         dtype="mixed_bfloat16",
-        masking=kcm.ClusterMasking(8),
+        masking=kcm.ClusterMasking(patch_size=8),
         pixel_mean=(0.1, 0.2, 0.3),
         loss="sigmoid",
     )

@@ -34,7 +34,7 @@ NOISE = draw_noise(np.random.default_rng(0), ROWS, N)
 
 def by_threshold(**options):
     options = {"min_mask_ratio": 0.3, "threshold": 0.14, **options}
-    return kcm.ClusterMasking(4, **options)
+    return kcm.ClusterMasking(patch_size=4, **options)
 
 
 # How a masking is made, and how many of the patches it keeps.
@@ -43,12 +43,15 @@ STRATEGIES = {
     "centered": (kcm.CenteredMasking, 12),
     "grid": (kcm.GridMasking, 6),
     "block": (kcm.BlockMasking, 12),
-    "cluster": (lambda **options: kcm.ClusterMasking(4, **options), 12),
-    "soft": (lambda **options: kcm.ClusterMasking(4, softness=0.2, **options), 12),
+    "cluster": (lambda **options: kcm.ClusterMasking(patch_size=4, **options), 12),
+    "soft": (
+        lambda **options: kcm.ClusterMasking(patch_size=4, softness=0.2, **options),
+        12,
+    ),
     "threshold": (by_threshold, 16),
     "threshold_shown": (lambda **x: by_threshold(hide_padding=False, **x), 16),
-    "kmeans": (lambda **options: kcm.KMeansMasking(4, **options), 12),
-    "edge": (lambda **options: kcm.EdgeMasking(4, **options), 12),
+    "kmeans": (lambda **options: kcm.KMeansMasking(patch_size=4, **options), 12),
+    "edge": (lambda **options: kcm.EdgeMasking(patch_size=4, **options), 12),
 }
 SIMILARITY = ["cluster", "soft", "kmeans", "edge"]
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -181,14 +184,27 @@ def test_the_symbolic_output_has_the_dtype_of_the_tokens(strategy):
     [
         (kcm.RandomMasking(0.75, 0, seed=3), 4),
         (kcm.GridMasking(2, num_prefix_tokens=0, seed=3), 4),
-        (kcm.ClusterMasking(4, 0.75, seed=3), 4),
-        (kcm.ClusterMasking(4, 0.5, softness=0.3, seed=3), 8),
-        (kcm.ClusterMasking(4, min_mask_ratio=0.75, threshold=0.5, seed=3), 1),
-        (kcm.ClusterMasking(4, min_mask_ratio=0.75, threshold=1.0, seed=3), 4),
+        (kcm.ClusterMasking(0.75, patch_size=4, seed=3), 4),
+        (kcm.ClusterMasking(0.5, patch_size=4, softness=0.3, seed=3), 8),
+        (
+            kcm.ClusterMasking(
+                patch_size=4, min_mask_ratio=0.75, threshold=0.5, seed=3
+            ),
+            1,
+        ),
+        (
+            kcm.ClusterMasking(
+                patch_size=4, min_mask_ratio=0.75, threshold=1.0, seed=3
+            ),
+            4,
+        ),
         (by_threshold(min_mask_ratio=0.75, hide_padding=False, seed=3), 4),
-        (kcm.KMeansMasking(4, 0.75, seed=3), 4),
-        *((kcm.EdgeMasking(4, 0.75, edges=x, seed=3), 4) for x in ("protect", None)),
-        (kcm.EdgeMasking(4, 0.75, edges="released", seed=3), 4),
+        (kcm.KMeansMasking(0.75, patch_size=4, seed=3), 4),
+        *(
+            (kcm.EdgeMasking(0.75, patch_size=4, edges=x, seed=3), 4)
+            for x in ("protect", None)
+        ),
+        (kcm.EdgeMasking(0.75, patch_size=4, edges="released", seed=3), 4),
     ],
 )
 def test_flat_images_keep_every_position_equally_often(masking, kept):

@@ -97,7 +97,10 @@ def share_compared(
 ):
     """Asserts the selection of the reference where it is clear, or everywhere."""
     masking = kcm.ClusterMasking(
-        patch_size, data_format=data_format, anchor_ratio=anchor_ratio, **options
+        patch_size=patch_size,
+        data_format=data_format,
+        anchor_ratio=anchor_ratio,
+        **options,
     )
     noise = draw_noise(np.random.default_rng(seed), ROWS, 24)
     pairwise = reference.pairwise_similarity(
@@ -160,7 +163,7 @@ class TestSimilarity:
         # A token of zeros is like none, not even itself.
         tokens[:, prefix + 3] = 0.0
         anchors = np.array([[0, 3], [5, 1], [11, 4]], "int32")
-        masking = kcm.ClusterMasking(8, embedding_weight=weight)
+        masking = kcm.ClusterMasking(patch_size=8, embedding_weight=weight)
         mixed = reference.pairwise_similarity(
             images, 8, tokens=tokens[:, prefix:], weight=weight
         )
@@ -180,7 +183,7 @@ class TestAnchors:
         images = mosaic(rng, ROWS, 6, 4, (4, 4))
         noise = draw_noise(rng, ROWS, 24)
         for mask_ratio in (0.17, 0.5, 0.9):
-            masking = kcm.ClusterMasking(4, mask_ratio, anchor_ratio=0.16)
+            masking = kcm.ClusterMasking(mask_ratio, patch_size=4, anchor_ratio=0.16)
             anchors = numpy(masking.draw_anchors(ops.convert_to_tensor(noise)))
             np.testing.assert_array_equal(anchors, np.argsort(noise, axis=1)[:, :4])
             indices, _ = numpy(*masking.select(images=images, noise=noise))
@@ -194,7 +197,7 @@ class TestAnchors:
     def test_number_at_least_one_and_a_share_of_the_patches(
         self, anchor_ratio, num_patches, count
     ):
-        masking = kcm.ClusterMasking(4, anchor_ratio=anchor_ratio)
+        masking = kcm.ClusterMasking(patch_size=4, anchor_ratio=anchor_ratio)
         assert masking.num_anchors(num_patches) == count
         assert reference.anchor_count(num_patches, anchor_ratio) == count
 
@@ -211,7 +214,9 @@ class TestAdapt:
         if dtype == "float32":
             images = images.astype("float32") / 127.5 - 1.0
         batches = np.split(images, 20)
-        masking = kcm.ClusterMasking(8, mask_ratio, min_mask_ratio, seed=1)
+        masking = kcm.ClusterMasking(
+            mask_ratio, patch_size=8, min_mask_ratio=min_mask_ratio, seed=1
+        )
         masking.adapt(batches)
         assert -1.0 <= float(masking.threshold) <= 1.0
         rounds, ratios = 2, []
@@ -234,7 +239,7 @@ class TestAdapt:
         thresholds = []
         for weight in (0.0, 1.0):
             masking = kcm.ClusterMasking(
-                8, min_mask_ratio=0.2, embedding_weight=weight, seed=1
+                patch_size=8, min_mask_ratio=0.2, embedding_weight=weight, seed=1
             )
             masking.adapt(images)
             thresholds.append(float(masking.threshold))
@@ -242,7 +247,9 @@ class TestAdapt:
 
     def test_replaces_the_threshold_that_a_built_model_uses(self):
         images = photographs(32, 48, ROWS)
-        masking = kcm.ClusterMasking(8, min_mask_ratio=0.2, threshold=-1.0, seed=1)
+        masking = kcm.ClusterMasking(
+            patch_size=8, min_mask_ratio=0.2, threshold=-1.0, seed=1
+        )
         step = compiled_step(masking)
         step()
         assert numpy(masking.last_mask_ratio) > 0.9
@@ -266,7 +273,7 @@ class TestAdapt:
     ):
         options = {"min_mask_ratio": 0.2, **options}
         given = None if options["min_mask_ratio"] is None else 0.25
-        masking = kcm.ClusterMasking(8, threshold=given, **options)
+        masking = kcm.ClusterMasking(patch_size=8, threshold=given, **options)
         with pytest.raises(ValueError, match=rf"{message}[\s\S]*Received: "):
             masking.adapt(data)
         if given is not None:
@@ -274,7 +281,7 @@ class TestAdapt:
 
     @pytest.mark.any_backend
     def test_nothing_is_selected_before(self):
-        masking = kcm.ClusterMasking(8, min_mask_ratio=0.2)
+        masking = kcm.ClusterMasking(patch_size=8, min_mask_ratio=0.2)
         with pytest.raises(ValueError, match=r"threshold of .* is not set.*Received:"):
             masking.select(images=photographs(32, 48, 2))
         # Whole images need no threshold.
@@ -292,7 +299,7 @@ class TestEmbeddingSchedule:
         rng = np.random.default_rng(27)
         images = textured(rng, ROWS, 32, 48, 3)
         masking = kcm.ClusterMasking(
-            8,
+            patch_size=8,
             mask_ratio=0.5,
             min_mask_ratio=0.1,
             threshold=start,
@@ -326,7 +333,7 @@ class TestEmbeddingSchedule:
     def test_threshold_stays_in_the_range_of_similarities(self, start):
         # No threshold leaves out 40 % of images that are all alike.
         masking = kcm.ClusterMasking(
-            8,
+            patch_size=8,
             mask_ratio=0.4,
             min_mask_ratio=0.1,
             threshold=start,
@@ -341,6 +348,6 @@ class TestEmbeddingSchedule:
 
     @pytest.mark.any_backend
     def test_threshold_stays_put_without_a_mix(self):
-        masking = kcm.ClusterMasking(8, min_mask_ratio=0.1, threshold=-0.5)
+        masking = kcm.ClusterMasking(patch_size=8, min_mask_ratio=0.1, threshold=-0.5)
         masking(tokens_of(ROWS, 25), images=photographs(32, 48, ROWS), training=True)
         assert float(masking.threshold) == -0.5

@@ -29,7 +29,10 @@ def test_selects_as_the_reference_wherever_every_decision_is_clear():
         }
         weight = (0.0, 0.3, 0.0, 1.0)[seed % 4]
         masking = kcm.EdgeMasking(
-            patch_size, embedding_weight=weight, data_format=data_format, **options
+            patch_size=patch_size,
+            embedding_weight=weight,
+            data_format=data_format,
+            **options,
         )
         x = reference.patches(images, patch_size, data_format)
         similarity = reference.pairwise_similarity(
@@ -66,7 +69,9 @@ def test_zero_tokens_are_like_none_even_themselves():
     # Sinkhorn's algorithm has nothing to divide by there.
     images, noise, tokens = case(*GEOMETRIES[0], seed=6)
     tokens[:, 1:3], tokens[:, 3:] = 0.0, 1.0
-    masking = kcm.EdgeMasking(4, seed_ratio=0.2, edges=None, embedding_weight=1.0)
+    masking = kcm.EdgeMasking(
+        patch_size=4, seed_ratio=0.2, edges=None, embedding_weight=1.0
+    )
     masked = numpy(masking.score(noise, images, tokens)) < 0.0
     seeds = numpy(masking.draw_seeds(ops.convert_to_tensor(noise), None))
     has_alike = (seeds >= 2).any(axis=1)

@@ -45,10 +45,10 @@ def test_selects_as_the_reference_wherever_every_assignment_is_clear():
         clusters, iterations = (8, 2, 4, 3, 1)[seed % 5], (5, 1, 3)[seed % 3]
         mask_ratio, weight = (0.5, 0.3, 0.75)[seed % 3], (0.0, 0.3, 0.0, 1.0)[seed % 4]
         masking = kcm.KMeansMasking(
-            patch_size,
             mask_ratio,
-            clusters,
-            iterations,
+            patch_size=patch_size,
+            num_clusters=clusters,
+            iterations=iterations,
             embedding_weight=weight,
             data_format=data_format,
         )
@@ -73,7 +73,7 @@ def test_flat_patches_of_many_gray_levels_share_a_cluster():
     images += 3e-6 * rng.normal(size=images.shape).astype("float32")
     images[:, :8] = rng.random((ROWS, 8, 16, 3))
     noise = draw_noise(np.random.default_rng(7), ROWS, 24)
-    flat = numpy(kcm.KMeansMasking(4).score(noise, images))[:, 8:]
+    flat = numpy(kcm.KMeansMasking(patch_size=4).score(noise, images))[:, 8:]
     seeds = np.argsort(noise, axis=1)[:, :8]
     assert np.all((seeds >= 8).sum(axis=1) > 1)
     np.testing.assert_array_equal(flat, np.broadcast_to(flat[:, :1], flat.shape))

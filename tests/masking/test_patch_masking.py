@@ -198,7 +198,7 @@ def test_an_incoming_keras_mask_passes_inference():
 
 
 def test_check_ready_waits_until_values_can_be_read():
-    masking = kcm.ClusterMasking(8, min_mask_ratio=0.25, num_prefix_tokens=1)
+    masking = kcm.ClusterMasking(patch_size=8, min_mask_ratio=0.25, num_prefix_tokens=1)
     images = np.zeros((2, 32, 32, 3), "float32")
 
     class Model(keras.Model):

@@ -62,7 +62,7 @@ def random(prefix=1):
 
 
 def cluster(prefix=None, **options):
-    return kcm.ClusterMasking(8, num_prefix_tokens=prefix, **options)
+    return kcm.ClusterMasking(patch_size=8, num_prefix_tokens=prefix, **options)
 
 
 FIRST = {"data_format": "channels_first"}
@@ -117,7 +117,11 @@ FIRST = {"data_format": "channels_first"}
         ),
         (cluster(**FIRST), {"images": (2, 3, 32, 30)}, "`images` .*Received: width=30"),
         (kcm.KMeansMasking(), {}, "`patch_size` must be given.*Received: "),
-        (kcm.KMeansMasking(8, num_clusters=17), {}, "`num_clusters` .*Received: "),
+        (
+            kcm.KMeansMasking(patch_size=8, num_clusters=17),
+            {},
+            "`num_clusters` .*Received: ",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(masking, inputs, message):

@@ -43,7 +43,9 @@ def test_a_large_batch_is_compared_in_blocks_with_the_same_result(
     rng = np.random.default_rng(35)
     images = textured(rng, 7, 32, 48, 3)
     noise = rng.random((7, 24), dtype="float32")
-    masking = STRATEGIES[strategy](8, embedding_weight=0.3, num_prefix_tokens=1)
+    masking = STRATEGIES[strategy](
+        patch_size=8, embedding_weight=0.3, num_prefix_tokens=1
+    )
     inputs = {"images": images, "noise": noise, "tokens": tokens_of(7, 25)}
     expected = masking.select(**inputs)
     compare, sizes = masking.similarity_to_anchors, []
@@ -64,7 +66,7 @@ def test_a_large_batch_is_compared_in_blocks_with_the_same_result(
 @pytest.mark.any_backend
 @pytest.mark.parametrize("strategy", BUDGET)
 def test_data_format_defaults_to_the_configured_one(strategy, data_format):
-    assert STRATEGIES[strategy](8).data_format == data_format
+    assert STRATEGIES[strategy](patch_size=8).data_format == data_format
 
 
 # === The mix of pixels and tokens ===
@@ -77,10 +79,10 @@ def test_a_schedule_sets_the_weight_of_each_training_step(strategy):
     images = textured(rng, ROWS, 32, 48, 3)
     tokens = tokens_of(ROWS, 1 + 24, dim=32)
     noise = draw_noise(rng, ROWS, 24)
-    scheduled = STRATEGIES[strategy](8, embedding_weight=ramp())
+    scheduled = STRATEGIES[strategy](patch_size=8, embedding_weight=ramp())
     chosen = []
     for step in range(6):
-        fixed = STRATEGIES[strategy](8, embedding_weight=min(step / 4, 1.0))
+        fixed = STRATEGIES[strategy](patch_size=8, embedding_weight=min(step / 4, 1.0))
         expected = numpy(*fixed.select(images, tokens, noise))
         inputs = dict(images=images, tokens=tokens, noise=noise)
         assert_selects(scheduled, expected, **inputs)
@@ -95,7 +97,7 @@ def test_a_schedule_sets_the_weight_of_each_training_step(strategy):
 @pytest.mark.one_case
 @pytest.mark.parametrize("strategy", BUDGET)
 def test_step_advances_in_a_compiled_training_step(strategy):
-    masking = STRATEGIES[strategy](8, embedding_weight=ramp())
+    masking = STRATEGIES[strategy](patch_size=8, embedding_weight=ramp())
     step = compiled_step(masking)
     for _ in range(3):
         step()

@@ -90,7 +90,7 @@ def train(kind):
     make, head, statistics, make_pairs = KINDS[kind]
     keras.utils.set_random_seed(0)
     backbone = make()
-    masking = kcm.ClusterMasking(4, mask_ratio=0.5, seed=1)
+    masking = kcm.ClusterMasking(patch_size=4, mask_ratio=0.5, seed=1)
     model = kcm.ContrastiveModel.from_backbone(backbone, masking)
     before = values(backbone.weights)
     model.compile(optimizer=keras.optimizers.Adam(0.01), **FAST)
@@ -259,7 +259,7 @@ def test_mixed_precision_gives_float32_unit_vectors_and_a_float32_scale(
     if by_policy:
         keras.config.set_dtype_policy("mixed_bfloat16")
     backbone = KINDS[kind][0](None if by_policy else "mixed_bfloat16")
-    masking = kcm.ClusterMasking(4, seed=1)
+    masking = kcm.ClusterMasking(patch_size=4, seed=1)
     model = kcm.ContrastiveModel.from_backbone(backbone, masking)
     getattr(backbone, KINDS[kind][1]).logit_scale.assign(2.71828)
     pairs = random_pairs(4)

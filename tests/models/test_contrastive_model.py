@@ -45,7 +45,7 @@ def masked_model(masking, **kwargs):
 
 def threshold_masking(**kwargs):
     options = dict(mask_ratio=0.5, min_mask_ratio=0.25, threshold=0.05, seed=3)
-    return kcm.ClusterMasking(4, **{**options, **kwargs})
+    return kcm.ClusterMasking(patch_size=4, **{**options, **kwargs})
 
 
 def one_step(model, pairs, **kwargs):
@@ -58,7 +58,7 @@ def one_step(model, pairs, **kwargs):
 def fitted():
     """A model that was fitted, compiled, with a masking; its pairs and history."""
     keras.utils.set_random_seed(0)
-    model = masked_model(kcm.ClusterMasking(4, mask_ratio=0.25, seed=1))
+    model = masked_model(kcm.ClusterMasking(patch_size=4, mask_ratio=0.25, seed=1))
     model.compile(optimizer=keras.optimizers.Adam(0.02))
     pairs = class_pairs(16)
     history = model.fit(
@@ -324,7 +324,7 @@ def test_a_dataset_of_unknown_length_counts_the_steps_that_it_has():
     for dataset in (known, known.filter(lambda batch: True)):
         keras.utils.set_random_seed(0)
         weight = keras.optimizers.schedules.PolynomialDecay(0.0, 9, 1.0)
-        masking = kcm.ClusterMasking(4, embedding_weight=weight, seed=1)
+        masking = kcm.ClusterMasking(patch_size=4, embedding_weight=weight, seed=1)
         model = masked_model(masking)
         # Not FAST: compiled, TensorFlow finds the end within a step.
         model.compile(keras.optimizers.SGD(0.1))

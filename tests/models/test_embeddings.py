@@ -95,7 +95,9 @@ def test_a_shared_head_fits_the_widths_of_the_encoders():
     "make",
     [
         lambda: small_model(projection_dim=5),
-        lambda: kcm.ContrastiveModel(masked_vit(kcm.ClusterMasking(4)), text_bag()),
+        lambda: kcm.ContrastiveModel(
+            masked_vit(kcm.ClusterMasking(patch_size=4)), text_bag()
+        ),
         lambda: kcm.ContrastiveModel.from_backbone(tiny_clip(), kcm.RandomMasking()),
         lambda: kcm.ContrastiveModel.from_backbone(tiny_metaclip()),
     ],

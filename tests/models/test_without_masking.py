@@ -50,7 +50,9 @@ each_model = pytest.mark.parametrize("make", [generic, clip, siglip])
     [
         kcm.RandomMasking(0.5),
         kcm.GridMasking(2),
-        kcm.ClusterMasking(4, 0.5, 0.25, threshold=0.1, embedding_weight=0.5),
+        kcm.ClusterMasking(
+            0.5, patch_size=4, min_mask_ratio=0.25, threshold=0.1, embedding_weight=0.5
+        ),
     ],
     ids=["budget", "grid", "threshold"],
 )
@@ -81,7 +83,9 @@ def test_a_mask_ratio_of_0_trains_on_whole_images(masking):
 
 @pytest.mark.any_backend
 def test_a_masking_with_a_ratio_of_0_is_loaded():
-    masking = kcm.ClusterMasking(4, 0.5, 0.25, threshold=0.1, embedding_weight=0.5)
+    masking = kcm.ClusterMasking(
+        0.5, patch_size=4, min_mask_ratio=0.25, threshold=0.1, embedding_weight=0.5
+    )
     masking.mask_ratio = 0.0
     loaded = kcm.ClusterMasking.from_config(masking.get_config())
     assert (loaded.mask_ratio, loaded.num_kept(16)) == (0.0, 16)

@@ -70,7 +70,7 @@ def test_dinov2_is_that_of_transformers(dinov2, reference, photographs):
     "masking",
     [
         kcm.RandomMasking(0.5),
-        kcm.ClusterMasking(14, 0.5, min_mask_ratio=0.25, threshold=0.3),
+        kcm.ClusterMasking(0.5, patch_size=14, min_mask_ratio=0.25, threshold=0.3),
     ],
     ids=["random", "threshold"],
 )

@@ -25,7 +25,9 @@ def make_model():
     )
     backbone = kcm.models.with_image_size(backbone, 32)
     backbone = kcm.models.with_context_length(backbone, 6)
-    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.ClusterMasking(8))
+    model = kcm.ContrastiveModel.from_backbone(
+        backbone, kcm.ClusterMasking(patch_size=8)
+    )
     model.compile("adam")
     return model, tokenizer.with_context_length(6)
 
@@ -45,7 +47,7 @@ def train_on_arrays(model, tokenizer):
     history = model.fit(pairs, epochs=2, **fit)
     assert len(history.history["loss"]) == 2
     kcm.visualization.plot_history(history).savefig("history.png")
-    masking = kcm.ClusterMasking(8)
+    masking = kcm.ClusterMasking(patch_size=8)
     kcm.visualization.plot_masks(images, masking).savefig("masks.png")
     return pairs, classes
 

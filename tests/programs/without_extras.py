@@ -12,7 +12,9 @@ from tests.helpers import patch_mlp, random_pairs, text_bag
 
 
 def train_own_encoders():
-    encoder = kcm.with_masking(patch_mlp(), kcm.ClusterMasking(4), layer="positions")
+    encoder = kcm.with_masking(
+        patch_mlp(), kcm.ClusterMasking(patch_size=4), layer="positions"
+    )
     model = kcm.ContrastiveModel(encoder, text_bag())
     model.compile("adam")
     pairs = random_pairs(4)
@@ -35,7 +37,7 @@ def train_on_shards(shard):
     test = kcm.data.image_text_dataset(shard, tokenizer, 16, 4, training=False)
     backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 6, 4)
     model = kcm.ContrastiveModel.from_backbone(
-        backbone, kcm.ClusterMasking(4), loss="sigmoid", micro_batch_size=2
+        backbone, kcm.ClusterMasking(patch_size=4), loss="sigmoid", micro_batch_size=2
     )
     model.compile("adamw")
     evaluate = kcm.callbacks.Retrieval(test)

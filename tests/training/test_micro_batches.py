@@ -48,7 +48,9 @@ def pooled(encoder):
 
 
 def hidden_padding(**options):
-    return kcm.ClusterMasking(4, min_mask_ratio=0.25, threshold=0.05, **options)
+    return kcm.ClusterMasking(
+        patch_size=4, min_mask_ratio=0.25, threshold=0.05, **options
+    )
 
 
 def make_model(masking=MASKINGS["cluster"], dropout=False, **kwargs):

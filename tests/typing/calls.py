@@ -34,7 +34,7 @@ kcm.data.image_text_dataset("a.tar")  # type: ignore[call-arg]
 
 # === Maskings ===
 
-masking = kcm.ClusterMasking(16, min_mask_ratio=0.3, name="clusters")
+masking = kcm.ClusterMasking(patch_size=16, min_mask_ratio=0.3, name="clusters")
 masking.adapt(np.zeros((8, 224, 224, 3)))
 maskings: list[kcm.PatchMasking] = [
     masking,
@@ -42,8 +42,8 @@ maskings: list[kcm.PatchMasking] = [
     kcm.CenteredMasking(grid=(14, 14)),
     kcm.GridMasking(window=2),
     kcm.BlockMasking(0.75, num_prefix_tokens=1),
-    kcm.KMeansMasking((16, 16)),
-    kcm.EdgeMasking(16, edges=None),
+    kcm.KMeansMasking(patch_size=(16, 16)),
+    kcm.EdgeMasking(patch_size=16, edges=None),
 ]
 kcm.RandomMasking(mask_ratio="half")  # type: ignore[arg-type]
 
