@@ -76,4 +76,4 @@ if not TYPE_CHECKING:
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__"]

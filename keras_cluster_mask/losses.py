@@ -22,6 +22,8 @@ from keras_cluster_mask.distribution.replicas import (
 )
 from keras_cluster_mask.types import Tensor
 
+__all__ = ["sigmoid_contrastive_loss", "softmax_contrastive_loss"]
+
 # The number of comparisons that a device computes at a time. A matrix takes 64 MiB, and
 # a few are in memory at once. A batch of 4,096 on one device is one block.
 MAX_PAIRS = 2**24
@@ -30,6 +32,10 @@ MAX_PAIRS = 2**24
 HASH_STEP = 0x9E3779B1 - 2**32
 HASH_KEYS = (0x243F6A88, 0x85A308D3 - 2**32)
 HASH_ROUNDS = ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32), (16, 1))
+
+
+def __dir__():
+    return __all__
 
 
 def softmax_contrastive_loss(

@@ -1,6 +1,7 @@
 """What a user installs: its version, what it requires, and its files."""
 
 import ast
+import inspect
 import re
 import shutil
 import subprocess
@@ -106,3 +107,13 @@ def test_the_wheel_holds_the_package_its_images_and_licenses(wheel):
         *(f"{info}{name}" for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt")),
     }
     assert "keras_cluster_mask/py.typed" in names
+
+
+def test_completion_offers_public_names_alone():
+    rooms = [getattr(kcm, name) for name in kcm.__all__]
+    modules = [room for room in rooms if inspect.ismodule(room)]
+    assert len(modules) == 9
+    for module in modules:
+        assert dir(module) == sorted(module.__all__)
+        assert all(hasattr(module, name) for name in module.__all__)
+    assert dir(kcm) == sorted([*kcm.__all__, "__version__"])

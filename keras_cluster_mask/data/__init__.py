@@ -28,3 +28,7 @@ __all__ = [
     "split",
     "subset",
 ]
+
+
+def __dir__():
+    return __all__

@@ -8,3 +8,7 @@ from keras_cluster_mask.distribution.processes import initialize
 from keras_cluster_mask.distribution.replicas import is_main_process, num_replicas
 
 __all__ = ["initialize", "is_main_process", "num_replicas"]
+
+
+def __dir__():
+    return __all__

@@ -24,3 +24,7 @@ __all__ = [
     "retrieval_recall",
     "zero_shot_classifier",
 ]
+
+
+def __dir__():
+    return __all__

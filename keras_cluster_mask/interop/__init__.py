@@ -13,3 +13,7 @@ __all__ = [
     "open_clip_state_dict",
     "save_open_clip",
 ]
+
+
+def __dir__():
+    return __all__

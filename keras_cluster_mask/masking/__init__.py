@@ -19,3 +19,7 @@ __all__ = [
     "PatchMasking",
     "RandomMasking",
 ]
+
+
+def __dir__():
+    return __all__

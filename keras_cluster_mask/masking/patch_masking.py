@@ -323,6 +323,9 @@ class PatchMasking(keras.layers.Layer):
             and not (isinstance(value, dict) and "trainable" in value.get("config", ()))
         }
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} mask_ratio={self.mask_ratio:.3g}>"
+
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),

@@ -15,3 +15,7 @@ __all__ = [
     "with_image_size",
     "with_masking",
 ]
+
+
+def __dir__():
+    return __all__

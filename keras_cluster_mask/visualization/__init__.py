@@ -4,3 +4,7 @@ from keras_cluster_mask.visualization.charts import plot_history
 from keras_cluster_mask.visualization.images import plot_masks, plot_retrieval
 
 __all__ = ["plot_history", "plot_masks", "plot_retrieval"]
+
+
+def __dir__():
+    return __all__

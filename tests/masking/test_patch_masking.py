@@ -230,3 +230,8 @@ def test_a_stateless_call_returns_the_state_of_a_compiled_function():
         np.testing.assert_array_equal(
             numpy(kept), numpy(other(tokens_of(2, 17), training=True))
         )
+
+
+def test_a_masking_shows_its_ratio():
+    assert repr(kcm.RandomMasking(0.25)) == "<RandomMasking mask_ratio=0.25>"
+    assert repr(kcm.GridMasking(2)) == "<GridMasking mask_ratio=0.75>"
