@@ -191,7 +191,9 @@ def training_steps(names, setting):
             shared[side] = backbone, optimizer
         backbone, optimizer = shared[side]
         data = setting.batch(name)
-        model = kcm.ContrastiveModel.from_backbone(backbone, setting.masking(name))
+        model = kcm.ContrastiveModel.from_backbone(
+            backbone, masking=setting.masking(name)
+        )
         model.compile(optimizer, jit_compile=True if setting.jit else "auto")
         steps[name] = lambda model=model, data=data: model.train_on_batch(data)
     return steps

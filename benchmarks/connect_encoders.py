@@ -228,7 +228,7 @@ def new_model(options, seed, head="mlp", tuning=None, images="", texts=""):
     return kcm.ContrastiveModel.from_encoders(
         image,
         text,
-        PROJECTION_DIM,
+        projection_dim=PROJECTION_DIM,
         masking=MASKINGS[tuning.masking](image, tuning.ratio),
         head=head,
         image_blocks=numbers_of(tuning.images),

@@ -160,7 +160,7 @@ def sizes(options):
         for size in options.sizes:
             larger = kcm.models.with_image_size(image, size)
             larger = kcm.ContrastiveModel.from_encoders(
-                larger, text, runs.PROJECTION_DIM, head="mlp"
+                larger, text, projection_dim=runs.PROJECTION_DIM, head="mlp"
             )
             larger.head.set_weights(model.head.get_weights())
             row = {"run": f"{runs.words_of(run)}-{seed}", "size": size}

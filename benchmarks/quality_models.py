@@ -32,7 +32,7 @@ def new_model(method, options, data, seed, steps):
     if options.start_from:
         backbone.load_weights(Path(options.start_from) / "backbone.weights.h5")
     masking = method.new_masking(options.patch_size)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     if has_threshold(masking):
         masking.adapt(data.evaluation("train", 20))
     recipe = kcm.small_data_recipe(PARTS, steps // PARTS, options.learning_rate)

@@ -122,7 +122,9 @@ def make_model(args):
         "tiny", args.image_size, tokenizer.vocabulary_size, tokenizer.context_length
     )
     masking = kcm.ClusterMasking(patch_size=8, seed=args.seed)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking, tokenizer=tokenizer)
+    model = kcm.ContrastiveModel.from_backbone(
+        backbone, masking=masking, tokenizer=tokenizer
+    )
     model.compile(keras.optimizers.AdamW(1e-3))
     return model
 

@@ -95,7 +95,7 @@ show(figure, "archive")
 # %%
 def load(masking=None):
     keras.utils.set_random_seed(1)
-    return kcm.ContrastiveModel.from_preset(PRESET, masking)
+    return kcm.ContrastiveModel.from_preset(PRESET, masking=masking)
 
 
 results = {

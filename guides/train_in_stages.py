@@ -79,11 +79,11 @@ def resized(backbone, image_size, context_length):
     return kcm.models.with_context_length(backbone, context_length)
 
 
-def train(backbone, stages):
+def train(clip, stages):
     for image_size, context_length, ratios, rate in stages:
         data = dataset(TRAIN, image_size, context_length, training=True)
-        backbone = resized(backbone, image_size, context_length)
-        model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking())
+        clip = resized(clip, image_size, context_length)
+        model = kcm.ContrastiveModel.from_backbone(clip, masking=kcm.RandomMasking())
         model.compile(kcm.small_data_recipe(len(ratios), len(data), rate).optimizer)
         for epoch, ratio in enumerate(ratios):
             model.masking.mask_ratio = ratio

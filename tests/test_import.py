@@ -16,7 +16,7 @@ def test_it_brings_nothing_that_keras_does_not():
 
 def test_a_saved_model_loads_in_a_program_that_imports_only_the_package(tmp_path):
     model = kcm.ContrastiveModel.from_backbone(
-        tiny_clip(), kcm.ClusterMasking(patch_size=4)
+        tiny_clip(), masking=kcm.ClusterMasking(patch_size=4)
     )
     pairs = random_pairs(3)
     files = [tmp_path / name for name in ("model.keras", "pairs.npz", "found.npz")]

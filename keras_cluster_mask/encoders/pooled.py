@@ -29,8 +29,8 @@ POOLINGS = ("class", "mean", "class_and_mean")
 
 
 def pretrained_towers(
-    image_backbone: keras.Model,
-    text_backbone: keras.Model,
+    image: keras.Model,
+    text: keras.Model,
     masking: PatchMasking | None,
     pooling: tuple[str | None, str | None] | None,
     image_blocks: int | list[int] | None,
@@ -41,30 +41,28 @@ def pretrained_towers(
     See `ContrastiveModel.from_encoders`.
     """
     hint = "Pass other encoders, with their own pooling, to `ContrastiveModel`. "
-    family = family_of(
-        "image_backbone", image_backbone, IMAGE_FAMILIES, lambda x: x.pooling, hint
-    )
+    family = family_of("image", image, IMAGE_FAMILIES, lambda x: x.pooling, hint)
     # A `TextEmbedder` has a backbone and a pooling.
-    texts = getattr(text_backbone, "backbone", text_backbone)
-    family_of("text_backbone", texts, TEXT_FAMILIES, lambda x: not x.of_pair, hint)
+    texts = getattr(text, "backbone", text)
+    family_of("text", texts, TEXT_FAMILIES, lambda x: not x.of_pair, hint)
     if isinstance(pooling, str):
         raise ValueError(
             "`pooling` must be two values, for images and for texts, such as "
             f"('class', None). Received: pooling={pooling!r}"
         )
     of_images, of_texts = pooling or (None, None)
-    own = getattr(text_backbone, "pooling_mode", "mean").replace("cls", "class")
+    own = getattr(text, "pooling_mode", "mean").replace("cls", "class")
     if masking is not None and family.embedding is None:
         raise ValueError(
             "`masking` must be None for an image encoder without patch tokens, which "
-            f"reads whole images. Received: masking={masking}, image_backbone of "
-            f"type {type(image_backbone).__name__}"
+            f"reads whole images. Received: masking={masking}, image of "
+            f"type {type(image).__name__}"
         )
     if image_blocks is None:
         of_images = of_images or family.pooling
     if text_blocks is None:
         of_texts = of_texts or own
-    images = PooledEncoder(image_backbone, of_images, image_blocks)
+    images = PooledEncoder(image, of_images, image_blocks)
     images = images if masking is None else with_masking(images, masking)
     statistics = {"pixel_mean": family.pixel_mean, "pixel_std": family.pixel_std}
     return images, PooledEncoder(texts, of_texts, text_blocks), statistics

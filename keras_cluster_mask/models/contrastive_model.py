@@ -273,9 +273,13 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
     def from_backbone(
         cls,
         backbone: keras.Model,
+        *,
         masking: PatchMasking | None = None,
         loss: str | None = None,
         head: str | ContrastiveHead = "linear",
+        micro_batch_size: int | None = None,
+        duplicates: str = "positive",
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> Self:
         """Makes a model from a two-tower keras_hub backbone.
@@ -298,9 +302,12 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 the bias. By default, the scale is limited to 100, or 1000 for SigLIP. A
                 fresh SigLIP, and a CLIP with the sigmoid loss, start at a temperature
                 of 0.1 and a bias of -10.
-            **kwargs: Arguments of `ContrastiveModel`, except the encoders,
-                `projection_dim` and `dtype`. `pixel_mean`, `pixel_std` and `resize`
-                default to the values of the backbone's family.
+            micro_batch_size: See `ContrastiveModel`.
+            duplicates: See `ContrastiveModel`.
+            tokenizer: See `ContrastiveModel`.
+            **kwargs: `pixel_mean`, `pixel_std` and `resize`, which default to the
+                values of the backbone's family, and arguments of `keras.Model`, such as
+                `name`.
 
         Returns:
             A model of this class, with the attribute `backbone`.
@@ -316,11 +323,27 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 f"{', '.join(f'{name}={kwargs[name]!r}' for name in given)}"
             )
         images, texts, options = parts_of_backbone(backbone, masking, loss, head)
-        return cls(images, texts, _backbone=backbone, **{**options, **kwargs})
+        return cls(
+            images,
+            texts,
+            micro_batch_size=micro_batch_size,
+            duplicates=duplicates,
+            tokenizer=tokenizer,
+            _backbone=backbone,
+            **{**options, **kwargs},
+        )
 
     @classmethod
     def from_preset(
-        cls, preset: str, masking: PatchMasking | None = None, **kwargs: Any
+        cls,
+        preset: str,
+        *,
+        masking: PatchMasking | None = None,
+        loss: str | None = None,
+        head: str | ContrastiveHead = "linear",
+        tokenizer: Any = None,
+        dtype: str | keras.DTypePolicy | None = None,
+        **kwargs: Any,
     ) -> Self:
         """Makes a model from a keras_hub preset of a two-tower backbone.
 
@@ -331,27 +354,33 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 `"hf://..."`, with
                 `tokenizer=transformers.AutoTokenizer.from_pretrained(...)`.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
-            **kwargs: Arguments of `from_backbone`, and the `dtype` of the backbone.
-                `tokenizer` defaults to the preset's tokenizer, if any: a
-                `CLIPTokenizer` for CLIP, and the preprocessor for others.
+            loss: See `from_backbone`.
+            head: See `from_backbone`.
+            tokenizer: Defaults to the preset's tokenizer, if any: a `CLIPTokenizer` for
+                CLIP, and the preprocessor for others.
+            dtype: The `dtype` of the backbone.
+            **kwargs: Other arguments of `from_backbone`.
         """
         make, preset = import_keras_hub().models.Backbone.from_preset, preset_of(preset)
-        backbone = make(preset, dtype=kwargs.pop("dtype", None))
-        if "tokenizer" not in kwargs:
-            kwargs["tokenizer"] = load_from_preset(preset, backbone)
-        return cls.from_backbone(backbone, masking, **kwargs)
+        backbone = make(preset, dtype=dtype)
+        if tokenizer is None:
+            tokenizer = load_from_preset(preset, backbone)
+        options = {"masking": masking, "loss": loss, "head": head}
+        return cls.from_backbone(backbone, tokenizer=tokenizer, **options, **kwargs)
 
     @classmethod
     def from_encoders(
         cls,
-        image_backbone: keras.Model,
-        text_backbone: keras.Model,
+        image: keras.Model,
+        text: keras.Model,
+        *,
         projection_dim: int | None = None,
         masking: PatchMasking | None = None,
         head: str | ContrastiveHead = "linear",
         pooling: tuple[str | None, str | None] | None = None,
         image_blocks: int | list[int] | None = None,
         text_blocks: int | list[int] | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> Self:
         """Makes a model from two encoders that were pre-trained separately.
@@ -359,10 +388,10 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         Set `trainable = False` on both to train only the projections.
 
         Args:
-            image_backbone: A keras_hub `DINOV2Backbone`, `DINOV3Backbone`,
+            image: A keras_hub `DINOV2Backbone`, `DINOV3Backbone`,
                 `ViTBackbone` or `DeiTBackbone`. Or, without a masking, a
                 `ResNetBackbone`, `EfficientNetBackbone` or `MobileNetBackbone`.
-            text_backbone: A keras_hub `BertBackbone`, `DistilBertBackbone`,
+            text: A keras_hub `BertBackbone`, `DistilBertBackbone`,
                 `RobertaBackbone`, `XLMRobertaBackbone`, `AlbertBackbone`,
                 `ElectraBackbone` or `DebertaV3Backbone`, or a `TextEmbedder` of one.
             projection_dim: Integer. The width of the shared embedding space. Defaults
@@ -382,10 +411,10 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
                 of the encoder. Use several blocks for projections on frozen encoders
                 (`docs/how_to/connect_two_encoders.md`).
             text_blocks: As `image_blocks`, for the text encoder.
+            tokenizer: Defaults to the preprocessor of a `TextEmbedder`.
             **kwargs: Arguments of `ContrastiveModel`. `pixel_mean` and `pixel_std`
-                default to the values of the family of `image_backbone`. Convolutional
-                networks use ImageNet's values, as most timm models do. `tokenizer`
-                defaults to the preprocessor of a `TextEmbedder`.
+                default to the values of the family of `image`. Convolutional networks
+                use ImageNet's values, as most timm models do.
 
         Reference:
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
@@ -394,9 +423,10 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
         if projection_dim is None and not isinstance(head, ContrastiveHead):
             projection_dim = 512
         images, texts, statistics = pretrained_towers(
-            image_backbone, text_backbone, masking, pooling, image_blocks, text_blocks
+            image, text, masking, pooling, image_blocks, text_blocks
         )
-        tokenizer = getattr(text_backbone, "preprocessor", None)
+        if tokenizer is None:
+            tokenizer = getattr(text, "preprocessor", None)
         options = {"tokenizer": tokenizer, **statistics, **kwargs}
         return cls(images, texts, projection_dim=projection_dim, head=head, **options)
 
@@ -593,7 +623,8 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
 
         ```python
         backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-        model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
+        half = kcm.RandomMasking(0.5)
+        model = kcm.ContrastiveModel.from_backbone(backbone, masking=half)
         model.without_masking().save("model.keras")
         ```
 

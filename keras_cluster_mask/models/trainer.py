@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import keras
@@ -317,9 +317,20 @@ class ContrastiveTrainer(replicas.OwnReduction):
         y: None = None,
         batch_size: int | None = None,
         epochs: int = 1,
-        *args: Any,
+        verbose: str | int = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool | None = None,
+        class_weight: None = None,
+        sample_weight: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int | Container[int] = 1,
+        *,
         resume_from: str | os.PathLike | None = None,
-        **kwargs: Any,
     ) -> keras.callbacks.History:
         """Trains the model, like `keras.Model.fit` with one additional argument.
 
@@ -379,8 +390,28 @@ class ContrastiveTrainer(replicas.OwnReduction):
                 model's tokenizer, or lacks the special tokens that the text encoder
                 needs.
         """
-        args = (x, y, batch_size, epochs, *args)
-        return fit(self, super().fit, resume_from, *args, **kwargs)
+        return fit(
+            self,
+            super().fit,
+            resume_from,
+            x=x,
+            y=y,
+            batch_size=batch_size,
+            epochs=epochs,
+            verbose=verbose,
+            callbacks=callbacks,
+            validation_split=validation_split,
+            validation_data=validation_data,
+            # Unless asked for, Keras shuffles no batches, since it cannot shuffle most.
+            shuffle=shuffle,
+            class_weight=class_weight,
+            sample_weight=sample_weight,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+            validation_freq=validation_freq,
+        )
 
     def evaluate(
         self,

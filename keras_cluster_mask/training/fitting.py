@@ -1,7 +1,6 @@
 """Trains a `ContrastiveModel`: checks data, resumes, and calls Keras's own `fit`."""
 
 import contextlib
-import inspect
 import operator
 import threading
 import types
@@ -44,7 +43,7 @@ from keras_cluster_mask.training.training_data import (
 STEPS_AHEAD = 4
 
 
-def fit(model, keras_fit, resume_from, *args, **kwargs):
+def fit(model, keras_fit, resume_from, **options):
     """Trains a model, from a checkpoint if there is one.
 
     `TrainingData` checks the data and reads it from any epoch on. `TrainingRun` finds
@@ -54,19 +53,12 @@ def fit(model, keras_fit, resume_from, *args, **kwargs):
         model: A `ContrastiveModel`.
         keras_fit: Keras's `fit` of the model.
         resume_from: See `ContrastiveModel.fit`.
-        *args: Arguments of Keras's `fit`, as those by name.
-        **kwargs: Arguments of Keras's `fit` by name.
+        **options: All arguments of Keras's `fit` by name.
 
     Returns:
         A `keras.callbacks.History`.
     """
-    bound = inspect.signature(keras_fit).bind(*args, **kwargs)
-    # Unless asked for, Keras shuffles no batches, since it cannot shuffle most data.
-    bound.arguments.setdefault("shuffle", None)
-    bound.apply_defaults()
-    options = bound.arguments
     options["verbose"] = verbosity(options["verbose"])
-
     x, data, validation = _take_data(model, options)
     run = TrainingRun(model, data, options.pop("callbacks"), validation)
     tokenizer, scaled = model.tokenizer, []

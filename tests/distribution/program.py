@@ -78,7 +78,9 @@ def make_model(masking=None, way="whole", **options):
     losses.MAX_PAIRS = 2 * BATCH if "micro" in way else 2**24
     if "CLIP" in os.environ:
         helpers.CONTEXT = 24
-        model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking, **options)
+        model = kcm.ContrastiveModel.from_backbone(
+            tiny_clip(), masking=masking, **options
+        )
         # Keys' biases have a gradient of 0, which rounding makes a step of Adam of.
         model.compile(keras.optimizers.Adam(1e-3, epsilon=1e-3))
         return model

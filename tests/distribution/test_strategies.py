@@ -103,7 +103,7 @@ def test_what_replicas_cannot_do_is_refused(kind, size, message, strategy):
     if kind == "masking":
         masking = kcm.ClusterMasking(patch_size=4, embedding_weight=0.5)
     with strategy.scope():
-        model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking)
+        model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking=masking)
         optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)
         optimizer = {
             "scaled": keras.optimizers.LossScaleOptimizer(optimizer),

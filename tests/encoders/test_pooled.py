@@ -362,8 +362,8 @@ def test_pixels_are_those_of_the_family():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"images": bert}, "`image_backbone` must be a keras_hub ViT"),
-        ({"texts": vit_encoder}, "`text_backbone` must be a keras_hub Albert"),
+        ({"images": bert}, "`image` must be a keras_hub ViT"),
+        ({"texts": vit_encoder}, "`text` must be a keras_hub Albert"),
         ({"pooling": ("sum", None)}, "`pooling` must be one of"),
         ({"pooling": "mean"}, "`pooling` must be two values"),
         ({"images": vit_without_class}, "`pooling` must be 'mean'"),

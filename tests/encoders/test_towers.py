@@ -30,7 +30,7 @@ from tests.helpers import (
 
 MODELS = {
     "clip": lambda: kcm.ContrastiveModel.from_backbone(
-        tiny_clip(), kcm.ClusterMasking(patch_size=4, seed=0)
+        tiny_clip(), masking=kcm.ClusterMasking(patch_size=4, seed=0)
     ),
     "siglip": lambda: kcm.ContrastiveModel.from_backbone(tiny_siglip()),
     "own": lambda: kcm.ContrastiveModel(
@@ -229,7 +229,7 @@ def test_mixed_precision_reaches_the_encoder_unrounded():
 @pytest.mark.any_backend
 def test_a_masking_does_not_keep_the_encoder_of_its_model():
     masking = kcm.RandomMasking(0.5)
-    model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking)
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking=masking)
     block = weakref.ref(model.backbone.vision_encoder.encoder_layers[0])
     del model
     gc.collect()

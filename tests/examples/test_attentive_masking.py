@@ -117,7 +117,7 @@ def test_crops_are_resized_with_bilinear_weights(side, place):
 def test_the_loss_is_the_mean_over_views_of_one_step():
     backbone = tiny_clip()
     masking = masking_of(backbone.vision_encoder)
-    model = program.CroppingModel.from_backbone(backbone, masking)
+    model = program.CroppingModel.from_backbone(backbone, masking=masking)
     model.compile(keras.optimizers.SGD(0.0), **FAST)
     pairs = random_pairs(4)
     outputs = model(pairs, training=True)

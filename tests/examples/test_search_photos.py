@@ -126,7 +126,7 @@ def test_a_model_that_cannot_search_is_refused_in_one_line(kind, model, tmp_path
         pass
 
     masking = Stripes(0.5) if kind == "Stripes" else None
-    kcm.ContrastiveModel.from_backbone(model.backbone, masking).save(
+    kcm.ContrastiveModel.from_backbone(model.backbone, masking=masking).save(
         tmp_path / "a.keras"
     )
     del keras.saving.get_custom_objects()["test>Stripes"]

@@ -91,7 +91,7 @@ def train(kind):
     keras.utils.set_random_seed(0)
     backbone = make()
     masking = kcm.ClusterMasking(patch_size=4, mask_ratio=0.5, seed=1)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     before = values(backbone.weights)
     model.compile(optimizer=keras.optimizers.Adam(0.01), **FAST)
     pairs = make_pairs(8)
@@ -178,7 +178,9 @@ def test_keras_hub_alone_reads_what_was_trained(trained, tmp_path):
     loaded = type(trained.backbone).from_preset(str(tmp_path))
     assert_same_values(embeddings_of(loaded, trained.inputs), trained.embedded)
     masking = kcm.RandomMasking(0.25)
-    again = kcm.ContrastiveModel.from_preset(tmp_path, masking, duplicates="negative")
+    again = kcm.ContrastiveModel.from_preset(
+        tmp_path, masking=masking, duplicates="negative"
+    )
     assert type(again) is type(trained.model)
     assert (again.masking, again.duplicates) == (masking, "negative")
     assert_close(again.predict(trained.pairs, verbose=0), trained.predicted)
@@ -260,7 +262,7 @@ def test_mixed_precision_gives_float32_unit_vectors_and_a_float32_scale(
         keras.config.set_dtype_policy("mixed_bfloat16")
     backbone = KINDS[kind][0](None if by_policy else "mixed_bfloat16")
     masking = kcm.ClusterMasking(patch_size=4, seed=1)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     getattr(backbone, KINDS[kind][1]).logit_scale.assign(2.71828)
     pairs = random_pairs(4)
     model.compile(optimizer=keras.optimizers.SGD(0.0), **FAST)
@@ -290,7 +292,7 @@ def test_a_masking_sees_images_in_full_precision_in_mixed_precision(by_policy):
         keras.config.set_dtype_policy(mixed)
     masking = SpyMasking(0.5)
     backbone = tiny_clip(None if by_policy else mixed)
-    model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     model.encode_image(images, training=True)
     assert masking.seen[0] == "float32"
     assert_same_values(masking.seen[1], images)
@@ -370,7 +372,7 @@ def test_the_softmax_loss_leaves_the_bias_of_siglip_alone():
 def test_weights_load_into_a_model_with_another_masking(saved, loaded, tmp_path):
     source, target = (
         kcm.ContrastiveModel.from_backbone(
-            tiny_clip(), None if kind is None else MASKINGS[kind]()
+            tiny_clip(), masking=None if kind is None else MASKINGS[kind]()
         )
         for kind in (saved, loaded)
     )

@@ -55,7 +55,9 @@ def test_embeddings_are_float32_unit_vectors_of_the_common_width(projection_dim)
 @pytest.mark.parametrize(
     "make",
     [
-        lambda masking: kcm.ContrastiveModel.from_backbone(tiny_clip(), masking),
+        lambda masking: kcm.ContrastiveModel.from_backbone(
+            tiny_clip(), masking=masking
+        ),
         lambda masking: kcm.ContrastiveModel.from_encoders(
             vit_encoder(), bert(), projection_dim=8, masking=masking
         ),
@@ -71,7 +73,7 @@ def test_each_model_has_its_masking(make, tmp_path):
 @pytest.mark.any_backend
 def test_parts_are_fixed_and_options_are_checked_when_assigned():
     backbone = tiny_clip()
-    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking=kcm.RandomMasking(0.5))
     for name in FIXED:
         before = getattr(model, name)
         with pytest.raises(AttributeError, match=f"`{name}` .* fixed.*Received: "):
@@ -98,7 +100,9 @@ def test_a_shared_head_fits_the_widths_of_the_encoders():
         lambda: kcm.ContrastiveModel(
             masked_vit(kcm.ClusterMasking(patch_size=4)), text_bag()
         ),
-        lambda: kcm.ContrastiveModel.from_backbone(tiny_clip(), kcm.RandomMasking()),
+        lambda: kcm.ContrastiveModel.from_backbone(
+            tiny_clip(), masking=kcm.RandomMasking()
+        ),
         lambda: kcm.ContrastiveModel.from_backbone(tiny_metaclip()),
     ],
     ids=["plain", "masked", "clip", "metaclip"],

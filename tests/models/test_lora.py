@@ -45,11 +45,12 @@ def make_model(images="ViT", texts="Bert"):
     if hasattr(keras_hub.models, f"{images}VisionEncoder"):
         projection = {} if images == "SigLIP" else {"projection_dim": 16}
         backbone = make_backbone(images, **projection)
-        return kcm.ContrastiveModel.from_backbone(backbone, masking), [backbone]
+        return kcm.ContrastiveModel.from_backbone(backbone, masking=masking), [backbone]
     make_text = getattr(keras_hub.models, f"{texts}Backbone")
     text_encoder = make_text(**TRANSFORMER, vocabulary_size=30, max_sequence_length=8)
     encoders = [vision_encoder(images), text_encoder]
-    return kcm.ContrastiveModel.from_encoders(*encoders, 4, masking), encoders
+    options = {"projection_dim": 4, "masking": masking}
+    return kcm.ContrastiveModel.from_encoders(*encoders, **options), encoders
 
 
 def add_lora(backbones):
@@ -147,7 +148,7 @@ def test_a_checkpoint_of_other_trained_parts_is_refused(tmp_path):
 def test_models_that_share_weights_predict_with_those_that_changed(change):
     backbone, inputs, words = tiny_clip(), random_pairs(4), ["ab", "cde"]
     masked = kcm.ContrastiveModel.from_backbone(
-        backbone, kcm.RandomMasking(0.5), tokenizer=letters_as_tokens
+        backbone, masking=kcm.RandomMasking(0.5), tokenizer=letters_as_tokens
     )
     whole = masked.without_masking()
     images, texts = inputs["images"], inputs["token_ids"]

@@ -91,7 +91,7 @@ def make_model(case):
         masking = made["masking"]
         if masking is not None:
             masking = MASKINGS[masking](seed=3)
-        model = kcm.ContrastiveModel.from_backbone(backbone, masking, **options)
+        model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking, **options)
     keras.config.set_dtype_policy("float32")
     for part in filter(None, made["frozen"]):
         part_of(model, part).trainable = False

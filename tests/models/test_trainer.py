@@ -48,7 +48,7 @@ def test_a_model_that_was_never_called_is_exported_for_any_batch_size(kind, tmp_
     options = {}
     if kind == "clip":
         pairs, masking = random_pairs(4), kcm.RandomMasking(0.5)
-        model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking)
+        model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking=masking)
     else:
         pairs, model = texts(4), kcm.ContrastiveModel(image_mlp(), bert())
     if kind == "bert" and keras.backend.backend() == "jax":

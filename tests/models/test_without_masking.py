@@ -28,15 +28,17 @@ def generic(masking, **kwargs):
 
 def clip(masking, **kwargs):
     head = kcm.models.ContrastiveHead("sigmoid", initial_temperature=0.2)
-    return kcm.ContrastiveModel.from_backbone(tiny_clip(), masking, head=head, **kwargs)
+    return kcm.ContrastiveModel.from_backbone(
+        tiny_clip(), masking=masking, head=head, **kwargs
+    )
 
 
 def siglip(masking, **kwargs):
-    return kcm.ContrastiveModel.from_backbone(tiny_siglip(), masking, **kwargs)
+    return kcm.ContrastiveModel.from_backbone(tiny_siglip(), masking=masking, **kwargs)
 
 
 def metaclip(masking):
-    return kcm.ContrastiveModel.from_backbone(tiny_metaclip(), masking)
+    return kcm.ContrastiveModel.from_backbone(tiny_metaclip(), masking=masking)
 
 
 each_model = pytest.mark.parametrize("make", [generic, clip, siglip])
@@ -115,7 +117,7 @@ class Scaled(WithFactor, kcm.ContrastiveModel):
 
 @pytest.mark.any_backend
 def test_a_model_without_masking_has_the_same_weights_and_options():
-    model = Scaled.from_backbone(tiny_clip(), kcm.RandomMasking(), factor=3.0)
+    model = Scaled.from_backbone(tiny_clip(), masking=kcm.RandomMasking(), factor=3.0)
     whole, pairs = model.without_masking(), random_pairs(2)
     assert (type(whole), whole.factor) == (Scaled, 3.0)
     assert ids_of(whole.weights) == ids_of(model.weights) - ids_of(

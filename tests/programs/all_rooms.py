@@ -26,7 +26,7 @@ def make_model():
     backbone = kcm.models.with_image_size(backbone, 32)
     backbone = kcm.models.with_context_length(backbone, 6)
     model = kcm.ContrastiveModel.from_backbone(
-        backbone, kcm.ClusterMasking(patch_size=8)
+        backbone, masking=kcm.ClusterMasking(patch_size=8)
     )
     model.compile("adam")
     return model, tokenizer.with_context_length(6)

@@ -37,7 +37,10 @@ def train_on_shards(shard):
     test = kcm.data.image_text_dataset(shard, tokenizer, 16, 4, training=False)
     backbone = kcm.models.clip_backbone("tiny", 16, tokenizer.vocabulary_size, 6, 4)
     model = kcm.ContrastiveModel.from_backbone(
-        backbone, kcm.ClusterMasking(patch_size=4), loss="sigmoid", micro_batch_size=2
+        backbone,
+        masking=kcm.ClusterMasking(patch_size=4),
+        loss="sigmoid",
+        micro_batch_size=2,
     )
     model.compile("adamw")
     evaluate = kcm.callbacks.Retrieval(test)

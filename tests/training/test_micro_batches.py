@@ -187,7 +187,7 @@ def test_losses_that_layers_add_count_and_are_averaged(micro_batch_size):
 
 def of_backbone(make, *dtype, **options):
     masking = kcm.RandomMasking(0.5, seed=1)
-    return kcm.ContrastiveModel.from_backbone(make(*dtype), masking, **options)
+    return kcm.ContrastiveModel.from_backbone(make(*dtype), masking=masking, **options)
 
 
 def of_dino_3(**options):

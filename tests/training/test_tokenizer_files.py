@@ -133,9 +133,10 @@ def test_keras_does_not_track_a_tokenizer(tmp_path):
     pack = preprocessor()
     text = pytest.importorskip("keras_hub").models.BertTextEmbedder(bert(), pack)
     model, without = (
-        kcm.ContrastiveModel.from_encoders(vit_encoder(), text, 8, **options)
-        for options in ({}, {"tokenizer": None})
+        kcm.ContrastiveModel.from_encoders(vit_encoder(), text, projection_dim=8)
+        for _ in range(2)
     )
+    without.tokenizer = None
     assert (model.tokenizer, without.tokenizer) == (pack, None)
     for each in (model, without):
         each.text_encoder.trainable = False

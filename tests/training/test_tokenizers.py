@@ -142,7 +142,7 @@ def letters(texts):
 
 def make_clip(vocabulary_size=VOCABULARY, length=CONTEXT):
     backbone = kcm.models.clip_backbone("tiny", 16, vocabulary_size, length, 4)
-    model = kcm.ContrastiveModel.from_backbone(backbone, kcm.RandomMasking(0.5))
+    model = kcm.ContrastiveModel.from_backbone(backbone, masking=kcm.RandomMasking(0.5))
     model.compile("sgd", **FAST)
     return model
 

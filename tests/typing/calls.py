@@ -59,9 +59,9 @@ class Middle(kcm.PatchMasking):
 
 backbone = kcm.models.clip_backbone("vit_b_16", image_size=224, dtype="mixed_bfloat16")
 backbone = kcm.models.with_image_size(backbone, 336)
-model = kcm.ContrastiveModel.from_backbone(backbone, masking)
+model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
 assert_type(model, kcm.ContrastiveModel)
-model = kcm.ContrastiveModel.from_backbone(backbone, Middle(0.5))
+model = kcm.ContrastiveModel.from_backbone(backbone, masking=Middle(0.5))
 optimizer = kcm.optimizer_by_block(model, 1e-4, steps=100)
 model.compile(optimizer, decay_vectors=True)
 history = model.fit(
@@ -82,7 +82,7 @@ masked = kcm.with_masking(backbone, kcm.RandomMasking(0.5), layer="embedding")
 assert_type(masked, kcm.models.MaskedEncoder)
 model.fit(dataset, y=np.zeros(3))  # type: ignore[arg-type]
 kcm.with_masking(backbone, 0.5)  # type: ignore[arg-type]
-kcm.ContrastiveModel.from_backbone(backbone, 0.5)  # type: ignore[arg-type]
+kcm.ContrastiveModel.from_backbone(backbone, masking=0.5)  # type: ignore[arg-type]
 kcm.callbacks.Checkpoint("run", keep="all")  # type: ignore[arg-type]
 
 # === Evaluation, plots, weights ===
