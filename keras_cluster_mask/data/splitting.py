@@ -6,7 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from keras_cluster_mask.checks import check_choice, check_integer, check_range
+from keras_cluster_mask.checks import (
+    check_choice,
+    check_integer,
+    check_range,
+    is_integer,
+)
 from keras_cluster_mask.data.check import read_all
 from keras_cluster_mask.data.images import UnreadableImage
 from keras_cluster_mask.data.paths import open_source
@@ -16,7 +21,7 @@ from keras_cluster_mask.data.sources import Subset, check_readable
 
 def split(
     source: Any,
-    test: float = 0.2,
+    test: float | int = 0.2,
     by: str = "image",
     *,
     seed: int = 0,
@@ -47,7 +52,9 @@ def split(
     Args:
         source: See `image_text_dataset`, or a part that this function returned. Instead
             of a dictionary, split each of its sources.
-        test: Float. The fraction of test data, between 0 and 1. Defaults to `0.2`.
+        test: Float, the fraction of test data, between 0 and 1. Or an integer, the
+            number of test samples; it may be a few less, as copies of an image stay
+            together, and the sides change when samples are added. Defaults to `0.2`.
         by: String. `"image"`: by the bytes of the file of an image, or the pixels of an
             array or a `PIL.Image.Image`. `"key"`: by the key of a sample, such as its
             file name in a tar or the first column of a table. Copies of an image with
@@ -63,7 +70,10 @@ def split(
         ValueError: If an argument is invalid, or if a side has no sample.
         OSError: If a file cannot be read.
     """
-    check_range("test", test, 0, 1, "()")
+    if is_integer(test):
+        check_integer("test", test, 1)
+    else:
+        check_range("test", test, 0, 1, "()")
     check_choice("by", by, ("image", "key"))
     check_integer("seed", seed, 0)
     fields = Fields(image_keys, wants_caption=False)
@@ -77,11 +87,15 @@ def split(
     depth, whole = 0, source
     while isinstance(whole, Subset):
         depth, whole = depth + 1, whole.source
-    is_test = hashes * np.uint64(hash_of(f"{seed} {depth}") | 1) < test * 2.0**64
+    hashes *= np.uint64(hash_of(f"{seed} {depth}") | 1)
+    limit = min(test, 1) * 2.0**64
+    if is_integer(test) and test < len(hashes):
+        limit = np.sort(hashes)[test]
+    is_test = hashes < limit
     parts = [Subset(source, np.flatnonzero(side)) for side in (~is_test, is_test)]
     if not all(parts):
         raise ValueError(
-            "`test` must leave samples on both sides: pass another fraction or more "
+            "`test` must leave samples on both sides: pass another one or more "
             f"samples. Received: test={test}, {len(source)} samples"
         )
     return parts[0], parts[1]

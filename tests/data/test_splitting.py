@@ -106,6 +106,18 @@ def test_sides_have_their_shares_and_a_larger_one_only_adds(by):
     assert again[0] ^ again[1] == old
 
 
+def test_a_number_of_test_samples_is_kept_except_for_copies(write):
+    source = write("object", "a", range(50))
+    for test in (1, 20, 49):
+        parts = split(source, test)
+        assert [*map(len, parts)] == [50 - test, test]
+        assert sorted([*levels(parts[0]), *levels(parts[1])]) == [*range(50)]
+    assert {*levels(split(source, 10)[1])} < {*levels(split(source, 20)[1])}
+    train, test = split(write("object", "b", [*range(25)] * 2), 9)
+    assert (len(train), len(test)) == (42, 8)
+    assert {*levels(train)}.isdisjoint(levels(test))
+
+
 def faults(source):
     """The broken samples of a source, of which each reason must have at most 20."""
     examples = check(source)["examples"].values()
@@ -162,7 +174,9 @@ def test_a_part_is_read_like_any_source(format, write):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"test": 1}, r"`test` must be in \(0, 1\)\. Received: test=1"),
+        ({"test": 1.0}, r"`test` must be in \(0, 1\)\. Received: test=1.0"),
+        ({"test": 0}, r"`test` must be an integer of at least 1.* Received: test=0"),
+        ({"test": 9}, r"`test` must leave.*Received: test=9, 9 samples"),
         ({"test": 1e-9}, r"`test` must leave.*Received: test=1e-09, 9 samples"),
         ({"by": "caption"}, "`by` must be one of.*Received: by='caption'"),
         ({"seed": -1}, "`seed` must be.*Received: seed=-1"),
