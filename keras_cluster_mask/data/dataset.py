@@ -47,7 +47,7 @@ MAX_THREADS = 16
 
 def image_text_dataset(
     source: Any,
-    tokenizer: Any,
+    model_or_tokenizer: Any,
     image_size: int | tuple[int, int] | None = None,
     batch_size: int = 64,
     training: bool = True,
@@ -150,14 +150,14 @@ def image_text_dataset(
             neighbors, and an entry `"__key__"` names a sample. Or a list of such
             objects, one after the other. Or a dictionary from several of all these to
             weights, to mix them in these proportions.
-        tokenizer: A `CLIPTokenizer`; any callable from a list of strings to integers
-            `(batch, length)`; an open_clip tokenizer; a Hugging Face tokenizer, with
-            rows padded and truncated to its `model_max_length`; or a Keras layer, such
-            as a KerasHub `CLIPPreprocessor`, which does not clean captions, may split
-            numbers differently from CLIP, and needs TensorFlow. With `None`, batches
-            have no `"token_ids"`, and samples need no caption. Or a `ContrastiveModel`,
-            to use its tokenizer, image size and `resize`; if `label_key` is given
-            without `caption_key`, its tokenizer is not used.
+        model_or_tokenizer: A `ContrastiveModel`, to use its tokenizer, image size and
+            `resize`; if `label_key` is given without `caption_key`, its tokenizer is
+            not used. Or a tokenizer: a `CLIPTokenizer`; any callable from a list of
+            strings to integers `(batch, length)`; an open_clip tokenizer; a Hugging
+            Face tokenizer, with rows padded and truncated to its `model_max_length`; or
+            a Keras layer, such as a KerasHub `CLIPPreprocessor`, which does not clean
+            captions, may split numbers differently from CLIP, and needs TensorFlow.
+            With `None`, batches have no `"token_ids"`, and samples need no caption.
         image_size: Integer or `(height, width)`, in pixels. Must be `None` for a model,
             unless its image encoder takes images of any size.
         batch_size: Integer. The global batch size, over all processes and devices.
@@ -242,6 +242,7 @@ def image_text_dataset(
     """
     import keras
 
+    tokenizer = model_or_tokenizer
     # A model: `data` imports no models, and worker processes must not receive one.
     if (of_model := getattr(tokenizer, "preprocessing", None)) is not None:
         size, own = of_model["image_size"], of_model["resize"]

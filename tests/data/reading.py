@@ -76,9 +76,10 @@ def lengths(captions):
 
 def make_dataset(source, training=False, **options):
     """A dataset of small images, with keys, that may have any number of faults."""
-    arguments = dict(tokenizer=lengths, image_size=16, batch_size=8, seed=1)
-    arguments.update(include_keys=True, max_skipped=1.0)
-    return image_text_dataset(source, training=training, **arguments | options)
+    tokenizer = options.pop("tokenizer", lengths)
+    arguments = dict(image_size=16, batch_size=8, seed=1)
+    arguments.update(include_keys=True, max_skipped=1.0, training=training)
+    return image_text_dataset(source, tokenizer, **arguments | options)
 
 
 def assert_same(batches, expected):
