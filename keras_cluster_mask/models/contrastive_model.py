@@ -518,6 +518,54 @@ class ContrastiveModel(ContrastiveTrainer, MadeOfParts, Exported, keras.Model):
             given = self.text_tower.lengths.cut_on_host(given)
         return self.text_tower.embed(given, training)
 
+    def search(self, photos: Any, text: str, k: int = 5) -> list[Any]:
+        """Finds the images that a text describes best.
+
+        Example:
+
+        ```python
+        tokenizer = kcm.data.CLIPTokenizer.train(["a dog in the snow"], 600)
+        backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size)
+        model = kcm.ContrastiveModel.from_backbone(backbone, tokenizer=tokenizer)
+        photos = [np.full((64, 64, 3), level, "uint8") for level in (0, 100, 200)]
+        model.search(photos, "a dog", k=2)  # two of the three images
+        embeddings = model.encode_image(photos)
+        model.search(embeddings, "a dog", k=2)  # their numbers
+        ```
+
+        Args:
+            photos: List of images, as `encode_image` takes them, such as paths. Or
+                their embeddings, `(images, d)`, to search the same images for several
+                texts: keep these in place of embedding the images again.
+            text: String.
+            k: Integer. The number of images to find. Defaults to `5`.
+
+        Returns:
+            List of the `k` best images, best first; or of their numbers in
+            `embeddings`. All of them, if there are fewer.
+
+        Raises:
+            ValueError: If an argument is invalid, if an image cannot be read, or if the
+                model has no tokenizer.
+        """
+        check_integer("k", k, 1)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"`text` must be a string: search once for each. Received: text={text}"
+            )
+        is_list = isinstance(photos, list | tuple)
+        embeddings = self.encode_image([*photos]) if is_list else photos
+        embeddings = ops.convert_to_numpy(embeddings)
+        wanted = self.encode_text(text)
+        if embeddings.ndim != 2 or embeddings.shape[1] != wanted.shape[1]:
+            raise ValueError(
+                "`photos` must be a list of images, or their embeddings, of shape "
+                f"(images, {wanted.shape[1]}). Received: an array of shape "
+                f"{embeddings.shape}"
+            )
+        best = np.argsort(-(embeddings @ wanted[0]), kind="stable")[:k].tolist()
+        return [photos[number] for number in best] if is_list else best
+
     def _embed_images(self, images, training=False, noise=None):
         encoder = None if noise is None else self.image_encoder
         return self.image_tower.embed(images, training, noise=noise, encoder=encoder)

@@ -228,3 +228,34 @@ def test_an_own_encoder_around_a_fresh_clip_has_its_patches_numbered():
     kcm.ContrastiveModel(keras.Model(images, pooled), text_bag())
     ids = ops.convert_to_numpy(vit.embedding.position_ids)
     assert_same_values(ids, [np.arange(17)])
+
+
+# === Search ===
+
+
+def test_search_returns_the_best_photographs_or_their_numbers(tmp_path):
+    model = small_model(tokenizer=letters_as_tokens)
+    paths = [tmp_path / f"{level}.png" for level in (0, 60, 120, 180, 240)]
+    for path in paths:
+        Image.new("RGB", (20, 16), (int(path.stem), 40, 90)).save(path)
+    embeddings = model.encode_image(paths)
+    scores = embeddings @ model.encode_text("a dog")[0]
+    expected = np.argsort(-scores, kind="stable").tolist()
+    assert model.search(embeddings, "a dog", k=3) == expected[:3]
+    assert model.search(paths, "a dog", k=2) == [paths[n] for n in expected[:2]]
+    assert len(model.search(paths, "a dog", k=9)) == 5
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"k": 0}, "`k` must be an integer.*Received: k=0"),
+        ({"text": ["a dog"]}, r"`text` must be a string.*Received: text=\['a dog'\]"),
+        ({"photos": np.ones((3, 7))}, r"`photos` must be.*Received: .*\(3, 7\)"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(wrong, message):
+    model = small_model(tokenizer=letters_as_tokens)
+    with pytest.raises(ValueError, match=message):
+        model.search(**{"photos": np.ones((3, 16)), "text": "a dog"} | wrong)
