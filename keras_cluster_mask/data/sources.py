@@ -125,12 +125,17 @@ def read_items(source, numbers):
                 for number, item in zip(numbers, items, strict=True)
             ]
         except Exception as error:
-            # One by one, to find those that fail.
-            if len(numbers) > 1:
-                return [item for n in numbers for item in read_items(source, [n])]
             key = f"{numbers[0]}"
             # Pillow raises these if the object itself decodes its images.
-            if isinstance(error, OSError | SyntaxError):
+            is_broken = isinstance(error, OSError | SyntaxError)
+            # One by one, to find those that fail.
+            if len(numbers) > 1:
+                items = [item for n in numbers for item in read_items(source, [n])]
+                if is_broken:
+                    return items
+                # Only `__getitems__` fails.
+                key = f"{numbers}"
+            elif is_broken:
                 fault = BrokenSample("the sample cannot be read", str(error))
                 return [{KEY: key, ERROR: fault}]
             raise SampleError("", key, repr(error)) from error

@@ -212,6 +212,16 @@ def test_neighbors_of_an_object_are_read_together_if_it_can():
     assert {*batch["keys"]} == {f"{n}" for n in range(64)}
 
 
+def test_an_error_of_the_method_that_reads_neighbors_ends_the_run():
+    class Source(list):
+        def __getitems__(self, numbers):
+            return [self[number] for number in numbers[:-1]]
+
+    rows = Source([{"image": np.zeros((4, 4), "uint8"), "text": "a"}] * 8)
+    with pytest.raises(RuntimeError, match=r"\[0, 1, 2, 3\].*zip"):
+        read_items(rows, [0, 1, 2, 3])
+
+
 @pytest.mark.parametrize("captions", [("one", "two"), ("one",)])
 def test_an_image_may_be_a_path_a_key_bytes_and_others_arrays(captions, tmp_path):
     path = tmp_path / "1.png"
