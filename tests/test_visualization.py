@@ -1,12 +1,13 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import visualization
-from keras_cluster_mask.masking.patch_masking import join
 from keras_cluster_mask.visualization.images import _for_display
-from tests.helpers import compiled_model, random_pairs
+from tests.helpers import compiled_model, random_noise, random_pairs, tiny_clip
 
 pytestmark = pytest.mark.any_backend
 
@@ -22,10 +23,11 @@ def drawn(axis):
     return axis.get_images()[0].get_array()
 
 
-def shown_patches(original, masked):
-    """The patches of 8 x 8 pixels that an axis shows as another one does."""
+def shown_patches(original, masked, side=8):
+    """The patches that an axis shows as another one does."""
     same = np.all(np.isclose(drawn(original), drawn(masked)), axis=-1)
-    return np.flatnonzero(same.reshape(2, 8, 3, 8).all(axis=(1, 3)))
+    rows, columns = same.shape[0] // side, same.shape[1] // side
+    return np.flatnonzero(same.reshape(rows, side, columns, side).all(axis=(1, 3)))
 
 
 # === Masks ===
@@ -68,7 +70,11 @@ def test_maskings_are_compared_on_the_same_images_and_noise():
 def test_tokens_are_mixed_in():
     masking = clusters(embedding_weight=1.0)
     tokens = np.random.default_rng(2).normal(size=(2, 6, 4)).astype("float32")
-    figure = visualization.plot_masks(IMAGES, masking, NOISE, embed=lambda _: tokens)
+    model = SimpleNamespace(
+        image_tower=SimpleNamespace(prepare=lambda images: images),
+        image_encoder=SimpleNamespace(embed_patches=lambda images: tokens),
+    )
+    figure = visualization.plot_masks(IMAGES, masking, NOISE, model=model)
     kept, _ = masking.select(IMAGES, tokens, NOISE)
     for row, indices in zip(np.reshape(figure.axes, (2, 2)), kept):
         np.testing.assert_array_equal(
@@ -76,14 +82,19 @@ def test_tokens_are_mixed_in():
         )
 
 
-def test_a_masking_sees_images_as_its_model_prepares_them():
-    masking = clusters()
-    join(masking, lambda pixels: ops.flip(pixels, axis=1))
-    figure = visualization.plot_masks(IMAGES, masking, NOISE)
-    kept, _ = clusters().select(IMAGES[:, ::-1].copy(), noise=NOISE)
+def test_a_model_prepares_images_and_knows_the_size_of_patches():
+    masking = kcm.ClusterMasking(0.5)
+    images = random_pairs(2)["images"]
+    # Channels that the statistics of CLIP weigh differently.
+    images = images // np.array([1, 3, 9], "uint8")
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking=masking)
+    noise = random_noise(2)
+    figure = visualization.plot_masks(images, masking, noise, model=model)
+    normalized = model.image_tower.prepare(images)
+    kept, _ = kcm.ClusterMasking(0.5, patch_size=4).select(normalized, noise=noise)
     for row, indices in zip(np.reshape(figure.axes, (2, 2)), kept):
         np.testing.assert_array_equal(
-            shown_patches(*row), ops.convert_to_numpy(indices)
+            shown_patches(*row, 4), ops.convert_to_numpy(indices)
         )
 
 

@@ -38,6 +38,8 @@ class ImageFamily:
             blocks that need the whole grid, or embedding and blocks in one layer.
         block: String, the class of its transformer blocks, or of the layer that holds
             embedding and blocks.
+        num_prefix_tokens: Integer, the number of tokens before the patches, without
+            registers.
         resizable: Boolean. Whether `with_image_size` supports it: config, positions and
             patch size are known.
         pooling: String, the pooling of `from_encoders`; `None` if that method does not
@@ -48,6 +50,7 @@ class ImageFamily:
 
     embedding: str | None = None
     block: str | None = None
+    num_prefix_tokens: int = 1
     resizable: bool = False
     pooling: str | None = None
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
@@ -132,7 +135,10 @@ IMAGE_FAMILIES = {
         resizable=True,
     ),
     "SigLIPVisionEncoder": ImageFamily(
-        "SigLIPVisionEmbedding", "SigLIPEncoderLayer", resizable=True
+        "SigLIPVisionEmbedding",
+        "SigLIPEncoderLayer",
+        num_prefix_tokens=0,
+        resizable=True,
     ),
     # Also the layers of BLIP-2's vision encoder.
     "ViTBackbone": ImageFamily(
@@ -146,6 +152,7 @@ IMAGE_FAMILIES = {
     "DeiTBackbone": ImageFamily(
         "DeiTEmbeddings",
         "DeiTEncoderBlock",
+        num_prefix_tokens=2,
         pooling="class",
     ),
     "DINOV2Backbone": ImageFamily(
@@ -206,6 +213,20 @@ EMBEDDINGS = {x.embedding: x for x in IMAGE_FAMILIES.values() if x.embedding}
 BLOCKS = {x.block: x for x in IMAGE_FAMILIES.values() if x.block}
 # The classes of the blocks of the text encoders of `from_encoders`.
 TEXT_BLOCKS = ("TransformerEncoder", "DisentangledAttentionEncoder")
+
+
+def num_prefix_tokens(embedding: keras.layers.Layer) -> int | None:
+    """Returns the number of tokens before the patches; `None` for an unknown family.
+
+    Args:
+        embedding: The layer of an encoder that returns the embedded tokens.
+    """
+    family = EMBEDDINGS.get(type(embedding).__name__)
+    if family is None:
+        return None
+    has_class = getattr(embedding, "use_class_token", True)
+    registers = getattr(embedding, "num_register_tokens", 0)
+    return family.num_prefix_tokens * has_class + registers
 
 
 def weights_by_block(encoder: keras.Model) -> list[list[keras.Variable]]:

@@ -1,17 +1,18 @@
 """A vision transformer with patch masking."""
 
-import types
+import math
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_cluster_mask.encoders.families import EMBEDDINGS
+from keras_cluster_mask.checks import sides_of
+from keras_cluster_mask.encoders.families import IMAGE_FAMILIES, num_prefix_tokens
 from keras_cluster_mask.encoders.rotary_positions import rotary_tables
 from keras_cluster_mask.encoders.surgery import (
-    count_prefix_tokens,
-    count_tokens,
+    count_constant_tokens,
+    data_format_of,
     find_embedding_layer,
     image_shape_of,
     number_positions,
@@ -19,16 +20,14 @@ from keras_cluster_mask.encoders.surgery import (
     stem_of,
 )
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.selection import (
-    PutMask,
-    keep_patches,
-    noise_of_model,
-    split_tokens,
-)
+from keras_cluster_mask.masking.patch_grid import grid_shape
+from keras_cluster_mask.masking.selection import PutMask
 from keras_cluster_mask.training.layers import (
     MadeOfParts,
+    Untracked,
     all_layers,
     as_functional,
+    is_frozen,
     state_variables,
 )
 from keras_cluster_mask.types import Tensor
@@ -77,7 +76,36 @@ def with_masking(
             `num_prefix_tokens` of the encoder, or if the masking hides tokens with a
             Keras mask that the encoder does not honor.
     """
-    return MaskedEncoder(encoder, masking, layer)
+    if not isinstance(masking, PatchMasking):
+        raise ValueError(
+            "`masking` must be a `PatchMasking` layer. "
+            f"Received: masking={masking} of type {type(masking).__name__}"
+        )
+    if any(isinstance(x, PatchMasking) for x in all_layers(encoder)):
+        raise ValueError(
+            "`encoder` must have no masking yet. To replace the masking of a masked "
+            "encoder, pass `masked.encoder`. Received: "
+            f"encoder={encoder.name} of type {type(encoder).__name__}"
+        )
+    encoder = as_functional(encoder)
+    embedding = find_embedding_layer(encoder, layer)
+    number_positions(encoder)
+    given, known = masking.num_prefix_tokens, num_prefix_tokens(embedding)
+    if known is None:
+        known = count_constant_tokens(encoder, stem_of(encoder, embedding.output))
+    if None not in (given, known) and given != known:
+        raise ValueError(
+            f"`num_prefix_tokens` must be {known}, the number of tokens that "
+            f"`{encoder.name}` has before its patches, or None to take it from the "
+            f"encoder. Received: num_prefix_tokens={given}"
+        )
+    masked = MaskedEncoder(encoder, masking, layer, known if given is None else given)
+    shape = image_shape_of(encoder)
+    if None not in shape:
+        # It raises an error unless the masking fits the patches.
+        masked.num_patches(keras.KerasTensor((1, *shape)))
+    check_blocks(masked)
+    return masked
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -88,86 +116,59 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         encoder: A functional Keras model that takes images.
         masking: A `PatchMasking` layer.
         layer: String or `None`, the name of the embedding layer.
+        num_prefix_tokens: Integer, the number of tokens of the encoder that are not
+            patches. `None` if it is not known: the masking must then have a
+            `patch_size` or a `grid`.
         **kwargs: Arguments of `keras.Model`.
 
     Call arguments:
         inputs: Images, in the form that `encoder` takes: a tensor, or a dictionary with
             a tensor.
-        training: Python boolean. Patches are left out only if it is true.
+        training: Python boolean. Patches are left out only if it is true. A frozen
+            encoder runs as in inference, on the kept patches.
         noise: `(batch, N)` float32 tensor for the masking. Drawn if not given.
 
     Attributes:
         encoder: The encoder, which shares its weights with this model.
         masking: The masking.
-        num_prefix_tokens: Integer, the number of tokens of the encoder that are not
-            patches. If neither the encoder nor the masking defines it, the first tokens
-            that do not depend on the image are counted. `None` if that is not possible.
+        embedding_layer: The layer of the encoder that returns the embedded tokens.
+        stem: The part of the encoder from images to tokens.
     """
 
-    _parts = ("encoder", "masking", "layer")
+    _arguments = ("encoder", "masking", "layer", "num_prefix_tokens")
 
     def __init__(
         self,
         encoder: keras.Model,
         masking: PatchMasking,
         layer: str | None = None,
+        num_prefix_tokens: int | None = None,
         **kwargs: Any,
     ):
         kwargs.setdefault("name", f"masked_{encoder.name}")
         super().__init__(**kwargs)
         # The masking must see the pixels unchanged; the encoder casts its own inputs.
         self.autocast = False
-        if not isinstance(masking, PatchMasking):
-            raise ValueError(
-                "`masking` must be a `PatchMasking` layer. "
-                f"Received: masking={masking} of type {type(masking).__name__}"
-            )
-        if any(isinstance(x, PatchMasking) for x in all_layers(encoder)):
-            raise ValueError(
-                "`encoder` must have no masking yet. To replace the masking of a "
-                "masked encoder, pass `masked.encoder`. Received: "
-                f"encoder={encoder.name} of type {type(encoder).__name__}"
-            )
 
         # === Layers ===
-        found = find_embedding_layer(encoder, layer)
-        self.encoder = encoder = as_functional(encoder)
+        self.encoder = encoder
         self.masking = masking
-        self.embedding_layer = found
+        self.embedding_layer = find_embedding_layer(encoder, layer)
+
+        # === Functional models ===
+        stem, blocks = split_at(encoder, self.embedding_layer)
+        if masking.hides_tokens:
+            propagate_masks(blocks)
+        tables = rotary_tables(encoder)
+        positions = stem_of(encoder, tables) if tables else None
+        # Keras would save every weight twice.
+        self._models = Untracked(stem=stem, blocks=blocks, positions=positions)
+
+        # === Config ===
         # `None` is saved unchanged, because keras_hub names layers by the encoder's
         # name after a reload.
         self.layer = layer
-        number_positions(encoder)
-
-        # === Functional models ===
-        # In an object that Keras does not look into: it would save every weight twice.
-        stem, blocks = split_at(encoder, found)
-        tables = rotary_tables(encoder)
-        self._models = types.SimpleNamespace(
-            stem=stem,
-            blocks=blocks,
-            positions=stem_of(encoder, tables) if tables else None,
-        )
-
-        # === Patches ===
-        given, counted = masking.num_prefix_tokens, count_prefix_tokens(encoder, stem)
-        if None not in (given, counted) and given != counted:
-            raise ValueError(
-                f"`num_prefix_tokens` must be {counted}, the number of tokens that "
-                f"`{encoder.name}` has before its patches, or None to take it from the "
-                f"encoder. Received: num_prefix_tokens={given}"
-            )
-        self.num_prefix_tokens = counted if given is None else given
-        masking.enter(encoder, found)
-        prefix, shape = self.num_prefix_tokens, image_shape_of(encoder)
-        if None not in shape:
-            # Only the shapes of these are read.
-            tokens = ops.zeros((1, count_tokens(stem, shape), 1))
-            prefix, _ = split_tokens(masking, tokens, ops.zeros((1, *shape)), prefix)
-        elif prefix is None:
-            # Assume a class token, which most encoders have.
-            prefix = 1
-        check_blocks(self, blocks, prefix)
+        self.num_prefix_tokens = num_prefix_tokens
         self.built = True
 
     def call(
@@ -176,19 +177,33 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         training: bool | None = None,
         noise: Tensor | None = None,
     ) -> Any:
-        # A model trains on kept patches also where its encoder is frozen.
-        if not training and noise_of_model() is None:
+        if not training:
             return self.encoder(inputs, training=False)
+        # A model trains on kept patches also where its encoder is frozen.
+        training = not is_frozen(self.encoder)
         models = self._models
         (images,) = tree.flatten(inputs)
         tokens = models.stem(images, training=training)
-        tokens, indices = keep_patches(
-            self.masking, tokens, images, noise, self.num_prefix_tokens
+        tokens, indices = self.masking.keep(
+            tokens, images, noise, self.num_prefix_tokens
         )
         if models.positions is not None:
             tables = models.positions(images)
             tokens = [tokens, *(ops.take(table, indices, axis=0) for table in tables)]
         return models.blocks(tokens, training=training)
+
+    def num_patches(self, images: Tensor) -> int:
+        """Returns the number of patches of each image; only the shape is read."""
+        layer, prefix = self.embedding_layer, self.num_prefix_tokens
+        if num_prefix_tokens(layer) is None:
+            num_tokens = self.stem.output.shape[1]
+            num_tokens = num_tokens or self.stem.compute_output_shape(images.shape)[1]
+        else:
+            # Some embedding layers of keras_hub declare a shape that is off by one.
+            sides = sides_of("patch_size", layer.patch_size)
+            grid = grid_shape(images.shape, sides, data_format_of(self.encoder))
+            num_tokens = math.prod(grid) + prefix
+        return self.masking.count_patches(num_tokens, images, prefix)
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Computes the tokens that the masking selects from, in inference mode.
@@ -203,7 +218,6 @@ class MaskedEncoder(MadeOfParts, keras.Model):
 
     @property
     def stem(self) -> keras.Model:
-        """The part of `encoder` from images to tokens, with shared weights."""
         return self._models.stem
 
     @property
@@ -231,34 +245,34 @@ def unmasked(encoder):
 VISIBLE = np.array([[1, 0] * 4, [0, 1] * 4, [1] * 6 + [0] * 2, [0] * 6 + [1] * 2], bool)
 
 
-def check_blocks(masked, blocks, num_prefix_tokens):
-    """Raises an error if `blocks` use hidden tokens, or the order of patches.
+def check_blocks(masked):
+    """Raises an error if the blocks of an encoder use hidden tokens, or their order.
 
-    If the masking hides tokens, makes every layer of `blocks` propagate Keras masks.
-    Then tests that attention and pooling honor them: if hidden tokens change, no
-    visible output may change. If the order mattered in an encoder of an unknown kind,
-    kept patches would get other positions than in the whole image.
+    If the masking hides tokens, tests that attention and pooling honor Keras masks: if
+    hidden tokens change, no visible output may change. If the order mattered in an
+    encoder of an unknown kind, kept patches would get other positions than in the whole
+    image. Encoders of keras_hub were tested.
 
     Args:
         masked: A `MaskedEncoder`.
-        blocks: A functional Keras model with the input `(batch, tokens, dim)`, and
-            positions if `split_at` added them.
-        num_prefix_tokens: Integer, the number of tokens before the patches, which are
-            never hidden.
 
     Raises:
         ValueError: If a visible output changes; or if a token, or a pooled feature,
             changes when patches are reversed.
     """
+    if type(masked.encoder).__name__ in IMAGE_FAMILIES:
+        return
     rng, (rows, count) = np.random.default_rng(0), VISIBLE.shape
-    sizes = num_prefix_tokens + count, count, count
+    blocks, num_prefix = masked._models.blocks, masked.num_prefix_tokens
+    # Assume a class token, which most encoders have.
+    num_prefix = 1 if num_prefix is None else num_prefix
+    sizes = num_prefix + count, count, count
     inputs = [
         rng.normal(size=(rows, n, x.shape[-1])) for n, x in zip(sizes, blocks.inputs)
     ]
     name = masked.encoder.name
     if masked.masking.hides_tokens:
-        _propagate_masks(blocks)
-        prefix = [(0, 0), (num_prefix_tokens, 0)]
+        prefix = [(0, 0), (num_prefix, 0)]
         visible = np.pad(VISIBLE, prefix, constant_values=True)
         tokens, *rest = inputs
         changed = np.where(visible[:, :, None], tokens, 10.0 * tokens[:, ::-1] + 1.0)
@@ -274,7 +288,7 @@ def check_blocks(masked, blocks, num_prefix_tokens):
                     "let the padding take part (`hide_padding=False`). Received: "
                     f"encoder={name}, largest change of the output={change:.3g}"
                 )
-    if type(masked.embedding_layer).__name__ in EMBEDDINGS:
+    if num_prefix_tokens(masked.embedding_layer) is not None:
         return
     # Sums in another order are rounded differently.
     is_rounded = any(x.compute_dtype != "float32" for x in all_layers(blocks))
@@ -293,7 +307,8 @@ def check_blocks(masked, blocks, num_prefix_tokens):
             )
 
 
-def _propagate_masks(blocks):
+def propagate_masks(blocks):
+    """Makes every layer of a functional model propagate Keras masks of tokens."""
     for layer in all_layers(blocks):
         layer.supports_masking = True
     # A token mask has no meaning for pooled features: losses would use it as sample

@@ -1,6 +1,5 @@
 """Encoders made of pre-trained backbones: what is pooled, and how pixels are scaled."""
 
-import types
 from typing import Any
 
 import keras
@@ -12,17 +11,16 @@ from keras_cluster_mask.encoders.families import (
     TEXT_BLOCKS,
     TEXT_FAMILIES,
     family_of,
+    num_prefix_tokens,
 )
 from keras_cluster_mask.encoders.masked import with_masking
 from keras_cluster_mask.encoders.surgery import (
-    count_prefix_tokens,
     data_format_of,
     find_embedding_layer,
     inputs_of,
-    stem_of,
 )
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.training.layers import MadeOfParts
+from keras_cluster_mask.training.layers import MadeOfParts, Untracked
 from keras_cluster_mask.types import Tensor
 
 POOLINGS = ("class", "mean", "class_and_mean")
@@ -88,8 +86,7 @@ class PooledEncoder(MadeOfParts, keras.Model):
         block_numbers: List of the numbers of the blocks, from 1, or `None`.
     """
 
-    _parts = ("backbone", "pooling")
-    _settings = ("block_numbers",)
+    _arguments = ("backbone", "pooling", "block_numbers")
 
     def __init__(
         self,
@@ -109,7 +106,7 @@ class PooledEncoder(MadeOfParts, keras.Model):
             block_numbers, outputs = numbers, [after_blocks[x - 1] for x in numbers]
         if mask is None and not is_grid:
             embedding = find_embedding_layer(backbone)
-            prefix = count_prefix_tokens(backbone, stem_of(backbone, embedding.output))
+            prefix = num_prefix_tokens(embedding)
             table = getattr(embedding, "interpolated_position_embeddings", None)
         has_class = mask is not None or prefix > 0
         pooling = pooling or ("class_and_mean" if has_class else "mean")
@@ -131,9 +128,8 @@ class PooledEncoder(MadeOfParts, keras.Model):
         pooled = ops.concatenate(pooled, axis=-1) if len(pooled) > 1 else pooled[0]
         kwargs.setdefault("name", f"pooled_{backbone.name}")
         super().__init__(inputs, pooled, **kwargs)
-        # In an object that Keras does not look into: it would track layers that lead to
-        # no output, such as BERT's pooler.
-        self._given = types.SimpleNamespace(backbone=backbone)
+        # It has layers that lead to no output, such as BERT's pooler.
+        self._given = Untracked(backbone=backbone)
         self.pooling = pooling
         self.block_numbers = block_numbers
         if table is not None:
@@ -251,8 +247,7 @@ class SavedWeight(keras.layers.Layer):
 
     def __init__(self, weight: keras.Variable):
         super().__init__()
-        # In an object that Keras does not look into: the weight is of another layer.
-        self._of_other = types.SimpleNamespace(weight=weight)
+        self._of_other = Untracked(weight=weight)
         self.built = True
 
     def save_own_variables(self, store: Any) -> None:

@@ -6,11 +6,9 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_cluster_mask.checks import sides_of
 from keras_cluster_mask.distribution.backends import needs_xla
 from keras_cluster_mask.encoders.families import BLOCKS, EMBEDDINGS, IMAGE_FAMILIES
 from keras_cluster_mask.encoders.rotary_positions import own_positions, rotary_tables
-from keras_cluster_mask.masking.patch_grid import grid_shape
 from keras_cluster_mask.training.layers import all_layers
 
 # The sides of the images with which the tokens of an encoder for any size are counted.
@@ -127,10 +125,33 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
     return stem_of(encoder, tokens), clone
 
 
-def count_tokens(stem, image_shape: tuple) -> int:
-    """Returns the number of tokens per image from a stem, including the prefix."""
-    # Call the stem, because some embedding layers declare a shape that is off by one.
-    return _embed(stem, np.zeros((1, *image_shape))).shape[1]
+def count_constant_tokens(encoder, stem) -> int | None:
+    """Returns how many of the first tokens of an encoder do not depend on the image.
+
+    Returns:
+        Integer, or `None` if that cannot be seen: no token depends on the image, one
+        pixel changes all others, because `stem` contains attention, or the encoder
+        takes no images of the size that is chosen here.
+    """
+    shape = image_shape_of(encoder)
+    sides = tuple(x or UNKNOWN_SIDE for x in shape)
+    # As integers, too, the images and that pixel differ.
+    images = np.random.default_rng(0).uniform(0, 2, (3, *sides))
+    images[1:] = images[1]
+    images[2].flat[0] = 2 - images[2].flat[0]
+    try:
+        tokens = _embed(stem, images)
+    except Exception:
+        if None not in shape:
+            raise
+        return None
+    tokens = ops.convert_to_numpy(ops.cast(tokens, "float32"))
+    other, pixel = (
+        np.abs(tokens[i] - tokens[1]).max(axis=-1) > 1e-6 * np.abs(tokens).max()
+        for i in (0, 2)
+    )
+    prefix = int(np.argmax(other))
+    return prefix if other.any() and not pixel[prefix:].all() else None
 
 
 def _embed(stem, images):
@@ -139,44 +160,6 @@ def _embed(stem, images):
         stem.jit_compile = True
         return stem.predict_on_batch(images)
     return stem(images, training=False)
-
-
-def count_prefix_tokens(encoder, stem) -> int | None:
-    """Returns the number of tokens that are not patches, or `None` if unknown."""
-    patch_size, shape = getattr(encoder, "patch_size", None), image_shape_of(encoder)
-    if patch_size is None:
-        sides = tuple(x or UNKNOWN_SIDE for x in shape)
-        try:
-            return _count_constant_tokens(stem, sides)
-        except Exception:
-            # The encoder need not take images of the size that was chosen here.
-            if None not in shape:
-                raise
-    if None in shape:
-        return None
-    patch_size = sides_of("patch_size", patch_size)
-    grid = grid_shape((1, *shape), patch_size, data_format_of(encoder))
-    return count_tokens(stem, shape) - math.prod(grid)
-
-
-def _count_constant_tokens(stem, image_shape):
-    """Returns how many of the first tokens do not depend on the image.
-
-    Returns:
-        Integer, or `None` if that cannot be seen: no token depends on the image, or one
-        pixel changes all others, because `stem` contains attention.
-    """
-    # As integers, too, the images and that pixel differ.
-    images = np.random.default_rng(0).uniform(0, 2, (3, *image_shape))
-    images[1:] = images[1]
-    images[2].flat[0] = 2 - images[2].flat[0]
-    tokens = ops.convert_to_numpy(ops.cast(_embed(stem, images), "float32"))
-    other, pixel = (
-        np.abs(tokens[i] - tokens[1]).max(axis=-1) > 1e-6 * np.abs(tokens).max()
-        for i in (0, 2)
-    )
-    prefix = int(np.argmax(other))
-    return prefix if other.any() and not pixel[prefix:].all() else None
 
 
 def _makes_tokens(layer):

@@ -1,6 +1,5 @@
 """A tower: from images or texts to embeddings in the space that both share."""
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.distribution.replicas import OwnReduction
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, text_family_of
+from keras_cluster_mask.encoders.masked import unmasked
 from keras_cluster_mask.encoders.pixels import check_statistics, pixel_range
 from keras_cluster_mask.encoders.surgery import (
     context_length_of,
@@ -20,19 +20,26 @@ from keras_cluster_mask.encoders.surgery import (
     inputs_of,
 )
 from keras_cluster_mask.encoders.text_lengths import TextLengths, lengths_of_encoder
+from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_grid import height_and_width
-from keras_cluster_mask.masking.selection import StepNoise
 from keras_cluster_mask.training.input_rules import is_float
-from keras_cluster_mask.training.layers import MadeOfParts
+from keras_cluster_mask.training.layers import (
+    MadeOfParts,
+    all_layers,
+    as_functional,
+    is_frozen,
+)
 from keras_cluster_mask.types import Tensor
 
 
 class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
     """Embeds images or texts: the base class of `ImageTower` and `TextTower`.
 
-    `model.image_tower` and `model.text_tower` of a `ContrastiveModel` share its weights
-    and compute the same as `encode_image` and `encode_text`, but do not check the
-    values of their inputs. Each can be saved separately, and exported for use without
+    A tower is an encoder and a projection. `model.image_tower` and `model.text_tower`
+    of a `ContrastiveModel` compute the same as its `encode_image` and `encode_text`,
+    but do not check the values of their inputs. A new model can be made of towers, with
+    projections of your own, or to share them: `kcm.ContrastiveModel(image_tower,
+    text_tower)`. Each tower can be saved separately, and exported for use without
     Keras:
 
     - on TensorFlow and JAX as a SavedModel, which needs tensorflow:
@@ -61,6 +68,8 @@ class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
         **kwargs: Arguments of `keras.Model`.
 
     Attributes:
+        features_width: Integer, or `None` if it is not known when the tower is made.
+        has_masking: Boolean.
         sample_shape: Tuple, the shape of the encoder's first input without the batch;
             `None` if it is not known when the tower is made.
 
@@ -72,7 +81,7 @@ class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
         `(batch, d)` float32 embeddings, L2-normalized.
     """
 
-    _parts = ("encoder", "projection")
+    _arguments: tuple[str, ...] = ("encoder", "projection")
 
     def __init__(
         self,
@@ -83,9 +92,14 @@ class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
         super().__init__(**kwargs)
         # The layers of the encoder cast their own inputs.
         self.autocast = False
-        self.encoder = encoder
+        self.encoder = encoder = as_functional(encoder)
         self.projection = projection
         self.sample_shape = image_shape_of(encoder)
+        output = getattr(encoder, "output", None)
+        self.features_width = getattr(output, "shape", (None,))[-1]
+        if None not in (projection, self.features_width) and not projection.built:
+            projection.build((None, self.features_width))
+        self.has_masking = any(isinstance(x, PatchMasking) for x in all_layers(encoder))
         self._compiled_for: tuple[int, ...] = ()
         self.built = True
 
@@ -97,26 +111,24 @@ class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
         self,
         inputs: Any,
         training: bool | None = False,
-        noise: StepNoise | None = None,
-        encoder: keras.Model | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Computes the `(batch, width)` features that the projection takes.
 
         Args:
             inputs: As for a call of the tower.
-            training: Boolean. An encoder without trainable weights runs as in
-                inference, since dropout would change its features.
-            noise: The `StepNoise` of a training step, for the maskings in the encoder.
-            encoder: The encoder with its masking. Defaults to the tower's encoder.
+            training: Boolean. A frozen encoder without a masking runs as in inference,
+                since dropout would change its features.
+            noise: `(batch, N)` tensor, the noise for the masking of the encoder.
         """
-        encoder = self.encoder if encoder is None else encoder
-        if training and encoder.weights and not encoder.trainable_weights:
+        encoder = self.encoder
+        if training and not self.has_masking and is_frozen(encoder):
             training = False
         inputs, names = self.prepare(inputs), getattr(encoder, "input", None)
         if isinstance(names, dict) and len(names) == 1:
             inputs = dict.fromkeys(names, inputs)
-        with contextlib.nullcontext() if noise is None else noise.given():
-            features = encoder(inputs, training=training)
+        options = {} if noise is None else {"noise": noise}
+        features = encoder(inputs, training=training, **options)
         if len(getattr(features, "shape", ())) != 2:
             raise ValueError(
                 "An encoder must return features of shape (batch, d); add a pooling to "
@@ -141,6 +153,15 @@ class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
 
     def call(self, inputs: Any, training: bool | None = None) -> Tensor:
         return self.embed(inputs)
+
+    def compute_output_spec(
+        self, inputs: Any, training: bool | None = None
+    ) -> keras.KerasTensor:
+        # Not by a call, since texts of unknown length could be too long for it.
+        shape = (None, self.features_width)
+        if self.projection is not None:
+            shape = self.projection.compute_output_shape(shape)
+        return keras.KerasTensor(shape, dtype="float32")
 
     def make_predict_function(self, force: bool = False) -> Any:
         # Quantization and LoRA replace weights, or add some.
@@ -192,7 +213,7 @@ class ImageTower(Tower):
             normalization; `None` for images that are not normalized.
     """
 
-    _parts = (*Tower._parts, "pixel_mean", "pixel_std", "data_format")
+    _arguments = (*Tower._arguments, "pixel_mean", "pixel_std", "data_format")
 
     def __init__(
         self,
@@ -205,20 +226,18 @@ class ImageTower(Tower):
     ):
         super().__init__(encoder, projection, **kwargs)
         check_statistics(pixel_mean, pixel_std, encoder)
-        self.pixel_mean = pixel_mean
-        self.pixel_std = pixel_std
-        self.data_format = data_format or data_format_of(encoder)
+        self.pixel_mean = None if pixel_mean is None else [*map(float, pixel_mean)]
+        self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
+        self.data_format = data_format or data_format_of(unmasked(encoder))
         self.pixel_range = pixel_range(pixel_mean, pixel_std)
         self.image_size = (None, None)
         if self.sample_shape is not None:
             self.image_size = height_and_width(self.sample_shape, self.data_format)
-        # No method, because maskings hold it: they would hold the encoder, too.
-        self.prepare = functools.partial(
-            normalize_pixels,
-            mean=pixel_mean,
-            std=pixel_std,
-            data_format=self.data_format,
-        )
+
+    def prepare(self, inputs: Any) -> Tensor:
+        """Returns normalized images, as the encoder and its masking take them."""
+        statistics = self.pixel_mean, self.pixel_std
+        return normalize_pixels(inputs, *statistics, self.data_format)
 
     def _spec(self, given):
         dtype = given.dtype if self.pixel_mean is None else "uint8"
@@ -247,7 +266,7 @@ class TextTower(Tower):
         ValueError: If none of several inputs is `"token_ids"`.
     """
 
-    _parts = (*Tower._parts, "context_length")
+    _arguments = (*Tower._arguments, "context_length")
 
     def __init__(
         self,

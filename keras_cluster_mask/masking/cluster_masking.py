@@ -7,10 +7,13 @@ from keras import ops
 
 from keras_cluster_mask.batches import read_images
 from keras_cluster_mask.checks import check_choice, check_integer, check_range
-from keras_cluster_mask.masking.patch_masking import pixels_of
-from keras_cluster_mask.masking.selection import add_state, anchor_count, order_by_score
+from keras_cluster_mask.masking.selection import (
+    add_state,
+    anchor_count,
+    order_by_score,
+    rest_count,
+)
 from keras_cluster_mask.masking.similarity import (
-    extract_patches,
     find_threshold,
     pixel_similarity,
     round_similarity,
@@ -164,7 +167,11 @@ class ClusterMasking(SimilarityMasking):
     def score_images(
         self, noise: Tensor, images: Tensor, tokens: Tensor | None
     ) -> Tensor:
-        similarity = self.similarity(images, self.draw_anchors(noise), tokens)
+        patches, anchors = (
+            self.patches_of(images, noise.shape[1]),
+            self.draw_anchors(noise),
+        )
+        similarity = self._highest_similarity(patches, anchors, tokens)
         if self.min_mask_ratio is None:
             if not self.softness:
                 return -similarity
@@ -205,22 +212,28 @@ class ClusterMasking(SimilarityMasking):
         Returns:
             `(batch, N)` float32 tensor in `[-1, 1]`, of multiples of 2^-12.
         """
-        to_anchors = self.similarity_to_anchors(images, anchors, tokens)
+        return self._highest_similarity(self.patches_of(images), anchors, tokens)
+
+    def _highest_similarity(self, patches, anchors, tokens):
+        to_anchors = self.similarity_to_anchors(patches, anchors, tokens)
         return round_similarity(ops.max(to_anchors, axis=1))
 
-    def adapt(self, data: Any, max_images: int = 10_000) -> None:
+    def adapt(
+        self, data: Any, max_images: int = 10_000, model: keras.Model | None = None
+    ) -> None:
         """Sets `threshold` so that the average mask ratio over data is `mask_ratio`.
 
         The pixels' similarity to newly drawn anchors is computed once per image. A
-        bisection then finds the threshold with the nearest mask ratio. Call `adapt`
-        after you make the model: `adapt` then normalizes uint8 images as the
-        `ContrastiveModel` does in training.
+        bisection then finds the threshold with the nearest mask ratio.
 
         Args:
             data: Images as an array, or an iterable of batches (a `tf.data.Dataset`, a
                 `PyDataset`, a generator): arrays of images, dictionaries with the key
                 `"images"`, or tuples that start with one of these.
             max_images: Integer. Stop reading after this many images.
+            model: The `ContrastiveModel` that trains with this masking. It normalizes
+                uint8 images as in training, and knows the patch size. Without it,
+                images must be as the masking sees them in training.
 
         Raises:
             ValueError: In budget mode, for data without images, or if no threshold
@@ -239,10 +252,12 @@ class ClusterMasking(SimilarityMasking):
 
         similarities = []
         for images in read_images(data, max_images):
-            images = pixels_of(self, images)
-            num_patches = math.prod(self.grid_shape(None, images))
-            anchors = self.draw_anchors(self.draw(images.shape[0], num_patches))
-            patches = extract_patches(images, self.patch_size, self.data_format)
+            num_patches = None
+            if model is not None:
+                images = model.image_tower.prepare(images)
+                num_patches = model.image_encoder.num_patches(images)
+            patches = self.patches_of(ops.convert_to_tensor(images), num_patches)
+            anchors = self.draw_anchors(self.draw(*patches.shape[:2]))
             highest = ops.max(pixel_similarity(patches, anchors), axis=1)
             similarities.append(ops.convert_to_numpy(round_similarity(highest)))
         similarities = np.concatenate(similarities)
@@ -251,6 +266,11 @@ class ClusterMasking(SimilarityMasking):
         self.threshold.assign(threshold)
 
     # === Overrides of the base class ===
+
+    def num_kept(self, num_patches: int) -> int:
+        if self.min_mask_ratio is None or not self.mask_ratio:
+            return super().num_kept(num_patches)
+        return max(1, rest_count(num_patches, self.min_mask_ratio))
 
     @property
     def hides_tokens(self) -> bool:

@@ -11,7 +11,7 @@ from keras_cluster_mask.masking.selection import (
     order_by_score,
     second_draw,
 )
-from keras_cluster_mask.masking.similarity import extract_patches, round_similarity
+from keras_cluster_mask.masking.similarity import round_similarity
 from keras_cluster_mask.masking.similarity_masking import SimilarityMasking
 from keras_cluster_mask.types import Tensor
 
@@ -138,24 +138,27 @@ class EdgeMasking(SimilarityMasking):
     def score_images(
         self, noise: Tensor, images: Tensor, tokens: Tensor | None
     ) -> Tensor:
-        seeds = self.draw_seeds(noise, images)
+        patches = self.patches_of(images, noise.shape[1])
+        grid = self.grid_shape(noise.shape[1], images)
+        seeds = self.draw_seeds(noise, patches, grid)
         if self.transport:
-            similarity = self.similarity_to_anchors(images, None, tokens)
+            similarity = self.similarity_to_anchors(patches, None, tokens)
             to_seeds = take_rows(similarity, seeds)
             to_seeds = to_seeds + doubly_stochastic_rows(similarity, seeds)
         else:
-            to_seeds = self.similarity_to_anchors(images, seeds, tokens)
+            to_seeds = self.similarity_to_anchors(patches, seeds, tokens)
         above = round_similarity(ops.max(to_seeds, axis=1) - self.threshold)
         return ops.where(above > 0.0, -1.0, 0.0)
 
-    def draw_seeds(self, noise: Tensor, images: Tensor) -> Tensor:
+    def draw_seeds(
+        self, noise: Tensor, patches: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
         """Returns the `(batch, A)` indices of the seeds, in order of preference."""
         preferred = ops.zeros_like(noise)
         if self.edges == "released":
             preferred = second_draw(noise)
         elif self.edges == "protect":
-            patches = extract_patches(images, self.patch_size, self.data_format)
-            preferred = -edge_map(patches, self.grid_shape(noise.shape[1], images))
+            preferred = -edge_map(patches, grid)
         # Ties go to the smaller noise. If there are too many candidates, those with the
         # larger noise are kept, and a patch that is a seed only because of its noise is
         # left out.

@@ -118,7 +118,8 @@ class KMeansMasking(SimilarityMasking):
             )
         # K-means needs only the similarities of the patches, which are fewer numbers
         # than their pixels.
-        similarity = self.similarity_to_anchors(images, None, tokens)
+        patches = self.patches_of(images, num_patches)
+        similarity = self.similarity_to_anchors(patches, None, tokens)
         first = ops.argsort(noise, axis=-1)[:, :num_clusters]
 
         def move(_, to_centers):

@@ -6,21 +6,32 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.checks import check_integer, check_range, sides_of
+from keras_cluster_mask.checks import (
+    check_integer,
+    check_range,
+    fits_shape,
+    sides_of,
+)
 from keras_cluster_mask.distribution.backends import is_traced
+from keras_cluster_mask.distribution.replicas import (
+    local_rows,
+    num_replicas,
+    take_rows,
+)
 from keras_cluster_mask.masking.patch_grid import (
     grid_of_square_patches,
     grid_shape,
 )
 from keras_cluster_mask.masking.selection import (
+    PutMask,
     add_state,
-    best_patches,
-    keep_patches,
-    noise_of_call,
-    noise_of_model,
-    split_tokens,
+    order_by_score,
+    rest_count,
 )
 from keras_cluster_mask.types import Tensor
+
+# More tokens before the patches than any usual model has: a class token and registers.
+MAX_PREFIX = 8
 
 
 class PatchMasking(keras.layers.Layer):
@@ -72,7 +83,10 @@ class PatchMasking(keras.layers.Layer):
             tokens in row-major order of the image grid.
         images: The images of the tokens, for strategies that use pixels.
         training: Python boolean. Tokens are left out only if it is true.
-        noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
+        noise: `(batch, N)` float32 tensor in `[0, 1)`. If it is not given, it is drawn,
+            and the call counts as a training step of the masking.
+        num_prefix_tokens: Integer. The number of tokens before the patch tokens.
+            Defaults to the masking's own number.
 
     Returns:
         `(batch, prefix + K, dim)` tensor of kept tokens in their original order and
@@ -86,11 +100,6 @@ class PatchMasking(keras.layers.Layer):
     # True if a score of -inf hides a token that is kept as padding. Hiding needs an
     # attention mask; a strategy without such scores does not.
     hides_tokens = False
-
-    # For strategies that leave out more of some images than of others: the minimum
-    # fraction to leave out of each image. `mask_ratio` is then the average. If that is
-    # 0, nothing is left out.
-    min_mask_ratio: float | None = None
 
     # For strategies that use images: an integer or `(height, width)` in pixels.
     patch_size: int | tuple[int, int] | None = None
@@ -129,9 +138,6 @@ class PatchMasking(keras.layers.Layer):
         self.last_mask_ratio = add_state(self, "last_mask_ratio", 0.0)
         self.supports_masking = True
         self.built = True
-        self._is_ready = False
-        # A model sets the function that it normalizes images with.
-        self._prepare_pixels = None
 
     # === Methods that a strategy defines ===
 
@@ -147,8 +153,8 @@ class PatchMasking(keras.layers.Layer):
 
         Returns:
             `(batch, N)` float32 tensor. If the strategy has `hides_tokens`, a patch
-            with `-inf` has no effect. NaN raises an error in the first call. Later, and
-            in compiled steps, it makes the loss NaN.
+            with `-inf` has no effect. A score with NaN makes all tokens of the image
+            NaN, and so the loss.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must implement `score(noise, images, tokens)`."
@@ -156,11 +162,7 @@ class PatchMasking(keras.layers.Layer):
 
     def num_kept(self, num_patches: int) -> int:
         """Returns how many of `num_patches` patches are kept, at least 1."""
-        ratio = self.mask_ratio
-        if self.min_mask_ratio is not None and ratio:
-            ratio = self.min_mask_ratio
-        # 1e-6 corrects products such as 10 * (1 - 0.9) = 0.99999...
-        return max(1, int(num_patches * (1.0 - ratio) + 1e-6))
+        return max(1, rest_count(num_patches, self.mask_ratio))
 
     def grid_shape(
         self, num_patches: int | None, images: Tensor | None = None
@@ -222,19 +224,24 @@ class PatchMasking(keras.layers.Layer):
             order, and `(batch, K)` booleans that are false for padding, which must have
             no effect.
         """
-        if not any(map(is_traced, self.variables)):
+        if not is_traced(self.last_mask_ratio):
             self.check_ready()
-        images = None if images is None else ops.convert_to_tensor(images)
-        tokens = None if tokens is None else ops.convert_to_tensor(tokens)
-        knows_prefix = tokens is not None and self.num_prefix_tokens is not None
-        if self.grid is not None or self.patch_size is not None:
-            num_patches = math.prod(self.grid_shape(None, images))
-        elif noise is None or knows_prefix:
-            _, num_patches = split_tokens(self, tokens, images, self.num_prefix_tokens)
+        images, tokens = (
+            None if x is None else ops.convert_to_tensor(x) for x in (images, tokens)
+        )
+        given = images if tokens is None else tokens
+        if noise is None and given is None:
+            raise ValueError(
+                f"`{self.name}` needs `images`, `tokens` or `noise`. Received: none"
+            )
+        is_counted = noise is None or self._has_grid
+        if is_counted or not (tokens is None or self.num_prefix_tokens is None):
+            num_tokens = None if tokens is None else tokens.shape[1]
+            num_patches = self.count_patches(num_tokens, images)
         else:
             num_patches = np.shape(noise)[-1]
-        noise = noise_of_call(self, noise, images, tokens, num_patches)
-        return best_patches(self, images, tokens, noise)[:2]
+        noise = self._noise_of(noise, given, num_patches)
+        return self._best(noise, images, tokens)[:2]
 
     def call(
         self,
@@ -242,6 +249,7 @@ class PatchMasking(keras.layers.Layer):
         images: Tensor | None = None,
         training: bool | None = None,
         noise: Tensor | None = None,
+        num_prefix_tokens: int | None = None,
     ) -> Tensor:
         tokens = ops.convert_to_tensor(tokens)
         if len(tokens.shape) != 3:
@@ -249,20 +257,146 @@ class PatchMasking(keras.layers.Layer):
                 "`tokens` must have shape (batch, tokens, dim). "
                 f"Received: tokens.shape={tuple(tokens.shape)}"
             )
-        if not training and noise_of_model() is None:
+        if not training:
             return tokens
         images = None if images is None else ops.convert_to_tensor(images)
-        return keep_patches(self, tokens, images, noise)[0]
+        return self.keep(tokens, images, noise, num_prefix_tokens)[0]
 
-    # === Methods of a strategy with state, or that looks at the encoder ===
+    def keep(
+        self,
+        tokens: Tensor,
+        images: Tensor | None = None,
+        noise: Tensor | None = None,
+        num_prefix_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Leaves out patch tokens, as a call in training does.
 
-    def enter(self, encoder: keras.Model, embedding: keras.layers.Layer) -> None:
-        """Connects the masking to an encoder. `MaskedEncoder` calls this method.
+        With a mask ratio of 0, it returns all tokens, and neither draws nor scores.
 
         Args:
-            encoder: The encoder that contains the masking.
-            embedding: The layer of the encoder that returns the tokens.
+            tokens: `(batch, prefix + N, dim)` tensor.
+            images: Images, for strategies that use pixels.
+            noise: `(batch, N)` float32 tensor in `[0, 1)`. Drawn if not given.
+            num_prefix_tokens: Integer. Defaults to the masking's own number.
+
+        Returns:
+            A tuple: the kept tokens, `(batch, prefix + K, dim)`, and the `(batch, K)`
+            int32 indices of the kept patches.
         """
+        num_patches = self.count_patches(tokens.shape[1], images, num_prefix_tokens)
+        is_step = noise is None
+        if is_step and not is_traced(self.last_mask_ratio):
+            self.check_ready()
+        if self.mask_ratio:
+            noise = self._noise_of(noise, tokens, num_patches)
+            tokens, indices = self._keep(tokens, images, noise)
+        else:
+            self.last_mask_ratio.assign(0.0)
+            indices = _all_patches(tokens, num_patches)
+        if is_step:
+            self.advance()
+        return tokens, indices
+
+    def _keep(self, tokens, images, noise):
+        indices, visible, score = self._best(noise, images, tokens)
+        num_patches = noise.shape[1]
+        share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
+        self.last_mask_ratio.assign(1.0 - share)
+        self.observe(score)
+        num_prefix = tokens.shape[1] - num_patches
+        prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
+        kept = ops.concatenate([prefix, take_rows(patches, indices)], axis=1)
+        # A compiled step cannot raise an error on a value, but its loss is NaN then.
+        has_nan = ops.any(ops.isnan(score), axis=-1)[:, None, None]
+        kept = kept + ops.cast(ops.where(has_nan, np.nan, 0.0), kept.dtype)
+        if self.hides_tokens:
+            always = ops.ones_like(prefix[:, :, 0], dtype="bool")
+            kept = PutMask()(kept, mask=ops.concatenate([always, visible], axis=1))
+        return kept, indices
+
+    def count_patches(
+        self,
+        num_tokens: int | None,
+        images: Tensor | None = None,
+        num_prefix_tokens: int | None = None,
+    ) -> int:
+        """Returns how many of the tokens of an image are patches: the last ones.
+
+        Args:
+            num_tokens: Integer, the number of tokens of an image. `None` if there are
+                only images.
+            images: The images of the tokens, for strategies that use pixels.
+            num_prefix_tokens: Integer. Defaults to the masking's own number.
+
+        Raises:
+            ValueError: If the number of tokens before the patches is not known and does
+                not follow from the images, or if the tokens do not fit it.
+        """
+        prefix = num_prefix_tokens
+        prefix = self.num_prefix_tokens if prefix is None else prefix
+        if not self._has_grid:
+            if None in (prefix, num_tokens) or num_tokens <= prefix:
+                raise ValueError(
+                    f"`num_prefix_tokens` of `{self.name}` must be the number of "
+                    "tokens before the patches: 0, or 1 for a class token. Received: "
+                    f"num_prefix_tokens={prefix}, {num_tokens} tokens"
+                )
+            return num_tokens - prefix
+        num_patches = math.prod(self.grid_shape(None, images))
+        if num_tokens is not None:
+            found = num_tokens - num_patches
+            fits = 0 <= found <= MAX_PREFIX if prefix is None else found == prefix
+            if not fits:
+                raise ValueError(
+                    f"`patch_size` (or `grid`) and `num_prefix_tokens` of `{self.name}`"
+                    f" must match the model. Received: {num_tokens} tokens, of which "
+                    f"{num_patches} are patches, and num_prefix_tokens={prefix}"
+                )
+        return num_patches
+
+    @property
+    def _has_grid(self):
+        """Whether the number of patches follows from the grid, or from the images."""
+        return self.grid is not None or self.patch_size is not None
+
+    def _noise_of(self, noise, inputs, num_patches):
+        """Returns the noise of a call, drawn if it is not given."""
+        if noise is None:
+            # The rows of this replica, so that replicas leave out different patches.
+            return local_rows(
+                self.draw(ops.shape(inputs)[0] * num_replicas(), num_patches)
+            )
+        noise = ops.convert_to_tensor(noise, dtype="float32")
+        batch_size = None if inputs is None else inputs.shape[0]
+        if not fits_shape(tuple(noise.shape), (batch_size, num_patches)):
+            raise ValueError(
+                "`noise` must have one value a patch: shape "
+                f"({batch_size or 'batch'}, {num_patches}). "
+                f"Received: noise.shape={tuple(noise.shape)}"
+            )
+        return noise
+
+    def _best(self, noise, images, tokens):
+        """Returns indices and visibility of the kept patches, and all scores."""
+        if not self.mask_ratio:
+            indices = _all_patches(noise, noise.shape[1])
+            return indices, ops.ones_like(indices, dtype="bool"), None
+        score = self.score(noise, images, tokens)
+        # A single row would be the score of all images.
+        rows = {score.shape[0] if score.shape else 1, noise.shape[0]}
+        if score.shape[1:] != noise.shape[1:] or (1 in rows and len(rows) > 1):
+            raise ValueError(
+                f"`score` of `{self.name}` must return one value a patch, shape "
+                f"{tuple(noise.shape)}. Received: shape {tuple(score.shape)}"
+            )
+        best = order_by_score(score, noise)[:, : self.num_kept(noise.shape[1])]
+        indices = ops.sort(best, axis=-1)
+        if not self.hides_tokens:
+            return indices, ops.ones_like(indices, dtype="bool"), score
+        visible = ops.take_along_axis(score, indices, axis=1) > -math.inf
+        return indices, visible, score
+
+    # === Methods of a strategy with state ===
 
     def check_ready(self) -> None:
         """Raises an error if the layer cannot train yet. Must be called eagerly."""
@@ -277,7 +411,11 @@ class PatchMasking(keras.layers.Layer):
         """
 
     def advance(self) -> None:
-        """Advances state by one training step, for strategies that keep state."""
+        """Advances state by one training step, for strategies that keep state.
+
+        A call without `noise` does it. A model that passes the noise of a step does it
+        once a step.
+        """
 
     # === Keras ===
 
@@ -295,6 +433,7 @@ class PatchMasking(keras.layers.Layer):
         images: Tensor | None = None,
         training: bool | None = None,
         noise: Tensor | None = None,
+        num_prefix_tokens: int | None = None,
     ) -> keras.KerasTensor:
         # Tokens keep their dtype under any policy.
         shape = self.compute_output_shape(tokens.shape)
@@ -333,31 +472,7 @@ class PatchMasking(keras.layers.Layer):
         }
 
 
-def join(masking, prepare_pixels):
-    """Tells a masking how the model around it normalizes images.
-
-    Args:
-        masking: A `PatchMasking`.
-        prepare_pixels: Function from the model's input images to the images that the
-            masking sees.
-
-    Raises:
-        ValueError: If another model around the masking normalizes images differently.
-    """
-    if masking._prepare_pixels is not None:
-        pixels = ops.convert_to_tensor(np.arange(27, dtype="uint8").reshape(1, 3, 3, 3))
-        both = masking._prepare_pixels(pixels), prepare_pixels(pixels)
-        if not np.array_equal(*map(ops.convert_to_numpy, both)):
-            raise ValueError(
-                f"`{masking.name}` is part of another model, which normalizes pixels "
-                "differently: make a masking layer for each model. "
-                f"Received: masking={masking.name}"
-            )
-    masking._prepare_pixels = prepare_pixels
-
-
-def pixels_of(masking, images):
-    """Returns images as a masking sees them in training."""
-    images = ops.convert_to_tensor(images)
-    prepare = masking._prepare_pixels
-    return images if prepare is None else prepare(images)
+def _all_patches(rows, num_patches):
+    """Returns the `(batch, num_patches)` indices of all patches of `rows`."""
+    indices = ops.arange(num_patches, dtype="int32")
+    return ops.broadcast_to(indices, (ops.shape(rows)[0], num_patches))

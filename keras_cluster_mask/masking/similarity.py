@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_cluster_mask.distribution.backends import in_full_precision
 from keras_cluster_mask.distribution.replicas import take_rows
-from keras_cluster_mask.masking.patch_grid import is_channels_first
+from keras_cluster_mask.masking.patch_grid import grid_shape, is_channels_first
 
 STEPS = 2**12
 # The largest error of a mask ratio that a threshold may have.
@@ -31,11 +31,11 @@ def extract_patches(images, patch_size, data_format):
         `(batch, N, n)` float32 tensor: N patches in row-major order with n
         pixel values each.
     """
+    rows, columns = grid_shape(images.shape, patch_size, data_format)
+    p, q = patch_size
     if is_channels_first(data_format):
         images = ops.transpose(images, (0, 2, 3, 1))
-    _, height, width, channels = images.shape
-    p, q = patch_size
-    rows, columns = height // p, width // q
+    channels = images.shape[-1]
     # The batch size may be unknown while tracing, so this axis is -1.
     x = ops.reshape(ops.cast(images, "float32"), (-1, rows, p, columns, q, channels))
     x = ops.transpose(x, (0, 1, 3, 2, 4, 5))

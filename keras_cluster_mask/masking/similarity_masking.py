@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_cluster_mask.checks import check_choice, check_range, sides_of
 from keras_cluster_mask.distribution.chunks import map_rows
+from keras_cluster_mask.masking.patch_grid import height_and_width
 from keras_cluster_mask.masking.patch_masking import PatchMasking
 from keras_cluster_mask.masking.selection import add_state
 from keras_cluster_mask.masking.similarity import (
@@ -57,9 +58,8 @@ class SimilarityMasking(PatchMasking):
             seed=seed,
             **kwargs,
         )
-        self._patch_size = None
         if patch_size is not None:
-            self._patch_size = sides_of("patch_size", patch_size)
+            self.patch_size = sides_of("patch_size", patch_size)
         self.data_format = data_format or keras.config.image_data_format()
         formats = "channels_last", "channels_first"
         check_choice("data_format", self.data_format, formats)
@@ -75,24 +75,14 @@ class SimilarityMasking(PatchMasking):
             embedding_weight = float(embedding_weight)
         self.embedding_weight = embedding_weight
 
-    @property
-    def patch_size(self) -> tuple[int, int]:
-        """The `(height, width)` of a patch in pixels."""
-        if self._patch_size is None:
-            raise ValueError(
-                "`patch_size` must be given to the masking, unless it is in an encoder "
-                "that has one: see `kcm.with_masking`. Received: patch_size=None"
-            )
-        return self._patch_size
-
-    def enter(self, encoder: keras.Model, embedding: keras.layers.Layer) -> None:
-        sizes = [getattr(layer, "patch_size", None) for layer in (encoder, embedding)]
-        if self._patch_size is None and any(sizes):
-            self._patch_size = sides_of("patch_size", next(filter(None, sizes)))
-
     def score(
         self, noise: Tensor, images: Tensor | None = None, tokens: Tensor | None = None
     ) -> Tensor:
+        if images is None:
+            raise ValueError(
+                f"`{self.name}` needs the images that the tokens were made from: call "
+                "it as `masking(tokens, images=images)`. Received: images=None"
+            )
         # Images do not depend on one another.
         values = max(math.prod(images.shape[1:]), noise.shape[1] ** 2)
         max_rows = max(1, MAX_VALUES // values)
@@ -113,13 +103,34 @@ class SimilarityMasking(PatchMasking):
         """
         raise NotImplementedError
 
+    def patches_of(self, images: Tensor, num_patches: int | None = None) -> Tensor:
+        """Cuts images into patches.
+
+        Args:
+            images: `(batch, H, W, C)` tensor, or channels first.
+            num_patches: Integer, N, from which the size of square patches follows if
+                the masking has no `patch_size`.
+
+        Returns:
+            `(batch, N, n)` float32 tensor of the n values of each patch.
+        """
+        if self.patch_size is None and num_patches is None:
+            raise ValueError(
+                f"`patch_size` must be given to `{self.name}`, unless the number of "
+                "patches is known. Received: patch_size=None"
+            )
+        grid = self.grid_shape(num_patches, images)
+        sides = height_and_width(images.shape, self.data_format)
+        patch_size = tuple(side // count for side, count in zip(sides, grid))
+        return extract_patches(images, patch_size, self.data_format)
+
     def similarity_to_anchors(
-        self, images: Tensor, anchors: Tensor | None, tokens: Tensor | None = None
+        self, patches: Tensor, anchors: Tensor | None, tokens: Tensor | None = None
     ) -> Tensor:
         """Computes the similarity of each patch to each anchor.
 
         Args:
-            images: `(batch, H, W, C)` tensor, or channels first.
+            patches: `(batch, N, n)` tensor, from `patches_of`.
             anchors: `(batch, A)` int tensor of patch indices, or `None` for all N.
             tokens: `(batch, prefix + N, dim)` tensor. Needed if
                 `embedding_weight` is not 0.
@@ -129,7 +140,6 @@ class SimilarityMasking(PatchMasking):
         """
         if anchors is not None:
             anchors = ops.convert_to_tensor(anchors, dtype="int32")
-        patches = extract_patches(images, self.patch_size, self.data_format)
         similarity = pixel_similarity(patches, anchors)
         if self.embedding_weight != 0.0:
             if tokens is None:
@@ -153,7 +163,7 @@ class SimilarityMasking(PatchMasking):
         weight = keras.saving.serialize_keras_object(self.embedding_weight)
         return {
             **super().get_config(),
-            "patch_size": self._patch_size,
+            "patch_size": self.patch_size,
             "embedding_weight": weight,
             "data_format": self.data_format,
         }

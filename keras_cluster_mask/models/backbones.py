@@ -1,10 +1,9 @@
-"""Encoders and head of a keras_hub backbone of two towers, which share its weights."""
+"""Towers and head of a keras_hub backbone of two towers, which share its weights."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_cluster_mask.encoders.families import (
@@ -13,13 +12,9 @@ from keras_cluster_mask.encoders.families import (
     text_family_of,
 )
 from keras_cluster_mask.encoders.masked import with_masking
+from keras_cluster_mask.encoders.towers import ImageTower, TextTower
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.models.head import (
-    INITIAL_LOGIT_BIAS,
-    INITIAL_TEMPERATURE,
-    ContrastiveHead,
-    as_head,
-)
+from keras_cluster_mask.models.head import ContrastiveHead, as_head
 
 
 def parts_of_backbone(
@@ -27,39 +22,37 @@ def parts_of_backbone(
     masking: PatchMasking | None,
     loss: str | None,
     head: str | ContrastiveHead,
-) -> tuple[keras.Model, keras.Model, dict[str, Any]]:
-    """Returns an image encoder, a text encoder, and further arguments of a model.
+    **statistics: Sequence[float] | None,
+) -> tuple[ImageTower, TextTower, ContrastiveHead, str]:
+    """Returns an image tower, a text tower, a head, and how images are resized.
 
     See `ContrastiveModel.from_backbone`. The backbone's temperature and bias are set if
     the head says so.
     """
     family = family_of("backbone", backbone, PAIR_FAMILIES)
-    head = ContrastiveHead(name="head") if head == "linear" else head
-    if not isinstance(head, ContrastiveHead) or head.projection_dim is not None:
+    if head != "linear" and not isinstance(head, ContrastiveHead):
         raise ValueError(
-            "`head` must be 'linear', or a `ContrastiveHead` without `projection_dim`, "
-            f"for a backbone, which has its own projections. Received: head={head}"
+            "`head` must be 'linear' or a `ContrastiveHead` for a backbone, which has "
+            f"its own projections. Received: head={head!r}"
         )
     images, texts = _encoders(backbone)
     if masking is not None:
         images = with_masking(images, masking)
-    # These raise their errors before the backbone is changed.
-    as_head(head, loss)
-    head.settle(family.loss, family.max_logit_scale)
-    scalars = getattr(backbone, family.head)
-    if not head.built:
-        _share(head, backbone, scalars)
-    elif head.logit_scale is not scalars.logit_scale:
-        raise ValueError(
-            f"`head` must be new, or from a model of this backbone. Received: {head}"
-        )
-    options = {
-        "head": head,
+    statistics = {
         "pixel_mean": family.pixel_mean,
         "pixel_std": family.pixel_std,
-        "resize": family.resize,
+        **statistics,
     }
-    return images, texts, options
+    of_images, of_texts = (
+        getattr(backbone, f"{kind}_projection", None) for kind in ("vision", "text")
+    )
+    images = ImageTower(images, of_images, name="image_tower", **statistics)
+    texts = TextTower(texts, of_texts, name="text_tower")
+    head = as_head(head, loss)
+    # Last, since it changes the backbone.
+    scalars = getattr(backbone, family.head)
+    head.settle(family.loss, family.max_logit_scale, scalars)
+    return images, texts, head, family.resize
 
 
 def _encoders(backbone):
@@ -93,28 +86,3 @@ def _with_output(encoder, output):
     for name in ("patch_size", "vocabulary_size", "max_sequence_length"):
         setattr(changed, name, getattr(encoder, name, None))
     return changed
-
-
-def _share(head, backbone, scalars):
-    """Gives the projections, temperature and bias of a backbone to a new head."""
-    scale, bias = scalars.logit_scale, getattr(scalars, "logit_bias", None)
-    # keras_hub starts SigLIP at a scale of 1 and a bias of 0. From there, a model would
-    # first have to learn that nearly all pairs are negatives.
-    is_fresh = bias is not None and not any(map(ops.convert_to_numpy, (scale, bias)))
-    temperature = head.initial_temperature
-    if temperature is None and (is_fresh or (bias is None and head.loss == "sigmoid")):
-        temperature = INITIAL_TEMPERATURE[head.loss]
-    if temperature is not None:
-        scale.assign(-math.log(temperature))
-    given = head.initial_logit_bias
-    if bias is not None and (is_fresh or given is not None):
-        bias.assign(INITIAL_LOGIT_BIAS if given is None else given)
-    for scalar in (scale, bias):
-        if scalar is not None:
-            # keras_hub initializes it with a Python number, which is weakly typed on
-            # JAX. The second step would be compiled again.
-            scalar.assign(np.array(ops.convert_to_numpy(scalar)))
-    head.logit_scale = scale
-    head.logit_bias = None if head.loss == "softmax" else bias
-    head.image_projection = getattr(backbone, "vision_projection", None)
-    head.text_projection = getattr(backbone, "text_projection", None)

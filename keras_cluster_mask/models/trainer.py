@@ -1,36 +1,25 @@
-"""Training of a two-encoder model, where it differs from Keras's own."""
+"""How a pair of towers is compiled, trained, evaluated and saved with its optimizer."""
 
-import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_cluster_mask.batches import num_batches
 from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import keeping_weights
+from keras_cluster_mask.encoders.projections import set_scaling
 from keras_cluster_mask.encoders.surgery import freeze_mask_tokens
-from keras_cluster_mask.losses import (
-    batch_loss,
-    caption_labels,
-    row_labels,
-    without_padding,
-)
+from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.training import layers, optimizers
+from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.fitting import fit
-from keras_cluster_mask.training.input_rules import (
-    LONELY,
-    NO_LABELS,
-    as_weights,
-    check_unused,
-)
+from keras_cluster_mask.training.input_rules import check_unused
 from keras_cluster_mask.training.training_data import evaluation_data, until_the_end
-from keras_cluster_mask.types import Tensor
 
 # Options that a step is compiled with, which may change between two calls of `fit`.
 OPTIONS = "micro_batch_size", "duplicates"
@@ -49,142 +38,23 @@ class StepMean(keras.metrics.Mean):
         return super().result() if self.is_updated else {}
 
 
-class ContrastiveTrainer(replicas.OwnReduction):
-    """Trains, evaluates and predicts, as a mixin before `keras.Model`.
+class Trainer(DualEncoder):
+    """Trains, evaluates and predicts. The base class of `ContrastiveModel`."""
 
-    It owns the metrics and what `compile` sets. From the model, it reads:
+    @functools.cached_property
+    def _compiled_with(self) -> dict[str, list[Any]]:
+        """The options that each compiled function was made with, by its name."""
+        return {}
 
-    - `image_encoder`, `text_encoder` and `head`, which are trained, and `image_tower`
-      and `text_tower`, which embed;
-    - `maskings`, the list of `PatchMasking` layers;
-    - `input_rules`, the rules for batches;
-    - `tokenizer`, which it also sets, `pixel_mean` and `pixel_std`;
-    - the options of a step, `OPTIONS`.
+    @functools.cached_property
+    def step_means(self) -> dict[str, StepMean]:
+        """The metrics of a step, by name."""
+        names = "accuracy", "temperature", "mask_ratio"
+        return {name: StepMean(name=name) for name in names}
 
-    The model defines `call`.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._is_evaluating = False
-        self._compiled_with: dict[str, list[Any]] = {}
-        self._accuracy = StepMean(name="accuracy")
-        self._temperature = StepMean(name="temperature")
-        self._mask_ratio = StepMean(name="mask_ratio")
-
-    # === One step ===
-
-    @gradients.waits_for_data
-    def train_step(self, *args: Any) -> Any:
-        """Runs one training step, on every backend.
-
-        Keras passes `(data)` on TensorFlow and torch and `(state, data)` on JAX, and
-        computes the gradients and updates. Override `compute_loss` to train on another
-        loss.
-        """
-        return super().train_step(*args)
-
-    def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Tensor | None = None,
-        training: bool = True,
-    ) -> Tensor:
-        """Computes the loss of a batch, and updates the metrics.
-
-        To train on another loss, override this method. If it does not call
-        `super().compute_loss(...)`, the logs show only the loss and the metrics that
-        your method updates.
-
-        Args:
-            x: The batch, a dictionary.
-            y: `None`.
-            y_pred: The output of `call`: a dictionary with `"image_embeddings"` and
-                `"text_embeddings"`, both `(batch, d)`, L2-normalized.
-            sample_weight: `(batch,)` float tensor. Defaults to the batch's entry of
-                that name.
-            training: Boolean. Whether this is a training step.
-
-        Returns:
-            A scalar, the mean over the pairs.
-        """
-        if y is not None:
-            check_unused(NO_LABELS, y=y)
-        images, texts = y_pred["image_embeddings"], y_pred["text_embeddings"]
-        if training and images.shape[0] == 1:
-            raise ValueError(f"{LONELY} Received: a batch of 1")
-        if sample_weight is None:
-            # Keras passes its own argument only for a single batch.
-            sample_weight = x.get("sample_weight")
-        if sample_weight is not None:
-            sample_weight = as_weights(sample_weight)
-        if self.duplicates == "negative":
-            labels = row_labels(texts)
-        elif "token_ids" in x:
-            family, mask = self.text_tower.family, x.get("padding_mask")
-            labels = caption_labels(without_padding(family, x["token_ids"], mask))
-        else:
-            labels = x["caption_labels"]
-        scale, bias = self.head.scale, self.head.logit_bias
-        is_split = replicas.batch_is_split(training)
-        losses, accuracies = batch_loss(
-            loss=self.head.loss,
-            weights=[scale] if bias is None else [scale, bias],
-            images=images,
-            texts=texts,
-            labels=labels,
-            sample_weight=sample_weight,
-            is_split=is_split,
-        )
-        # A replica may have no rows in evaluation.
-        rows = ops.maximum(ops.shape(losses)[0], 1)
-        loss = ops.sum(losses) / ops.cast(rows, losses.dtype)
-        for extra in self.losses:
-            loss = loss + ops.cast(ops.sum(extra), loss.dtype)
-        if self._is_evaluating:
-            loss, sample_weight = self._without_small_batches(
-                loss, losses, sample_weight, is_split
-            )
-        if is_split:
-            loss = replicas.local_loss(loss)
-            accuracies = replicas.metric_rows(accuracies)
-            sample_weight = replicas.metric_rows(sample_weight)
-        self._accuracy.update_state(accuracies, sample_weight)
-        self._temperature.update_state(1.0 / scale)
-        # Not in the logs of a step on features, where nothing is masked.
-        self._mask_ratio.is_updated = False
-        if training and "images" in x and self.maskings:
-            # One masking gets the patches that another has kept.
-            kept = [1.0 - masking.last_mask_ratio for masking in self.maskings]
-            ratio = 1.0 - functools.reduce(ops.multiply, kept)
-            self._mask_ratio.update_state(replicas.replica_mean(ratio))
-        return loss
-
-    def _without_small_batches(self, loss, losses, sample_weight, is_split):
-        """Leaves a batch that is too small out of the means of an evaluation.
-
-        Loss and accuracy depend on the number of negatives, so batches of different
-        sizes cannot be averaged. A batch counts if it has at least nine tenths of the
-        mean number of pairs of the batches before it. Otherwise its loss is replaced by
-        the mean of the losses so far, which leaves the mean unchanged, and its pairs
-        have the weight 0 in the accuracy.
-
-        Returns:
-            A tuple of the loss, and the weights of the pairs in the accuracy.
-        """
-        mean = next(each for each in super().metrics if each.name == "loss")
-        sums = (mean.total, mean.count, ops.shape(losses)[0])
-        sums = ops.stack([ops.cast(x, "float32") for x in sums])[None]
-        sums = ops.sum(replicas.all_gather(sums) if is_split else sums, axis=0)
-        total, pairs, rows = ops.unstack(sums)
-        # The temperature is updated once a batch.
-        counts = rows * self._temperature.count >= 0.9 * pairs
-        if sample_weight is None:
-            sample_weight = ops.ones_like(losses)
-        loss = ops.where(counts, loss, ops.divide_no_nan(total, pairs))
-        return loss, ops.where(counts, sample_weight, 0.0)
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        return [*super().metrics, *self.step_means.values()]
 
     # === Compiled functions ===
 
@@ -239,13 +109,20 @@ class ContrastiveTrainer(replicas.OwnReduction):
         if self.built:
             self._compiled_with[name] = options
 
-    @property
-    def metrics(self) -> list[keras.metrics.Metric]:
-        metrics = super().metrics
-        if self._is_evaluating:
-            # No patches are masked.
-            return [x for x in metrics if x is not self._mask_ratio]
-        return metrics
+    def set_scaling(self, features: TowerFeatures | None) -> list[keras.layers.Layer]:
+        """Fixes the scaling of features in projections that have one, once.
+
+        Returns:
+            List of the layers whose scaling was not fixed before.
+        """
+        return [
+            layer
+            for name in ("image", "text")
+            for layer in set_scaling(
+                getattr(self, f"{name}_tower").projection,
+                features and functools.partial(features.statistics, name),
+            )
+        ]
 
     # === Compile, fit, evaluate, predict ===
 
@@ -302,6 +179,7 @@ class ContrastiveTrainer(replicas.OwnReduction):
         # In the scope of the model, which may be compiled outside of it.
         with gradients.strategy_scope(self):
             optimizer = keras.optimizers.get(optimizer)
+            self.reset_metrics()
         if kwargs.get("auto_scale_loss", True):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
         optimizers.configure(optimizer, self, decay_vectors)
@@ -425,17 +303,17 @@ class ContrastiveTrainer(replicas.OwnReduction):
     ) -> Any:
         """Computes the loss and the accuracy within batches.
 
-        The values depend on the number of negatives in a batch, so a smaller last batch
-        is left out of the means: a batch counts if it has at least nine tenths of the
-        mean number of pairs of the batches before it. Pairs that do not fill one batch
-        are evaluated as a smaller batch. Compare only values at the same batch size.
-        `fit` evaluates `validation_data` in the same way.
+        Both are means over all pairs, and depend on the number of negatives in a batch.
+        A last batch that is smaller than the others has fewer, and its pairs are
+        easier: choose a batch size that divides the number of pairs, and compare only
+        values at the same batch size. `fit` evaluates `validation_data` in the same
+        way.
 
         Arguments and results match `keras.Model.evaluate`.
         """
         verbose, steps = replicas.verbosity(verbose), steps or num_batches(x)
         x = evaluation_data(self, x, y, sample_weight, steps)
-        with until_the_end(), keeping_weights(self), self._evaluation():
+        with until_the_end(), keeping_weights(self):
             return super().evaluate(x, None, batch_size, verbose, None, steps, **kwargs)
 
     def predict(
@@ -450,18 +328,6 @@ class ContrastiveTrainer(replicas.OwnReduction):
         x = evaluation_data(self, x, steps=steps)
         with until_the_end(), keeping_weights(self):
             return super().predict(x, batch_size, verbose, steps, **kwargs)
-
-    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
-        with self._evaluation():
-            return super().test_on_batch(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _evaluation(self) -> Iterator[None]:
-        self._is_evaluating = True
-        try:
-            yield
-        finally:
-            self._is_evaluating = False
 
     # === Saving ===
 

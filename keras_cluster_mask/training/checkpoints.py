@@ -20,7 +20,7 @@ from keras_cluster_mask.distribution.processes import (
     to_numpy,
 )
 from keras_cluster_mask.distribution.replicas import is_main_process
-from keras_cluster_mask.training.layers import MadeOfParts, settings_of
+from keras_cluster_mask.training.layers import settings_of
 from keras_cluster_mask.training.optimizers import (
     build,
     inner_optimizer,
@@ -282,21 +282,17 @@ def describe(model, data):
     """Returns what must be the same when a run is resumed, as JSON values."""
     optimizers = inner_optimizer(model.optimizer), *optimizer_parts(model.optimizer)
     trained = {id(v) for v in model.trainable_variables}
-    options = {name: getattr(model, name) for name in model._settings}
-    if type(model).get_config is not MadeOfParts.get_config:
-        # A subclass may have further arguments.
-        options = model.get_config()
     options, head = (
         # Dictionaries are layers.
         {k: v for k, v in x.items() if k not in MAY_CHANGE and not isinstance(v, dict)}
-        for x in (options, model.head.get_config())
+        for x in (model.get_config(), model.head.get_config())
     )
     content = {
         "data": data.description,
         "optimizer": [type(x).__name__ for x in optimizers],
         "tokenizer": digest_of(model, model.tokenizer),
         "model": options,
-        "head": {**head, "dtype": model.head.dtype_policy.name},
+        "head": head,
         "maskings": [
             {"class": type(x).__name__, **x.settings()} for x in model.maskings
         ],

@@ -69,8 +69,7 @@ def fit(model, keras_fit, resume_from, **options):
             resume(run, model, resume_from, options["verbose"])
         # Projections keep the scaling that they were trained with first.
         if model.compiled:
-            is_features = isinstance(x, TowerFeatures)
-            scaled = model.head.set_scaling(x.statistics if is_features else None)
+            scaled = model.set_scaling(x if isinstance(x, TowerFeatures) else None)
         history = _train(model, keras_fit, run, options)
     except Exception:
         if not run.history:

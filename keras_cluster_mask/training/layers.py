@@ -5,6 +5,7 @@ so this file reads private attributes. Tests fail if a version of Keras changes 
 """
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Self
 
 import keras
@@ -25,6 +26,11 @@ def settings_of(layer: keras.layers.Layer) -> list:
     names = "num_heads", "intermediate_activation", "pooling", "block_numbers"
     found = [getattr(x, name, None) for x in all_layers(layer) for name in names]
     return [x for x in found if isinstance(x, str | int | list)]
+
+
+def is_frozen(layer: keras.layers.Layer) -> bool:
+    """Returns whether a layer has weights, none of which are trained."""
+    return bool(layer.weights) and not layer.trainable_weights
 
 
 def as_functional(encoder: keras.Model) -> keras.Model:
@@ -128,59 +134,55 @@ def _weights_of(layers):
 
 
 class MadeOfParts:
-    """Base class of layers with other layers in their configuration.
-
-    Dictionaries in the configuration describe layers and models, except for
-    `"omitted"`, the result of `omitted_settings` and the class name of the tokenizer,
-    or `None` for parts that already exist.
+    """Base class of layers with other layers among their arguments.
 
     Attributes:
-        _parts: Names of the arguments of the class that have attributes of their names.
-        _settings: Names of further such arguments, with values that need no
-            serialization. They must not change when a run is resumed, except for
-            `micro_batch_size`.
+        _arguments: Names of the arguments of the class, which have attributes of their
+            names.
     """
 
-    _parts: tuple[str, ...] = ()
-    _settings: tuple[str, ...] = ()
+    _arguments: tuple[str, ...] = ()
 
     def get_config(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name) for name in self._parts}
-        parts = keras.saving.serialize_keras_object(parts)
-        options = {name: getattr(self, name) for name in self._settings}
-        mention = _Mention(getattr(self, "tokenizer", None))
-        omitted = {**omitted_settings(self), "tokenizer": mention}
-        return {"name": self.name, **parts, **options, "omitted": omitted}
+        arguments = {name: getattr(self, name) for name in self._arguments}
+        config = keras.saving.serialize_keras_object(arguments)
+        return {"name": self.name, **config, "omitted": omitted_settings(self)}
 
     @classmethod
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> Self:
-        config = dict(config)
-        omitted = config.pop("omitted", None)
-        # Parts that already exist are passed unchanged.
-        described = {key: x for key, x in config.items() if isinstance(x, dict)}
-        parts = keras.saving.deserialize_keras_object(described, custom_objects)
-        made = cls._make(**{**config, **parts})
-        if omitted is not None:
-            restore_settings(made, omitted)
-            tokenizer = getattr(omitted["tokenizer"], "tokenizer", None)
-            if tokenizer is not None:
-                made.tokenizer = tokenizer
-        return made
-
-    @classmethod
-    def _make(cls, **arguments: Any) -> Self:
-        return cls(**arguments)
+        return from_parts(cls, config, custom_objects)
 
 
-class _Mention(str):
-    """The class name of a tokenizer, in a configuration that becomes a file.
+def from_parts(
+    make: Callable,
+    config: dict[str, Any],
+    custom_objects: dict[str, Any] | None = None,
+) -> keras.layers.Layer:
+    """Makes a layer from the configuration of a `MadeOfParts`.
 
-    Within the program, it also holds the tokenizer, for `keras.models.clone_model`.
+    Args:
+        make: The class, or another function of the arguments.
+        config: Dictionary. Layers are described by dictionaries; those that already
+            exist are passed unchanged.
+        custom_objects: As in Keras.
+    """
+    config = {**config}
+    omitted = config.pop("omitted", None)
+    described = {key: x for key, x in config.items() if isinstance(x, dict)}
+    parts = keras.saving.deserialize_keras_object(described, custom_objects)
+    made = make(**{**config, **parts})
+    if omitted is not None:
+        restore_settings(made, omitted)
+    return made
+
+
+class Untracked:
+    """Holds what belongs to another layer, or to none, so that Keras does not track it.
+
+    Keras would list and save its weights twice.
     """
 
-    def __new__(cls, tokenizer):
-        made = super().__new__(cls, type(tokenizer).__name__)
-        made.tokenizer = tokenizer
-        return made
+    def __init__(self, **held: Any):
+        vars(self).update(held)

@@ -9,10 +9,8 @@ from keras_cluster_mask.distribution.chunks import (
     as_tensor,
     map_chunks,
     merge_chunks,
-    take_chunk,
 )
-from keras_cluster_mask.distribution.replicas import local_rows, num_replicas
-from keras_cluster_mask.masking.selection import StepNoise
+from keras_cluster_mask.distribution.replicas import num_replicas
 from keras_cluster_mask.training.layers import state_variables
 
 
@@ -21,7 +19,7 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
 
     State is updated as by a single large batch:
 
-    - Maskings draw the noise for the whole batch; each chunk takes its rows.
+    - The noise of a masking is drawn for the whole batch; each chunk takes its rows.
     - Other seeds advance from chunk to chunk, so that chunks differ in dropout.
     - Averages, such as batch normalization statistics or a masking's ratio, start from
       the same state in every chunk and are averaged over chunks.
@@ -29,9 +27,9 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
 
     Args:
         model: A `ContrastiveModel`.
-        embed: Function from a batch, `training` and a `StepNoise` to embeddings.
+        embed: Function from a batch, `training` and noise to embeddings.
         inputs: Dictionary, a batch.
-        noise: The `StepNoise` of the whole batch.
+        noise: `(batch, N)` tensor, the noise of the masking, or `None`.
         micro_batch_size: Integer.
 
     Returns:
@@ -45,9 +43,8 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
     if isinstance(batch_size, int):
         check_micro_batches(batch_size, micro_batch_size, num_replicas())
     num_chunks = batch_size // micro_batch_size
-    # The states of all seed generators, except in maskings, are seeds.
+    # The states of all seed generators are seeds.
     not_seeds = {id(v) for v in model.weights}
-    not_seeds.update(id(masking.seed_generator.state) for masking in model.maskings)
     seeds = [v for v in model.non_trainable_variables if id(v) not in not_seeds]
     others = [v for v in model.non_trainable_variables if id(v) in not_seeds]
     weights = model.trainable_variables
@@ -55,6 +52,8 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
     other_values = [as_tensor(x) for x in snapshot(model, others)]
     updated = []
     inputs = {key: inputs[key] for key in taken if key in inputs}
+    if noise is not None:
+        inputs["noise"] = noise
     names = order = lengths = ()
     if not compiles_steps() and not is_traced(inputs["token_ids"]):
         names = tower.lengths.names
@@ -70,11 +69,8 @@ def embed_in_micro_batches(model, embed, inputs, noise, micro_batch_size):
         for key in chunk.keys() & {*names}:
             chunk = chunk | {key: chunk[key][:, : lengths[index]]}
 
-        def chunk_rows(noise):
-            return take_chunk(local_rows(noise), index, num_chunks)
-
         outputs, extra_losses, after = call_statelessly(
-            lambda: embed(chunk, True, StepNoise(noise.size, chunk_rows)),
+            lambda: embed(chunk, True, chunk.get("noise")),
             variables,
             [*values, *seed_values],
         )

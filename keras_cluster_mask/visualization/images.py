@@ -1,17 +1,21 @@
 """Plots of masked images and of retrieval results."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+import keras
 import numpy as np
 from keras import ops
 from matplotlib.figure import Figure
 
 from keras_cluster_mask.checks import sides_of
 from keras_cluster_mask.masking import PatchMasking
-from keras_cluster_mask.masking.patch_grid import grid_shape, is_channels_first
-from keras_cluster_mask.masking.patch_masking import pixels_of
-from keras_cluster_mask.types import Tensor
+from keras_cluster_mask.masking.patch_grid import (
+    grid_of_square_patches,
+    grid_shape,
+    height_and_width,
+    is_channels_first,
+)
 
 LEFT_OUT = 0.88  # The gray level of left-out patches, in [0, 1].
 
@@ -22,14 +26,12 @@ def plot_masks(
     noise: np.ndarray | None = None,
     seed: int | None = 0,
     patch_size: int | tuple[int, int] | None = None,
-    embed: Callable[[Tensor], Tensor] | None = None,
+    model: keras.Model | None = None,
 ) -> Figure:
     """Plots which patches a masking leaves out, or compares several maskings.
 
     Each row has an image and the patches of it that each masking keeps. All maskings
-    get the same noise. If a masking is part of a `ContrastiveModel`, uint8 images are
-    normalized as in the model, so the masks match its training. The random state of a
-    masking does not change.
+    get the same noise. The random state of a masking does not change.
 
     Example:
 
@@ -50,11 +52,10 @@ def plot_masks(
         noise: `(batch, N)` float32 array in `[0, 1)`. Drawn if not given.
         seed: Integer, the random seed of the noise.
         patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
-            size of the maskings, which must be the same for all. Required if no masking
-            has one, such as `RandomMasking`.
-        embed: Function from a batch of images, a tensor, to its embedded tokens
-            `(batch, prefix + N, dim)`. Required if a masking uses tokens: for example
-            `embed_patches` of the model that `kcm.with_masking` returns.
+            size of the maskings, which must be the same for all, or of `model`.
+            Required if none has one.
+        model: The `ContrastiveModel` that trains with the masking. It normalizes uint8
+            images as in training, and embeds the tokens for a masking that uses them.
 
     Returns:
         A `matplotlib.figure.Figure`; save it with `figure.savefig(path)`.
@@ -68,8 +69,14 @@ def plot_masks(
     if not isinstance(masking, Mapping):
         named = {type(masking).__name__: masking}
     images, maskings = np.asarray(images), [*named.values()]
-    patch_size = _patch_size_of(maskings, patch_size)
     data_format = next(filter(None, (each.data_format for each in maskings)), None)
+    sizes = [patch_size, *(each.patch_size for each in maskings)]
+    if model is not None and not any(sizes):
+        count = model.image_encoder.num_patches(images)
+        grid = grid_of_square_patches(count, images.shape, data_format)
+        sides = height_and_width(images.shape, data_format)
+        sizes[0] = tuple(side // number for side, number in zip(sides, grid))
+    patch_size = _common(sizes, maskings)
     grid = grid_shape(images.shape, patch_size, data_format)
     if noise is None:
         noise = np.random.default_rng(seed).random((len(images), math.prod(grid)))
@@ -80,7 +87,7 @@ def plot_masks(
     for axis, image in zip(axes[:, 0], shown):
         axis.imshow(image)
     for column, each in zip(axes.T[1:], maskings):
-        for axis, image, kept in zip(column, shown, _kept(each, images, embed, noise)):
+        for axis, image, kept in zip(column, shown, _kept(each, images, model, noise)):
             # From values of patches to values of pixels.
             kept = kept.reshape(grid).repeat(patch_size[0], 0).repeat(patch_size[1], 1)
             axis.imshow(np.where(kept[..., None], image, LEFT_OUT))
@@ -132,30 +139,26 @@ def plot_retrieval(
     return figure
 
 
-def _patch_size_of(maskings, patch_size):
-    """Returns the common patch size of maskings: their own or, if given, `patch_size`.
-
-    Raises:
-        ValueError: If none of them has a patch size and none is given, or if they
-            differ.
-    """
-    given = [patch_size, *(each.patch_size for each in maskings)]
-    sizes = {sides_of("patch_size", size) for size in given if size is not None}
-    if len(sizes) == 1:
-        return sizes.pop()
+def _common(sizes, maskings):
+    """Returns the patch size: the given one, the first, or that of all maskings."""
+    found = {sides_of("patch_size", size) for size in sizes if size is not None}
+    if len(found) == 1:
+        return found.pop()
     names = [type(each).__name__ for each in maskings]
     raise ValueError(
         "`patch_size` must be given if no masking has one, and must otherwise be None "
-        f"or match every masking. Received: patch_size={patch_size}, "
-        + ", ".join(f"{name}.patch_size={x}" for name, x in zip(names, given[1:]))
+        f"or match every masking. Received: patch_size={sizes[0]}, "
+        + ", ".join(f"{name}.patch_size={x}" for name, x in zip(names, sizes[1:]))
     )
 
 
-def _kept(masking, images, embed, noise):
+def _kept(masking, images, model, noise):
     """Returns `(batch, N)` booleans, true for patches that are kept and visible."""
-    pixels = pixels_of(masking, images)
-    tokens = None if embed is None else embed(pixels)
-    indices, visible = map(ops.convert_to_numpy, masking.select(pixels, tokens, noise))
+    tokens = None
+    if model is not None:
+        images = model.image_tower.prepare(images)
+        tokens = model.image_encoder.embed_patches(images)
+    indices, visible = map(ops.convert_to_numpy, masking.select(images, tokens, noise))
     kept = np.zeros(tuple(noise.shape), dtype=bool)
     np.put_along_axis(kept, indices, visible, axis=1)
     return kept

@@ -99,15 +99,23 @@ def kept_tokens(masked, images, noise, prefix):
 
 
 @pytest.mark.any_backend
-def test_the_encoder_knows_the_size_of_its_patches():
-    with pytest.raises(ValueError, match=r"`patch_size` must be given.*Received: "):
-        kcm.with_masking(encoder_of("own"), kcm.KMeansMasking(), "positions")
-    vit = encoder_of("vit_wide")
-    for encoder in (keras.Model(vit.input, vit.output), vit):
-        masked = kcm.with_masking(encoder, kcm.KMeansMasking())
-        assert masked.masking.patch_size == (4, 4)
+@pytest.mark.parametrize("kind", ["own", "vit_wide", "dino"])
+def test_the_size_of_patches_follows_from_their_number(kind):
+    _, layer, (height, width), _ = ENCODERS[kind]
+    encoder, masking = encoder_of(kind), kcm.KMeansMasking()
+    masked = kcm.with_masking(encoder, masking, layer)
+    images, noise = (
+        random_images(4, height, width),
+        random_noise(4, height * width // 16),
+    )
+    given = kcm.with_masking(encoder, kcm.KMeansMasking(patch_size=4), layer)
     again = type(masked).from_config(masked.get_config())
-    assert again.masking.patch_size == (4, 4)
+    again.set_weights(masked.get_weights())
+    inputs = inputs_of(masked, images)
+    expected = given(inputs, training=True, noise=noise)
+    for each in (masked, again):
+        assert_same_values(each(inputs, training=True, noise=noise), expected)
+    assert masking.patch_size is None
 
 
 # === The same encoder ===
@@ -289,7 +297,7 @@ def masked_clip(around=False):
             for layer in (None, "own_vit")
         ),
         # Class tokens cannot be seen after attention.
-        (lambda: later("attention", prefix=1), "mixed", "Pass `num_prefix_tokens`"),
+        (lambda: later("attention", prefix=1), "mixed", "`num_prefix_tokens` of"),
         (masked_clip, None, "`encoder` must have no masking"),
         (lambda: masked_clip(around=True), None, "`encoder` must have no masking"),
     ],
@@ -305,7 +313,7 @@ def test_an_encoder_that_cannot_be_masked_is_refused(make, layer, match):
     [
         (keras.layers.Dropout(0.5), "`masking`"),
         # The patch size is not that of the encoder.
-        (kcm.ClusterMasking(patch_size=8), "`tokens` does not fit"),
+        (kcm.ClusterMasking(patch_size=8), "`patch_size` .* must match the model"),
         (kcm.RandomMasking(num_prefix_tokens=1), "`num_prefix_tokens` must be 3"),
     ],
 )

@@ -10,6 +10,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.encoders.families import BLOCKS, TEXT_BLOCKS
+from keras_cluster_mask.encoders.masked import unmasked
 from keras_cluster_mask.encoders.pooled import PooledEncoder
 from keras_cluster_mask.training.layers import all_layers
 from tests.helpers import (
@@ -332,7 +333,7 @@ def test_a_model_trains_without_a_warning_and_reloads(family, options, tmp_path)
     model = make_model(make_images, lambda: embedder(num_layers=2), **options)
     model.text_encoder.backbone.trainable = False
     # As for a model that is tuned after its projections.
-    model.image_tower.encoder.backbone.trainable = True
+    unmasked(model.image_encoder).backbone.trainable = True
     model.compile("adam", **FAST)
     frozen = values(model.text_encoder.weights)
     with warnings.catch_warnings():
@@ -345,9 +346,9 @@ def test_a_model_trains_without_a_warning_and_reloads(family, options, tmp_path)
     loaded = reloaded(model, tmp_path)
     assert len(loaded.trainable_variables) == len(model.trainable_variables)
     assert_close(*(x.predict(pairs(), verbose=0) for x in (loaded, model)))
-    before = values(loaded.image_tower.encoder.backbone.trainable_variables)
+    before = values(unmasked(loaded.image_encoder).backbone.trainable_variables)
     loaded.fit(pairs(), batch_size=4, verbose=0)
-    after = values(loaded.image_tower.encoder.backbone.trainable_variables)
+    after = values(unmasked(loaded.image_encoder).backbone.trainable_variables)
     assert any(np.any(one != other) for one, other in zip(before, after))
 
 

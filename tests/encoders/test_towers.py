@@ -296,6 +296,8 @@ def test_frozen_encoders_train_with_masking_alone(masked):
             fit = dict(batch_size=8, epochs=3, shuffle=False, verbose=0)
             history = model.fit(random_pairs(8), **fit).history["loss"]
             losses[rate, is_trained] = history
-    np.testing.assert_allclose(losses[0.5, False], losses[0.0, False], rtol=1e-5)
+    if masked in (None, "around"):
+        # A frozen encoder of another kind trains, so that its masking does.
+        np.testing.assert_allclose(losses[0.5, False], losses[0.0, False], rtol=1e-5)
     assert (np.ptp(losses[0.0, False]) > 1e-3) == (masked is not None)
     assert np.ptp(losses[0.5, True]) > 1e-3

@@ -315,6 +315,8 @@ class TestEmbeddingSchedule:
             similarity = numpy(masking.similarity(images, anchors, tokens))
             shares.append(np.mean(similarity > thresholds[-1]))
             masking(tokens, images=images, training=True, noise=noise)
+            assert float(masking.threshold) == np.float32(thresholds[-1])
+            masking.advance()
             ratios.append(float(masking.last_mask_ratio))
             thresholds.append(float(masking.threshold))
         assert abs(shares[0] - 0.5) > 0.2

@@ -73,7 +73,7 @@ def test_zero_tokens_are_like_none_even_themselves():
         patch_size=4, seed_ratio=0.2, edges=None, embedding_weight=1.0
     )
     masked = numpy(masking.score(noise, images, tokens)) < 0.0
-    seeds = numpy(masking.draw_seeds(ops.convert_to_tensor(noise), None))
+    seeds = numpy(masking.draw_seeds(ops.convert_to_tensor(noise), None, None))
     has_alike = (seeds >= 2).any(axis=1)
     assert not masked[:, :2].any()
     np.testing.assert_array_equal(masked[:, 2:].all(axis=1), has_alike)

@@ -87,10 +87,13 @@ def test_a_schedule_sets_the_weight_of_each_training_step(strategy):
         inputs = dict(images=images, tokens=tokens, noise=noise)
         assert_selects(scheduled, expected, **inputs)
         chosen.append(expected[0])
-        # Neither inference nor looking advances the step, only training.
+        # A call that draws its noise is a step. Inference, a selection, and a call with
+        # the noise of another are none.
         scheduled(tokens, images=images)
         assert int(scheduled.step) == step
         scheduled(tokens, images=images, training=True, noise=noise)
+        assert int(scheduled.step) == step
+        scheduled(tokens, images=images, training=True)
     assert np.any(chosen[0] != chosen[4])
 
 

@@ -22,12 +22,10 @@ from tests.helpers import (
     assert_close,
     assert_same_values,
     ids_of,
-    image_mlp,
     options_of,
     random_images,
     random_pairs,
     reloaded,
-    text_bag,
     tiny_clip,
     tiny_metaclip,
     tiny_siglip,
@@ -445,7 +443,6 @@ def test_unchecked_texts_without_the_end_token_have_no_embedding(metaclip):
         ({"backbone": "clip_vit_base_patch16"}, "`backbone`"),
         ({"dtype": "mixed_bfloat16", "projection_dim": 8}, "`dtype` and `projection_"),
         ({"head": "mlp"}, "`head`"),
-        ({"head": ContrastiveHead(projection_dim=8)}, "`head`"),
     ],
 )
 def test_what_fits_no_backbone_is_refused(options, match):
@@ -460,9 +457,6 @@ def test_models_share_a_head_of_the_same_backbone_alone():
     assert of_backbone(backbone, head=head).head is head
     with pytest.raises(ValueError, match=r"`head` must be .*Received: "):
         of_backbone(tiny_clip(), head=head)
-    # A file of it would not have the projections.
-    with pytest.raises(ValueError, match=r"`head` must not hold .*Received: "):
-        kcm.ContrastiveModel(image_mlp(), text_bag(), head=head)
 
 
 @pytest.mark.any_backend

@@ -419,9 +419,8 @@ def test_adapt_sees_pixels_as_the_model_shows_them_to_the_masking():
     thresholds = []
     for given, inside in ((images, True), (normalized, True), (images, False)):
         masking = threshold_masking(threshold=None, mask_ratio=0.5)
-        if inside:
-            masked_model(masking)
-        masking.adapt(given)
+        model = masked_model(masking)
+        masking.adapt(given, model=model if inside else None)
         thresholds.append(float(masking.threshold))
     assert thresholds[0] == thresholds[1] != thresholds[2]
 
@@ -487,11 +486,9 @@ def test_a_mask_ratio_that_is_set_later_is_checked():
         one_step(model, random_pairs(4))
 
 
-def shared_masking():
-    masking = kcm.RandomMasking(0.5, num_prefix_tokens=0)
-    masked_model(masking)
-    masked_model(masking)
-    return masked_model(masking, pixel_mean=(0.5, 0.5, 0.4))
+def of_towers(**options):
+    model = small_model()
+    return kcm.ContrastiveModel(model.image_tower, model.text_tower, **options)
 
 
 @pytest.mark.any_backend
@@ -502,9 +499,6 @@ def shared_masking():
             (lambda x=options: small_model(head=ContrastiveHead(**x)), f"`{name}`")
             for name, options in (
                 ("loss", dict(loss="hinge")),
-                ("projection", dict(projection="cubic", projection_dim=4)),
-                ("projection_dim", dict(projection="mlp")),
-                ("projection_dim", dict(projection_dim=0)),
                 ("initial_temperature", dict(initial_temperature=0.0)),
                 ("max_logit_scale", dict(initial_temperature=0.002)),
                 ("initial_logit_bias", dict(initial_logit_bias=-5.0)),
@@ -515,11 +509,17 @@ def shared_masking():
             (functools.partial(small_model, **options), f"`{name}`")
             for name, options in (
                 ("head", dict(head="cubic")),
-                ("dtype", dict(head=ContrastiveHead(), dtype="mixed_bfloat16")),
+                ("projection_dim", dict(head="mlp")),
+                ("projection_dim", dict(projection_dim=0)),
             )
         ),
         (lambda: kcm.ContrastiveModel(image_mlp(12), text_bag()), "projection_dim"),
-        (shared_masking, "part of another model"),
+        (lambda: of_towers(projection_dim=5), "`projection_dim` must be left out"),
+        (lambda: of_towers(pixel_mean=None), "`pixel_mean` must be left out"),
+        (
+            lambda: kcm.ContrastiveModel(small_model().image_tower, text_bag()),
+            "both encoders must be towers",
+        ),
         (lambda: kcm.ContrastiveModel("vit", text_bag()), "`image_encoder`"),
     ],
 )
@@ -609,11 +609,9 @@ def test_a_tower_in_float16_gets_a_scaled_loss(policy, options, expected, tmp_pa
 @pytest.mark.any_backend
 def test_the_projections_have_the_dtype_policy_of_the_model(tmp_path):
     model = small_model(projection_dim=4, dtype="mixed_bfloat16")
-    # Which may be given, too.
-    assert small_model(head=model.head, dtype="mixed_bfloat16").head is model.head
     loaded, pairs = reloaded(model, tmp_path), random_pairs(4)
     for each in (model, loaded):
-        assert each.head.image_projection.compute_dtype == "bfloat16"
+        assert each.image_tower.projection.compute_dtype == "bfloat16"
     found, expected = (x.predict(pairs, verbose=0) for x in (loaded, model))
     assert_same_values(found, expected)
     assert {x.dtype for x in found.values()} == {np.dtype("float32")}

@@ -45,7 +45,7 @@ def draw(case):
     }
     head = {"loss": choose("softmax", "sigmoid")}
     if encoders == "own":
-        head["projection_dim"] = choose(None, 5)
+        options["projection_dim"] = choose(None, 5)
     head["initial_temperature"] = choose(0.05, 0.2)
     head["max_logit_scale"] = choose(40.0, 100.0)
     options["head"] = head

@@ -466,8 +466,7 @@ def test_every_so_many_epochs_and_the_last_are_saved(
 def test_weights_in_half_precision_are_resumed_as_they_were(tmp_path):
     models = []
     for _ in range(2):
-        head = kcm.models.ContrastiveHead(projection_dim=8, dtype="bfloat16")
-        models.append(compiled_model(head=head))
+        models.append(compiled_model(projection_dim=8, dtype="bfloat16"))
         run(random_pairs(8), tmp_path, None, models[-1], epochs=1, **ARRAYS)
     trained, resumed = models
     assert "bfloat16" in {v.dtype for v in resumed.weights}

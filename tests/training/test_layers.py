@@ -116,7 +116,8 @@ def test_the_temperature_of_a_frozen_backbone_stays_as_it_is(tmp_path, is_traine
     if is_trained:
         # With the projections alone. TensorFlow skips a value that an attribute has.
         backbone.trainable = model.head.trainable = False
-        model.head.trainable = True
+        for part in (model.head, backbone.vision_projection, backbone.text_projection):
+            part.trainable = True
     assert len(model.trainable_weights) == 3 * is_trained
     assert len(reloaded(model, tmp_path).trainable_weights) == 3 * is_trained
 

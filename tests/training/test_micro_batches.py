@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, default_collate
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import losses
-from keras_cluster_mask.masking.selection import StepNoise
 from keras_cluster_mask.training.micro_batches import (
     check_micro_batches,
 )
@@ -87,16 +86,12 @@ class Called(keras.layers.Layer):
 
 def in_chunks_by_hand(model, num_chunks):
     """One chunk after another, as Keras would, with nothing forgotten."""
-    state = model.maskings[0].seed_generator.state
 
     def embed(pairs):
-        start = ops.copy(ops.convert_to_tensor(state))
-        parts = []
+        noise, parts = model.draw_noise(pairs["images"]), []
         for index in range(num_chunks):
-            state.assign(start)
             chunk = {key: value[index::num_chunks] for key, value in pairs.items()}
-            noise = StepNoise(BATCH, lambda x, i=index: x[i::num_chunks])
-            parts.append(model._embed(chunk, True, noise))
+            parts.append(model._embed(chunk, True, noise[index::num_chunks]))
         return {
             key: ops.reshape(ops.stack([x[key] for x in parts], axis=1), (BATCH, -1))
             for key in parts[0]

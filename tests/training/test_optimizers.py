@@ -129,7 +129,7 @@ def test_what_a_vector_is(shape, name, expected):
 @pytest.mark.any_backend
 def test_what_an_optimizer_excludes_already_stays_excluded():
     model = make_model()
-    kept = model.head.image_projection.kernel
+    kept = model.image_tower.projection.kernel
     optimizer = keras.optimizers.SGD(0.0, weight_decay=0.5)
     optimizer.exclude_from_weight_decay([kept], ["embeddings"])
     model.compile(optimizer)
@@ -147,8 +147,8 @@ def test_an_optimizer_of_vectors_alone_decays_nothing():
     for decay in (None, 0.5):
         model = make_model()
         model.image_encoder.trainable = model.text_encoder.trainable = False
-        model.head.image_projection.trainable = False
-        model.head.text_projection.trainable = False
+        model.image_tower.projection.trainable = False
+        model.text_tower.projection.trainable = False
         model.compile(keras.optimizers.SGD(RATE, weight_decay=decay), **FAST)
         fit(model, steps=1)
         trained.append(values(model.trainable_variables))
