@@ -329,27 +329,28 @@ def features_of(options, split, model, photos=0):
     source, target = Path(options.features, split), Path(options.features, split, name)
     if not (target / "features.json").exists():
         target.mkdir(exist_ok=True)
-        progress = json.loads((source / "features.json").read_text())
+        header = json.loads((source / "features.json").read_text())
         whole = kcm.TowerFeatures(source)
         photos = photos or whole.num_images
-        num_texts = whole.counts[:photos].sum()
+        num_texts = int(whole.counts[:photos].sum())
         images = whole.pairs(slice(photos))["image_features"]
         texts = all_features(whole)[1][:num_texts]
         columns = [*map(blocks_of, (images, texts), chosen, depths(options))]
         if chosen[1] is None:
             columns[1] = columns[1][:, columns[1].shape[1] // 2 :]
-        for kind, rows in zip(("image", "text"), columns, strict=True):
-            rows.astype("float32").tofile(target / f"{kind}_features.bin")
-            progress["shapes"][f"{kind}_features"] = list(rows.shape[1:])
-        for rest, count in (
-            ("caption_labels", 2 * num_texts),
-            ("captions_of_image", photos),
-        ):
-            found = np.fromfile(source / f"{rest}.bin", "int32")[:count]
-            found.tofile(target / f"{rest}.bin")
-        progress["rows"] = {"images": photos, "texts": int(num_texts)}
-        progress["description"]["towers"] = feature_files.describe_towers(model)
-        write_json(target / "features.json", **progress)
+        labels = np.load(source / "caption_labels.npy", mmap_mode="r")[:num_texts]
+        arrays = {
+            "image_features": columns[0],
+            "text_features": columns[1],
+            "caption_labels": labels,
+            "num_captions": whole.counts[:photos],
+        }
+        for array, rows in arrays.items():
+            np.save(target / f"{array}.npy", rows)
+        header["description"]["towers"] = feature_files.describe_towers(model)
+        write_json(
+            target / "features.json", **header | {"images": photos, "texts": num_texts}
+        )
     return kcm.TowerFeatures(target)
 
 

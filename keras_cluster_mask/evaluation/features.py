@@ -28,12 +28,12 @@ from keras_cluster_mask.evaluation.embedding import (
 from keras_cluster_mask.losses import caption_labels, without_padding
 from keras_cluster_mask.stream import COMPARED, Stream
 from keras_cluster_mask.training.features import (
-    ARRAYS,
-    PROGRESS,
+    HEADER,
     TowerFeatures,
+    append_rows,
     check_same,
     describe_towers,
-    read_progress,
+    read_header,
 )
 from keras_cluster_mask.training.tokenizers import digest_of, tokenizer_of
 
@@ -89,39 +89,40 @@ def compute_features(
     }
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    found = read_progress(folder) or {
-        "rows": {"images": 0, "texts": 0},
-        "batches": 0,
+    header = read_header(folder) or {
+        **{"description": description, "batches": 0, "images": 0, "texts": 0},
         "done": False,
-        "description": description,
     }
-    check_same(found["description"], description, "towers, tokenizer and data")
+    check_same(header["description"], description, "towers, tokenizer and data")
+    if header["done"]:
+        return TowerFeatures(folder)
     progress = progress_bar(num_images(data), verbose, "image")
-    if not found["done"]:
-        for batch in itertools.islice(read_batches(data), found["batches"], None):
-            if not len(batch["images"]):
-                found["batches"] += 1
-                continue
-            texts, owners = texts_of(batch)
-            counts = np.bincount(owners, minlength=len(batch["images"]))
-            if not counts.all():
-                raise ValueError(
-                    "`data` must have a caption for each image. Received: "
-                    f"{int(np.sum(counts == 0))} images of a batch without"
-                )
-            token_ids = tokenize(texts)
-            read = without_padding(model.text_tower.family, token_ids)
-            arrays = {
-                "image_features": embedder.images(batch["images"]),
-                "text_features": embedder.texts(token_ids),
-                "caption_labels": caption_labels(read),
-                "captions_of_image": counts,
-            }
-            _append(folder, found, arrays)
-            progress.update(found["rows"]["images"], finalize=False)
-        check_not_empty(found["rows"]["images"], data)
-        _write_progress(folder, {**found, "done": True})
-        progress.update(found["rows"]["images"], finalize=True)
+    for batch in itertools.islice(read_batches(data), header["batches"], None):
+        header["batches"] += 1
+        if not len(batch["images"]):
+            continue
+        texts, owners = texts_of(batch)
+        counts = np.bincount(owners, minlength=len(batch["images"]))
+        if not counts.all():
+            raise ValueError(
+                "`data` must have a caption for each image. Received: "
+                f"{int(np.sum(counts == 0))} images of a batch without"
+            )
+        token_ids = tokenize(texts)
+        read = without_padding(model.text_tower.family, token_ids)
+        arrays = {
+            "image_features": embedder.images(batch["images"]).astype("float32"),
+            "num_captions": counts,
+            "text_features": embedder.texts(token_ids).astype("float32"),
+            "caption_labels": as_array(caption_labels(read)),
+        }
+        append_rows(folder, header, arrays)
+        # After the rows, so that a run that was killed between writes them again.
+        _write_header(folder, header)
+        progress.update(header["images"], finalize=False)
+    check_not_empty(header["images"], data)
+    _write_header(folder, {**header, "done": True})
+    progress.update(header["images"], finalize=True)
     return TowerFeatures(folder)
 
 
@@ -145,26 +146,6 @@ def _describe_data(data):
     return checksum
 
 
-def _append(folder, found, arrays):
-    """Adds the rows of a batch to the files, after the complete rows."""
-    shapes = {name: [*array.shape[1:]] for name, array in arrays.items()}
-    if found.setdefault("shapes", shapes) != shapes:
-        raise ValueError(
-            "The towers must return features of one width for all "
-            f"batches. Received: shapes {shapes}, after {found['shapes']}"
-        )
-    mode = "r+b" if found["rows"]["images"] else "wb"
-    for name, (dtype, kind) in ARRAYS.items():
-        array = np.ascontiguousarray(as_array(arrays[name]), dtype)
-        with open(folder / f"{name}.bin", mode) as file:
-            file.seek(found["rows"][kind] * array[:1].nbytes)
-            file.write(array)
-    found["rows"]["images"] += len(arrays["image_features"])
-    found["rows"]["texts"] += len(arrays["text_features"])
-    found["batches"] += 1
-    _write_progress(folder, found)
-
-
-def _write_progress(folder, found):
-    with replacing(folder / PROGRESS) as file:
-        file.write(json.dumps(found).encode())
+def _write_header(folder, header):
+    with replacing(folder / HEADER) as file:
+        file.write(json.dumps(header).encode())

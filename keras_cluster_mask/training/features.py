@@ -14,18 +14,18 @@ from keras import ops
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.layers import all_layers, settings_of
 
-PROGRESS = "features.json"
+# The file with the description, the numbers of rows and whether they are all there.
+HEADER = "features.json"
+# The arrays of a folder, one `.npy` file each, and what they have a row for.
+ROWS_OF = {
+    "image_features": "images",
+    "num_captions": "images",
+    "text_features": "texts",
+    # Equal captions have equal labels, whatever they were padded with.
+    "caption_labels": "texts",
+}
 # Rows that are read at a time.
 ROWS = 65_536
-# The arrays in the folder, one file each: their dtype, and whether they have a row for
-# each image or for each text.
-ARRAYS = {
-    "image_features": ("float32", "images"),
-    "text_features": ("float32", "texts"),
-    # Equal captions have equal labels, whatever they were padded with.
-    "caption_labels": ("int32", "texts"),
-    "captions_of_image": ("int32", "images"),
-}
 # What the hashes in a description stand for.
 HASHED = {
     "towers.image_encoder": "the weights or settings of the image encoder",
@@ -39,7 +39,7 @@ HASHED = {
 
 
 class TowerFeatures:
-    """Features of both towers for a dataset, in memory-mapped files.
+    """Features of both towers for a dataset, in memory-mapped `.npy` files.
 
     `kcm.evaluation.compute_features` computes them, and `ContrastiveModel.fit` trains
     the projections on them. Each epoch draws one caption of each image.
@@ -75,8 +75,8 @@ class TowerFeatures:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = pathlib.Path(folder)
-        found = read_progress(self.folder)
-        if found is None or not found["done"]:
+        found = read_header(self.folder)
+        if not found.get("done"):
             raise ValueError(
                 "`folder` must hold the features of a whole dataset: call "
                 "`compute_features` again, which resumes. "
@@ -85,19 +85,13 @@ class TowerFeatures:
         self.description = found["description"]
         # A run on the features resumes if they are recomputed from copied files.
         del self.description["files"]
-        self.tokenizer_digest = found["description"]["tokenizer"]
-        rows = found["rows"]
-        self.num_images, self.num_texts = rows["images"], rows["texts"]
+        self.tokenizer_digest = self.description["tokenizer"]
+        self.num_images, self.num_texts = found["images"], found["texts"]
         self._arrays = {
-            name: np.memmap(
-                self.folder / f"{name}.bin",
-                dtype,
-                "r",
-                shape=(rows[kind], *found["shapes"][name]),
-            )
-            for name, (dtype, kind) in ARRAYS.items()
+            name: np.load(self.folder / f"{name}.npy", mmap_mode="r")
+            for name in ROWS_OF
         }
-        self.counts = self._arrays.pop("captions_of_image")
+        self.counts = self._arrays.pop("num_captions")
         self.first_text = np.cumsum(self.counts) - self.counts
 
     def check_model(self, model: keras.Model, training: bool = False) -> None:
@@ -159,8 +153,10 @@ class FeatureBatches(ArrayBatches):
     """
 
     def __init__(self, features, batch_size, shuffle=True):
-        # They have the shapes of all batches.
-        super().__init__(features.pairs(slice(None)), batch_size, shuffle)
+        # The features stay in their files: only their widths are read.
+        labels = features._arrays["caption_labels"][features.first_text]
+        arrays = {**features._arrays, "caption_labels": labels}
+        super().__init__(arrays, batch_size, shuffle)
         self._features = features
         self.description = {**self.description, **features.description}
 
@@ -175,10 +171,32 @@ class FeatureBatches(ArrayBatches):
         return self._features.pairs(rows, captions)
 
 
-def read_progress(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Reads how far a folder is filled, or returns `None`."""
-    path = folder / PROGRESS
-    return json.loads(path.read_text()) if path.exists() else None
+def read_header(folder: pathlib.Path) -> dict[str, Any]:
+    """Reads how far a folder is filled, and with what; `{}` for a new folder."""
+    path = folder / HEADER
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def append_rows(
+    folder: pathlib.Path, header: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> None:
+    """Appends rows to the files of a folder, after the rows that its header counts.
+
+    Args:
+        folder: Path.
+        header: Dictionary, of which the numbers of rows are updated.
+        arrays: Dictionary of the arrays of `ROWS_OF`.
+    """
+    counts = {name: header[ROWS_OF[name]] for name in arrays}
+    for name, rows in arrays.items():
+        shape = counts[name] + len(rows), *rows.shape[1:]
+        layout = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
+        with open(folder / f"{name}.npy", "r+b" if counts[name] else "wb") as file:
+            # NumPy leaves room for any number of rows, so its length stays the same.
+            np.lib.format.write_array_header_1_0(file, layout)
+            file.seek(counts[name] * rows[:1].nbytes, os.SEEK_CUR)
+            file.write(np.ascontiguousarray(rows))
+        header[ROWS_OF[name]] = shape[0]
 
 
 def describe_towers(model: keras.Model) -> dict[str, Any]:
