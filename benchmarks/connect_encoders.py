@@ -293,7 +293,7 @@ def features(options, folder):
     model = new_model(options, 0, images=blocks[0], texts=blocks[1])
     for split in SPLITS:
         start = time.process_time()
-        computed = kcm.evaluation.compute_features(
+        computed = kcm.compute_features(
             model, dataset(options, split, model), f"{options.features}/{split}"
         )
         if split not in found:

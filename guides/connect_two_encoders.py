@@ -112,7 +112,7 @@ model = connect()
 # %%
 model.image_encoder.trainable = model.text_encoder.trainable = False
 folder = RESULTS / "features"
-features = kcm.evaluation.compute_features(model, TRAIN, folder, verbose=0)
+features = kcm.compute_features(model, TRAIN, folder, verbose=0)
 print(features.num_images, "images,", features.num_texts, "captions")
 model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
 start = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     # Type checkers and editors do not call `__getattr__`.
     from keras_cluster_mask import data, evaluation, interop, visualization
+    from keras_cluster_mask.feature_extraction import compute_features
 
 # Import the classes that a `.keras` file can refer to, so that Keras finds them. Worker
 # processes that read data do not need Keras: they import what they use.
@@ -46,6 +47,7 @@ __all__ = [
     "Recipe",
     "TowerFeatures",
     "callbacks",
+    "compute_features",
     "data",
     "distribution",
     "evaluation",
@@ -66,6 +68,9 @@ if not TYPE_CHECKING:
     def __getattr__(name):
         # Imported on first use, because these modules need packages that `import keras`
         # does not. A worker process finds all names here.
+        if name == "compute_features":
+            home = importlib.import_module(f"{__name__}.feature_extraction")
+            return home.compute_features
         if name in __all__:
             for module in ("fine_tune", "masking", "models", "recipe", "training"):
                 module = importlib.import_module(f"{__name__}.{module}")

@@ -1,4 +1,4 @@
-"""Evaluation of a model: retrieval, zero-shot classification, features."""
+"""Evaluation of a model: retrieval, zero-shot classification, embeddings."""
 
 from keras_cluster_mask.evaluation.classification import (
     classification_accuracy,
@@ -6,7 +6,6 @@ from keras_cluster_mask.evaluation.classification import (
     zero_shot_classifier,
 )
 from keras_cluster_mask.evaluation.embedding import embed, embed_texts
-from keras_cluster_mask.evaluation.features import compute_features
 from keras_cluster_mask.evaluation.retrieval import (
     chance_recall,
     evaluate_retrieval,
@@ -16,7 +15,6 @@ from keras_cluster_mask.evaluation.retrieval import (
 __all__ = [
     "chance_recall",
     "classification_accuracy",
-    "compute_features",
     "embed",
     "embed_texts",
     "evaluate_retrieval",

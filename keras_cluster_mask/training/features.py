@@ -41,8 +41,8 @@ HASHED = {
 class TowerFeatures:
     """Features of both towers for a dataset, in memory-mapped `.npy` files.
 
-    `kcm.evaluation.compute_features` computes them, and `ContrastiveModel.fit` trains
-    the projections on them. Each epoch draws one caption of each image.
+    `kcm.compute_features` returns them, and `ContrastiveModel.fit` trains the
+    projections on them. Each epoch draws one caption of each image.
 
     Example:
 
@@ -52,11 +52,10 @@ class TowerFeatures:
     model = kcm.ContrastiveModel.from_backbone(backbone, tokenizer=tokenizer)
     images = np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8")
     data = {"images": images, "captions": [("a dog", "a cat")] * 8}
-    kcm.evaluation.compute_features(model, data, "features")
+    kcm.compute_features(model, data, "features")
+    # In a later program:
     features = kcm.TowerFeatures("features")
-    model.image_encoder.trainable = model.text_encoder.trainable = False
-    model.compile("adam")
-    model.fit(features, batch_size=4)
+    features.num_images, features.num_texts  # (8, 16)
     ```
 
     Args:

@@ -137,14 +137,13 @@ def test_averages_are_evaluated_once_they_are_swapped_in(is_swapped):
 
 
 @pytest.mark.any_backend
-def test_a_function_may_call_all_functions_of_evaluation(tmp_path):
+def test_a_function_may_call_all_functions_of_evaluation():
     evaluation, images = kcm.evaluation, pairs(6)["images"]
     labeled = images, np.arange(6) % 3
     captioned = {"images": images, "captions": list("abcdef")}
     options = {"tokenizer": tokenizer, "verbose": 0}
 
     def evaluate(model):
-        evaluation.compute_features(model, captioned, folder=tmp_path, **options)
         evaluation.zero_shot_classifier(model, NAMES, **options)
         evaluation.embed(model, captioned, **options)
         evaluation.embed_texts(model, NAMES, **options)
@@ -153,7 +152,6 @@ def test_a_function_may_call_all_functions_of_evaluation(tmp_path):
 
     model, history = fit([Evaluate(evaluate, name="all")])
     assert history["val_all_top_1"] == [evaluate(model)["top_1"]]
-    assert kcm.TowerFeatures(tmp_path).num_images == 6
 
 
 # === What training makes of it ===

@@ -4,7 +4,6 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.evaluation import (
-    compute_features,
     embed,
     embed_texts,
     evaluate_retrieval,
@@ -156,7 +155,7 @@ def test_datasets_for_training_and_parts_of_datasets_are_refused(
     for evaluate in (
         lambda: evaluate_retrieval(model, part),
         lambda: evaluate_zero_shot(model, part, ["cat", "dog"], tokenizer),
-        lambda: compute_features(model, part, tmp_path),
+        lambda: kcm.compute_features(model, part, tmp_path),
         lambda: kcm.callbacks.Retrieval(part),
     ):
         with pytest.raises(ValueError, match=r"`process=\(0, 1\)`.*Received: .*\(1, 2"):

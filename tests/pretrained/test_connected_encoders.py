@@ -67,7 +67,7 @@ def masked(encoders, text, train, tmp_path_factory):
         image, text, projection_dim=128, masking=kcm.RandomMasking(0.5)
     )
     folder = tmp_path_factory.mktemp("features")
-    features = kcm.evaluation.compute_features(model, train, folder, verbose=0)
+    features = kcm.compute_features(model, train, folder, verbose=0)
     model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1), **FAST)
     model.fit(features, batch_size=64, epochs=30, verbose=0)
     return model

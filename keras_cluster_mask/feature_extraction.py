@@ -1,4 +1,4 @@
-"""Computes the features of frozen towers once."""
+"""Computes the features of frozen towers once, to train the projections on."""
 
 import itertools
 import json
@@ -20,12 +20,9 @@ from keras_cluster_mask.data.files import replacing
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.checks import check_whole
-from keras_cluster_mask.evaluation.embedding import (
-    embedder_of,
-    pairs_of,
-    texts_of,
-)
+from keras_cluster_mask.evaluation.embedding import pairs_of, texts_of
 from keras_cluster_mask.losses import caption_labels, without_padding
+from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.stream import COMPARED, Stream
 from keras_cluster_mask.training.features import (
     HEADER,
@@ -36,6 +33,8 @@ from keras_cluster_mask.training.features import (
     read_header,
 )
 from keras_cluster_mask.training.tokenizers import digest_of, tokenizer_of
+
+__all__ = ["compute_features"]
 
 
 def compute_features(
@@ -50,14 +49,28 @@ def compute_features(
     Training only the projections of a model on features takes seconds per epoch. An
     interrupted run resumes. A complete folder is returned without computation.
 
+    Example:
+
+    ```python
+    tokenizer = kcm.data.CLIPTokenizer.train(["a dog", "a cat"], 600)
+    backbone = kcm.models.clip_backbone("tiny", 32, tokenizer.vocabulary_size)
+    model = kcm.ContrastiveModel.from_backbone(backbone, tokenizer=tokenizer)
+    images = np.random.randint(0, 256, (8, 32, 32, 3)).astype("uint8")
+    data = {"images": images, "captions": [("a dog", "a cat")] * 8}
+    features = kcm.compute_features(model, data, "features")
+    model.image_encoder.trainable = model.text_encoder.trainable = False
+    model.compile("adam")
+    model.fit(features, batch_size=4)
+    ```
+
     Args:
         model: A `ContrastiveModel`.
         data: A source of images and captions, such as a path; see `image_text_dataset`.
-            Or data as for `embed`, with `"captions"`: one or several for each image. An
-            `image_text_dataset` needs `include_captions=True`.
+            Or data as for `kcm.evaluation.embed`, with `"captions"`: one or several for
+            each image. An `image_text_dataset` needs `include_captions=True`.
         folder: str or path. The folder to write to.
-        tokenizer: As for `embed`. Defaults to the tokenizer of the model. A model
-            without a tokenizer gets this one.
+        tokenizer: As for `kcm.evaluation.embed`. Defaults to the tokenizer of the model.
+            A model without a tokenizer gets this one.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:
@@ -72,7 +85,7 @@ def compute_features(
             URLs that a table or folder names, in an iterator, or in other iterables
             after the first batch.
     """
-    model = embedder_of(model).model
+    model = as_contrastive_model(model)
     data = pairs_of(model, data)
     check_whole(data)
     embedder = Embedder(model, features=True)

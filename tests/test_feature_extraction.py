@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.evaluation import compute_features
+from keras_cluster_mask import compute_features
 from keras_cluster_mask.training import arrays
 from keras_cluster_mask.training.features import FeatureBatches
 from tests.data.reading import pairs_of as files_of
