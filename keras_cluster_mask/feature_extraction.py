@@ -69,8 +69,8 @@ def compute_features(
             Or data as for `kcm.evaluation.embed`, with `"captions"`: one or several for
             each image. An `image_text_dataset` needs `include_captions=True`.
         folder: str or path. The folder to write to.
-        tokenizer: As for `kcm.evaluation.embed`. Defaults to the tokenizer of the model.
-            A model without a tokenizer gets this one.
+        tokenizer: As for `kcm.evaluation.embed`. Defaults to the tokenizer of the
+            model. A model without a tokenizer gets this one.
         verbose: `"auto"`, 0 or 1. Whether to show progress.
 
     Returns:

@@ -296,7 +296,7 @@ def test_features_of_other_settings_are_refused(tmp_path):
 @pytest.mark.any_backend
 def test_features_of_another_precision_are_refused(features, tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
-    message = r"`features` .*dtype\.0\.0='float32' then, 'bfloat16' now"
+    message = r"`features` .*dtype\.0\.0: 'float32' then, 'bfloat16' now"
     with pytest.raises(ValueError, match=message):
         frozen_model().fit(features, batch_size=5)
     # A masking does not change features, whatever its precision.
@@ -361,7 +361,7 @@ def write_source(tmp_path, encode, write_tar):
 @pytest.mark.parametrize(
     ("kind", "changed", "part"),
     [
-        ("folder", None, "data.resize='crop' then, 'squash' now"),
+        ("folder", None, "data.resize: 'crop' then, 'squash' now"),
         # Not among those that are read for a description, or one of them.
         *[("table", 1, FILES), ("folder", 1, FILES), ("tar", 1, FILES)],
         *[("PIL", 93, SAMPLES), ("arrays", 93, SAMPLES)],

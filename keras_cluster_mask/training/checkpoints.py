@@ -20,7 +20,7 @@ from keras_cluster_mask.distribution.processes import (
     to_numpy,
 )
 from keras_cluster_mask.distribution.replicas import is_main_process
-from keras_cluster_mask.training.layers import settings_of
+from keras_cluster_mask.training.layers import differences, settings_of
 from keras_cluster_mask.training.optimizers import (
     build,
     inner_optimizer,
@@ -121,11 +121,14 @@ class Checkpoint(RunCallback):
     def __init__(
         self, directory: str | os.PathLike, save_every: int = 1, keep: int = 3
     ):
+        # Imported when used, since it needs packages that Keras does not.
+        from keras_cluster_mask.data.files import file_system
+
         super().__init__()
         self.folder = os.fspath(directory).rstrip("/")
         self.save_every = check_integer("save_every", save_every)
         self.keep = check_integer("keep", keep)
-        _storage().file_system(self.folder, "directory")
+        file_system(self.folder, "directory")
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         super().on_train_begin(logs)
@@ -168,6 +171,8 @@ class Checkpoint(RunCallback):
 
     def _save(self, arrays):
         """Writes a checkpoint, and then removes the oldest ones beyond `keep`."""
+        from keras_cluster_mask.data.files import remove, replacing
+
         run = self.run
         facts = {
             "epoch": run.epoch,
@@ -183,13 +188,13 @@ class Checkpoint(RunCallback):
         content = np.array(json.dumps(facts, default=float))
         path = f"{self.folder}/epoch-{run.epoch:05}.npz"
         # A reader finds the whole file or none, even if this process is killed.
-        with _storage().replacing(path) as file:
+        with replacing(path) as file:
             np.savez(file, *arrays, facts=content, **run.rng_state)
         # A process that was killed has left the file that it was writing.
         parts = _find(self.folder, r"\..*\.part")
         paths = [*saved_epochs(self.folder).values()]
         for old in [*paths[: -self.keep], *parts]:
-            _storage().remove(old)
+            remove(old)
 
 
 def resume(run, model, path, verbose):
@@ -201,8 +206,10 @@ def resume(run, model, path, verbose):
         path: Path or URL of a checkpoint, which must exist, or of a folder.
         verbose: Whether to print where the run starts.
     """
+    from keras_cluster_mask.data.files import file_system
+
     path = os.fspath(path).rstrip("/")
-    _storage().file_system(path, "resume_from")
+    file_system(path, "resume_from")
     paths = [path] if path.endswith(".npz") else [*saved_epochs(path).values()]
     if not paths and path.endswith((".keras", ".h5")):
         raise ValueError(
@@ -229,11 +236,7 @@ def resume(run, model, path, verbose):
         )
     _check_resumable(run.data)
     build(model)
-    wanted = describe(model, run.data)
-    differing = [
-        f"{part}: {saved!r} in the checkpoint, {given!r} in the model"
-        for part, saved, given in _differences(facts["description"], wanted)
-    ]
+    differing = [*differences(facts["description"], describe(model, run.data))]
     if differing:
         raise ValueError(
             "`resume_from` must be a checkpoint of the same model and data. Use "
@@ -306,18 +309,6 @@ def describe(model, data):
     return json.loads(json.dumps(content, default=float))
 
 
-def _differences(saved, wanted, path=""):
-    """Yields the path and both values of each part in which two JSON values differ."""
-    if isinstance(saved, list) and isinstance(wanted, list):
-        saved, wanted = dict(enumerate(saved)), dict(enumerate(wanted))
-    if isinstance(saved, dict) and isinstance(wanted, dict):
-        for key in {**wanted, **saved}:
-            part = f"{path}.{key}" if path else key
-            yield from _differences(saved.get(key), wanted.get(key), part)
-    elif saved != wanted:
-        yield path, saved, wanted
-
-
 def _check_resumable(data):
     """Raises an error for data that cannot be read from the start of an epoch."""
     if data.steps_per_epoch is not None and data.spec is None:
@@ -332,16 +323,11 @@ def _check_resumable(data):
 # === Files ===
 
 
-def _storage():
-    # Imported when used, since it needs packages that Keras does not.
-    from keras_cluster_mask.data import files
-
-    return files
-
-
 def _find(folder, pattern):
     """Returns the sorted paths of the files with names that match a pattern."""
-    system, found = _storage().file_system(folder)
+    from keras_cluster_mask.data.files import file_system
+
+    system, found = file_system(folder)
     # Clients of object stores cache listings.
     system.invalidate_cache(found)
     try:
@@ -354,9 +340,11 @@ def _find(folder, pattern):
 
 def _read(path):
     """Returns the arrays and the facts of a checkpoint."""
+    from keras_cluster_mask.data.files import open_file
+
     try:
         with (
-            _storage().open_file(path) as content,
+            open_file(path) as content,
             np.load(content, allow_pickle=False) as file,
         ):
             arrays = dict(file)

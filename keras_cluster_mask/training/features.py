@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.training.arrays import ArrayBatches
-from keras_cluster_mask.training.layers import all_layers, settings_of
+from keras_cluster_mask.training.layers import all_layers, differences, settings_of
 
 # The file with the description, the numbers of rows and whether they are all there.
 HEADER = "features.json"
@@ -26,16 +26,6 @@ ROWS_OF = {
 }
 # Rows that are read at a time.
 ROWS = 65_536
-# What the hashes in a description stand for.
-HASHED = {
-    "towers.image_encoder": "the weights or settings of the image encoder",
-    "towers.text_encoder": "the weights or settings of the text encoder",
-    "tokenizer": "the tokenizer",
-    "data": "the images or captions",
-    "data.sources.0.fingerprint": "the samples",
-    "data.sources.0.samples": "the samples",
-    "files": "the sizes or dates of files",
-}
 
 
 class TowerFeatures:
@@ -224,14 +214,7 @@ def describe_towers(model: keras.Model) -> dict[str, Any]:
 
 def check_same(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
     """Raises an error if features come from other towers or data than given."""
-    then, now = (
-        {".".join(map(str, path)): x for path, x in keras.tree.flatten_with_path(each)}
-        for each in (found, expected)
-    )
-    differing = [
-        HASHED.get(name) or f"{name}={then.get(name)!r} then, {now.get(name)!r} now"
-        for name in sorted(dict(then.items() ^ now.items()))
-    ]
+    differing = [*differences(found, expected)]
     if differing:
         raise ValueError(
             f"`features` must come from the same {what}: compute them again, in "

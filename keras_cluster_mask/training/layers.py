@@ -5,12 +5,22 @@ so this file reads private attributes. Tests fail if a version of Keras changes 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import keras
 
 NORMALIZATION = keras.layers.LayerNormalization
+# What the hashes in a description stand for.
+HASHED = {
+    "image_encoder": "the weights or settings of the image encoder",
+    "text_encoder": "the weights or settings of the text encoder",
+    "tokenizer": "the tokenizer",
+    "data": "the images or captions",
+    "fingerprint": "the list of samples",
+    "samples": "the samples",
+    "files": "the sizes or dates of files",
+}
 
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -31,6 +41,25 @@ def settings_of(layer: keras.layers.Layer) -> list:
 def is_frozen(layer: keras.layers.Layer) -> bool:
     """Returns whether a layer has weights, none of which are trained."""
     return bool(layer.weights) and not layer.trainable_weights
+
+
+def differences(then: Any, now: Any, path: tuple = ()) -> Iterator[str]:
+    """Yields what differs in two descriptions of a model and data, for messages.
+
+    Args:
+        then: JSON values, as a file has them.
+        now: The same, in which lists may be tuples.
+        path: Tuple of the keys that lead to both.
+    """
+    then, now = (
+        dict(enumerate(x)) if isinstance(x, list | tuple) else x for x in (then, now)
+    )
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in {**now, **then}:
+            yield from differences(then.get(key), now.get(key), (*path, key))
+    elif then != now:
+        name = ".".join(map(str, path))
+        yield HASHED.get(path[-1]) or f"{name}: {then!r} then, {now!r} now"
 
 
 def as_functional(encoder: keras.Model) -> keras.Model:

@@ -15,7 +15,7 @@ MOST = {
     "row": (16, 105),
     "fit": (29, 132),
     "step": (11, 50),
-    "checkpoint": (12, 38),
+    "checkpoint": (12, 37),
 }
 
 
