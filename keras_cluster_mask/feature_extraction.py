@@ -19,8 +19,7 @@ from keras_cluster_mask.batches import (
 from keras_cluster_mask.data.files import replacing
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
-from keras_cluster_mask.evaluation.checks import check_whole
-from keras_cluster_mask.evaluation.embedding import pairs_of, texts_of
+from keras_cluster_mask.evaluation.inputs import check_whole, pairs_of, texts_of
 from keras_cluster_mask.losses import caption_labels, without_padding
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.stream import COMPARED, Stream

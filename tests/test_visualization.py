@@ -6,7 +6,7 @@ from keras import ops
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask import visualization
-from keras_cluster_mask.visualization.images import _for_display
+from keras_cluster_mask.visualization.image_plots import _for_display
 from tests.helpers import compiled_model, random_noise, random_pairs, tiny_clip
 
 pytestmark = pytest.mark.any_backend

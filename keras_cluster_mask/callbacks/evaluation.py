@@ -162,7 +162,7 @@ class EvaluateData(Evaluate):
         name: str | None,
         **options: Any,
     ):
-        from keras_cluster_mask.evaluation.checks import check_whole
+        from keras_cluster_mask.evaluation.inputs import check_whole
 
         if isinstance(data, collections.abc.Iterator):
             raise ValueError(
@@ -176,7 +176,7 @@ class EvaluateData(Evaluate):
         super().__init__(evaluate, every=every, name=name)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        from keras_cluster_mask.evaluation.embedding import pairs_of
+        from keras_cluster_mask.evaluation.inputs import pairs_of
 
         super().on_train_begin(logs)
         batches = read_batches(pairs_of(self.model, self.data))
@@ -311,7 +311,7 @@ class ZeroShot(EvaluateData):
         name: str | None = "zero_shot",
     ):
         from keras_cluster_mask.evaluation import evaluate_zero_shot
-        from keras_cluster_mask.evaluation.checks import check_class_names
+        from keras_cluster_mask.evaluation.inputs import check_class_names
 
         super().__init__(
             evaluate_zero_shot,

@@ -8,16 +8,16 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_cluster_mask.evaluation.checks import (
-    check_ks,
-    check_labels,
-    check_matrix,
-    read_labeled,
-)
 from keras_cluster_mask.evaluation.embedding import (
     embed_batches,
     embed_texts,
     embedder_of,
+)
+from keras_cluster_mask.evaluation.inputs import (
+    check_ks,
+    check_labels,
+    check_matrix,
+    read_labeled,
 )
 from keras_cluster_mask.types import Templates
 

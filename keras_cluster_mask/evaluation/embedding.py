@@ -1,18 +1,15 @@
 """Computes the embeddings of a dataset."""
 
-import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_cluster_mask.batches import check_not_empty, num_images, read_batches
-from keras_cluster_mask.data.dataset import image_text_dataset
 from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
-from keras_cluster_mask.evaluation.checks import check_entry, check_read_once
+from keras_cluster_mask.evaluation.inputs import check_read_once, encoded, texts_of
 from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.stream import Stream
@@ -188,7 +185,7 @@ def embed_texts(
     progress = progress_bar(len(texts), verbose, "text")
     found = []
     for start in range(0, len(texts), WINDOW):
-        chunk = [_encoded(text) for text in texts[start : start + WINDOW]]
+        chunk = [encoded(text) for text in texts[start : start + WINDOW]]
         found.append(embedder.texts(tokenizer(chunk), report=progress.add))
     return np.concatenate(found)
 
@@ -198,42 +195,3 @@ def embedder_of(model):
     return (
         model if isinstance(model, Embedder) else Embedder(as_contrastive_model(model))
     )
-
-
-def pairs_of(model, data):
-    """Returns a dataset of the pairs of a source; returns other data unchanged."""
-    first, others = data, Mapping | Stream | keras.utils.PyDataset
-    has_items = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if has_items and not isinstance(data, others | str) and len(data):
-        first = data[0]
-    # Rows of an object, and not batches.
-    is_rows = isinstance(first, Mapping) and first is not data
-    if is_rows and "images" in first:
-        return data
-    if not is_rows and not isinstance(first, str | os.PathLike):
-        return data
-    size, resize = (model.preprocessing[name] for name in ("image_size", "resize"))
-    return image_text_dataset(
-        data,
-        None,
-        image_size=size,
-        training=False,
-        resize=resize,
-        include_captions=True,
-        process=(0, 1),
-    )
-
-
-def texts_of(batch):
-    """Returns the captions of a batch in one list, and the row of each one's image."""
-    check_entry(batch, "captions")
-    several = list | tuple | np.ndarray
-    rows = [x if isinstance(x, several) else [x] for x in batch["captions"]]
-    owners = np.repeat(np.arange(len(rows)), [len(captions) for captions in rows])
-    return [_encoded(text) for captions in rows for text in captions], owners
-
-
-def _encoded(text):
-    if not isinstance(text, str | bytes):
-        raise ValueError(f"`captions` and `texts` must be str. Received: {text!r}")
-    return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text

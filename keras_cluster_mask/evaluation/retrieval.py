@@ -8,16 +8,13 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.checks import check_choice
-from keras_cluster_mask.evaluation.checks import (
+from keras_cluster_mask.evaluation.embedding import embed_batches, embedder_of
+from keras_cluster_mask.evaluation.inputs import (
     check_ks,
     check_labels,
     check_matrix,
-    read_entries,
-)
-from keras_cluster_mask.evaluation.embedding import (
-    embed_batches,
-    embedder_of,
     pairs_of,
+    select_entries,
     texts_of,
 )
 from keras_cluster_mask.training.tokenizers import check_tokenizer_of
@@ -154,7 +151,7 @@ def evaluate_retrieval(
     if tokenizer is None:
         keys += ["token_ids", *embedder.model.text_tower.input_names]
         check_tokenizer_of(embedder.model, data)
-    batches = read_entries(data, keys)
+    batches = select_entries(data, keys)
     found = embed_batches(embedder, data, batches, tokenizer, verbose)
     images, texts = _normalized(found["image_embeddings"], found["text_embeddings"])
     owners, numbers = found["image_of_text"], found["text_numbers"]

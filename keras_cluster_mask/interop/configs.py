@@ -14,7 +14,7 @@ from keras_cluster_mask.checks import is_integer, is_number, is_positive
 CLIP_EPSILON = 1e-5
 
 
-class Entry(NamedTuple):
+class ConfigEntry(NamedTuple):
     """An entry of a config.
 
     Attributes:
@@ -29,14 +29,14 @@ class Entry(NamedTuple):
     rule: str | tuple | dict
 
 
-def fixed(*values: Any) -> Entry:
+def fixed(*values: Any) -> ConfigEntry:
     """Returns an entry for which keras_hub supports only these values."""
-    return Entry(None, values[0], values)
+    return ConfigEntry(None, values[0], values)
 
 
-def choice(field: str, values: dict) -> Entry:
+def choice(field: str, values: dict) -> ConfigEntry:
     """Returns an entry that maps its values to values of a field, the default first."""
-    return Entry(field, next(iter(values)), values)
+    return ConfigEntry(field, next(iter(values)), values)
 
 
 def side_of(size: Any) -> int | None:
@@ -75,7 +75,7 @@ def flatten(config: Mapping, parts: tuple[str, ...]) -> dict:
 
 
 def read_entries(
-    given: Mapping[str, Any], entries: Mapping[str, Entry]
+    given: Mapping[str, Any], entries: Mapping[str, ConfigEntry]
 ) -> tuple[dict[str, Any], list[str]]:
     """Reads the entries of a config, and checks each of them.
 

@@ -17,7 +17,7 @@ from keras_cluster_mask.encoders.families import (
 )
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
-    Entry,
+    ConfigEntry,
     choice,
     fixed,
     flatten,
@@ -50,10 +50,10 @@ def _tower(part, tower, sizes, activations, epsilon):
     """Returns the entries of a tower, with the default sizes of transformers."""
     width, layers, heads, hidden = sizes
     return {
-        f"{part}.hidden_size": Entry(f"{tower}_width", width, "count"),
-        f"{part}.num_hidden_layers": Entry(f"{tower}_layers", layers, "count"),
-        f"{part}.num_attention_heads": Entry(f"{tower}_heads", heads, "count"),
-        f"{part}.intermediate_size": Entry(f"{tower}_hidden", hidden, "count"),
+        f"{part}.hidden_size": ConfigEntry(f"{tower}_width", width, "count"),
+        f"{part}.num_hidden_layers": ConfigEntry(f"{tower}_layers", layers, "count"),
+        f"{part}.num_attention_heads": ConfigEntry(f"{tower}_heads", heads, "count"),
+        f"{part}.intermediate_size": ConfigEntry(f"{tower}_hidden", hidden, "count"),
         f"{part}.hidden_act": choice("activation", activations),
         f"{part}.layer_norm_eps": fixed(epsilon),
     }
@@ -67,26 +67,26 @@ _CLIP = {"quick_gelu": "quick_gelu", "gelu": "gelu"}, CLIP_EPSILON
 _SIGLIP = {**_TANH, "gelu": "gelu"}, 1e-6
 _BOTH = {
     "vision_config.num_channels": fixed(3),
-    "vision_config.image_size": Entry("image_size", 224, "square"),
+    "vision_config.image_size": ConfigEntry("image_size", 224, "square"),
 }
 ENTRIES = {
     "CLIP": {
         **_BOTH,
         **_tower("vision_config", "image", _BASE, *_CLIP),
         **_tower("text_config", "text", (512, 12, 8, 2048), *_CLIP),
-        "vision_config.patch_size": Entry("patch", 32, "square"),
-        "text_config.vocab_size": Entry("vocabulary", 49408, "count"),
-        "text_config.max_position_embeddings": Entry("context", 77, "count"),
-        "projection_dim": Entry("projection", 512, "count"),
+        "vision_config.patch_size": ConfigEntry("patch", 32, "square"),
+        "text_config.vocab_size": ConfigEntry("vocabulary", 49408, "count"),
+        "text_config.max_position_embeddings": ConfigEntry("context", 77, "count"),
+        "projection_dim": ConfigEntry("projection", 512, "count"),
     },
     "SigLIP": {
         **_BOTH,
         **_tower("vision_config", "image", _BASE, *_SIGLIP),
         **_tower("text_config", "text", _BASE, *_SIGLIP),
-        "vision_config.patch_size": Entry("patch", 16, "square"),
+        "vision_config.patch_size": ConfigEntry("patch", 16, "square"),
         "vision_config.vision_use_head": fixed(True),
-        "text_config.vocab_size": Entry("vocabulary", 32000, "count"),
-        "text_config.max_position_embeddings": Entry("context", 64, "count"),
+        "text_config.vocab_size": ConfigEntry("vocabulary", 32000, "count"),
+        "text_config.max_position_embeddings": ConfigEntry("context", 64, "count"),
     },
 }
 PARTS = "text_config", "vision_config"
@@ -224,8 +224,8 @@ def _read_preprocessing(folder, of_model):
     mean, std = (SIGLIP_MEAN, SIGLIP_STD) if is_siglip else (CLIP_MEAN, CLIP_STD)
     entries = {
         "do_rescale": fixed(True),
-        "image_mean": Entry("pixel_mean", mean, "mean of 3 channels"),
-        "image_std": Entry("pixel_std", std, "deviation of 3 channels"),
+        "image_mean": ConfigEntry("pixel_mean", mean, "mean of 3 channels"),
+        "image_std": ConfigEntry("pixel_std", std, "deviation of 3 channels"),
     }
     fields, reasons = read_entries(given, entries)
     if abs(255 * given.get("rescale_factor", 1 / 255) - 1) > 1e-6:

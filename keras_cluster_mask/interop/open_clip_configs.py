@@ -10,7 +10,7 @@ from keras_cluster_mask.encoders.architecture import Architecture
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, TEXT_FAMILIES
 from keras_cluster_mask.interop.configs import (
     CLIP_EPSILON,
-    Entry,
+    ConfigEntry,
     choice,
     fixed,
     flatten,
@@ -27,23 +27,23 @@ FAMILIES = {"argmax": "CLIP", "eos": "MetaCLIP2"}
 
 # The entries that are read and written, with open_clip's defaults.
 READ = {
-    "embed_dim": Entry("projection", None, "count"),
+    "embed_dim": ConfigEntry("projection", None, "count"),
     "quick_gelu": choice("activation", ACTIVATIONS),
-    "vision_cfg.image_size": Entry("image_size", 224, "square"),
-    "vision_cfg.patch_size": Entry("patch", 16, "square"),
-    "vision_cfg.width": Entry("image_width", 768, "count"),
-    "vision_cfg.layers": Entry("image_layers", 12, "count"),
-    "vision_cfg.head_width": Entry("image_heads", 64, "count"),
-    "vision_cfg.mlp_ratio": Entry("image_hidden", 4.0, "ratio"),
-    "text_cfg.context_length": Entry("context", 77, "count"),
-    "text_cfg.vocab_size": Entry("vocabulary", 49408, "count"),
-    "text_cfg.width": Entry("text_width", 512, "count"),
-    "text_cfg.layers": Entry("text_layers", 12, "count"),
-    "text_cfg.heads": Entry("text_heads", 8, "count"),
-    "text_cfg.mlp_ratio": Entry("text_hidden", 4.0, "ratio"),
+    "vision_cfg.image_size": ConfigEntry("image_size", 224, "square"),
+    "vision_cfg.patch_size": ConfigEntry("patch", 16, "square"),
+    "vision_cfg.width": ConfigEntry("image_width", 768, "count"),
+    "vision_cfg.layers": ConfigEntry("image_layers", 12, "count"),
+    "vision_cfg.head_width": ConfigEntry("image_heads", 64, "count"),
+    "vision_cfg.mlp_ratio": ConfigEntry("image_hidden", 4.0, "ratio"),
+    "text_cfg.context_length": ConfigEntry("context", 77, "count"),
+    "text_cfg.vocab_size": ConfigEntry("vocabulary", 49408, "count"),
+    "text_cfg.width": ConfigEntry("text_width", 512, "count"),
+    "text_cfg.layers": ConfigEntry("text_layers", 12, "count"),
+    "text_cfg.heads": ConfigEntry("text_heads", 8, "count"),
+    "text_cfg.mlp_ratio": ConfigEntry("text_hidden", 4.0, "ratio"),
     "text_cfg.pool_type": choice("family", FAMILIES),
-    "preprocess_cfg.mean": Entry("pixel_mean", CLIP_MEAN, "mean of 3 channels"),
-    "preprocess_cfg.std": Entry("pixel_std", CLIP_STD, "deviation of 3 channels"),
+    "preprocess_cfg.mean": ConfigEntry("pixel_mean", CLIP_MEAN, "mean of 3 channels"),
+    "preprocess_cfg.std": ConfigEntry("pixel_std", CLIP_STD, "deviation of 3 channels"),
 }
 
 # open_clip's names for the ways in which images become square, and back.

@@ -179,7 +179,7 @@ class Checkpoint(RunCallback):
             "history": run.history,
             "data_origin": run.data.origin,
             "learning_rates": [run.first_rates, learning_rates(self.model)],
-            "description": describe(self.model, run.data),
+            "description": describe_run(self.model, run.data),
         }
         # NumPy's files do not support bfloat16. float32 holds its values exactly.
         arrays = [
@@ -191,7 +191,7 @@ class Checkpoint(RunCallback):
         with replacing(path) as file:
             np.savez(file, *arrays, facts=content, **run.rng_state)
         # A process that was killed has left the file that it was writing.
-        parts = _find(self.folder, r"\..*\.part")
+        parts = _list_files(self.folder, r"\..*\.part")
         paths = [*saved_epochs(self.folder).values()]
         for old in [*paths[: -self.keep], *parts]:
             remove(old)
@@ -216,7 +216,7 @@ def resume(run, model, path, verbose):
             "`resume_from` must be the folder of a `kcm.callbacks.Checkpoint`, or one "
             f"of its .npz files. Received: resume_from={path}"
         )
-    arrays, facts = _read(paths[-1]) if paths else ({}, {"epoch": -1})
+    arrays, facts = _read_checkpoint(paths[-1]) if paths else ({}, {"epoch": -1})
     epochs = all_gather_object(facts["epoch"])
     if len({*epochs}) > 1:
         raise ValueError(
@@ -236,7 +236,7 @@ def resume(run, model, path, verbose):
         )
     _check_resumable(run.data)
     build(model)
-    differing = [*differences(facts["description"], describe(model, run.data))]
+    differing = [*differences(facts["description"], describe_run(model, run.data))]
     if differing:
         raise ValueError(
             "`resume_from` must be a checkpoint of the same model and data. Use "
@@ -263,7 +263,7 @@ def resume(run, model, path, verbose):
 
 def saved_epochs(folder) -> dict[int, str]:
     """Returns the paths of the checkpoints in a folder by their numbers of epochs."""
-    paths = _find(folder, r"epoch-\d+\.npz")
+    paths = _list_files(folder, r"epoch-\d+\.npz")
     found = {int(path.rpartition("-")[2].removesuffix(".npz")): path for path in paths}
     return dict(sorted(found.items()))
 
@@ -281,7 +281,7 @@ def _variables(model):
     return [v for v in variables if id(v) not in rates]
 
 
-def describe(model, data):
+def describe_run(model, data):
     """Returns what must be the same when a run is resumed, as JSON values."""
     optimizers = inner_optimizer(model.optimizer), *optimizer_parts(model.optimizer)
     trained = {id(v) for v in model.trainable_variables}
@@ -323,7 +323,7 @@ def _check_resumable(data):
 # === Files ===
 
 
-def _find(folder, pattern):
+def _list_files(folder, pattern):
     """Returns the sorted paths of the files with names that match a pattern."""
     from keras_cluster_mask.data.files import file_system
 
@@ -338,7 +338,7 @@ def _find(folder, pattern):
     return [f"{folder}/{name}" for name in names if re.fullmatch(pattern, name)]
 
 
-def _read(path):
+def _read_checkpoint(path):
     """Returns the arrays and the facts of a checkpoint."""
     from keras_cluster_mask.data.files import open_file
 

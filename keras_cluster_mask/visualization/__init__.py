@@ -1,7 +1,7 @@
 """Plots of masks, training runs and retrievals, with matplotlib."""
 
 from keras_cluster_mask.visualization.charts import plot_history
-from keras_cluster_mask.visualization.images import plot_masks, plot_retrieval
+from keras_cluster_mask.visualization.image_plots import plot_masks, plot_retrieval
 
 __all__ = ["plot_history", "plot_masks", "plot_retrieval"]
 

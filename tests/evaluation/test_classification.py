@@ -14,7 +14,7 @@ from keras_cluster_mask.evaluation import (
     evaluate_zero_shot,
     zero_shot_classifier,
 )
-from keras_cluster_mask.evaluation.checks import class_names_of
+from keras_cluster_mask.evaluation.inputs import class_names_of
 from tests.helpers import random_pairs, split
 
 pytestmark = pytest.mark.any_backend

@@ -14,7 +14,7 @@ from PIL import Image
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.data.tokenizing import tokenize
-from keras_cluster_mask.training.checkpoints import describe
+from keras_cluster_mask.training.checkpoints import describe_run
 from keras_cluster_mask.training.layers import all_layers
 from keras_cluster_mask.training.tokenizers import (
     PRESET_FOLDER,
@@ -124,7 +124,7 @@ def test_a_file_has_the_tokenizer_of_the_package(tmp_path):
 
 def test_keras_does_not_track_a_tokenizer(tmp_path):
     def seen(model):
-        settings = describe(model, types.SimpleNamespace(description={}))
+        settings = describe_run(model, types.SimpleNamespace(description={}))
         nested = [(type(x).__name__, x.trainable) for x in all_layers(model)]
         layers = [type(x).__name__ for x in model.layers]
         settings["tokenizer"] = None

@@ -1,11 +1,15 @@
-"""Checks of data, embeddings, labels and numbers."""
+"""Reads and checks what functions of evaluation take."""
 
+import os
 import re
+from collections.abc import Mapping
 
+import keras
 import numpy as np
 
 from keras_cluster_mask.batches import is_endless, read_batches
 from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.data.dataset import image_text_dataset
 from keras_cluster_mask.stream import Stream
 
 # How to get data with an entry that is missing.
@@ -14,6 +18,33 @@ REMEDIES = {
     "labels": "pass `label_key` to `image_text_dataset`",
     "token_ids": "pass a `tokenizer` to `image_text_dataset`, or one here for captions",
 }
+
+
+# === Data ===
+
+
+def pairs_of(model, data):
+    """Returns a dataset of the pairs of a source; returns other data unchanged."""
+    first, others = data, Mapping | Stream | keras.utils.PyDataset
+    has_items = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if has_items and not isinstance(data, others | str) and len(data):
+        first = data[0]
+    # Rows of an object, and not batches.
+    is_rows = isinstance(first, Mapping) and first is not data
+    if is_rows and "images" in first:
+        return data
+    if not is_rows and not isinstance(first, str | os.PathLike):
+        return data
+    size, resize = (model.preprocessing[name] for name in ("image_size", "resize"))
+    return image_text_dataset(
+        data,
+        None,
+        image_size=size,
+        training=False,
+        resize=resize,
+        include_captions=True,
+        process=(0, 1),
+    )
 
 
 def check_read_once(data):
@@ -79,7 +110,7 @@ def check_entry(batch, key):
         )
 
 
-def read_entries(data, keys):
+def select_entries(data, keys):
     """Reads only the images and some other entries of batches.
 
     Args:
@@ -107,14 +138,14 @@ def read_labeled(data, class_names):
     there are images with other labels.
 
     Args:
-        data: See `read_entries`.
+        data: See `select_entries`.
         class_names: List of str, of which the labels are indices.
 
     Returns:
         An iterator of dictionaries of arrays.
     """
     check_class_names(data, class_names)
-    batches = read_entries(data, ["labels"])
+    batches = select_entries(data, ["labels"])
     unseen = dict(enumerate(class_names_of(data)))
 
     def check():
@@ -137,6 +168,24 @@ def read_labeled(data, class_names):
             )
 
     return check()
+
+
+def texts_of(batch):
+    """Returns the captions of a batch in one list, and the row of each one's image."""
+    check_entry(batch, "captions")
+    several = list | tuple | np.ndarray
+    rows = [x if isinstance(x, several) else [x] for x in batch["captions"]]
+    owners = np.repeat(np.arange(len(rows)), [len(captions) for captions in rows])
+    return [encoded(text) for captions in rows for text in captions], owners
+
+
+def encoded(text):
+    if not isinstance(text, str | bytes):
+        raise ValueError(f"`captions` and `texts` must be str. Received: {text!r}")
+    return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+
+
+# === Arrays and numbers ===
 
 
 def check_matrix(name, values, dtype="float32"):
