@@ -6,7 +6,6 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.inputs import check_whole, pairs_of, texts_of
 from keras_cluster_mask.losses import caption_labels, without_padding
+from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.loading import as_contrastive_model
 from keras_cluster_mask.stream import COMPARED, Stream
 from keras_cluster_mask.training.features import (
@@ -32,15 +32,16 @@ from keras_cluster_mask.training.features import (
     read_header,
 )
 from keras_cluster_mask.training.tokenizers import digest_of, tokenizer_of
+from keras_cluster_mask.types import EvaluationData, Tokenizer
 
 __all__ = ["compute_features"]
 
 
 def compute_features(
-    model: Any,
-    data: Any,
+    model: ContrastiveModel,
+    data: EvaluationData,
     folder: str | os.PathLike,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     verbose: str | int = "auto",
 ) -> TowerFeatures:
     """Runs both towers of a model once over a dataset, and stores their features.

@@ -11,7 +11,7 @@ from keras_cluster_mask.checks import check_integer, is_number
 from keras_cluster_mask.distribution.backends import copy_values
 from keras_cluster_mask.distribution.processes import all_gather_object
 from keras_cluster_mask.training.checkpoints import RunCallback
-from keras_cluster_mask.types import Templates
+from keras_cluster_mask.types import EvaluationData, Templates, Tokenizer
 
 
 class Evaluate(RunCallback):
@@ -157,7 +157,7 @@ class EvaluateData(Evaluate):
     def __init__(
         self,
         function: Callable,
-        data: Any,
+        data: EvaluationData,
         every: int,
         name: str | None,
         **options: Any,
@@ -236,8 +236,8 @@ class Retrieval(EvaluateData):
 
     def __init__(
         self,
-        data: Any,
-        tokenizer: Any = None,
+        data: EvaluationData,
+        tokenizer: Tokenizer | None = None,
         every: int = 1,
         ks: int | Sequence[int] = (1, 5, 10),
         duplicates: str = "positive",
@@ -302,9 +302,9 @@ class ZeroShot(EvaluateData):
 
     def __init__(
         self,
-        data: Any,
+        data: EvaluationData,
         class_names: Sequence[str],
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         templates: Templates = ("a photo of a {}.",),
         every: int = 1,
         ks: int | Sequence[int] = (1, 5),

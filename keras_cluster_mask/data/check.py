@@ -1,7 +1,6 @@
 """Reads all samples of a source: to check them, or to list their captions."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -13,6 +12,7 @@ from keras_cluster_mask.data.paths import open_source
 from keras_cluster_mask.data.samples import Fault, Fields, read_images
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.sources import check_readable, folders_of, read_items
+from keras_cluster_mask.types import AnySource
 
 # The threads of `read_all`, and the number of samples that each reads together.
 READERS, TOGETHER = 16, 16
@@ -21,7 +21,7 @@ TINY = 8, 8
 
 
 def check(
-    source: Any,
+    source: AnySource,
     *,
     image_keys: str | Sequence[str] | None = None,
     caption_key: str | Sequence[str] | None = None,
@@ -105,7 +105,7 @@ def _captions_of(sample):
 
 
 def read_captions(
-    source: Any,
+    source: AnySource,
     caption_key: str | Sequence[str] | None = None,
 ) -> list[str]:
     """Reads all captions of a source, for training a tokenizer.

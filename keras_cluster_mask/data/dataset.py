@@ -35,6 +35,7 @@ from keras_cluster_mask.data.text_masking import TextMasking
 from keras_cluster_mask.data.tokenizing import length_of
 from keras_cluster_mask.data.workers import in_processes
 from keras_cluster_mask.stream import Stream
+from keras_cluster_mask.types import AnySource, Tokenizer
 
 # The largest default block size for object stores and Parquet, and the number of
 # blocks that a batch must contain to be well mixed.
@@ -46,8 +47,8 @@ MAX_THREADS = 16
 
 
 def image_text_dataset(
-    source: Any,
-    model_or_tokenizer: Any,
+    source: AnySource,
+    model_or_tokenizer: Tokenizer | None,
     image_size: int | tuple[int, int] | None = None,
     batch_size: int = 64,
     training: bool = True,

@@ -17,10 +17,11 @@ from keras_cluster_mask.data.images import UnreadableImage
 from keras_cluster_mask.data.paths import open_source
 from keras_cluster_mask.data.samples import Fields, hash_of, hash_of_image
 from keras_cluster_mask.data.sources import Subset, check_readable
+from keras_cluster_mask.types import AnySource
 
 
 def split(
-    source: Any,
+    source: AnySource,
     test: float | int = 0.2,
     by: str = "image",
     *,

@@ -7,7 +7,7 @@ fits, one word is truncated.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from keras_cluster_mask.data.tokenizers import (
     words_of,
 )
 from keras_cluster_mask.data.tokenizing import PROBES, tokenize
+from keras_cluster_mask.types import Tokenizer
 
 # The number of words for which token counts are cached.
 MAX_WORDS = 1 << 16
@@ -144,7 +145,7 @@ class TextMasking:
 
     def tokenize(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         captions: Sequence[str | bytes],
         generators: Sequence[np.random.Generator],
         epochs: Sequence[int] | None = None,

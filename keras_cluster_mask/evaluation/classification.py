@@ -3,7 +3,6 @@
 import collections
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import keras
 import numpy as np
@@ -19,7 +18,8 @@ from keras_cluster_mask.evaluation.inputs import (
     check_matrix,
     read_labeled,
 )
-from keras_cluster_mask.types import Templates
+from keras_cluster_mask.models.loading import AnyModel
+from keras_cluster_mask.types import EvaluationData, Templates, Tokenizer
 
 TEMPLATES = ("a photo of a {}.",)
 
@@ -72,9 +72,9 @@ def classification_accuracy(
 
 
 def zero_shot_classifier(
-    model: Any,
+    model: AnyModel,
     class_names: Sequence[str],
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     templates: Templates = TEMPLATES,
     verbose: str | int = "auto",
 ) -> np.ndarray:
@@ -122,10 +122,10 @@ def zero_shot_classifier(
 
 
 def evaluate_zero_shot(
-    model: Any,
-    data: Any,
+    model: AnyModel,
+    data: EvaluationData,
     class_names: Sequence[str],
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     templates: Templates = TEMPLATES,
     ks: int | Sequence[int] = (1, 5),
     verbose: str | int = "auto",

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -11,16 +10,20 @@ from keras_cluster_mask.distribution.processes import progress_bar
 from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.evaluation.inputs import check_read_once, encoded, texts_of
 from keras_cluster_mask.losses import without_padding
-from keras_cluster_mask.models.loading import as_contrastive_model
+from keras_cluster_mask.models.loading import AnyModel, as_contrastive_model
 from keras_cluster_mask.stream import Stream
 from keras_cluster_mask.training.tokenizers import check_tokenizer_of, tokenizer_of
+from keras_cluster_mask.types import EvaluationData, Tokenizer
 
 # The number of texts that are ordered by length at a time.
 WINDOW = 4096
 
 
 def embed(
-    model: Any, data: Any, tokenizer: Any = None, verbose: str | int = "auto"
+    model: AnyModel,
+    data: EvaluationData,
+    tokenizer: Tokenizer | None = None,
+    verbose: str | int = "auto",
 ) -> dict[str, np.ndarray]:
     """Embeds a dataset batch by batch.
 
@@ -146,9 +149,9 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
 
 
 def embed_texts(
-    model: Any,
+    model: AnyModel,
     texts: Sequence[str | bytes],
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     verbose: str | int = "auto",
 ) -> np.ndarray:
     """Embeds texts, with progress; see also `ContrastiveModel.encode_text`.

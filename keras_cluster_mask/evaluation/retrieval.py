@@ -17,7 +17,9 @@ from keras_cluster_mask.evaluation.inputs import (
     select_entries,
     texts_of,
 )
+from keras_cluster_mask.models.loading import AnyModel
 from keras_cluster_mask.training.tokenizers import check_tokenizer_of
+from keras_cluster_mask.types import EvaluationData, Tokenizer
 
 # The number of similarities that are in memory at a time.
 MAX_PAIRS = 2**23
@@ -92,9 +94,9 @@ def _recall(images, texts, image_labels, text_labels, ks):
 
 
 def evaluate_retrieval(
-    model: Any,
-    data: Any,
-    tokenizer: Any = None,
+    model: AnyModel,
+    data: EvaluationData,
+    tokenizer: Tokenizer | None = None,
     ks: int | Sequence[int] = (1, 5, 10),
     duplicates: str = "positive",
     verbose: str | int = "auto",

@@ -29,7 +29,7 @@ from keras_cluster_mask.training.input_rules import (
 )
 from keras_cluster_mask.training.micro_batches import embed_in_micro_batches
 from keras_cluster_mask.training.tokenizers import load_from_preset
-from keras_cluster_mask.types import Tensor
+from keras_cluster_mask.types import Tensor, Tokenizer
 
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
@@ -145,7 +145,7 @@ class ContrastiveModel(Trainer):
         head: str | ContrastiveHead = "linear",
         micro_batch_size: int | None = None,
         duplicates: str = "positive",
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         **kwargs: Any,
     ) -> Self:
         """Makes a model from a two-tower keras_hub backbone.
@@ -213,7 +213,7 @@ class ContrastiveModel(Trainer):
         masking: PatchMasking | None = None,
         loss: str | None = None,
         head: str | ContrastiveHead = "linear",
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -252,7 +252,7 @@ class ContrastiveModel(Trainer):
         pooling: tuple[str | None, str | None] | None = None,
         image_blocks: int | list[int] | None = None,
         text_blocks: int | list[int] | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         **kwargs: Any,
     ) -> Self:
         """Makes a model from two encoders that were pre-trained separately.

@@ -2,15 +2,17 @@
 
 import os
 import pathlib
-from typing import Any
 
 import keras
 
 from keras_cluster_mask.distribution.backends import import_keras_hub
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 
+# A `ContrastiveModel`, a backbone, or the path of either.
+AnyModel = keras.Model | str | os.PathLike
 
-def as_contrastive_model(model: Any) -> ContrastiveModel:
+
+def as_contrastive_model(model: AnyModel) -> ContrastiveModel:
     """Returns the model itself, or one made from a backbone or read from a file.
 
     Args:

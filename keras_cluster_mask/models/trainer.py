@@ -3,7 +3,7 @@
 import functools
 import os
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import keras
@@ -20,6 +20,7 @@ from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.fitting import fit
 from keras_cluster_mask.training.input_rules import check_unused
 from keras_cluster_mask.training.training_data import evaluation_data, until_the_end
+from keras_cluster_mask.types import Data, Tensor
 
 # Options that a step is compiled with, which may change between two calls of `fit`.
 OPTIONS = "micro_batch_size", "duplicates"
@@ -191,17 +192,17 @@ class Trainer(DualEncoder):
 
     def fit(
         self,
-        x: Any = None,
+        x: Data | TowerFeatures | None = None,
         y: None = None,
         batch_size: int | None = None,
         epochs: int = 1,
         verbose: str | int = "auto",
-        callbacks: Any = None,
+        callbacks: Sequence[keras.callbacks.Callback] | None = None,
         validation_split: float = 0.0,
-        validation_data: Any = None,
+        validation_data: Data | TowerFeatures | None = None,
         shuffle: bool | None = None,
         class_weight: None = None,
-        sample_weight: Any = None,
+        sample_weight: Tensor | None = None,
         initial_epoch: int = 0,
         steps_per_epoch: int | None = None,
         validation_steps: int | None = None,
@@ -293,11 +294,11 @@ class Trainer(DualEncoder):
 
     def evaluate(
         self,
-        x: Any = None,
+        x: Data | TowerFeatures | None = None,
         y: None = None,
         batch_size: int | None = None,
         verbose: str | int = "auto",
-        sample_weight: Any = None,
+        sample_weight: Tensor | None = None,
         steps: int | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -318,7 +319,7 @@ class Trainer(DualEncoder):
 
     def predict(
         self,
-        x: Any,
+        x: Data | TowerFeatures,
         batch_size: int | None = None,
         verbose: str | int = "auto",
         steps: int | None = None,

@@ -30,6 +30,7 @@ from keras_cluster_mask.training.tokenizers import (
     save_in_preset,
     save_tokenizer,
 )
+from keras_cluster_mask.types import Tokenizer
 
 # Parts and options that others depend on once the model is made.
 FIXED = (
@@ -65,7 +66,7 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
         pixel_mean: Sequence[float] | None = CLIP_MEAN,
         pixel_std: Sequence[float] = CLIP_STD,
         resize: str = "crop",
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs: Any,
     ):
@@ -154,7 +155,7 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
         return self._backbone
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer | None:
         return self._held.tokenizer
 
     @property
@@ -289,7 +290,7 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
         self.tokenizer = self.tokenizer if found is None else found
 
     def save_to_preset(
-        self, preset_dir: str | os.PathLike, tokenizer: Any = None
+        self, preset_dir: str | os.PathLike, tokenizer: Tokenizer | None = None
     ) -> None:
         """Writes the backbone and its tokenizer as a preset, which keras_hub loads.
 
