@@ -113,7 +113,7 @@ def test_hidden_projections_see_standardized_features(options, tmp_path, monkeyp
         [features.pairs(slice(None), k)["text_features"] for k in (0, 1)]
     )
     for name, rows in (("image", pairs["image_features"]), ("text", texts)):
-        layer = getattr(model.head, f"{name}_projection").layers[0]
+        layer = getattr(model, f"{name}_tower").projection.layers[0]
         spread = rows.std(axis=0, dtype="float64")
         expected = (
             rows.mean(axis=0, dtype="float64"),
@@ -132,7 +132,7 @@ def test_projections_that_were_trained_are_not_rescaled(tmp_path):
     # Also by another optimizer.
     model.compile(keras.optimizers.SGD(0.5), **FAST)
     model.fit(features, batch_size=5, verbose=0)
-    mean, deviation, _ = values(model.head.image_projection.layers[0].weights)
+    mean, deviation, _ = values(model.image_tower.projection.layers[0].weights)
     assert not mean.any()
     assert np.all(deviation == 1)
 
@@ -150,7 +150,7 @@ def test_a_fit_that_fails_leaves_the_scaling_to_the_next_one(is_compiled, messag
     callback = keras.callbacks.LambdaCallback(on_train_batch_begin=fail)
     with pytest.raises(ValueError, match=message):
         model.fit(pairs_of(dataset()), batch_size=5, verbose=0, callbacks=[callback])
-    assert not values([model.head.image_projection.layers[0].is_set])[0]
+    assert not values([model.image_tower.projection.layers[0].is_set])[0]
 
 
 @pytest.mark.any_backend

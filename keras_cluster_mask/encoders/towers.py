@@ -228,11 +228,16 @@ class ImageTower(Tower):
         check_statistics(pixel_mean, pixel_std, encoder)
         self.pixel_mean = None if pixel_mean is None else [*map(float, pixel_mean)]
         self.pixel_std = None if pixel_std is None else [*map(float, pixel_std)]
-        self.data_format = data_format or data_format_of(unmasked(encoder))
+        self.data_format = data_format or data_format_of(self.unmasked_encoder)
         self.pixel_range = pixel_range(pixel_mean, pixel_std)
         self.image_size = (None, None)
         if self.sample_shape is not None:
             self.image_size = height_and_width(self.sample_shape, self.data_format)
+
+    @property
+    def unmasked_encoder(self) -> keras.Model:
+        """The encoder without the masking that `kcm.with_masking` inserted."""
+        return unmasked(self.encoder)
 
     def prepare(self, inputs: Any) -> Tensor:
         """Returns normalized images, as the encoder and its masking take them."""

@@ -11,7 +11,6 @@ from keras_cluster_mask.checks import check_choice, check_integer
 from keras_cluster_mask.distribution.replicas import OwnReduction
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD
-from keras_cluster_mask.encoders.masked import unmasked
 from keras_cluster_mask.encoders.projections import projection
 from keras_cluster_mask.encoders.surgery import inputs_of, number_positions
 from keras_cluster_mask.encoders.towers import ImageTower, TextTower, Tower
@@ -218,7 +217,7 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
             images = self.image_tower
             config["text_encoder"] = self.text_tower
             config["image_encoder"] = ImageTower(
-                unmasked(images.encoder),
+                images.unmasked_encoder,
                 images.projection,
                 images.pixel_mean,
                 images.pixel_std,

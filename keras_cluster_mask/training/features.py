@@ -201,8 +201,8 @@ def describe_towers(model: keras.Model) -> dict[str, Any]:
             value = zlib.crc32(np.ascontiguousarray(weight), value)
         return value
 
-    # The towers have no masking, which has weights, but does not change features.
-    towers = [model.image_tower.encoder, model.text_tower.encoder]
+    # A masking has weights, but does not change features.
+    towers = [model.image_tower.unmasked_encoder, model.text_tower.encoder]
     return {
         "dtype": [sorted({x.compute_dtype for x in all_layers(y)}) for y in towers],
         "image_encoder": checksum(towers[0]),
