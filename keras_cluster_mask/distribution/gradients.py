@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import types
 
 import keras
 from keras import tree
@@ -21,31 +22,108 @@ if keras.backend.backend() == "torch":
     )
 
 
-def prepare_replicas(model, optimizers) -> None:
+def wrap_optimizer(optimizer, inner, parts) -> None:
+    """Replaces the methods of an optimizer that must work differently, at `compile`.
+
+    Nothing else in the package replaces methods of an optimizer. Keras has no hooks for
+    what the new methods do:
+
+    - Before anything else, `apply` reduces the gradients over all replicas, so that all
+      of them clip alike. Keras clips each replica's gradients before it sums them on
+      TensorFlow, and does not reduce them on torch.
+    - On TensorFlow, Keras does not sum the gradients a second time.
+    - On torch, Keras's optimizers clip and update in-place (`in_place_updates.py`).
+    - An optimizer within another one has no state of its own in a file. Keras would
+      save the state twice: with the whole, and alone.
+
+    The methods are bound to one optimizer and call those of its class, so an optimizer
+    can be compiled any number of times, in any place. Some of the methods are private.
+    A test fails if a version of Keras does not call one of them.
+
+    Args:
+        optimizer: The compiled optimizer of a model.
+        inner: The same, or the optimizer in a `LossScaleOptimizer`.
+        parts: List of the optimizers that update weights, several in a
+            `MultiOptimizer`.
+    """
+    backend = keras.backend.backend()
+    if inner is not optimizer and inner not in parts:
+        # Keras's callbacks change the learning rate of each of these.
+        optimizer.optimizers = parts
+    for each in {optimizer, inner, *parts}:
+        methods = {}
+        if each is not optimizer:
+            methods |= {"save_own_variables": _skip, "load_own_variables": _skip}
+        elif backend == "tensorflow" or num_replicas() > 1:
+            methods["apply"] = _reduce_and_apply
+        if each in parts and backend == "tensorflow":
+            methods["_all_reduce_sum_gradients"] = _reduced_before
+        elif each in parts and backend == "torch":
+            methods |= in_place_updates.methods(each)
+        # It may have been wrapped before, in another place.
+        wrapped = [k for k, x in vars(each).items() if isinstance(x, types.MethodType)]
+        for name in wrapped:
+            delattr(each, name)
+        for name, method in methods.items():
+            setattr(each, name, types.MethodType(method, each))
+
+
+def _skip(optimizer, store):
+    """Saves or loads no variable."""
+
+
+def _reduce_and_apply(optimizer, gradients, trainable_variables=None):
+    given = [x for x in gradients if x is not None]
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # Make gradients dense. In sparse ones Keras squares the contributions of a
+        # repeated token before it sums them, so norms and Adam's second moments would
+        # be wrong.
+        given = [tf.convert_to_tensor(x) for x in given]
+        replica = tensorflow_replica()
+        if replica is not None:
+            given = replica.all_reduce(tf.distribute.ReduceOp.SUM, given)
+    else:
+        given = data_parallel.all_reduce_mean(given)
+    reduced = iter(given)
+    gradients = [x if x is None else next(reduced) for x in gradients]
+    type(optimizer).apply(optimizer, gradients, trainable_variables)
+
+
+def _reduced_before(optimizer, gradients_and_variables):
+    return list(gradients_and_variables)
+
+
+def prepare_replicas(model, parts) -> None:
     """Gives all replicas the same weights before the first step of a `fit`.
 
     Args:
         model: A compiled `keras.Model`.
-        optimizers: List of the optimizers that its optimizer consists of.
+        parts: List of the optimizers that update its weights.
 
     Raises:
         ValueError: If Keras's `fit` does not support an option of `compile` on several
             devices, if a part of the model was not made in the scope of the strategy,
-            or if the torch processes train different weights.
+            if the torch processes train different weights, or if the model was compiled
+            before they were joined.
     """
     backend = keras.backend.backend()
     if backend == "tensorflow" and model.distribute_strategy.num_replicas_in_sync > 1:
-        _check_strategy(model, optimizers)
-        for each in optimizers:
-            # `reduce_gradients` sums the gradients, so Keras must not sum them again.
-            each._all_reduce_sum_gradients = list
+        _check_strategy(model, parts)
     elif backend == "torch" and num_replicas() > 1:
+        if "apply" not in vars(model.optimizer):
+            raise ValueError(
+                "A model must be compiled after the processes have been joined: call "
+                "`kcm.distribution.initialize()` first. Received: a model that was "
+                "compiled before"
+            )
         data_parallel.check_and_broadcast(model)
 
 
-def _check_strategy(model, optimizers):
+def _check_strategy(model, parts):
     strategy = model.distribute_strategy
-    accumulated = max(each.gradient_accumulation_steps or 1 for each in optimizers)
+    accumulated = max(each.gradient_accumulation_steps or 1 for each in parts)
     for name, value in (
         ("steps_per_execution", model.steps_per_execution),
         ("gradient_accumulation_steps", accumulated),
@@ -138,58 +216,6 @@ def over_processes(train_function, model, averaged):
         return logs
 
     return wrapped
-
-
-def update_in_place(optimizer) -> None:
-    """Makes an optimizer update in-place on torch, see `in_place_updates`."""
-    if keras.backend.backend() == "torch":
-        in_place_updates.update_in_place(optimizer)
-
-
-def apply_global_gradients(model) -> None:
-    """Makes the optimizer of a model apply the gradients of the global batch.
-
-    On TensorFlow, Keras clips each replica's gradients before it sums them. On torch,
-    it does not reduce them. Here they are reduced first, so that all replicas clip
-    alike.
-
-    Args:
-        model: A compiled `keras.Model`.
-    """
-    optimizer = model.optimizer
-    vars(optimizer).pop("apply", None)
-    apply = optimizer.apply
-
-    def reduce_and_apply(gradients, variables=None):
-        reduced = model.trainable_weights if variables is None else variables
-        return apply(reduce_gradients(list(gradients), reduced), variables)
-
-    if keras.backend.backend() == "tensorflow" or num_replicas() > 1:
-        optimizer.apply = reduce_and_apply
-
-
-def reduce_gradients(gradients: list, variables: list) -> list:
-    """Computes the gradients of the global batch from this replica's gradients.
-
-    Args:
-        gradients: List of tensors, `None` for a variable without a gradient.
-        variables: List of the variables that the gradients belong to.
-    """
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        # Make gradients dense. In sparse ones Keras squares the contributions of a
-        # repeated token before it sums them, so norms and Adam's second moments would
-        # be wrong.
-        given = [tf.convert_to_tensor(x) for x in gradients if x is not None]
-        replica = tensorflow_replica()
-        if replica is not None:
-            given = replica.all_reduce(tf.distribute.ReduceOp.SUM, given)
-        reduced = iter(given)
-        return [x if x is None else next(reduced) for x in gradients]
-    if num_replicas() == 1:
-        return gradients
-    return data_parallel.reduce_gradients(gradients, [v.value for v in variables])
 
 
 def check_batch_size(model, batch_size: int | None) -> None:

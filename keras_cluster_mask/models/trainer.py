@@ -62,9 +62,7 @@ class Trainer(DualEncoder):
     def make_train_function(self, force: bool = False) -> Any:
         # Values can be read here for the last time before the step is compiled.
         parts = optimizers.optimizer_parts(self.optimizer)
-        parts = [optimizers.inner_optimizer(self.optimizer), *parts]
         gradients.prepare_replicas(self, parts)
-        gradients.apply_global_gradients(self)
         # TensorFlow cannot create its variables in a step that XLA compiles.
         optimizers.build(self)
         optimizers.check_built(self.optimizer, self.trainable_variables)

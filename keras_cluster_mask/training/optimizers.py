@@ -1,8 +1,6 @@
 """Options of the Keras optimizer of a `ContrastiveModel`: weight decay, loss scaling.
 
-Keras has no hooks for what `ContrastiveModel.compile` adds to an optimizer, so methods
-of one instance are replaced, here and by `distribution`, some of them private
-(`PRIVATE`). A test fails if a version of Keras lacks them.
+`distribution.gradients.wrap_optimizer` replaces methods of an optimizer.
 """
 
 import re
@@ -10,24 +8,8 @@ import re
 import keras
 from keras import ops
 
-from keras_cluster_mask.distribution import gradients as distribution
+from keras_cluster_mask.distribution import gradients
 from keras_cluster_mask.training.layers import all_layers, saved_weights
-
-# Methods of `keras.optimizers.Optimizer` that are replaced on an instance or called.
-PRIVATE = (
-    "_apply_weight_decay",
-    "_backend_update_step",
-    "_clip_gradients",
-    "_get_variable_index",
-    "_use_weight_decay",
-)
-REPLACED = (
-    "_apply_weight_decay",
-    "_backend_update_step",
-    "_clip_gradients",
-    "load_own_variables",
-    "save_own_variables",
-)
 
 
 def configure(optimizer, model, decay_vectors):
@@ -38,41 +20,19 @@ def configure(optimizer, model, decay_vectors):
         model: The `ContrastiveModel`.
         decay_vectors: Boolean.
     """
-    parts = optimizer_parts(optimizer)
-    if not parts and not decay_vectors:
+    inner, parts = inner_optimizer(optimizer), optimizer_parts(optimizer)
+    if not parts:
         raise ValueError(
             "`optimizer` must be a `MultiOptimizer` of a `keras.optimizers."
-            "OptimizerMap`, which lists its optimizers, so that they do not decay "
-            "biases and vectors; or pass `decay_vectors=True`. Received: "
-            "a `MultiOptimizer` of a function"
+            "OptimizerMap`, which lists its optimizers. Received: a `MultiOptimizer` "
+            "of a function"
         )
-    own = inner_optimizer(optimizer)
     check_built(optimizer, model.trainable_variables)
-    check_paths(own, model)
-    if own is not optimizer and own not in parts:
-        # Keras's callbacks change the learning rate of each of these.
-        optimizer.optimizers = parts
-    for each in {own, *parts}:
-        # An optimizer may be compiled again, with other options.
-        for name in REPLACED:
-            vars(each).pop(name, None)
-        distribution.update_in_place(each)
-        if each is not optimizer:
-            # Keras saves the variables of a part twice: with the whole, and alone.
-            each.save_own_variables = each.load_own_variables = _without_variables
+    check_paths(inner, model)
     for part in parts:
-        if not decay_vectors:
-            exclude_vectors_from_decay(part, model)
-        elif part.weight_decay and getattr(part, "spares_vectors", False):
-            raise ValueError(
-                "`decay_vectors=True` needs a new optimizer, since vectors were "
-                "excluded from the weight decay of this one when it was compiled "
-                f"before. Received: optimizer={part.name}"
-            )
-
-
-def _without_variables(store):
-    """Saves or loads no variable."""
+        if part.weight_decay:
+            set_weight_decay(part, model, decay_vectors)
+    gradients.wrap_optimizer(optimizer, inner, parts)
 
 
 def check_built(optimizer, variables):
@@ -120,7 +80,7 @@ def build(model):
     """Creates the optimizer's variables, once the model's weights exist."""
     if model.built and not model.optimizer.built:
         # The model may be trained outside of the scope in which it was made.
-        with distribution.strategy_scope(model):
+        with gradients.strategy_scope(model):
             model.optimizer.build(model.trainable_variables)
 
 
@@ -193,39 +153,41 @@ def learning_rates(model) -> list[float | None]:
 # === Weight decay ===
 
 
-def exclude_vectors_from_decay(optimizer, model):
-    """Excludes biases and other vectors of a model from weight decay.
+def set_weight_decay(optimizer, model, decay_vectors):
+    """Excludes biases and other vectors of a model from weight decay, or none.
 
     Weights that the user excluded stay excluded.
 
     Args:
-        optimizer: A Keras optimizer.
+        optimizer: A Keras optimizer with weight decay.
         model: The `ContrastiveModel`.
+        decay_vectors: Boolean.
     """
-    decays = optimizer._use_weight_decay
-    if optimizer.built:
-        decaying = filter(decays, optimizer._trainable_variables)
-        if optimizer.weight_decay and any(map(is_vector, decaying)):
-            raise ValueError(
-                "`decay_vectors=False` needs an optimizer that has not been built: "
-                "pass a new one, or `decay_vectors=True`. "
-                f"Received: optimizer={optimizer.name}, built to decay vectors"
-            )
-        return
-    if optimizer.weight_decay and not all(x.built for x in all_layers(model)):
+    if not decay_vectors and not all(x.built for x in all_layers(model)):
         raise ValueError(
             "A model must be built before it is compiled with weight decay, which "
             "excludes its vectors: call it on a batch first, `model(batch)`, or pass "
             "`decay_vectors=True`. Received: a layer that is not built"
         )
-    # Include the user's weights, because Keras replaces the list. From Keras 3.16 on,
-    # `_use_weight_decay` raises an error until the optimizer is built.
+    # From Keras 3.16 on, `_use_weight_decay` raises an error until the optimizer is
+    # built.
     excludes = getattr(
-        optimizer, "_is_excluded_from_weight_decay", lambda v: not decays(v)
+        optimizer,
+        "_is_excluded_from_weight_decay",
+        lambda v: not optimizer._use_weight_decay(v),
     )
+    decaying = [v for v in model.weights if not excludes(v)]
+    if any(map(is_vector, decaying)) == bool(decay_vectors):
+        return
+    if decay_vectors or optimizer.built:
+        raise ValueError(
+            "`optimizer` must be new to be compiled with another `decay_vectors` than "
+            f"before. Received: decay_vectors={decay_vectors}, "
+            f"optimizer={optimizer.name}"
+        )
+    # Include the user's weights, because Keras replaces the list.
     spared = [v for v in model.weights if is_vector(v) or excludes(v)]
     optimizer.exclude_from_weight_decay(spared)
-    optimizer.spares_vectors = True
 
 
 def is_vector(variable) -> bool:

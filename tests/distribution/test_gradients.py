@@ -1,4 +1,6 @@
-"""What each step does with the gradients of the last one."""
+"""What an optimizer does with gradients, and a step with those of the last one."""
+
+import types
 
 import keras
 import keras_hub
@@ -7,14 +9,71 @@ import pytest
 import keras_cluster_mask as kcm
 from keras_cluster_mask.distribution import gradients
 from keras_cluster_mask.distribution.backends import keeping_weights
+from keras_cluster_mask.training.optimizers import optimizer_parts
 from tests.helpers import (
+    FAST,
     TRANSFORMER,
     assert_close,
+    by_tower,
     random_pairs,
     small_model,
     to_numpy,
     vision_encoder,
 )
+
+PARTS = {
+    "jax": set(),
+    "tensorflow": {"_all_reduce_sum_gradients"},
+    "torch": {"_apply_weight_decay", "_backend_update_step", "_clip_gradients"},
+}[keras.backend.backend()]
+WHOLE = {"apply"} if keras.backend.backend() == "tensorflow" else set()
+STATE = {"load_own_variables", "save_own_variables"}
+
+
+def adamw(**options):
+    return keras.optimizers.AdamW(1e-3, global_clipnorm=1.0, **options)
+
+
+def replaced(optimizer):
+    """The methods of an optimizer that were replaced, by name."""
+    attributes = vars(optimizer).items()
+    return {k: x for k, x in attributes if isinstance(x, types.MethodType)}
+
+
+def test_the_methods_that_are_replaced_depend_on_the_last_place_alone():
+    model, optimizer = small_model(), adamw()
+    scaled = keras.optimizers.LossScaleOptimizer
+    for whole, expected in (
+        (optimizer, WHOLE | PARTS),
+        (scaled(optimizer), STATE | PARTS),
+        (by_tower(model, "sgd", image=optimizer), STATE | PARTS),
+        (scaled(by_tower(model, "sgd", text=optimizer)), STATE | PARTS),
+        (optimizer, WHOLE | PARTS),
+    ):
+        for _ in range(2):
+            model.compile(whole)
+            assert replaced(optimizer).keys() == expected
+            assert replaced(whole).keys() - PARTS == WHOLE
+
+
+def test_keras_calls_each_method_that_is_replaced():
+    model, called = small_model(), set()
+    parts = by_tower(model, adamw(), image=adamw())
+    model.compile(keras.optimizers.LossScaleOptimizer(parts), **FAST)
+
+    def spy(optimizer, name, method):
+        def spied(*args, **kwargs):
+            called.add((optimizer, name))
+            return method(*args, **kwargs)
+
+        setattr(optimizer, name, spied)
+
+    for each in (model.optimizer, *optimizer_parts(model.optimizer)):
+        for name, method in replaced(each).items():
+            spy(each, name, method)
+    model.train_on_batch(random_pairs(4))
+    expected = {(x, name) for x in parts.optimizers for name in PARTS}
+    assert called == expected | {(model.optimizer, name) for name in WHOLE}
 
 
 def unnamed_towers():

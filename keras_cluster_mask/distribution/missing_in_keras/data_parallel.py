@@ -52,30 +52,15 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
-def reduce_gradients(gradients: list, weights: list) -> list:
+def all_reduce_mean(gradients: list) -> list:
     """Averages gradients over all processes.
 
     Args:
-        gradients: List of this process's gradients, `None` for a weight without one,
-            which counts as 0.
-        weights: List of the torch parameters that the gradients belong to.
-
-    Returns:
-        A list of gradients, `None` for a weight without a gradient in any process.
+        gradients: List of this process's gradients, of the same weights in all
+            processes.
     """
-    is_missing = [x is None for x in gradients]
-    given = [
-        torch.zeros_like(weight) if x is None else x
-        for x, weight in zip(gradients, weights)
-    ]
-    # After the gradients, the fraction of processes that have each.
-    shares = given[0].new_tensor([float(not x) for x in is_missing])
-    flat = torch.cat([x.flatten() for x in (*given, shares)])
+    flat = torch.cat([x.flatten() for x in gradients])
     flat /= distributed.get_world_size()
     distributed.all_reduce(flat)
-    *parts, shares = flat.split([*(x.numel() for x in given), len(given)])
-    reduced = [part.view(x.shape).to(x.dtype) for part, x in zip(parts, given)]
-    if any(is_missing):
-        # Read only here, since this waits for the GPU.
-        reduced = [x if y else None for x, y in zip(reduced, shares.tolist())]
-    return reduced
+    parts = flat.split([x.numel() for x in gradients])
+    return [part.view(x.shape).to(x.dtype) for part, x in zip(parts, gradients)]

@@ -17,79 +17,69 @@ from keras import ops
 from torch.optim import adam as torch_adam
 
 
-def update_in_place(optimizer):
-    """Makes global-norm clipping and Adam updates run in-place.
+def methods(optimizer) -> dict:
+    """Returns the functions of this file that replace methods of an optimizer, by name.
 
     The results equal Keras's up to rounding, and are stored in Keras's variables.
-    Gradients are clipped in-place. The rest of `apply` stays Keras's own: decay,
-    accumulation, averages, constraints. Keras also performs the update if a weight is
-    not float32, for AMSGrad, and for optimizers other than Adam and AdamW. Its update
-    of SGD is in-place in 3.15, and copies the gradients once from 3.16 on.
-
-    Keras has no public hook for decay, clipping and the update within `apply`, so three
-    private methods of one optimizer are replaced. A test fails if a version of Keras
-    lacks them.
+    Gradients are clipped in-place. The rest of `apply` stays Keras's own: accumulation,
+    averages, constraints. Keras also performs the update if a weight is not float32,
+    for AMSGrad, and for optimizers other than Adam and AdamW. Its update of SGD is
+    in-place in 3.15, and copies the gradients once from 3.16 on.
 
     Args:
-        optimizer: A Keras optimizer.
+        optimizer: A Keras optimizer. Nothing is replaced in subclasses of users, which
+            may have their own methods.
     """
-    clip, update = optimizer._clip_gradients, optimizer._backend_update_step
-    decay = optimizer._apply_weight_decay
-
-    def apply_weight_decay(variables):
-        # Keras's own fails if none of the weights decays.
-        if any(map(optimizer._use_weight_decay, variables)):
-            decay(variables)
-
-    def clip_gradients(gradients):
-        max_norm = optimizer.global_clipnorm or 0.0
-        # In Keras, a `clipnorm` that is set later comes first.
-        in_place = max_norm > 0 and not optimizer.clipnorm
-        if in_place and clip_by_global_norm(gradients, max_norm):
-            return gradients
-        return clip(gradients)
-
-    def update_step(gradients, variables, learning_rate):
-        indices = [optimizer._get_variable_index(v) for v in variables]
-        slots = optimizer._momentums, optimizer._velocities
-        weights = [v.value for v in variables]
-        moments = [[slot[i].value for i in indices] for slot in slots]
-        if not optimizer.amsgrad and can_update(weights, gradients, *moments):
-            adam(optimizer, weights, gradients, moments, learning_rate)
-        else:
-            update(gradients, variables, learning_rate)
-
-    optimizer._apply_weight_decay = apply_weight_decay
-    base = keras.optimizers.Optimizer
-    is_own = type(optimizer)._clip_gradients is base._clip_gradients
-    if optimizer.global_clipnorm and is_own:
-        optimizer._clip_gradients = clip_gradients
-    # Subclasses may override the update.
-    adams = keras.optimizers.Adam(name="adam"), keras.optimizers.AdamW(name="adamw")
-    if type(optimizer) in map(type, adams):
-        optimizer._backend_update_step = update_step
+    found = {}
+    if not type(optimizer).__module__.startswith("keras."):
+        return found
+    if optimizer.weight_decay:
+        found["_apply_weight_decay"] = apply_weight_decay
+    if (optimizer.global_clipnorm or 0) > 0:
+        found["_clip_gradients"] = clip_gradients
+    if isinstance(optimizer, keras.optimizers.Adam) and not optimizer.amsgrad:
+        found["_backend_update_step"] = update_step
+    return found
 
 
-def clip_by_global_norm(gradients: list, max_norm: float) -> bool:
+def apply_weight_decay(optimizer, variables):
+    # Keras's own fails if none of the weights decays.
+    if any(map(optimizer._use_weight_decay, variables)):
+        type(optimizer)._apply_weight_decay(optimizer, variables)
+
+
+def clip_gradients(optimizer, gradients):
+    if can_update(gradients):
+        clip_by_global_norm(gradients, optimizer.global_clipnorm)
+        return gradients
+    return type(optimizer)._clip_gradients(optimizer, gradients)
+
+
+def update_step(optimizer, gradients, variables, learning_rate):
+    indices = [optimizer._get_variable_index(v) for v in variables]
+    slots = optimizer._momentums, optimizer._velocities
+    weights = [v.value for v in variables]
+    moments = [[slot[i].value for i in indices] for slot in slots]
+    if can_update(weights, gradients, *moments):
+        adam(optimizer, weights, gradients, moments, learning_rate)
+    else:
+        own = type(optimizer)._backend_update_step
+        own(optimizer, gradients, variables, learning_rate)
+
+
+def clip_by_global_norm(gradients: list, max_norm: float) -> None:
     """Scales all gradients in-place by one factor, to a norm of at most `max_norm`.
 
     Args:
-        gradients: List of torch tensors.
+        gradients: List of torch tensors for which `can_update` is true.
         max_norm: Float. The maximum L2 norm of all gradients together. If their norm is
             not finite, all become NaN, as in Keras.
-
-    Returns:
-        Whether the gradients could be clipped. If not, nothing was changed.
     """
-    # A tensor that is passed twice would be scaled twice.
-    if len({*map(id, gradients)}) < len(gradients) or not can_update(gradients):
-        return False
     with torch.no_grad():
         norm = torch.nn.utils.get_total_norm(gradients)
         # No branch on the norm, which would make the program wait for the GPU.
         scale = max_norm * torch.minimum(1 / norm, torch.ones_like(norm) / max_norm)
         torch._foreach_mul_(gradients, scale + (norm - norm))
-    return True
 
 
 def can_update(*lists) -> bool:
@@ -100,11 +90,9 @@ def can_update(*lists) -> bool:
     """
     tensors = [x for each in lists for x in each]
     return all(
-        isinstance(x, torch.Tensor)
-        and x.device == tensors[0].device
+        x.device == tensors[0].device
         and x.device.type in ("cpu", "cuda")
         and x.dtype == torch.float32
-        and x.layout == torch.strided
         and x.is_contiguous()
         for x in tensors
     )

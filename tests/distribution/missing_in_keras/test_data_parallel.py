@@ -4,7 +4,8 @@ import keras
 import pytest
 
 from keras_cluster_mask.callbacks import Retrieval
-from tests.helpers import compiled_model, random_pairs
+from keras_cluster_mask.distribution import gradients
+from tests.helpers import compiled_model, random_pairs, values
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="others reduce in compiled code"
@@ -16,39 +17,49 @@ if keras.backend.backend() == "torch":
     from keras_cluster_mask.distribution.missing_in_keras import data_parallel
 
 
-def reduced(monkeypatch, weights, *gradients):
+def reduced(monkeypatch, *gradients):
     """The result in the first of two processes with these gradients."""
     sent = []
     monkeypatch.setattr(data_parallel.distributed, "get_world_size", lambda: 2)
     # The second process, then the first, which adds what the second has sent.
     for all_reduce in (sent.append, lambda flat: flat.add_(sent[0])):
         monkeypatch.setattr(data_parallel.distributed, "all_reduce", all_reduce)
-        found = data_parallel.reduce_gradients(gradients[not sent], weights)
+        found = data_parallel.all_reduce_mean(gradients[not sent])
     return found
 
 
 @pytest.mark.parametrize("dtypes", [["float32"] * 3, ["float16", "float64", "float32"]])
 def test_gradients_are_means_over_processes(dtypes, monkeypatch):
-    weights = [
-        torch.nn.Parameter(torch.randn(shape).to(getattr(torch, dtype)))
-        for shape, dtype in zip([(3, 4), (), (5,)], dtypes)
-    ]
-    one, other = ([torch.randn_like(w) for w in weights] for _ in range(2))
+    one, other = (
+        [
+            torch.randn(shape).to(getattr(torch, dtype))
+            for shape, dtype in zip([(3, 4), (), (5,)], dtypes)
+        ]
+        for _ in range(2)
+    )
     # One that is no block of memory.
     one[0] = torch.randn(4, 3).to(one[0].dtype).T
-    found = reduced(monkeypatch, weights, one, other)
+    found = reduced(monkeypatch, one, other)
     for mean, *both in zip(found, one, other, strict=True):
         torch.testing.assert_close(mean, sum(both) / 2)
 
 
-def test_a_gradient_that_a_process_lacks_counts_as_0_there(monkeypatch):
-    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(4)]
-    two = torch.full((2,), 2.0)
-    lacking = [two, two, None, None], [two, None, two, None]
-    found = reduced(monkeypatch, weights, *lacking)
-    assert found[3] is None
-    for mean, value in zip(found, (2.0, 1.0, 1.0)):
-        torch.testing.assert_close(mean, torch.full((2,), value))
+def test_a_weight_without_a_gradient_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(gradients, "num_replicas", lambda: 2)
+    monkeypatch.setattr(data_parallel, "all_reduce_mean", lambda x: [2 * y for y in x])
+    optimizer = keras.optimizers.SGD(1.0, weight_decay=0.5)
+    gradients.wrap_optimizer(optimizer, optimizer, [optimizer])
+    weights = [keras.Variable([1.0], name=name) for name in "abc"]
+    with pytest.warns(UserWarning, match=r"do not exist for.*b"):
+        optimizer.apply([torch.ones(1), None, torch.zeros(1)], weights)
+    assert values(weights) == [[-1.5], [1.0], [0.5]]
+
+
+def test_a_model_that_was_compiled_before_processes_were_joined_is_refused(monkeypatch):
+    model = compiled_model()
+    monkeypatch.setattr(gradients, "num_replicas", lambda: 2)
+    with pytest.raises(ValueError, match=r"compiled after .*initialize.*Received: "):
+        model.fit(random_pairs(4), verbose=0)
 
 
 def test_keras_reduces_neither_gradients_nor_metrics(monkeypatch):
