@@ -10,6 +10,10 @@ import keras
 import numpy as np
 from keras import ops
 
+# What ONNX is written with. For most towers, jax2onnx 0.17 fails, or writes a file that
+# does not run.
+ONNX_PACKAGES = {"tensorflow": "tf2onnx", "torch": "onnxscript"}
+
 # === Operations ===
 
 
@@ -68,6 +72,14 @@ def compiles_steps() -> bool:
     return keras.backend.backend() != "torch"
 
 
+def steps_are_stateless() -> bool:
+    """Returns whether a step takes and returns the values of all weights: on JAX.
+
+    Keras then compares the numbers of weights of the model and of its optimizer.
+    """
+    return keras.backend.backend() == "jax"
+
+
 def needs_xla(data_format: str | None) -> bool:
     """Returns whether only XLA convolves images of a data format on every CPU.
 
@@ -75,6 +87,37 @@ def needs_xla(data_format: str | None) -> bool:
     does not use on all CPUs, nor for float16.
     """
     return keras.backend.backend() == "tensorflow" and data_format == "channels_first"
+
+
+# === Exported models ===
+
+
+def exports_by_torch() -> bool:
+    """Returns whether torch exports models.
+
+    It exports for the size of one batch, unless it is told which sizes may vary.
+    """
+    return keras.backend.backend() == "torch"
+
+
+def exports_one_length() -> bool:
+    """Returns whether a text encoder is exported for one length of texts: on JAX.
+
+    There, keras_hub compares the length with the position embeddings.
+    """
+    return keras.backend.backend() == "jax"
+
+
+def onnx_package() -> str:
+    """Returns the name of the package that writes ONNX."""
+    backend = keras.backend.backend()
+    if backend not in ONNX_PACKAGES:
+        raise ValueError(
+            "`format='onnx'` needs the backend torch or TensorFlow. Save the model as "
+            "a `.keras` file, load it with `KERAS_BACKEND=torch`, and export it there. "
+            f"Received: format='onnx' with the backend {backend}"
+        )
+    return ONNX_PACKAGES[backend]
 
 
 # === State of a program ===

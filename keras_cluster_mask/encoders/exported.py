@@ -9,11 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_cluster_mask.distribution.backends import exports_by_torch, onnx_package
 from keras_cluster_mask.training.layers import all_layers
-
-# What ONNX is written with. For most towers, jax2onnx 0.17 fails, or writes a file that
-# does not run.
-ONNX_PACKAGES = {"tensorflow": "tf2onnx", "torch": "onnxscript"}
 
 
 class Exported:
@@ -49,7 +46,7 @@ class Exported:
             ImportError: If a package that `"onnx"` needs is not installed.
         """
         signature = input_signature or [self.input_specs]
-        on_torch = keras.backend.backend() == "torch"
+        on_torch = exports_by_torch()
         if on_torch and format in ("torch", "onnx"):
             # By default, Keras would export for a batch size of 1.
             free = keras.tree.map_structure(_free_dimensions, signature)
@@ -103,14 +100,7 @@ def _write_onnx(path, filepath, signature):
 
 def _prepare_onnx():
     """Checks that ONNX can be written, and adds an operation that tf2onnx lacks."""
-    backend = keras.backend.backend()
-    if backend not in ONNX_PACKAGES:
-        raise ValueError(
-            "`format='onnx'` needs the backend torch or TensorFlow. Save the model as "
-            "a `.keras` file, load it with `KERAS_BACKEND=torch`, and export it there. "
-            f"Received: format='onnx' with the backend {backend}"
-        )
-    package = ONNX_PACKAGES[backend]
+    package = onnx_package()
     # Without it, torch would fail after it has printed the whole graph.
     if importlib.util.find_spec(package) is None:
         raise ImportError(

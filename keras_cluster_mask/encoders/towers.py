@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_cluster_mask.distribution.backends import keeping_weights
+from keras_cluster_mask.distribution.backends import exports_one_length, keeping_weights
 from keras_cluster_mask.distribution.replicas import OwnReduction
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, text_family_of
@@ -346,8 +346,7 @@ class TextTower(Tower):
 
     def _spec(self, given):
         shape = given.shape
-        # On JAX, keras_hub compares the length with the position embeddings.
-        if self.family.pooling == "last token" or keras.backend.backend() == "jax":
+        if self.family.pooling == "last token" or exports_one_length():
             shape = (shape[0], self.context_length)
         return keras.InputSpec(given.dtype, shape, name=given.name)
 

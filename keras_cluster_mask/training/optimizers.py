@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution import gradients
+from keras_cluster_mask.distribution.backends import steps_are_stateless
 from keras_cluster_mask.training.layers import all_layers, saved_weights
 
 
@@ -38,12 +39,12 @@ def configure(optimizer, model, decay_vectors):
 def check_built(optimizer, variables):
     """Raises an error for an optimizer that was built for other weights.
 
-    Frozen weights may remain in it, except on JAX and in averages, where Keras compares
-    the lengths of lists.
+    Frozen weights may remain in it, except in stateless steps and in averages, where
+    Keras compares the lengths of lists.
     """
     own, parts = inner_optimizer(optimizer), optimizer_parts(optimizer)
     known, given = _known_weights(optimizer), {id(v) for v in variables}
-    is_strict = keras.backend.backend() == "jax" or any(x.use_ema for x in parts)
+    is_strict = steps_are_stateless() or any(x.use_ema for x in parts)
     if own.built and (given - known or (is_strict and known - given)):
         raise ValueError(
             "`optimizer` must be new, or built for the weights that this model trains: "

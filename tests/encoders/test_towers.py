@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.encoders.exported import ONNX_PACKAGES
+from keras_cluster_mask.distribution.backends import ONNX_PACKAGES
 from keras_cluster_mask.encoders.towers import ImageTower, TextTower, Tower
 from tests.encoders.test_pooled import bert, make_model
 from tests.helpers import (
