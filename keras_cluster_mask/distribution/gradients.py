@@ -16,10 +16,7 @@ from keras_cluster_mask.distribution.replicas import (
 )
 
 if keras.backend.backend() == "torch":
-    from keras_cluster_mask.distribution.missing_in_keras import (
-        data_parallel,
-        in_place_updates,
-    )
+    from keras_cluster_mask.distribution import torch_data_parallel, torch_updates
 
 
 def wrap_optimizer(optimizer, inner, parts) -> None:
@@ -32,7 +29,7 @@ def wrap_optimizer(optimizer, inner, parts) -> None:
       of them clip alike. Keras clips each replica's gradients before it sums them on
       TensorFlow, and does not reduce them on torch.
     - On TensorFlow, Keras does not sum the gradients a second time.
-    - On torch, Keras's optimizers clip and update in-place (`in_place_updates.py`).
+    - On torch, Keras's optimizers clip and update in-place (`torch_updates.py`).
     - An optimizer within another one has no state of its own in a file. Keras would
       save the state twice: with the whole, and alone.
 
@@ -59,7 +56,7 @@ def wrap_optimizer(optimizer, inner, parts) -> None:
         if each in parts and backend == "tensorflow":
             methods["_all_reduce_sum_gradients"] = _reduced_before
         elif each in parts and backend == "torch":
-            methods |= in_place_updates.methods(each)
+            methods |= torch_updates.methods(each)
         # It may have been wrapped before, in another place.
         wrapped = [k for k, x in vars(each).items() if isinstance(x, types.MethodType)]
         for name in wrapped:
@@ -85,7 +82,7 @@ def _reduce_and_apply(optimizer, gradients, trainable_variables=None):
         if replica is not None:
             given = replica.all_reduce(tf.distribute.ReduceOp.SUM, given)
     else:
-        given = data_parallel.all_reduce_mean(given)
+        given = torch_data_parallel.all_reduce_mean(given)
     reduced = iter(given)
     gradients = [x if x is None else next(reduced) for x in gradients]
     type(optimizer).apply(optimizer, gradients, trainable_variables)
@@ -118,7 +115,7 @@ def prepare_replicas(model, parts) -> None:
                 "`kcm.distribution.initialize()` first. Received: a model that was "
                 "compiled before"
             )
-        data_parallel.check_and_broadcast(model)
+        torch_data_parallel.check_and_broadcast(model)
 
 
 def _check_strategy(model, parts):

@@ -12,7 +12,7 @@ from keras import ops
 if keras.backend.backend() == "torch":
     from torch import distributed
 
-    from keras_cluster_mask.distribution.missing_in_keras import data_parallel
+    from keras_cluster_mask.distribution import torch_data_parallel
 
 
 class OwnReduction:
@@ -116,7 +116,7 @@ def all_gather(x):
         rows = None if x.shape[0] is None else num_replicas() * x.shape[0]
         gathered = tensorflow_replica().all_gather(x, axis=0)
         return tf.ensure_shape(gathered, (rows, *x.shape[1:]))
-    return data_parallel.Gather.apply(x)
+    return torch_data_parallel.Gather.apply(x)
 
 
 def local_rows(x):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 if keras.backend.backend() == "torch":
-    from keras_cluster_mask.distribution.missing_in_keras import in_place_updates
+    from keras_cluster_mask.distribution import torch_updates
 
 SHAPES = [(8, 16), (16,), (3, 4, 5), (7,)]
 Adam, AdamW, SGD = (getattr(keras.optimizers, x) for x in ("Adam", "AdamW", "SGD"))
@@ -93,13 +93,13 @@ def in_place(optimizer):
 @pytest.fixture
 def updated(monkeypatch):
     """How many weights each update in place was of."""
-    counts, adam = [], in_place_updates.adam
+    counts, adam = [], torch_updates.adam
 
     def watched(optimizer, weights, *args):
         counts.append(len(weights))
         adam(optimizer, weights, *args)
 
-    monkeypatch.setattr(in_place_updates, "adam", watched)
+    monkeypatch.setattr(torch_updates, "adam", watched)
     return counts
 
 

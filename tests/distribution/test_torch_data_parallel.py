@@ -1,4 +1,4 @@
-"""Gradients of processes of torch: their means, whatever each process lacks."""
+"""Gradients of processes of torch: their means, and who computes them."""
 
 import keras
 import pytest
@@ -14,17 +14,17 @@ pytestmark = pytest.mark.skipif(
 if keras.backend.backend() == "torch":
     import torch
 
-    from keras_cluster_mask.distribution.missing_in_keras import data_parallel
+    from keras_cluster_mask.distribution import torch_data_parallel
 
 
 def reduced(monkeypatch, *gradients):
     """The result in the first of two processes with these gradients."""
     sent = []
-    monkeypatch.setattr(data_parallel.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch_data_parallel.distributed, "get_world_size", lambda: 2)
     # The second process, then the first, which adds what the second has sent.
     for all_reduce in (sent.append, lambda flat: flat.add_(sent[0])):
-        monkeypatch.setattr(data_parallel.distributed, "all_reduce", all_reduce)
-        found = data_parallel.all_reduce_mean(gradients[not sent])
+        monkeypatch.setattr(torch_data_parallel.distributed, "all_reduce", all_reduce)
+        found = torch_data_parallel.all_reduce_mean(gradients[not sent])
     return found
 
 
@@ -46,7 +46,9 @@ def test_gradients_are_means_over_processes(dtypes, monkeypatch):
 
 def test_a_weight_without_a_gradient_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(gradients, "num_replicas", lambda: 2)
-    monkeypatch.setattr(data_parallel, "all_reduce_mean", lambda x: [2 * y for y in x])
+    monkeypatch.setattr(
+        torch_data_parallel, "all_reduce_mean", lambda x: [2 * y for y in x]
+    )
     optimizer = keras.optimizers.SGD(1.0, weight_decay=0.5)
     gradients.wrap_optimizer(optimizer, optimizer, [optimizer])
     weights = [keras.Variable([1.0], name=name) for name in "abc"]

@@ -2,8 +2,8 @@
 
 Keras 3.15 has none. Keras 3.16 wraps models in torch's `DistributedDataParallel`, but
 not an `OwnReduction` of `replicas.py`. The wrapper requires that all weights have a
-gradient in every process, that no model is frozen, and that all processes evaluate
-together. None of this holds here. Once Keras can do without, delete this file and that
+gradient, that no model is frozen, and that all processes evaluate together. None of
+this holds here. Once Keras can do without, delete this file and that
 class, and their calls in `replicas.py` and `gradients.py`.
 
 Gradients are averaged after the backward pass, in one reduction, which takes less time
