@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,15 +51,20 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
         yield _arrays(_dictionary(batch))
 
 
+def is_tf_dataset(data: Any) -> bool:
+    """Returns whether data is a `tf.data.Dataset`. TensorFlow may not be installed."""
+    tensorflow = sys.modules.get("tensorflow")
+    return tensorflow is not None and isinstance(data, tensorflow.data.Dataset)
+
+
 def is_endless(data: Any) -> bool:
     """Returns whether data never ends, as a stream for training."""
     if isinstance(data, Stream):
         return data.training
     if isinstance(data, keras.utils.PyDataset):
         return data.num_batches is None
-    # A `tf.data.Dataset` knows whether it repeats without end.
-    cardinality = getattr(data, "cardinality", None)
-    return callable(cardinality) and int(cardinality()) == -1
+    # It knows whether it repeats without end.
+    return is_tf_dataset(data) and int(data.cardinality()) == -1
 
 
 def read_images(data: Any, max_images: int | None = None) -> Iterator[np.ndarray]:

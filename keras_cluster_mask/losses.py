@@ -220,7 +220,8 @@ def without_padding(
         if family.pooling == "end token":
             values = xp.array(ids == family.end_id, "int32")
         ends = xp.argmax(values, axis=1)
-        is_read = xp.arange(xp.shape(ids)[1]) <= ends[:, None]
+        # A graph of `tf.data` need not know the number of tokens.
+        is_read = xp.cumsum(xp.ones_like(ids), axis=1) <= ends[:, None] + 1
     elif padding_mask is not None:
         is_read = xp.array(padding_mask, "bool")
     else:

@@ -1,6 +1,7 @@
 """`Stream`: data in a known order, so that reading can start at any batch."""
 
-from collections.abc import Generator
+import types
+from collections.abc import Generator, Mapping
 from typing import Any
 
 # A description covers at least this many items, evenly spaced, of what takes long to
@@ -16,21 +17,32 @@ class Stream:
     endless, and goes from epoch to epoch. Worker processes use this module, so it does
     not import Keras.
 
+    `fit` reads and sets only these attributes. Their defaults are those of data that is
+    no stream.
+
     Attributes:
         training: Boolean. Whether the stream is endless.
         start: Integer. The batch at which a pass begins.
+        shuffle_seed: Integer. The seed of the order, if the settings do not include it.
         steps_per_epoch: Integer. The number of batches in an epoch of training.
         element_spec: Dictionary from the name of each entry of a batch to an object
             with its `shape`, with `None` for unknown sizes, and its `dtype`.
         description: Dictionary. The settings that decide what each batch holds. A run
             can only be resumed on a stream with an equal description.
+        skipped: `SkippedSamples`. The broken samples of the last pass.
+        tokenizer: The tokenizer of the texts, if known.
+        num_images: Integer. The number of images, if the stream ends.
     """
 
-    training = True
-    start = 0
-    steps_per_epoch: int
-    element_spec: dict[str, Any]
-    description: dict[str, Any]
+    training: bool = True
+    start: int = 0
+    shuffle_seed: int | None = None
+    steps_per_epoch: int | None = None
+    element_spec: dict[str, Any] | None = None
+    description: Mapping[str, Any] = types.MappingProxyType({})
+    skipped: Any = None
+    tokenizer: Any = None
+    num_images: int | None = None
 
     def __len__(self) -> int:
         """Returns the number of batches, in training per epoch."""

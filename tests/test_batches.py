@@ -8,7 +8,6 @@ import pytest
 from keras import ops
 
 from keras_cluster_mask.batches import (
-    num_batches,
     num_images,
     read_batches,
     read_images,
@@ -136,12 +135,6 @@ def test_reading_stops_at_max_images(max_images, batches):
     assert len(read) == batches
     # There may be fewer.
     assert sum(map(len, read_images(IMAGES, max_images=1000))) == 70
-
-
-@pytest.mark.any_backend
-def test_other_data_with_a_stream_has_no_known_length():
-    data = type("Data", (keras.utils.PyDataset,), {"stream": object()})()
-    assert num_batches(data) is None
 
 
 @pytest.mark.any_backend

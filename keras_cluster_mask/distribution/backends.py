@@ -80,6 +80,15 @@ def steps_are_stateless() -> bool:
     return keras.backend.backend() == "jax"
 
 
+def fixes_shapes() -> bool:
+    """Returns whether Keras takes the shapes of all batches of a generator from two.
+
+    On TensorFlow, the first two batches must show which sizes differ. Only a
+    `tf.data.Dataset` can have free sizes.
+    """
+    return keras.backend.backend() == "tensorflow"
+
+
 def needs_xla(data_format: str | None) -> bool:
     """Returns whether only XLA convolves images of a data format on every CPU.
 

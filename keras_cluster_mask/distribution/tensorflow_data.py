@@ -1,10 +1,11 @@
-"""`tf.data` datasets of batches that Python reads."""
+"""`tf.data` datasets: made of batches that Python reads, and prepared for a step."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_cluster_mask.distribution.backends import import_triton_first
 
@@ -48,6 +49,44 @@ def dataset_of(
     # Nothing needs autotuning, and an epoch would wait up to a second for it.
     options.autotune.enabled = False
     return dataset.with_options(options).prefetch(1)
+
+
+def prepared(
+    dataset: Any,
+    names: Sequence[str],
+    check: Callable[[dict], None],
+    cut: Callable[..., dict],
+) -> Any:
+    """Checks the first batch of a `tf.data.Dataset`, and cuts the texts of all batches.
+
+    Args:
+        dataset: A `tf.data.Dataset` of dictionaries.
+        names: The entries that are checked.
+        check: Function of a dictionary of arrays, which raises an error.
+        cut: Function of a batch and a module with the functions of NumPy, here for
+            tensors. Returns a batch.
+    """
+    import tensorflow as tf
+
+    def check_arrays(*arrays):
+        check(dict(zip(names, arrays)))
+        return np.int32(0)
+
+    def prepare(number, batch):
+        values = [batch[name] for name in names]
+        # No dataset is read twice for the check: one may have side effects.
+        done = tf.cond(
+            number == 0,
+            lambda: tf.ensure_shape(
+                tf.numpy_function(check_arrays, values, "int32"), ()
+            ),
+            lambda: 0,
+        )
+        with tf.control_dependencies([done]):
+            batch = {**batch, "token_ids": tf.identity(batch["token_ids"])}
+        return cut(batch, tf.experimental.numpy)
+
+    return dataset.enumerate().map(prepare)
 
 
 def _import_tensorflow():

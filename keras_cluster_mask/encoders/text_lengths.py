@@ -1,14 +1,15 @@
-"""How long the texts of a batch are, and how padding is cut off on the host."""
+"""How long the texts of a batch are, and how the padding after them is cut off."""
 
+import bisect
 import dataclasses
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.batches import as_array
 from keras_cluster_mask.distribution.backends import compiles_steps, is_traced
 from keras_cluster_mask.encoders.families import TextFamily
 from keras_cluster_mask.encoders.masked import random_weights
@@ -17,9 +18,13 @@ from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.training.input_rules import MADE
 from keras_cluster_mask.training.layers import all_layers
 
-# The smallest length to which texts are cut. JAX and TensorFlow compile a step for each
-# length, and captions of 9 to 16 tokens are in nearly all batches.
-LEAST = 16 if compiles_steps() else 8
+# The lengths to which texts are cut. JAX and TensorFlow compile a step for each: 16,
+# 24, 32, 48, 64, 96, ... Captions of 9 to 16 tokens are in nearly all batches.
+COMPILED = compiles_steps()
+STEPS: Sequence[int] = range(8, 2**20, 4)
+if COMPILED:
+    STEPS = [length << power for power in range(16) for length in (16, 24)]
+LEAST = STEPS[0]
 # The lengths of the texts in the batch of `_is_exact`.
 LENGTHS = (2, 3, 5, LEAST, LEAST)
 # The signs of its weights, and the largest change of features by rounding. Padding that
@@ -45,36 +50,43 @@ class TextLengths:
     family: TextFamily
     names: tuple[str, ...] = ()
 
-    def of(self, batch: Mapping[str, Any]) -> np.ndarray:
+    def of(self, batch: Mapping[str, Any], xp: types.ModuleType = np) -> Any:
         """Returns the number of tokens of each text without the padding at its end.
 
         Args:
             batch: Dictionary of `(batch, T)` arrays: `"token_ids"`, and the
                 `"padding_mask"` if there is one.
+            xp: `numpy`, or `tf.experimental.numpy` for tensors in a graph.
 
         Returns:
             `(batch,)` ints, at least 1.
         """
         names = batch.keys() & {"token_ids", "padding_mask"}
-        ids = without_padding(
-            self.family, **{name: as_array(batch[name]) for name in names}, xp=np
-        )
-        ends = np.where(ids >= 0, np.arange(1, ids.shape[1] + 1), 1)
-        return ends.max(axis=1, initial=1)
+        ids = without_padding(self.family, **{k: batch[k] for k in names}, xp=xp)
+        # All tokens up to the last one that is read, of a number unknown to a graph.
+        is_inside = xp.cumsum(xp.array(ids >= 0, "int32")[:, ::-1], axis=1) > 0
+        return xp.maximum(xp.sum(xp.array(is_inside, "int32"), axis=1), 1)
 
-    def cut(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def cut(
+        self, batch: Mapping[str, Any], xp: types.ModuleType = np
+    ) -> Mapping[str, Any]:
         """Cuts the inputs of a text encoder to the longest text, rounded up.
 
         Args:
             batch: Dictionary of arrays. Other entries than the encoder's inputs are not
                 changed.
+            xp: As for `of`.
         """
         found = {name: batch[name] for name in self.names if name in batch}
-        shapes = {tuple(np.shape(values)) for values in found.values()}
-        if len(shapes) != 1:
+        if len({tuple(values.shape) for values in found.values()}) != 1:
             # Nothing is cut, or the encoder will refuse inputs of different shapes.
             return batch
-        length = rounded_up(int(self.of(batch).max(initial=1)))
+        if xp is np:
+            lengths = self.of({k: ops.convert_to_numpy(x) for k, x in found.items()})
+            length = rounded_up(int(lengths.max(initial=1)))
+        else:
+            longest = xp.max(self.of(found, xp))
+            length = xp.min(xp.where(xp.array(STEPS) >= longest, STEPS, STEPS[-1]))
         return {**batch, **{name: values[:, :length] for name, values in found.items()}}
 
     def chunked(self, batch: Mapping[str, Any], num_chunks: int):
@@ -88,7 +100,7 @@ class TextLengths:
             A tuple: `(batch,)` ints, the order of the rows; and for each chunk the
             length to which its texts are cut.
         """
-        lengths = self.of(batch)
+        lengths = self.of({k: ops.convert_to_numpy(x) for k, x in batch.items()})
         chunks = np.argsort(lengths, kind="stable").reshape(num_chunks, -1)
         longest = lengths[chunks].max(axis=1)
         return chunks.T.ravel(), [rounded_up(int(length)) for length in longest]
@@ -101,15 +113,20 @@ class TextLengths:
 
 
 def rounded_up(length: int) -> int:
-    """Returns the number of tokens with which texts of a length are encoded.
+    """Returns the number of tokens with which texts of a length are encoded."""
+    return STEPS[bisect.bisect_left(STEPS, length)]
 
-    On torch a multiple of 4; else one of 16, 24, 32, 48, 64, 96, 128, ..., because each
-    is compiled.
+
+def cut_in_step(tower: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Cuts the texts of a batch in the forward pass, if no step is compiled for them.
+
+    Args:
+        tower: A `TextTower`.
+        batch: Dictionary of tensors.
     """
-    if not compiles_steps():
-        return max(LEAST, -(-length // 4) * 4)
-    power = 1 << (max(length, LEAST) - 1).bit_length()
-    return max(LEAST, power * 3 // 4 if length <= power * 3 // 4 else power)
+    if COMPILED or is_traced(batch["token_ids"]):
+        return batch
+    return tower.lengths.cut(batch)
 
 
 def lengths_of_encoder(tower: Any) -> TextLengths:

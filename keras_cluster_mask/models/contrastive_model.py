@@ -10,6 +10,7 @@ from keras import ops
 from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import import_keras_hub, preset_of
 from keras_cluster_mask.encoders.pooled import pretrained_towers
+from keras_cluster_mask.encoders.text_lengths import cut_in_step
 from keras_cluster_mask.losses import (
     batch_loss,
     caption_labels,
@@ -327,6 +328,7 @@ class ContrastiveModel(Trainer):
             }
         if not {*KEYS} <= {*names}:
             self.input_rules.check_keys(inputs)
+        inputs = cut_in_step(self.text_tower, inputs)
         if not training:
             return self._embed(inputs)
         # TensorFlow may know the number of texts, but not the number of images.

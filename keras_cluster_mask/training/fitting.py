@@ -204,8 +204,11 @@ def _train(model, keras_fit, run, options):
         return keras.callbacks.History()
     x, steps = run.data.start_at(run.epoch), run.data.steps_per_epoch
     if model.compiled:
-        known = steps or getattr(x, "num_batches", None) or operator.length_hint(x)
-        _warn_of_rate_zero(model.optimizer, (options["epochs"] - run.epoch) * known)
+        is_sequence = isinstance(x, keras.utils.PyDataset)
+        known = steps or (x.num_batches if is_sequence else operator.length_hint(x))
+        _warn_of_rate_zero(
+            model.optimizer, (options["epochs"] - run.epoch) * (known or 0)
+        )
     callbacks = [run, *run.callbacks]
     followers = [each for each in callbacks if isinstance(each, RunCallback)]
     for each in followers:
@@ -333,10 +336,9 @@ class TrainingRun(keras.callbacks.Callback):
         # Later callbacks add to these logs.
         self.history.append({"epoch": epoch, "logs": logs})
         self.epoch = epoch + 1
-        skipped = getattr(self.data.stream, "skipped", None)
+        skipped = self.data.stream.skipped
         if skipped and (count := skipped.take_new()) and self.params["verbose"]:
             print(f"\nEpoch {self.epoch}: {count} broken samples, {skipped}")
-        if self.data.stream is not None:
-            # The next pass may be one of another `fit`.
-            self.data.start_at(self.epoch)
+        # The next pass may be one of another `fit`.
+        self.data.start_at(self.epoch)
         self.rng_state = read_rng_state()

@@ -9,7 +9,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.batches import as_array, check_equal_lengths
+from keras_cluster_mask.batches import (
+    as_array,
+    check_equal_lengths,
+    is_tf_dataset,
+)
 from keras_cluster_mask.checks import fits_shape
 
 KEYS = ("images", "token_ids")
@@ -53,10 +57,6 @@ class InputRules:
         lengths: The `TextLengths` of the text encoder, or `None` to cut no padding off.
         training: Boolean. Whether the batches are for training.
         chunk_size: Integer, the number of pairs of a micro-batch in this process.
-        is_normalized: Boolean. Whether an earlier batch showed that images are
-            normalized.
-        warns: Boolean array of shape `()`. Whether the next entry that is left out
-            causes a warning.
     """
 
     text_inputs: tuple[str, ...] = ("token_ids",)
@@ -70,36 +70,43 @@ class InputRules:
     lengths: Any = None
     training: bool = False
     chunk_size: int = 1
-    is_normalized: bool = False
-    warns: np.ndarray = dataclasses.field(default_factory=lambda: np.array(True))
 
-    def check(self, batch) -> tuple:
-        """Checks a batch, and returns it in the form that Keras takes from any data.
+    def check(self, batch) -> None:
+        """Checks a batch of data that Keras reads.
 
         Args:
-            batch: See `as_dictionary`.
-
-        Returns:
-            A tuple of one dictionary, with texts without the padding after the longest
-            one; see `check_keys`.
+            batch: A dictionary, or a tuple as in Keras; see `as_dictionary`.
         """
-        batch = self.check_keys(as_dictionary(batch))
-        self.check_values(batch)
-        return (self.cut(batch),)
+        numbers = self.check_keys(as_dictionary(batch), warns=False)
+        entries, *_ = keras.utils.unpack_x_y_sample_weight(batch)
+        others = [name for name, values in entries.items() if not is_numeric(values)]
+        if others:
+            raise ValueError(
+                "Each entry of a batch must be an array of numbers: make arrays of "
+                "lists, and leave out other entries, such as file names. "
+                f"Received: entries {sorted(others)}, which are no arrays of numbers"
+            )
+        self.check_values(numbers)
 
-    def cut(self, batch):
-        """Cuts off the padding after the longest text of a batch of arrays."""
-        return batch if self.lengths is None else self.lengths.cut(batch)
+    def check_arrays(self, arrays) -> dict[str, Any]:
+        """Checks a dictionary of arrays; see `check_keys` for what it returns."""
+        arrays = self.check_keys(arrays)
+        self.check_values(arrays)
+        return arrays
 
-    def check_keys(self, batch):
+    def cut(self, batch, xp=np):
+        """Cuts off the padding after the longest text of a batch; see `TextLengths`."""
+        return batch if self.lengths is None else self.lengths.cut(batch, xp)
+
+    def check_keys(self, batch, warns=True):
         """Raises an error if a batch does not have the entries that it must have.
 
         Args:
             batch: Dictionary, from the names of the entries to anything.
+            warns: Boolean. Whether a warning names the entries that are left out.
 
         Returns:
-            The batch without what no input takes, such as captions. A warning names
-            such entries once.
+            The batch without what no input takes, such as captions.
         """
         is_dictionary = isinstance(batch, dict)
         if is_dictionary and "sample_weights" in batch:
@@ -117,8 +124,7 @@ class InputRules:
             )
         known = {"images", "sample_weight", *self.text_inputs}
         numbers = {k: v for k, v in batch.items() if k in known or is_numeric(v)}
-        if self.warns and len(numbers) < len(batch):
-            self.warns[...] = False
+        if warns and len(numbers) < len(batch):
             warnings.warn(
                 "Entries of a batch that are not arrays of numbers do not reach the "
                 f"model. Received: {sorted(batch.keys() - numbers.keys())}",
@@ -150,7 +156,7 @@ class InputRules:
         """Raises an error if the model cannot use the values of a batch.
 
         Args:
-            batch: Dictionary of arrays. Images may be missing if they are uint8.
+            batch: Dictionary of arrays.
         """
         # Weights have a rule of their own, and scalars belong to no pair.
         paired = {
@@ -177,12 +183,7 @@ class InputRules:
                 "smaller last batch, or set another. Received: micro-batches of "
                 f"{self.chunk_size} pairs in each process, a batch of {rows}"
             )
-        # A batch of bright normalized images may look like pixels. Once a batch shows
-        # that the images are normalized, later batches are not checked. Never set back
-        # to False: batches may be checked in several threads.
-        is_unknown = "images" in batch and not self.is_normalized
-        if is_unknown and self.check_images(batch["images"]):
-            self.is_normalized = True
+        self.check_images(batch["images"])
 
     def check_ids(self, ids, has_mask=False):
         """Raises an error if a text encoder cannot take the token ids.
@@ -233,9 +234,6 @@ class InputRules:
 
         Args:
             images: `(batch, ...)` images, or a spec with their shape and dtype.
-
-        Returns:
-            Whether they have values that pixels cannot have.
         """
         images = images if hasattr(images, "dtype") else as_array(images)
         expected, shape = self.image_shape, tuple(images.shape)
@@ -246,13 +244,10 @@ class InputRules:
                 f"the encoder's. Received: images.shape={shape}"
             )
         if self.pixel_range is None or not is_float(images):
-            return False
+            return
         # A spec has no values.
-        if not hasattr(images, "__array__"):
-            return False
-        images = as_array(images)
-        if not images.size:
-            return False
+        if not hasattr(images, "__array__") or not (images := as_array(images)).size:
+            return
         low, high = float(images.min()), float(images.max())
         black, white = self.pixel_range
         # False for a constant batch, and for one with NaN.
@@ -260,15 +255,15 @@ class InputRules:
         # Not if normalized pixels themselves may lie in [0, 1].
         is_scaled = high <= 1 and black < 0
         is_pixels = is_within and (is_scaled or high > MARGIN * white)
-        if not is_pixels and not max(-low, high) > LIMIT * max(-black, white):
-            return low < 0
-        raise ValueError(
-            "`images` must be uint8, or floats normalized with the `pixel_mean` and "
-            "`pixel_std` of the model; these floats look like pixels. Pass pixels as "
-            "uint8, `(255 * images).astype('uint8')` if they are in [0, 1]; or make "
-            "the model with `pixel_mean=None` if its encoder takes images as they are. "
-            f"Received: images of type {images.dtype} from {low:.4g} to {high:.4g}"
-        )
+        if is_pixels or max(-low, high) > LIMIT * max(-black, white):
+            raise ValueError(
+                "`images` must be uint8, or floats normalized with the `pixel_mean` "
+                "and `pixel_std` of the model; these floats look like pixels. Pass "
+                "pixels as uint8, `(255 * images).astype('uint8')` if they are in "
+                "[0, 1]; or make the model with `pixel_mean=None` if its encoder takes "
+                "images as they are. Received: images of type "
+                f"{images.dtype} from {low:.4g} to {high:.4g}"
+            )
 
 
 def is_float(images) -> bool:
@@ -325,7 +320,7 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
     """
     if isinstance(x, tuple | list) and x and isinstance(x[0], dict):
         if len(x) > 1 and isinstance(x[1], dict):
-            # A list of batches, which `checked` refuses.
+            # A list of batches, which `check_kind` refuses.
             return x
         x, own_y, own_weight = keras.utils.unpack_x_y_sample_weight(tuple(x))
         y = own_y if y is None else y
@@ -340,8 +335,7 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
                 f"{type(x).__name__}"
             )
         x = {**x, "sample_weight": sample_weight}
-    if not isinstance(getattr(x, "element_spec", {}), dict):
-        # A `tf.data.Dataset` of tuples.
+    if is_tf_dataset(x) and not isinstance(x.element_spec, dict):
         return x.map(lambda *batch: as_dictionary(batch))
     if not isinstance(x, dict):
         return x

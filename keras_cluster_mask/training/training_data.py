@@ -1,38 +1,41 @@
 """Data of any kind, as Keras reads it: checked, and in training from any step on.
 
-Arrays, `TowerFeatures` and an `image_text_dataset` are streams: the batch size is
-known, and reading starts at any batch. Of all else, a `tf.data.Dataset` starts at any
-batch, too, and other data at any epoch if each epoch is one pass over the data.
+| Data | Checked | Padding is cut off | Starts at |
+| --- | --- | --- | --- |
+| arrays, `TowerFeatures` | once, as a whole | by `_read` | any batch |
+| `image_text_dataset` | batch by batch | by `_read` | any batch |
+| `tf.data.Dataset` | its first batch | by `prepared` | any batch |
+| all else that Keras takes | its first batch | on torch | any pass |
 
-`checked` is the only function that depends on the kind of data. The check of a batch
-also cuts off the padding after its longest text. Two kinds of data keep their padding:
-a `PyDataset` or a `DataLoader` on TensorFlow, and all data of several processes of JAX.
+The first two are streams. On torch, which compiles no steps, the forward pass cuts the
+texts of all kinds of data, see `cut_in_step`. Several processes of JAX cut nothing off.
 """
 
 import contextlib
-import copy
 import dataclasses
-import functools
 import itertools
 import json
 import math
-import sys
 import types
 import warnings
 import zlib
 
 import keras
-import numpy as np
 
-from keras_cluster_mask.batches import as_array, is_endless
+from keras_cluster_mask.batches import is_endless, is_tf_dataset
 from keras_cluster_mask.checks import check_integer
+from keras_cluster_mask.distribution.backends import compiles_steps, fixes_shapes
 from keras_cluster_mask.distribution.processes import all_gather_object
 from keras_cluster_mask.distribution.replicas import process_index_and_count
+from keras_cluster_mask.distribution.tensorflow_data import dataset_of, prepared
 from keras_cluster_mask.stream import Stream
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.features import FeatureBatches, TowerFeatures
 from keras_cluster_mask.training.input_rules import KEYS, as_dictionary
 from keras_cluster_mask.training.tokenizers import check_tokenizer_of
+
+# Packages with classes of data that Keras takes.
+TAKEN = {"grain", "keras", "tensorflow", "torch"}
 
 
 class TrainingData:
@@ -55,7 +58,7 @@ class TrainingData:
         type_name: String, the name of the class of the data.
         spec: Dictionary with the shape and dtype of each entry of a batch; `None` if
             they are not known before a batch is read.
-        stream: The endless stream that the data is from, or `None`.
+        stream: The `Stream` that the data is from. For other data an empty one.
         shuffle: Boolean. Whether Keras must shuffle the data. It warns if it cannot.
         rows: Integer, the number of pairs that this process reads per step, or `None`.
         batch_size: Integer, the number of pairs per step on all devices, or `None`.
@@ -76,31 +79,28 @@ class TrainingData:
         if shuffle is None:
             shuffle = isinstance(data, dict | TowerFeatures | keras.utils.PyDataset)
         if isinstance(data, dict):
-            # Arrays are checked once, as a whole.
-            data = rules.check_keys(data)
-            dataclasses.replace(rules, chunk_size=1).check_values(data)
+            data = dataclasses.replace(rules, chunk_size=1).check_arrays(data)
             data = ArrayBatches(data, batch_size, shuffle)
         elif isinstance(data, TowerFeatures):
             data = FeatureBatches(data, batch_size, shuffle)
-            rules.lengths = None
         self.shuffle = shuffle and not isinstance(data, ArrayBatches)
         self.type_name = type(data).__name__
-        self.spec = getattr(data, "element_spec", None)
-        self.stream = data if isinstance(data, Stream) else None
-        if self.stream is not None and not data.training:
+        self.stream = stream = data if isinstance(data, Stream) else Stream()
+        if not stream.training:
             raise ValueError(
                 "`x` must be a dataset for training: make it with `training=True`. "
                 f"Received: x={data}, which was made with training=False"
             )
-        if steps is None and self.stream is None and is_endless(data):
+        self.steps_per_epoch = steps or stream.steps_per_epoch
+        if self.steps_per_epoch is None and is_endless(data):
             raise ValueError(
                 "`steps_per_epoch` must be given for a `tf.data.Dataset` that never "
                 "ends. Received: steps_per_epoch=None"
             )
         self._checked = checked(data, rules)
-        start, seed = (getattr(self.stream, x, None) for x in ("start", "shuffle_seed"))
-        self.origin = first_epoch, start or 0, seed
-        self.steps_per_epoch = steps or getattr(self.stream, "steps_per_epoch", None)
+        self._is_dataset = is_tf_dataset(data)
+        self.spec = data.element_spec if self._is_dataset else stream.element_spec
+        self.origin = first_epoch, stream.start, stream.shuffle_seed
         _, processes = process_index_and_count(training=True)
         # Batches of features have labels in place of ids.
         spec = self.spec or {}
@@ -114,8 +114,7 @@ class TrainingData:
     def description(self):
         """Dictionary. The settings that must be the same when a run is resumed."""
         # An index is read for it.
-        found = getattr(self.stream, "description", {})
-        return {**found, "steps_per_epoch": self.steps_per_epoch}
+        return {**self.stream.description, "steps_per_epoch": self.steps_per_epoch}
 
     def _check_same(self):
         """Raises an error unless all processes have the same data."""
@@ -137,13 +136,9 @@ class TrainingData:
         """
         first_epoch, first_batch, seed = self.origin
         step = (epoch - first_epoch) * (self.steps_per_epoch or 0)
-        if self.stream is not None:
-            self.stream.start = first_batch + step
-            if seed is not None:
-                self.stream.shuffle_seed = seed
-        elif step:
-            return self._checked.skip(step)
-        return self._checked
+        self.stream.start, self.stream.shuffle_seed = first_batch + step, seed
+        is_later = step and self._is_dataset
+        return self._checked.skip(step) if is_later else self._checked
 
 
 def evaluation_data(model, x, y=None, sample_weight=None, steps=None):
@@ -177,21 +172,26 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None):
         return data.pairs(slice(None))
     if isinstance(data, dict):
         # For validation, Keras passes arrays that `fit` has made of features.
-        return data if "image_features" in data else rules_of(model).check(data)[0]
+        if "image_features" in data:
+            return data
+        rules = rules_of(model)
+        return rules.cut(rules.check_arrays(data))
     return checked(data, rules_of(model))
 
 
 def rules_of(model):
-    """Returns the `InputRules` of a model, which cut padding off the texts.
+    """Returns the `InputRules` of a model, which cut padding off if steps do not.
 
     Processes of JAX compile one step for the batch of all, so that their texts must
     have equal lengths. They cut nothing off.
     """
     _, readers = process_index_and_count(training=False)
     _, trainers = process_index_and_count(training=True)
+    # Steps need it, too. An unknown encoder should not be tested within one.
+    lengths = model.text_tower.lengths
     return dataclasses.replace(
         model.input_rules,
-        lengths=model.text_tower.lengths if readers == 1 else None,
+        lengths=lengths if readers == 1 and compiles_steps() else None,
         # Rounded up: a micro-batch that processes cannot share is refused later.
         chunk_size=math.ceil((model.micro_batch_size or 1) / trainers),
     )
@@ -209,158 +209,69 @@ def until_the_end():
 
 
 def checked(data, rules):
-    """Returns data for Keras, with a check of each batch added.
+    """Returns data for Keras, after a check of its first batch, or with one of each.
 
     Args:
         data: A `Stream`, or the user's data other than arrays.
         rules: The `InputRules` for its batches.
     """
-    specs = getattr(data, "element_spec", None)
     if isinstance(data, Stream):
-        # The captions and keys of an `image_text_dataset` are for evaluation.
-        rules.warns[...] = False
-    if specs is not None and not isinstance(data, ArrayBatches):
-        specs = rules.check_keys(specs)
-        rules.check_images(specs["images"])
-    on_tensorflow = keras.backend.backend() == "tensorflow"
-    if isinstance(data, Stream):
-        read = functools.partial(_read, data, specs, rules)
-        return _tensorflow_dataset(read, specs, rules) if on_tensorflow else read()
-    if specs is not None:
-        return _checked_dataset(data, specs, rules)
-    if _is_of(data, "grain", "MapDataset", "IterDataset"):
-        return _of_any_lengths(data.map(rules.check), rules)
-    if isinstance(data, types.GeneratorType):
-        # Keras reads only generators, and no other iterators.
-        return _of_any_lengths((rules.check(batch) for batch in data), rules)
-    if on_tensorflow:
-        # Keras would refuse a length that neither of the first two batches has.
-        rules = dataclasses.replace(rules, lengths=None)
-    if isinstance(data, keras.utils.PyDataset):
-        return _CheckedBatches(data, rules.check)
-    if _is_of(data, "torch.utils.data", "DataLoader"):
-        return _checked_loader(data, rules)
-    raise ValueError(
-        "`x` and `validation_data` must be a dictionary of arrays, an "
-        "`image_text_dataset`, a `tf.data.Dataset`, a grain `MapDataset` or "
-        "`IterDataset`, a `PyDataset`, a `DataLoader` of torch, or a generator of "
-        "batches. Of other batches, such as a list or a `grain.DataLoader`, pass "
-        "`(batch for batch in data)` for one epoch, and a `PyDataset` for several. Of "
-        "image files, make an `image_text_dataset`. "
-        f"Received: data of type {type(data)}"
-    )
-
-
-def _is_of(data, module, *names):
-    """Returns whether data is of a class of a package, which may not be imported."""
-    module = sys.modules.get(module)
-    return module is not None and isinstance(
-        data, tuple(getattr(module, name) for name in names)
-    )
-
-
-def _read(stream, names, rules):
-    with contextlib.closing(iter(stream)) as batches:
-        for batch in batches:
-            batch = {name: batch[name] for name in names}
-            if not isinstance(stream, ArrayBatches):
-                rules.check_values(batch)
-            yield (rules.cut(batch),)
-
-
-def _of_any_lengths(batches, rules):
-    """Returns checked batches as data that Keras reads with texts of any lengths."""
-    if rules.lengths is None or keras.backend.backend() != "tensorflow":
-        return batches
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        return batches
-    if iterator is batches:
-        batches = itertools.chain([first], iterator)
-    specs = {
-        name: keras.InputSpec(str(as_array(x).dtype), (None, *np.shape(x)[1:]))
-        for name, x in first[0].items()
-    }
-    return _tensorflow_dataset(lambda: batches, specs, rules)
-
-
-def _tensorflow_dataset(read, specs, rules):
-    """Returns checked batches as a `tf.data.Dataset`, with texts of any lengths.
-
-    Of other data, Keras on TensorFlow fixes the shapes of batches by the first two.
-    """
-    from keras_cluster_mask.distribution.tensorflow_data import dataset_of
-
-    lengths = rules.lengths
-    free = () if lengths is None else {*lengths.names} & specs.keys()
-    texts = {
-        name: keras.InputSpec(specs[name].dtype, (specs[name].shape[0], None))
-        for name in free
-    }
-    return dataset_of(lambda: (batch for (batch,) in read()), {**specs, **texts})
-
-
-def _checked_dataset(data, specs, rules):
-    import tensorflow as tf
-
-    cut = () if rules.lengths is None else rules.lengths.names
-    names = {*KEYS, "sample_weight", "padding_mask", *cut} & specs.keys()
-    # Images that are not floats are checked only by their type, since copies take time.
-    if not specs["images"].dtype.is_floating:
-        names.remove("images")
-    names = sorted(names)
-
-    def check_arrays(*arrays):
-        arrays = dict(zip(names, arrays))
-        rules.check_values(arrays)
-        return np.int32(rules.cut(arrays)["token_ids"].shape[1])
-
-    def check(batch):
-        batch = {name: batch[name] for name in specs}
-        values = [batch[name] for name in names]
-        length = tf.numpy_function(check_arrays, values, "int32")
-        length.set_shape(())
-        with tf.control_dependencies([length]):
-            batch["token_ids"] = tf.identity(batch["token_ids"])
-        return batch | {name: batch[name][:, :length] for name in {*cut} & {*names}}
-
-    return data.map(check)
-
-
-class _CheckedBatches(keras.utils.PyDataset):
-    def __init__(self, data, check):
-        super().__init__(
-            workers=data.workers,
-            use_multiprocessing=data.use_multiprocessing,
-            max_queue_size=data.max_queue_size,
+        return _checked_stream(data, rules)
+    if is_tf_dataset(data):
+        return _checked_dataset(data, rules)
+    is_generator = isinstance(data, types.GeneratorType)
+    packages = {x.__module__.partition(".")[0] for x in type(data).__mro__}
+    if not is_generator and packages.isdisjoint(TAKEN):
+        raise ValueError(
+            "`x` and `validation_data` must be a dictionary of arrays, an "
+            "`image_text_dataset`, a `tf.data.Dataset`, a grain dataset, a "
+            "`PyDataset`, a `DataLoader` of torch, or a generator of batches. Of other "
+            "batches, such as a list, pass `(batch for batch in data)` for one epoch, "
+            "and a `PyDataset` for several. Of image files, make an "
+            f"`image_text_dataset`. Received: data of type {type(data)}"
         )
-        self.data, self.check = data, check
-
-    @property
-    def num_batches(self):
-        return self.data.num_batches
-
-    def __getitem__(self, index):
-        return self.check(self.data[index])
-
-    def on_epoch_begin(self):
-        self.data.on_epoch_begin()
-
-    def on_epoch_end(self):
-        self.data.on_epoch_end()
+    # The iterator of a `PyDataset` never ends, and that of others starts again.
+    is_sequence = isinstance(data, keras.utils.PyDataset)
+    batches = map(data.__getitem__, [0]) if is_sequence else iter(data)
+    first = [*itertools.islice(batches, 1)]
+    for batch in first:
+        rules.check(batch)
+    if not is_generator:
+        return data
+    # Keras reads only generators, and no other iterators, and only tuples from them.
+    batches = itertools.chain(first, data)
+    return (x if isinstance(x, tuple) else (x,) for x in batches)
 
 
-def _checked_loader(data, rules):
-    import torch
+def _checked_stream(stream, rules):
+    specs = stream.element_spec
+    is_checked = isinstance(stream, ArrayBatches)
+    if not is_checked:
+        # The captions and keys of an `image_text_dataset` are for evaluation.
+        specs = rules.check_keys(specs, warns=False)
+        rules.check_images(specs["images"])
+    cut = () if rules.lengths is None else {*rules.lengths.names} & specs.keys()
+    free = {
+        name: keras.InputSpec(specs[name].dtype, (specs[name].shape[0], None))
+        for name in cut
+    }
 
-    # Shared, or each worker process would warn in each epoch.
-    rules.warns = torch.tensor(bool(rules.warns)).share_memory_()
-    # The copy leaves the user's own unchanged.
-    loader = copy.copy(data)
-    loader.collate_fn = functools.partial(_collate, rules, loader.collate_fn)
-    return loader
+    def read():
+        with contextlib.closing(iter(stream)) as batches:
+            for batch in batches:
+                batch = {name: batch[name] for name in specs}
+                if not is_checked:
+                    rules.check_values(batch)
+                yield rules.cut(batch)
+
+    if fixes_shapes():
+        return dataset_of(read, {**specs, **free})
+    return ((batch,) for batch in read())
 
 
-def _collate(rules, collate, samples):
-    return rules.check(collate(samples))
+def _checked_dataset(data, rules):
+    specs = rules.check_keys(data.element_spec)
+    rules.check_images(specs["images"])
+    names = sorted({*KEYS, "sample_weight", "padding_mask"} & specs.keys())
+    data = data.map(lambda batch: {name: batch[name] for name in specs})
+    return prepared(data, names, rules.check_values, rules.cut)

@@ -232,8 +232,13 @@ def test_batches_of_sizes_that_a_graph_does_not_know_are_split(make):
     whole, partial = random_pairs(8), random_pairs(10)
     assert_close(train(make(whole), 2), train(whole, 2), 1e-5)
     assert_close(train(make(partial), 2), train(make(partial), None), 1e-5)
-    with pytest.raises(Exception, match=r"`micro_batch_size` must .* a batch of 3"):
-        train(make(random_pairs(11)), 2)
+    uneven = random_pairs(11)
+    if keras.backend.backend() == "tensorflow":
+        # The graph does not know their number, and takes the last 3 pairs at once.
+        assert_close(train(make(uneven), 2), train(make(uneven), None), 1e-5)
+        return
+    with pytest.raises(ValueError, match=r"`micro_batch_size` must .* a batch of 3"):
+        train(make(uneven), 2)
 
 
 @pytest.mark.any_backend
