@@ -9,7 +9,7 @@ from keras_cluster_mask.data.files import Threads
 from keras_cluster_mask.data.formats.indexed import SHORT
 from keras_cluster_mask.data.images import EncodedImage, UnreadableImage
 from keras_cluster_mask.data.paths import open_source
-from keras_cluster_mask.data.samples import Fault, Fields, read_images
+from keras_cluster_mask.data.samples import Fault, Fields, read_named_files
 from keras_cluster_mask.data.skipped import SkippedSamples
 from keras_cluster_mask.data.sources import check_readable, folders_of, read_items
 from keras_cluster_mask.types import AnySource
@@ -150,7 +150,7 @@ def read_all(source, fields, function, title):
     def read(first):
         numbers = [*range(first, min(first + TOGETHER, len(source)))]
         items = read_items(source, numbers)
-        return [*map(function, read_images([*map(fields.sample, items)]))]
+        return [*map(function, read_named_files([*map(fields.sample, items)]))]
 
     bar = tqdm(total=len(source), desc=title, unit=" samples", delay=SHORT)
     with bar, Threads(READERS) as threads:

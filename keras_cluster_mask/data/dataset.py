@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from keras_cluster_mask.checks import check_integer, check_range, is_positive
-from keras_cluster_mask.data.batches import REPORT, TEXTS, Batches, Captions
 from keras_cluster_mask.data.files import is_address
 from keras_cluster_mask.data.formats.parquet import Parquet
 from keras_cluster_mask.data.images import Images
+from keras_cluster_mask.data.loading import REPORT, TEXTS, Batches, Captions
 from keras_cluster_mask.data.order import Order
 from keras_cluster_mask.data.paths import open_source
 from keras_cluster_mask.data.samples import Fields

@@ -148,7 +148,7 @@ class Fields:
     def sample(self, item):
         """Returns the `Sample` of an item with a key, or its `Fault`.
 
-        The image file that it names is not read; see `read_images`.
+        The image file that it names is not read; see `read_named_files`.
         """
         file, key = item.get(FILE, ""), key_of(item[KEY])
         try:
@@ -264,7 +264,7 @@ class Labels:
         return int(number)
 
 
-def read_images(samples):
+def read_named_files(samples):
     """Reads the image files that samples name together.
 
     Args:

@@ -26,7 +26,7 @@ from keras_cluster_mask.data.samples import (
     digest_of,
     hash_of,
     hash_of_image,
-    read_images,
+    read_named_files,
 )
 from keras_cluster_mask.stream import COMPARED
 
@@ -194,7 +194,7 @@ def describe(source, fields):
     facts = []
     for sample in map(fields.sample, some(source, COMPARED)):
         if not is_address(getattr(sample, "path", "")):
-            (sample,) = read_images([sample])
+            (sample,) = read_named_files([sample])
         # The key, and the captions or the reason of a fault.
         facts += sample[1:3]
         if isinstance(sample, Sample):
@@ -228,7 +228,7 @@ def versions_of(source, fields):
 def check_readable(source, fields):
     """Raises an error if all of a few samples are broken, such as for other fields."""
     items = some(source, EXAMPLES)
-    samples = read_images([*map(fields.sample, items)])
+    samples = read_named_files([*map(fields.sample, items)])
     if any(isinstance(sample, Sample) for sample in samples):
         return
     names = sorted(x for item in items[:1] for x in item if not x.startswith("__"))

@@ -31,7 +31,7 @@ def read_image_files(
     """
     # Imported here: it needs packages that `import keras` does not.
     from keras_cluster_mask.data.images import Images, UnreadableImage
-    from keras_cluster_mask.data.samples import Fault, Fields, read_images
+    from keras_cluster_mask.data.samples import Fault, Fields, read_named_files
     from keras_cluster_mask.data.sources import read_items
 
     if None in image_size:
@@ -46,7 +46,9 @@ def read_image_files(
     fields, source = Fields(wants_caption=False), [{"image": path} for path in paths]
 
     def read(number):
-        (sample,) = read_images([*map(fields.sample, read_items(source, [number]))])
+        (sample,) = read_named_files(
+            [*map(fields.sample, read_items(source, [number]))]
+        )
         try:
             if not isinstance(sample, Fault):
                 return decode(sample.image, None)

@@ -8,7 +8,7 @@ import pytest
 
 from keras_cluster_mask.data import CLIPTokenizer, image_text_dataset
 from keras_cluster_mask.data.paths import open_source
-from keras_cluster_mask.data.samples import Fault, Fields, read_images
+from keras_cluster_mask.data.samples import Fault, Fields, read_named_files
 from keras_cluster_mask.data.sources import read_items
 
 # Of the captions that the fixture `write_pairs` writes.
@@ -124,6 +124,6 @@ def read_samples(source, with_images=False, **options):
     fields = Fields(**options)
     source = open_source(source, fields.image_keys)
     samples = [*map(fields.sample, read_items(source, [*range(len(source))]))]
-    samples = read_images(samples) if with_images else samples
+    samples = read_named_files(samples) if with_images else samples
     intact = [each for each in samples if not isinstance(each, Fault)]
     return intact, [(x.key, x.reason) for x in samples if isinstance(x, Fault)]

@@ -16,7 +16,7 @@ from keras_cluster_mask.data.samples import (
     Fields,
     Sample,
     SampleError,
-    read_images,
+    read_named_files,
 )
 from keras_cluster_mask.data.sources import read_items
 from keras_cluster_mask.data.text_masking import TextMasking, check_text_masking
@@ -258,7 +258,7 @@ class Batches:
     def _samples(self, numbers, generators):
         """Yields each `Sample`, with its pixels, or its `Fault`."""
         items = read_items(self.source, numbers)
-        samples = read_images([*map(self.fields.sample, items)])
+        samples = read_named_files([*map(self.fields.sample, items)])
         for sample, generator in zip(samples, generators):
             if isinstance(sample, Sample):
                 try:
