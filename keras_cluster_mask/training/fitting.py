@@ -43,34 +43,75 @@ from keras_cluster_mask.training.training_data import (
 STEPS_AHEAD = 4
 
 
-def fit(model, keras_fit, resume_from, **options):
+def fit(
+    model,
+    keras_fit,
+    resume_from,
+    *,
+    x,
+    y,
+    sample_weight,
+    class_weight,
+    batch_size,
+    epochs,
+    verbose,
+    callbacks,
+    shuffle,
+    initial_epoch,
+    steps_per_epoch,
+    validation_split,
+    validation_data,
+    validation_steps,
+    validation_batch_size,
+    validation_freq,
+):
     """Trains a model, from a checkpoint if there is one.
 
     `TrainingData` checks the data and reads it from any epoch on. `TrainingRun` finds
-    out where to start, and follows Keras's `fit` as its first callback.
+    out where to start, and follows Keras's `fit` as its first callback. The other
+    arguments are all those of Keras's `fit`.
 
     Args:
         model: A `ContrastiveModel`.
         keras_fit: Keras's `fit` of the model.
         resume_from: See `ContrastiveModel.fit`.
-        **options: All arguments of Keras's `fit` by name.
 
     Returns:
         A `keras.callbacks.History`.
     """
-    options["verbose"] = verbosity(options["verbose"])
-    x, data, validation = _take_data(model, options)
-    run = TrainingRun(model, data, options.pop("callbacks"), validation)
+    batch_size = check_integer("batch_size", 32 if batch_size is None else batch_size)
+    x = as_dictionary(x, y, sample_weight, class_weight)
+    if isinstance(x, dict) and validation_split and validation_data is None:
+        x, validation_data = _split(model.input_rules.check_keys(x), validation_split)
+    is_features = isinstance(x, TowerFeatures)
+    if is_features:
+        x.check_model(model, training=True)
+    data = TrainingData(
+        x, rules_of(model), batch_size, shuffle, steps_per_epoch, initial_epoch
+    )
+    check_batch_size(model, data.rows)
+    if data.batch_size and model.micro_batch_size and not is_features:
+        check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
+    validation = Validation(
+        data=validation_data,
+        batch_size=validation_batch_size or batch_size,
+        steps=validation_steps,
+        frequency=validation_freq,
+    )
+    verbose = verbosity(verbose)
+    run = TrainingRun(model, data, callbacks, validation)
     tokenizer, scaled = model.tokenizer, []
     try:
         adopt_tokenizer(model, x)
-        validation.check(model, range(run.epoch, options["epochs"]))
+        validation.check(model, range(run.epoch, epochs))
         if resume_from is not None:
-            resume(run, model, resume_from, options["verbose"])
+            resume(run, model, resume_from, verbose)
         # Projections keep the scaling that they were trained with first.
         if model.compiled:
-            scaled = model.set_scaling(x if isinstance(x, TowerFeatures) else None)
-        history = _train(model, keras_fit, run, options)
+            scaled = model.set_scaling(x if is_features else None)
+        # Keras splits only arrays, and refuses to split other data.
+        split = validation_split if validation_data is None else 0.0
+        history = _train(model, keras_fit, run, epochs, verbose, split)
     except Exception:
         if not run.history:
             # Nothing was trained, so another tokenizer and scaling may still be used.
@@ -87,50 +128,6 @@ def fit(model, keras_fit, resume_from, **options):
         for name, value in row["logs"].items():
             history.history.setdefault(name, []).append(value)
     return history
-
-
-def _take_data(model, options):
-    """Takes the data out of the arguments of Keras's `fit`, and checks it.
-
-    Returns:
-        A tuple: the user's training data, with arrays in a dictionary, the
-        `TrainingData` made of it, and the `Validation`.
-    """
-    batch_size = options.pop("batch_size")
-    batch_size = check_integer("batch_size", 32 if batch_size is None else batch_size)
-    x = as_dictionary(
-        x=options.pop("x"),
-        y=options.pop("y"),
-        sample_weight=options.pop("sample_weight"),
-        class_weight=options.pop("class_weight"),
-    )
-    split, held_out = options["validation_split"], options.pop("validation_data")
-    if isinstance(x, dict) and split and held_out is None:
-        x, held_out = _split(model.input_rules.check_keys(x), split)
-    if held_out is not None:
-        # Keras gets batches, and splits only arrays.
-        options["validation_split"] = 0.0
-    validation = Validation(
-        data=held_out,
-        batch_size=options.pop("validation_batch_size") or batch_size,
-        steps=options.pop("validation_steps"),
-        frequency=options.pop("validation_freq"),
-    )
-    is_features = isinstance(x, TowerFeatures)
-    if is_features:
-        x.check_model(model, training=True)
-    data = TrainingData(
-        x,
-        rules_of(model),
-        batch_size=batch_size,
-        shuffle=options.pop("shuffle"),
-        steps_per_epoch=options.pop("steps_per_epoch"),
-        first_epoch=options.pop("initial_epoch"),
-    )
-    check_batch_size(model, data.rows)
-    if data.batch_size and model.micro_batch_size and not is_features:
-        check_micro_batches(data.batch_size, model.micro_batch_size, num_replicas())
-    return x, data, validation
 
 
 class Validation(typing.NamedTuple):
@@ -192,12 +189,12 @@ def _split(x, validation_split):
     return {k: v[:first] for k, v in x.items()}, {k: v[first:] for k, v in x.items()}
 
 
-def _train(model, keras_fit, run, options):
+def _train(model, keras_fit, run, epochs, verbose, validation_split):
     """Calls Keras's `fit` from where a run is to the end, and returns its history.
 
     If training fails in its first step, the weights are restored.
     """
-    if run.epoch >= options["epochs"]:
+    if run.epoch >= epochs:
         if run.history:
             # As at the end of the fit that finished the run.
             model.optimizer.finalize_variable_values(model.trainable_weights)
@@ -206,9 +203,7 @@ def _train(model, keras_fit, run, options):
     if model.compiled:
         is_sequence = isinstance(x, keras.utils.PyDataset)
         known = steps or (x.num_batches if is_sequence else operator.length_hint(x))
-        _warn_of_rate_zero(
-            model.optimizer, (options["epochs"] - run.epoch) * (known or 0)
-        )
+        _warn_of_rate_zero(model.optimizer, (epochs - run.epoch) * (known or 0))
     callbacks = [run, *run.callbacks]
     followers = [each for each in callbacks if isinstance(each, RunCallback)]
     for each in followers:
@@ -216,12 +211,14 @@ def _train(model, keras_fit, run, options):
     try:
         with until_the_end() if steps is None else contextlib.nullcontext():
             return keras_fit(
-                x=x,
+                x,
+                epochs=epochs,
+                verbose=verbose,
+                callbacks=callbacks,
+                validation_split=validation_split,
+                shuffle=run.data.shuffle,
                 initial_epoch=run.epoch,
                 steps_per_epoch=steps,
-                shuffle=run.data.shuffle,
-                callbacks=callbacks,
-                **options,
             )
     except BaseException:
         put_back(run.start_values)
