@@ -31,7 +31,7 @@ from keras_cluster_mask.training.features import (
     describe_towers,
     read_header,
 )
-from keras_cluster_mask.training.tokenizers import digest_of, tokenizer_of
+from keras_cluster_mask.training.tokenizers import identity_of, tokenizer_of
 from keras_cluster_mask.types import EvaluationData, Tokenizer
 
 __all__ = ["compute_features"]
@@ -97,7 +97,7 @@ def compute_features(
     description = {
         "towers": describe_towers(model),
         "data": _describe_data(data),
-        "tokenizer": digest_of(model, tokenizer),
+        "tokenizer": identity_of(tokenizer),
         "files": data.versions if isinstance(data, Stream) else None,
     }
     folder = pathlib.Path(folder)

@@ -18,7 +18,7 @@ from keras_cluster_mask.data.tokenizers import (
     splitter,
     words_of,
 )
-from keras_cluster_mask.data.tokenizing import PROBES, tokenize
+from keras_cluster_mask.data.tokenizing import tokenize
 from keras_cluster_mask.types import Tokenizer
 
 # The number of words for which token counts are cached.
@@ -248,7 +248,7 @@ class WordTokenizer:
         self._is_clip = isinstance(tokenizer, CLIPTokenizer)
         if self._is_clip:
             self._counter = tokenizer.with_context_length(MAX_TOKENS)
-        long_text = [PROBES[-1] * MAX_TOKENS]
+        long_text = ["a child reads a book " * MAX_TOKENS]
         self._num_tokens_left = int(_num_tokens(tokenizer, long_text)[0])
         self._most = int(_num_tokens(self._counter, long_text)[0])
         if self._num_tokens_left < 1:

@@ -9,11 +9,6 @@ import numpy as np
 
 from keras_cluster_mask.data.tokenizers import as_text
 
-# Texts of different lengths, with different first and last words.
-PROBES = "dog", "two red boats on the sea", "a child reads a book under a tall tree"
-# Texts that tokenizers treat differently: case, digits, punctuation, accents, symbols
-# and entities. They are short, so that few context lengths truncate them.
-VARIANTS = "Dog", "12", "3.5", "a, b", "dog's", "no!", "é", "€", "&amp;"
 # Hugging Face uses a larger number if the length is unknown.
 MAX_LENGTH = 100_000
 # Few tokenizers are thread-safe: calls of one of Hugging Face change its settings.
@@ -22,8 +17,7 @@ _calling = threading.RLock()
 
 def is_layer(tokenizer):
     """Returns whether a tokenizer is a Keras layer."""
-    keras = sys.modules.get("keras")
-    return keras is not None and isinstance(tokenizer, keras.layers.Layer)
+    return "keras" in libraries_of(tokenizer)
 
 
 def check_tokenizer(tokenizer):
@@ -62,44 +56,36 @@ def tokenize(tokenizer, captions, context_length=None):
 
     Args:
         tokenizer: Callable from a list of strings to integers, such as a
-            `CLIPTokenizer`; a tokenizer of open_clip or Hugging Face; or a Keras layer,
-            which runs on TensorFlow.
+            `CLIPTokenizer`; a tokenizer of open_clip or Hugging Face; or a Keras layer.
         captions: List of bytes or strings.
-        context_length: Integer. The length of the rows of a tokenizer of open_clip or
-            Hugging Face. `None`: its own.
+        context_length: Integer. The maximum length of the rows of a tokenizer of
+            open_clip or Hugging Face. `None`: its own.
 
     Returns:
         int32 array `(batch, length)`.
     """
     if not captions:
         return np.zeros((0, getattr(tokenizer, "context_length", 0)), "int32")
-    texts = [as_text(caption) for caption in captions]
-    if is_layer(tokenizer):
-        token_ids = _apply_layer(tokenizer, texts)
-    else:
-        libraries, options = libraries_of(tokenizer), {}
-        length = context_length or length_of(tokenizer)
-        if "open_clip" in libraries and length:
-            options = {"context_length": length}
-        if "transformers" in libraries:
-            options = {"padding": "max_length", "truncation": True}
-            options["max_length"] = length
-            if length is None:
-                raise ValueError(
-                    "`tokenizer` must have the length of the model's texts: set its "
-                    "`model_max_length`. Received: "
-                    f"{type(tokenizer).__name__} with "
-                    f"model_max_length={tokenizer.model_max_length}"
-                )
-        with _calling:
+    texts, libraries = [*map(as_text, captions)], libraries_of(tokenizer)
+    known = [x for x in (context_length, length_of(tokenizer)) if x is not None]
+    length, options = min(known, default=None), {}
+    if "open_clip" in libraries and length:
+        options = {"context_length": length}
+    if "transformers" in libraries:
+        options = {"padding": "max_length", "truncation": True, "max_length": length}
+        if length is None:
+            raise ValueError(
+                "`tokenizer` must have the length of the model's texts: set its "
+                f"`model_max_length`. Received: {type(tokenizer).__name__} with "
+                f"model_max_length={tokenizer.model_max_length}"
+            )
+    with _calling:
+        if is_layer(tokenizer):
+            token_ids = _apply_layer(tokenizer, texts)
+        else:
             token_ids = tokenizer(texts, **options)
     if isinstance(token_ids, Mapping):
         token_ids = token_ids["input_ids"]
-    if not isinstance(token_ids, np.ndarray | list | tuple):
-        # Imported here: it needs Keras, which worker processes do not.
-        from keras_cluster_mask.batches import as_array
-
-        token_ids = as_array(token_ids)
     token_ids = np.asarray(token_ids)
     fits = token_ids.ndim == 2 and len(token_ids) == len(captions)
     if not fits or token_ids.dtype.kind not in "iu":
@@ -110,26 +96,6 @@ def tokenize(tokenizer, captions, context_length=None):
     return token_ids.astype("int32")
 
 
-def probe(tokenizer, context_length=None, texts=PROBES):
-    """Returns the token ids of a few fixed texts, which identify a tokenizer.
-
-    Args:
-        tokenizer: See `tokenize`.
-        context_length: See `tokenize`.
-        texts: Sequence of strings.
-
-    Returns:
-        int32 array `(texts, length)`; `None` if the tokenizer does not accept
-        arbitrary text, such as a lookup table of the captions of a dataset.
-    """
-    check_tokenizer(tokenizer)
-    try:
-        return tokenize(tokenizer, list(texts), context_length)
-    except Exception:
-        # A broken tokenizer raises its error again on the captions.
-        return None
-
-
 def libraries_of(tokenizer):
     """Returns the packages that define a tokenizer's function, or class and bases."""
     modules = {x.__module__ for x in type(tokenizer).__mro__}
@@ -138,12 +104,20 @@ def libraries_of(tokenizer):
     return {module.split(".")[0] for module in modules}
 
 
-def _apply_layer(layer, captions):
+# === Keras layers ===
+
+
+def _apply_layer(layer, texts):
+    # Imported here: it needs Keras, which worker processes do not.
+    from keras_cluster_mask.batches import as_array
+
     # Without TensorFlow, keras_hub's preprocessors take lists.
     tf = sys.modules.get("tensorflow")
-    captions = captions if tf is None else tf.convert_to_tensor(captions, "string")
+    texts = texts if tf is None else tf.convert_to_tensor(texts, "string")
     # KerasHub's image-text preprocessors take a dict, and text preprocessors strings.
     if "image_converter" in inspect.signature(type(layer)).parameters:
-        captions = {"images": None, "prompts": captions}
-    token_ids = layer(captions)
-    return token_ids["token_ids"] if isinstance(token_ids, dict) else token_ids
+        texts = {"images": None, "prompts": texts}
+    token_ids = layer(texts)
+    return as_array(
+        token_ids["token_ids"] if isinstance(token_ids, dict) else token_ids
+    )

@@ -113,8 +113,8 @@ class ContrastiveModel(Trainer):
             has several inputs, the tower takes a dictionary of them.
         tokenizer: The tokenizer of the text encoder, or `None` if it is not known.
             `fit`, `evaluate`, `predict` and the functions for evaluation refuse a
-            tokenizer that gives other ids. To replace the tokenizer, assign another
-            one, or `None`.
+            tokenizer of another kind, vocabulary or settings, and another function. To
+            replace the tokenizer, assign another one, or `None`.
         head: The `ContrastiveHead`.
         maskings: List of the `PatchMasking` layers in the image encoder.
         masking: The first of these layers, or `None`.

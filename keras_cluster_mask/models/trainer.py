@@ -263,7 +263,7 @@ class Trainer(DualEncoder):
             FileNotFoundError: If `resume_from` is a checkpoint that does not exist.
             ValueError: If the checkpoint is damaged, or from another model, masking,
                 optimizer, tokenizer, data or seed (the differences are listed), or if
-                the tokenizer of an `image_text_dataset` gives other ids than the
+                the tokenizer of an `image_text_dataset` is not equal to the
                 model's tokenizer, or lacks the special tokens that the text encoder
                 needs.
         """

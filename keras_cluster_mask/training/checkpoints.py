@@ -27,7 +27,7 @@ from keras_cluster_mask.training.optimizers import (
     learning_rates,
     optimizer_parts,
 )
-from keras_cluster_mask.training.tokenizers import digest_of
+from keras_cluster_mask.training.tokenizers import identity_of
 
 # Arguments that may be others when a run is resumed: Keras numbers names, which weights
 # are trained is compared for each, and another micro-batch gives the same result.
@@ -293,7 +293,7 @@ def describe_run(model, data):
     content = {
         "data": data.description,
         "optimizer": [type(x).__name__ for x in optimizers],
-        "tokenizer": digest_of(model, model.tokenizer),
+        "tokenizer": identity_of(model.tokenizer),
         "model": options,
         "head": head,
         "maskings": [

@@ -22,12 +22,9 @@ import keras
 import numpy as np
 
 from keras_cluster_mask.distribution.backends import import_keras_hub
-from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.stream import Stream
 from keras_cluster_mask.training.features import TowerFeatures
 
-# The number of tokens of each text that a digest depends on.
-NUM_TOKENS = 6
 LAYER_FILE, CLIP_FILE = "tokenizer_layer.json", "clip_tokenizer.json"
 HUGGING_FACE_FILE = "tokenizer_config.json"
 # The folder in a preset for what keras_hub does not read.
@@ -36,42 +33,12 @@ PRESET_FOLDER = "keras_cluster_mask"
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def check_tokenizer(model, tokenizer, context_length=None):
-    """Raises an error if a tokenizer does not match a model.
-
-    The tokenizer is applied to a few fixed texts. It must give the ids that the model's
-    own tokenizer gives, and must add the special tokens that the text tower needs.
-
-    Args:
-        model: A `ContrastiveModel`.
-        tokenizer: See `image_text_dataset`.
-        context_length: Integer, the length of token rows, for a tokenizer that supports
-            any length. `None` uses the tokenizer's own length.
-    """
-    # Imported here: it needs packages that `import keras` does not.
-    from keras_cluster_mask.data.tokenizing import probe
-
-    ids = probe(tokenizer, context_length)
-    if ids is None:
-        # It accepts only the texts of its dataset.
-        return
-    try:
-        model.input_rules.check_ids(ids)
-    except ValueError as error:
-        raise ValueError(f"`tokenizer` returns ids that do not fit: {error}") from None
-    if model.text_tower.family.pooling == "highest id" and not _has_special_tokens(ids):
-        raise ValueError(
-            "`tokenizer` must add a start token to each text, and an end token that "
-            "has the highest id, at which a CLIP text encoder pools. Pass a "
-            "`kcm.data.CLIPTokenizer`, or `keras_hub.models.CLIPPreprocessor("
-            "tokenizer)` for a tokenizer of keras_hub. "
-            f"Received: tokenizer={tokenizer}, which starts with the ids "
-            f"{ids[:, 0].tolist()}, and has the highest ids {ids.max(1).tolist()} "
-            f"at {ids.argmax(1).tolist()}, for three sentences"
-        )
-    if tokenizer is not model.tokenizer:
-        digest = digest_of(model, tokenizer)
-        _check_digest(model, digest, f"tokenizer={tokenizer}")
+# Entries of a configuration that do not decide the ids of a text. Each call of a
+# tokenizer of Hugging Face sets the last two.
+UNRELATED = (
+    *("name", "dtype", "build_config", "sequence_length", "output_sequence_length"),
+    *("truncation", "padding"),
+)
 
 
 def check_kind(tokenizer):
@@ -82,6 +49,50 @@ def check_kind(tokenizer):
     tokenizing.check_tokenizer(tokenizer)
 
 
+def check_tokenizer(model, tokenizer):
+    """Raises an error if a tokenizer does not match a model.
+
+    Its configuration must be equal to the configuration of the model's own tokenizer,
+    except for the length of rows. Functions must be the same.
+
+    Args:
+        model: A `ContrastiveModel`.
+        tokenizer: See `image_text_dataset`.
+    """
+    check_kind(tokenizer)
+    config, expected = config_of(tokenizer), model.tokenizer
+    if config and model.text_tower.family.pooling == "highest id":
+        _check_end_token(tokenizer, model.input_rules.context_length)
+    if expected is not None and tokenizer != expected:
+        _check_same(model, config and config == config_of(expected), tokenizer)
+
+
+def _check_end_token(tokenizer, context_length):
+    """Raises an error for a tokenizer without the token at which CLIP pools."""
+    from keras_cluster_mask.data.tokenizing import tokenize
+
+    ids = tokenize(tokenizer, ["", "a dog"], context_length)
+    ends = ids.argmax(axis=1)
+    if np.ptp(ids.max(axis=1)) or not 0 < ends[0] < ends[1]:
+        raise ValueError(
+            "`tokenizer` must add a start token to each text, and an end token that "
+            "has the highest id, at which a CLIP text encoder pools. Pass a "
+            "`kcm.data.CLIPTokenizer`, or `keras_hub.models.CLIPPreprocessor("
+            "tokenizer)` for a tokenizer of keras_hub. "
+            f"Received: tokenizer={tokenizer}, with the ids {ids.tolist()} of '' and "
+            "'a dog'"
+        )
+
+
+def _check_same(model, is_same, received):
+    if not is_same:
+        raise ValueError(
+            "`tokenizer` must be equal to the tokenizer of the model, or the same "
+            "function; to change it on purpose, set `model.tokenizer` to another one or"
+            f" to `None`. Received: {received}, and a model with {model.tokenizer}"
+        )
+
+
 def tokenizer_of(model, tokenizer=None):
     """Returns a function from texts to token ids, after checking the tokenizer.
 
@@ -89,21 +100,17 @@ def tokenizer_of(model, tokenizer=None):
         model: A `ContrastiveModel`.
         tokenizer: See `image_text_dataset`. Defaults to the tokenizer of the model.
     """
-    from keras_cluster_mask.data.tokenizing import length_of, tokenize
+    from keras_cluster_mask.data.tokenizing import tokenize
 
-    if tokenizer is None:
-        tokenizer = model.tokenizer
+    tokenizer = model.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ValueError(
             "`tokenizer` must be given to embed words, because the model has none: set "
             "`model.tokenizer` to the one that the model was trained with. A model is "
             "saved with its tokenizer. Received: tokenizer=None"
         )
-    # The tokenizer's own length is the one used in training, which may be shorter than
-    # the text tower's.
-    lengths = [length_of(tokenizer), model.input_rules.context_length]
-    length = min((x for x in lengths if x is not None), default=None)
-    check_tokenizer(model, tokenizer, length)
+    check_tokenizer(model, tokenizer)
+    length = model.input_rules.context_length
     return functools.partial(tokenize, tokenizer, context_length=length)
 
 
@@ -118,7 +125,9 @@ def check_tokenizer_of(model, data):
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
     elif isinstance(data, TowerFeatures):
-        _check_digest(model, data.tokenizer_digest, f"features in {data.folder}")
+        known = data.tokenizer_digest, identity_of(model.tokenizer)
+        is_same = None in known or known[0] == known[1]
+        _check_same(model, is_same, f"features in {data.folder}")
     return tokenizer
 
 
@@ -137,70 +146,49 @@ def adopt_tokenizer(model, data):
         warn_of_unsaved(model.tokenizer)
 
 
-def digest_of(model, tokenizer):
-    """Hashes the token ids of fixed texts, as far as the text tower reads them.
+def identity_of(tokenizer: Any) -> str | None:
+    """Returns a string that is the same for equal tokenizers of two processes.
 
-    Tokenizers of different kinds, versions and lengths that give the same ids have
-    digests with the same start. The digest of a `CLIPTokenizer` also depends on its
-    vocabulary.
-
-    Args:
-        model: A `ContrastiveModel`.
-        tokenizer: See `image_text_dataset`, or `None`.
+    It does not depend on the length of rows.
 
     Returns:
-        String, or `None` for a tokenizer that does not accept arbitrary texts.
+        The hash of the configuration, the name of a function, which has none, or `None`
+        for no tokenizer.
     """
     if tokenizer is None:
         return None
-    from keras_cluster_mask.data.tokenizing import VARIANTS, length_of, probe
+    if (config := config_of(tokenizer)) is None:
+        return getattr(tokenizer, "__qualname__", type(tokenizer).__qualname__)
+    return hashlib.sha256(config.encode()).hexdigest()[:16]
 
-    # Shorter rows would not hold all tokens that the digest depends on.
-    lengths = length_of(tokenizer), model.input_rules.context_length, NUM_TOKENS + 2
-    length = max(x for x in lengths if x is not None)
-    if hasattr(tokenizer, "with_context_length"):
-        tokenizer = tokenizer.with_context_length(length)
-    parts = [probe(tokenizer, length), probe(tokenizer, length, VARIANTS)]
-    if parts[0] is None:
+
+def config_of(tokenizer: Any) -> str | None:
+    """Returns what decides the ids of a text, as JSON, or `None` for a function."""
+    from keras_cluster_mask.data.tokenizers import CLIPTokenizer
+    from keras_cluster_mask.data.tokenizing import is_layer, libraries_of
+
+    content, inner = [type(tokenizer).__name__], getattr(tokenizer, "tokenizer", None)
+    if isinstance(tokenizer, CLIPTokenizer):
+        content += [tokenizer.vocabulary_digest]
+    elif is_layer(tokenizer):
+        # The config leaves the vocabulary out.
+        words = getattr(inner or tokenizer, "get_vocabulary", list)()
+        content += [keras.saving.serialize_keras_object(tokenizer), *words]
+    elif "transformers" in libraries_of(tokenizer):
+        # Tokenizers in Python have none.
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
+        content += [tokenizer.pad_token_id, words]
+    elif "open_clip" in libraries_of(tokenizer) and hasattr(tokenizer, "clean_fn"):
+        words = config_of(inner) if inner else tokenizer.encoder
+        content += [tokenizer.clean_fn.__name__, words]
+    else:
         return None
-    rows = []
-    for part in parts:
-        # A tokenizer with a small vocabulary may support plain words only.
-        if part is None:
-            continue
-        for row in without_padding(model.text_tower.family, part, xp=np):
-            # Only the first ids, since another length truncates the texts, and the end.
-            read = row[row >= 0].tolist()
-            rows.append([*read[:NUM_TOKENS], *read[-1:]])
-    vocabulary = getattr(tokenizer, "vocabulary_digest", "")
-    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16] + vocabulary
-
-
-def _check_digest(model, digest, received):
-    """Raises an error for a digest that differs from the model's tokenizer."""
-    expected = digest_of(model, model.tokenizer)
-    # Those of two kinds have only the first part in common.
-    known = zip(digest or (), expected or ())
-    if any(x != y for x, y in known):
-        raise ValueError(
-            "`tokenizer` must give the token ids that the tokenizer of the model gives;"
-            " to change it on purpose, set `model.tokenizer` to another one or to "
-            f"`None`. Received: {received}, and a model with {model.tokenizer}"
-        )
-
-
-def _has_special_tokens(ids):
-    """Returns whether sentences start with the same id and end with the highest id."""
-    ends = ids.argmax(axis=1)
-    are_same = not np.ptp(ids[:, 0]) and not np.ptp(ids.max(axis=1))
-    # Only padding, all of one id, may follow the end token.
-    after = np.concatenate([row[end + 1 :] for row, end in zip(ids, ends)])
-    # The first text is a single word, so ids that repeat before its end token are
-    # padding.
-    is_filled = ends[0] > 1 and ids[0, ends[0] - 1] == ids[0, ends[0] - 2]
-    return bool(
-        are_same and ends.all() and len(np.unique(after)) <= 1 and not is_filled
+    related = json.loads(
+        json.dumps(content),
+        object_hook=lambda x: {k: v for k, v in x.items() if k not in UNRELATED},
     )
+    return json.dumps(related, sort_keys=True)
 
 
 # === Files ===
