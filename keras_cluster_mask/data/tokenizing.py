@@ -3,9 +3,11 @@
 import inspect
 import sys
 import threading
+import weakref
 from collections.abc import Mapping
 
 import numpy as np
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from keras_cluster_mask.data.tokenizers import as_text
 
@@ -13,6 +15,8 @@ from keras_cluster_mask.data.tokenizers import as_text
 MAX_LENGTH = 100_000
 # Few tokenizers are thread-safe: calls of one of Hugging Face change its settings.
 _calling = threading.RLock()
+# For each `WordPieceTokenizer` of keras_hub, its vocabulary and `word_pieces` of it.
+_word_pieces = weakref.WeakKeyDictionary()
 
 
 def is_layer(tokenizer):
@@ -108,6 +112,19 @@ def libraries_of(tokenizer):
 
 
 def _apply_layer(layer, texts):
+    # A subclass of the user's may do more than to tokenize and pack.
+    if type(layer).__module__.startswith("keras_hub."):
+        hub = sys.modules["keras_hub"]
+        kinds = (
+            hub.models.TextEmbedderPreprocessor,
+            hub.models.TextClassifierPreprocessor,
+        )
+        if isinstance(layer, kinds):
+            if layer.packer is None:
+                # The first call makes it.
+                layer([""])
+            if type(layer.packer) is hub.layers.MultiSegmentPacker:
+                return _pack(layer.packer, _ids_of(layer.tokenizer, texts))
     # Imported here: it needs Keras, which worker processes do not.
     from keras_cluster_mask.batches import as_array
 
@@ -117,7 +134,64 @@ def _apply_layer(layer, texts):
     # KerasHub's image-text preprocessors take a dict, and text preprocessors strings.
     if "image_converter" in inspect.signature(type(layer)).parameters:
         texts = {"images": None, "prompts": texts}
-    token_ids = layer(texts)
-    return as_array(
-        token_ids["token_ids"] if isinstance(token_ids, dict) else token_ids
-    )
+    ids = layer(texts)
+    return as_array(ids["token_ids"] if isinstance(ids, dict) else ids)
+
+
+def _pack(packer, rows):
+    """Packs lists of ids as a `MultiSegmentPacker`, which takes 2 ms for 256 ids."""
+    start, end, length = packer.start_value, packer.end_value, packer.sequence_length
+    packed = np.full((len(rows), length), packer.pad_value, "int32")
+    for row, ids in zip(packed, rows):
+        ids = [*start, *ids[: length - len(start) - len(end)], *end]
+        row[: len(ids)] = ids
+    return packed
+
+
+def _ids_of(tokenizer, texts):
+    """Returns lists of ids, without special tokens, from a tokenizer of keras_hub.
+
+    The package tokenizers finds the word pieces of ASCII texts. keras_hub folds and
+    splits other letters in its own way.
+    """
+    if (
+        not isinstance(
+            tokenizer, sys.modules["keras_hub"].tokenizers.WordPieceTokenizer
+        )
+        or not type(tokenizer).__module__.startswith("keras_hub.")
+        or tokenizer.special_tokens_in_strings
+        or tokenizer.sequence_length
+    ):
+        return tokenizer(texts)
+    plain, others = ([x for x in texts if x.isascii() is y] for y in (True, False))
+    plain = iter(word_pieces(tokenizer).encode_batch_fast(plain))
+    others = iter(tokenizer(others) if others else ())
+    return [next(plain).ids if x.isascii() else next(others) for x in texts]
+
+
+def word_pieces(tokenizer):
+    """Returns a `WordPieceTokenizer` of keras_hub as one of the package tokenizers.
+
+    Both give equal ids for ASCII texts.
+    """
+    words, made = _word_pieces.get(tokenizer, (None, None))
+    if words is not tokenizer.vocabulary:
+        words = tokenizer.vocabulary
+        made = Tokenizer(
+            models.WordPiece(
+                dict(zip(words, range(len(words)))),
+                unk_token=tokenizer.oov_token,
+                # The limit of keras_hub and TensorFlow Text.
+                max_input_chars_per_word=100,
+                continuing_subword_prefix=tokenizer.suffix_indicator,
+            )
+        )
+        if tokenizer.lowercase:
+            made.normalizer = normalizers.Lowercase()
+        # White space and control characters, and punctuation.
+        parts = (r"[\x00-\x20\x7f]", "removed"), (r"[!-/:-@\[-`{-~]", "isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(x), how) for x, how in parts]
+        )
+        _word_pieces[tokenizer] = words, made
+    return made

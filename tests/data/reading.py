@@ -1,12 +1,19 @@
-"""How tests read a dataset, and what a `CLIPTokenizer` holds."""
+"""How tests read a dataset, and texts for tokenizers."""
 
 import itertools
 import json
+import random
+import unicodedata
 
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import CLIPTokenizer, image_text_dataset
+from keras_cluster_mask.data import (
+    CLIPTokenizer,
+    example_images,
+    image_text_dataset,
+    read_captions,
+)
 from keras_cluster_mask.data.paths import open_source
 from keras_cluster_mask.data.samples import Fault, Fields, read_named_files
 from keras_cluster_mask.data.sources import read_items
@@ -127,3 +134,33 @@ def read_samples(source, with_images=False, **options):
     samples = read_named_files(samples) if with_images else samples
     intact = [each for each in samples if not isinstance(each, Fault)]
     return intact, [(x.key, x.reason) for x in samples if isinstance(x, Fault)]
+
+
+# What `mixed_captions` are made of, besides letters, with spaces between.
+PIECES = (
+    "<start_of_text> <END_OF_TEXT> <\u017ftart_of_text> </w> !<end_of_text> "
+    "'s 'Re '\u017f \u2019s ''s 'sx '\u0345 'd've ` I\u0307 \u0345 "
+    "&amp; &AMP &#39; &#xD800; &#0; &bogus; &amp;lt; &ThickSpace; "
+    "\u0130 \u1e9e ΑΣ \u0149 \u01f0 \ufb03 \u212a ½ ² ٣ Ⅷ ① 12 3.14 ... #@! "
+    "\u200d \ufe0f \u202e \x1c \x85 \u180e \u3000 \ufeff \x1b[31m "
+    "\ud83d \udc00 👩\u200d🚀 🇩🇪 CafÃ© â€œquotesâ€\x9d Ã¤ schÃ¶n"
+)
+# Text of Unicode 14, which every supported Python knows.
+LETTERS = [
+    chr(code)
+    for code in (*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE0200))
+    if unicodedata.category(chr(code)) != "Cn"
+]
+
+
+def mixed_captions(count, seed):
+    """Words of real captions, odd pieces, and letters of all scripts."""
+    draw = random.Random(seed)
+    words = " ".join(read_captions(example_images() / "test-*.tar")).split()
+    # Most code points are Chinese; most scripts are below them.
+    pools = words, words, PIECES.split(" "), LETTERS, *[LETTERS[:12_000]] * 4
+    captions = []
+    for size in draw.choices([1, 3, 8, 60], k=count):
+        parts = [draw.choice(draw.choice(pools)) for _ in range(2 * size)]
+        captions.append("".join(x + draw.choice(["", " "]) for x in parts))
+    return captions

@@ -1,8 +1,6 @@
 import copy
 import gzip
 import pickle
-import random
-import unicodedata
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from keras_cluster_mask.data import (
     read_captions,
     tokenizers,
 )
-from tests.data.reading import keras_hub_tokenizer
+from tests.data.reading import LETTERS, keras_hub_tokenizer, mixed_captions
 
 open_clip_tokenizer = pytest.importorskip("open_clip.tokenizer")
 
@@ -48,23 +46,6 @@ CAPTIONS = [
 ]
 
 
-# What other captions are made of, besides letters of all scripts, with spaces between.
-PIECES = (
-    "<start_of_text> <END_OF_TEXT> <\u017ftart_of_text> </w> !<end_of_text> "
-    "'s 'Re '\u017f \u2019s ''s 'sx '\u0345 'd've ` I\u0307 \u0345 "
-    "&amp; &AMP &#39; &#xD800; &#0; &bogus; &amp;lt; &ThickSpace; "
-    "\u0130 \u1e9e ΑΣ \u0149 \u01f0 \ufb03 \u212a ½ ² ٣ Ⅷ ① 12 3.14 ... #@! "
-    "\u200d \ufe0f \u202e \x1c \x85 \u180e \u3000 \ufeff \x1b[31m "
-    "\ud83d \udc00 👩\u200d🚀 🇩🇪 CafÃ© â€œquotesâ€\x9d Ã¤ schÃ¶n"
-)
-# Text of Unicode 14, which every supported Python knows.
-LETTERS = [
-    chr(code)
-    for code in (*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE0200))
-    if unicodedata.category(chr(code)) != "Cn"
-]
-
-
 @pytest.fixture(scope="module")
 def clip():
     return CLIPTokenizer.from_open_clip()
@@ -73,19 +54,6 @@ def clip():
 @pytest.fixture(scope="module")
 def trained():
     return CLIPTokenizer.train(["a red fox", "two red foxes"] * 5, 540, 12)
-
-
-def mixed_captions(count, seed):
-    """Words of real captions, odd pieces, and letters of all scripts."""
-    draw = random.Random(seed)
-    words = " ".join(read_captions(IMAGES / "test-*.tar")).split()
-    # Most code points are Chinese; most scripts are below them.
-    pools = words, words, PIECES.split(" "), LETTERS, *[LETTERS[:12_000]] * 4
-    captions = []
-    for size in draw.choices([1, 3, 8, 60], k=count):
-        parts = [draw.choice(draw.choice(pools)) for _ in range(2 * size)]
-        captions.append("".join(x + draw.choice(["", " "]) for x in parts))
-    return captions
 
 
 @pytest.mark.parametrize(("context_length", "count"), [(77, 3000), (8, 0)])

@@ -1,16 +1,24 @@
 import functools
+import os
+import pathlib
+import timeit
 
 import keras
 import numpy as np
 import pytest
 
+from keras_cluster_mask.data import example_images, read_captions
 from keras_cluster_mask.data.tokenizing import length_of, tokenize
 from tests.data.reading import (
     TOKENIZER,
     keras_hub_tokenizer,
     make_dataset,
+    mixed_captions,
     take,
 )
+
+# A folder of tar files with captions.
+FLICKR8K = "KERAS_CLUSTER_MASK_FLICKR8K"
 
 
 @pytest.fixture
@@ -149,3 +157,110 @@ def test_tokenizers_of_open_clip_are_taken_as_they_are():
         np.testing.assert_array_equal(found, expected)
         found = tokenize(tokenizer, TEXTS, context_length=5)
         np.testing.assert_array_equal(found, tokenizer(TEXTS, 5).numpy())
+
+
+# === Word pieces of keras_hub ===
+
+# Besides texts of all letters: characters of ASCII, and words at the limit of length.
+PLAIN = [f"a{chr(code)}b" for code in range(128)]
+LONG = ["x" * 100, "x" * 101, "\u00e9" * 50, "\u00e9" * 51, "a b " * 300]
+
+
+def odd_texts(count):
+    """Texts that UTF-8 has a form of."""
+    texts = ["", *PLAIN, *LONG, *mixed_captions(count, seed=1)]
+    return [text.encode("utf-8", "ignore").decode() for text in texts]
+
+
+def hub_preprocessor(words, kind="Bert", length=24, **options):
+    """A preprocessor of keras_hub, of word pieces."""
+    models = pytest.importorskip("keras_hub").models
+    tokenizer = getattr(models, f"{kind}Tokenizer")(words, **options)
+    if kind == "DistilBert":
+        kind = models.DistilBertTextClassifierPreprocessor
+        return kind(tokenizer, sequence_length=length)
+    return models.BertTextEmbedderPreprocessor(tokenizer, sequence_length=length)
+
+
+@pytest.fixture(scope="module")
+def minilm(encoders):
+    path = encoders / "all_minilm_l6_v2" / "vocab.txt"
+    return path.read_text("utf-8").split("\n")[:-1]
+
+
+def assert_ids_of_keras_hub(preprocessor, texts):
+    for first in range(0, len(texts), 500):
+        some = texts[first : first + 500]
+        found = tokenize(preprocessor, some)
+        expected = np.asarray(preprocessor(some)["token_ids"])
+        for text, *rows in zip(some, found, expected):
+            np.testing.assert_array_equal(*rows, err_msg=ascii(text))
+
+
+KINDS = [
+    ("Bert", {"lowercase": True}),
+    ("DistilBert", {}),
+    ("Electra", {"lowercase": True, "strip_accents": True}),
+    ("Bert", {"lowercase": True, "special_tokens_in_strings": True}),
+]
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_word_pieces_are_those_of_keras_hub(kind, options):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "!", ".", "a", "A"]
+    words += [f"##{chr(code)}" for code in range(97, 123)]
+    words += [chr(code) for code in range(98, 123)] + ["the", "##ing", "\u00e9"]
+    for length in (2, 5, 24):
+        preprocessor = hub_preprocessor(words, kind, length, **options)
+        assert_ids_of_keras_hub(preprocessor, odd_texts(400))
+    # Another vocabulary replaces the first one.
+    words[-1], words[7] = words[7], words[-1]
+    preprocessor.tokenizer.set_vocabulary(words)
+    assert_ids_of_keras_hub(preprocessor, ["a the aing"])
+
+
+@pytest.mark.slow
+@pytest.mark.any_backend
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_word_pieces_of_odd_texts_are_those_of_keras_hub(minilm, kind, options):
+    preprocessor = hub_preprocessor(minilm, kind, **options)
+    assert_ids_of_keras_hub(preprocessor, odd_texts(10_000))
+
+
+@pytest.mark.slow
+@pytest.mark.any_backend
+def test_word_pieces_of_flickr8k_are_those_of_keras_hub(minilm):
+    if not os.environ.get(FLICKR8K):
+        pytest.skip(f"{FLICKR8K} is not set to a folder of tar files with captions")
+    captions = [*read_captions(pathlib.Path(os.environ[FLICKR8K]) / "*.tar")]
+    preprocessor = hub_preprocessor(minilm, length=64, lowercase=True)
+    assert_ids_of_keras_hub(preprocessor, captions)
+
+
+@pytest.mark.slow
+@pytest.mark.one_case
+def test_texts_take_no_longer_than_in_transformers(minilm, encoders):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(encoders / "all_minilm_l6_v2")
+    preprocessor = hub_preprocessor(minilm, length=256, lowercase=True)
+    # As sentence-transformers calls it.
+    options = {"padding": True, "truncation": "longest_first", "return_tensors": "np"}
+    texts = [*read_captions(example_images() / "test-*.tar")][:64]
+    ours = functools.partial(tokenize, preprocessor, texts)
+    rivals = functools.partial(theirs, texts, max_length=256, **options)
+    seconds = [min(timeit.repeat(x, number=5, repeat=20)) for x in (ours, rivals)]
+    assert seconds[0] <= seconds[1]
+
+
+@pytest.mark.any_backend
+def test_a_subclass_of_a_preprocessor_of_keras_hub_is_called():
+    kind = pytest.importorskip("keras_hub").models.BertTextEmbedderPreprocessor
+
+    class Next(kind):
+        def call(self, x):
+            return {"token_ids": super().call(x)["token_ids"] + 1}
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    preprocessor = Next(hub_preprocessor(words).tokenizer, sequence_length=4)
+    assert tokenize(preprocessor, ["a"]).tolist() == [[3, 6, 4, 1]]
