@@ -387,7 +387,7 @@ def train_heads(run, seed, options, folder):
         model.fit(train, batch_size=batch_size, epochs=options.head_epochs, verbose=0)
         result["processor seconds"] = time.process_time() - start
         result["commit"] = commit()
-        np.savez(weights, *[ops.convert_to_numpy(x) for x in model.head.weights])
+        np.savez(weights, *[ops.convert_to_numpy(x) for x in projected(model)])
     for split in ["validation"] + ["test"] * options.test:
         if split not in result:
             model = with_head(new_model(options, seed, run.head, **settings), weights)
@@ -397,10 +397,16 @@ def train_heads(run, seed, options, folder):
     print(path.stem, result.get("validation"), flush=True)
 
 
+def projected(model):
+    """The weights of the projections and the head."""
+    projections = model.image_tower.projection, model.text_tower.projection
+    return [weight for part in (*projections, model.head) for weight in part.weights]
+
+
 def with_head(model, weights):
     """Loads projections and temperature that were trained before."""
     with np.load(weights) as found:
-        for weight, value in zip(model.head.weights, found.values(), strict=True):
+        for weight, value in zip(projected(model), found.values(), strict=True):
             weight.assign(value)
     return model
 

@@ -162,7 +162,9 @@ def sizes(options):
             larger = kcm.ContrastiveModel.from_encoders(
                 larger, text, projection_dim=runs.PROJECTION_DIM, head="mlp"
             )
-            larger.head.set_weights(model.head.get_weights())
+            trained = zip(runs.projected(larger), runs.projected(model), strict=True)
+            for weight, other in trained:
+                weight.assign(other)
             row = {"run": f"{runs.words_of(run)}-{seed}", "size": size}
             found.append(row | runs.scores_of(larger, options, "validation"))
             publish_by_commit(options, "sizes", "Larger images", found)

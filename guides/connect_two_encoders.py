@@ -148,6 +148,9 @@ figure
 # %%
 def tune(masking, epochs):
     tuned = connect(masking)
+    for name in ("image_tower", "text_tower"):
+        trained = getattr(model, name).projection.get_weights()
+        getattr(tuned, name).projection.set_weights(trained)
     tuned.head.set_weights(model.head.get_weights())
     data = kcm.data.image_text_dataset(
         TRAIN, tuned, batch_size=BATCH_SIZE, crop_scale=(0.6, 1.0), seed=1

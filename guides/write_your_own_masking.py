@@ -93,8 +93,8 @@ class ContentMasking(kcm.PatchMasking):
 # %% [markdown]
 # ## Look at the masks
 #
-# `plot_masks` shows several maskings with the same noise. It does not normalize images unless the
-# masking is part of a model. Here, the images are floats in [0, 1], where a contrast of 0.05
+# `plot_masks` shows several maskings with the same noise. It normalizes images only if you pass it a
+# model. Here, the images are floats in [0, 1], where a contrast of 0.05
 # corresponds to about 0.2 on normalized images. A patch of a single color inside an object also
 # counts as blank, so `ContentMasking` prefers outlines and details.
 
