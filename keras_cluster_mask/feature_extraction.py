@@ -32,7 +32,7 @@ from keras_cluster_mask.training.features import (
     read_header,
 )
 from keras_cluster_mask.training.tokenizers import identity_of, tokenizer_of
-from keras_cluster_mask.types import EvaluationData, Tokenizer
+from keras_cluster_mask.types import EvaluationData, Items, Tokenizer
 
 __all__ = ["compute_features"]
 
@@ -103,7 +103,10 @@ def compute_features(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     header = read_header(folder) or {
-        **{"description": description, "batches": 0, "images": 0, "texts": 0},
+        "description": description,
+        "batches": 0,
+        "images": 0,
+        "texts": 0,
         "done": False,
     }
     check_same(header["description"], description, "towers, tokenizer and data")
@@ -147,7 +150,7 @@ def _describe_data(data):
         return None
     if isinstance(data, dict):
         batches = [data]
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    elif isinstance(data, Items):
         numbers = range(0, len(data), max(len(data) // COMPARED, 1))
         batches = read_batches(map(data.__getitem__, numbers))
     else:

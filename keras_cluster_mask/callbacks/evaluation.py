@@ -10,6 +10,7 @@ from keras_cluster_mask.batches import check_not_empty, read_batches
 from keras_cluster_mask.checks import check_integer, is_number
 from keras_cluster_mask.distribution.backends import copy_values
 from keras_cluster_mask.distribution.processes import all_gather_object
+from keras_cluster_mask.encoders.embedder import Embedder
 from keras_cluster_mask.training.checkpoints import RunCallback
 from keras_cluster_mask.types import EvaluationData, Templates, Tokenizer
 
@@ -89,9 +90,6 @@ class Evaluate(RunCallback):
         self.chance: dict[str, float] = {}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        # Imported here: evaluation needs packages that `import keras` does not.
-        from keras_cluster_mask.encoders.embedder import Embedder
-
         super().on_train_begin(logs)
         self._is_first = True
         self._metrics = {}
@@ -162,6 +160,7 @@ class EvaluateData(Evaluate):
         name: str | None,
         **options: Any,
     ):
+        # Imported here: evaluation needs packages that `import keras` does not.
         from keras_cluster_mask.evaluation.inputs import check_whole
 
         if isinstance(data, collections.abc.Iterator):

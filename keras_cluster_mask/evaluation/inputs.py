@@ -11,6 +11,7 @@ from keras_cluster_mask.batches import is_endless, read_batches
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data.dataset import image_text_dataset
 from keras_cluster_mask.stream import Stream
+from keras_cluster_mask.types import Items
 
 # How to get data with an entry that is missing.
 REMEDIES = {
@@ -26,8 +27,7 @@ REMEDIES = {
 def pairs_of(model, data):
     """Returns a dataset of the pairs of a source; returns other data unchanged."""
     first, others = data, Mapping | Stream | keras.utils.PyDataset
-    has_items = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if has_items and not isinstance(data, others | str) and len(data):
+    if isinstance(data, Items) and not isinstance(data, others | str) and len(data):
         first = data[0]
     # Rows of an object, and not batches.
     is_rows = isinstance(first, Mapping) and first is not data
