@@ -32,7 +32,7 @@ from onnx import TensorProto, helper
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.data.tokenizers import clean
+from keras_cluster_mask.data.clip_tokenizer import clean
 
 # Inputs of the towers, and their names in transformers.js.
 NAMES = {

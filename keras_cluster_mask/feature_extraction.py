@@ -31,7 +31,7 @@ from keras_cluster_mask.training.features import (
     describe_towers,
     read_header,
 )
-from keras_cluster_mask.training.tokenizers import identity_of, tokenizer_of
+from keras_cluster_mask.training.model_tokenizer import identity_of, tokenizer_of
 from keras_cluster_mask.types import EvaluationData, Items, Tokenizer
 
 __all__ = ["compute_features"]

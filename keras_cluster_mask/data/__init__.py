@@ -1,6 +1,7 @@
 """Image-text pairs for training and evaluation: shards, images and tokens."""
 
 from keras_cluster_mask.data.check import check, read_captions
+from keras_cluster_mask.data.clip_tokenizer import CLIPTokenizer
 from keras_cluster_mask.data.dataset import ImageTextDataset, image_text_dataset
 from keras_cluster_mask.data.frequency_masking import FrequencyTextMasking
 from keras_cluster_mask.data.paths import example_images
@@ -11,7 +12,6 @@ from keras_cluster_mask.data.text_masking import (
     RandomTextMasking,
     TextMasking,
 )
-from keras_cluster_mask.data.tokenizers import CLIPTokenizer
 
 __all__ = [
     "BlockTextMasking",

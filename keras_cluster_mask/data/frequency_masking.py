@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 from keras_cluster_mask.checks import check_choice, check_range, is_positive
+from keras_cluster_mask.data.clip_tokenizer import PIECE_PATTERN, clean_all, words_of
 from keras_cluster_mask.data.samples import digest_of
 from keras_cluster_mask.data.text_masking import LongCaption, TextMasking
-from keras_cluster_mask.data.tokenizers import PIECE_PATTERN, clean_all, words_of
 
 # The minimum count of a word in the released code of CLIPF.
 MIN_COUNT = 5

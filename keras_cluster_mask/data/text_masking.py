@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_cluster_mask.data.tokenizers import (
+from keras_cluster_mask.data.clip_tokenizer import (
     PIECE_PATTERN,
     CLIPTokenizer,
     clean,

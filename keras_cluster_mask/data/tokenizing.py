@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from keras_cluster_mask.data.tokenizers import as_text
+from keras_cluster_mask.data.clip_tokenizer import as_text
 
 # Hugging Face uses a larger number if the length is unknown.
 MAX_LENGTH = 100_000

@@ -12,7 +12,10 @@ from keras_cluster_mask.evaluation.inputs import check_read_once, encoded, texts
 from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.models.loading import AnyModel, as_contrastive_model
 from keras_cluster_mask.stream import Stream
-from keras_cluster_mask.training.tokenizers import check_tokenizer_of, tokenizer_of
+from keras_cluster_mask.training.model_tokenizer import (
+    check_data_tokenizer,
+    tokenizer_of,
+)
 from keras_cluster_mask.types import EvaluationData, Tokenizer
 
 # The number of texts that are ordered by length at a time.
@@ -79,7 +82,7 @@ def embed(
     check_read_once(data)
     embedder = embedder_of(model)
     if tokenizer is None:
-        check_tokenizer_of(embedder.model, data)
+        check_data_tokenizer(embedder.model, data)
     return embed_batches(embedder, data, read_batches(data), tokenizer, verbose)
 
 

@@ -18,7 +18,7 @@ from keras_cluster_mask.evaluation.inputs import (
     texts_of,
 )
 from keras_cluster_mask.models.loading import AnyModel
-from keras_cluster_mask.training.tokenizers import check_tokenizer_of
+from keras_cluster_mask.training.model_tokenizer import check_data_tokenizer
 from keras_cluster_mask.types import EvaluationData, Tokenizer
 
 # The number of similarities that are in memory at a time.
@@ -152,7 +152,7 @@ def evaluate_retrieval(
         keys = ["captions"]
     if tokenizer is None:
         keys += ["token_ids", *embedder.model.text_tower.input_names]
-        check_tokenizer_of(embedder.model, data)
+        check_data_tokenizer(embedder.model, data)
     batches = select_entries(data, keys)
     found = embed_batches(embedder, data, batches, tokenizer, verbose)
     images, texts = _normalized(found["image_embeddings"], found["text_embeddings"])

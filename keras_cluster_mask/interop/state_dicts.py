@@ -17,7 +17,7 @@ from keras_cluster_mask.interop.configs import CLIP_EPSILON
 from keras_cluster_mask.interop.tensor_names import TensorNames, rows
 from keras_cluster_mask.interop.weight_files import read_weights
 from keras_cluster_mask.models import ContrastiveModel
-from keras_cluster_mask.training.tokenizers import load_beside_weights
+from keras_cluster_mask.training.model_tokenizer import load_beside_weights
 
 # The bias of a sigmoid loss, which is not in a CLIP backbone but in the model.
 BIAS = "head.logit_bias"

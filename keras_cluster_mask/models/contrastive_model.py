@@ -29,7 +29,7 @@ from keras_cluster_mask.training.input_rules import (
     check_unused,
 )
 from keras_cluster_mask.training.micro_batches import embed_in_micro_batches
-from keras_cluster_mask.training.tokenizers import load_from_preset
+from keras_cluster_mask.training.model_tokenizer import load_from_preset
 from keras_cluster_mask.types import Tensor, Tokenizer
 
 

@@ -16,7 +16,7 @@ from keras_cluster_mask.encoders.masked import MaskedEncoder
 from keras_cluster_mask.models.two_towers import TwoTowers
 from keras_cluster_mask.training.image_files import read_image_files
 from keras_cluster_mask.training.input_rules import InputRules, is_numeric
-from keras_cluster_mask.training.tokenizers import tokenizer_of
+from keras_cluster_mask.training.model_tokenizer import tokenizer_of
 from keras_cluster_mask.types import Tensor
 
 

@@ -22,9 +22,9 @@ from keras_cluster_mask.training.layers import (
     from_parts,
     omitted_settings,
 )
-from keras_cluster_mask.training.tokenizers import (
+from keras_cluster_mask.training.model_tokenizer import (
     check_kind,
-    check_tokenizer,
+    check_matching_tokenizer,
     load_tokenizer,
     save_in_preset,
     save_tokenizer,
@@ -315,7 +315,7 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
                 "backbone, call `model.backbone.save_to_preset`. Received: "
                 "tokenizer=None"
             )
-        check_tokenizer(self, tokenizer)
+        check_matching_tokenizer(self, tokenizer)
         folder = os.path.expanduser(preset_dir)
         self.backbone.save_to_preset(folder)
         save_in_preset(tokenizer, folder)

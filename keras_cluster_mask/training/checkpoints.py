@@ -27,7 +27,6 @@ from keras_cluster_mask.training.optimizers import (
     learning_rates,
     optimizer_parts,
 )
-from keras_cluster_mask.training.tokenizers import identity_of
 
 # Arguments that may be others when a run is resumed: Keras numbers names, which weights
 # are trained is compared for each, and another micro-batch gives the same result.

@@ -25,12 +25,12 @@ from keras_cluster_mask.training.checkpoints import RunCallback, resume
 from keras_cluster_mask.training.features import TowerFeatures
 from keras_cluster_mask.training.input_rules import as_dictionary
 from keras_cluster_mask.training.micro_batches import check_micro_batches
+from keras_cluster_mask.training.model_tokenizer import adopt_tokenizer
 from keras_cluster_mask.training.optimizers import (
     learning_rates,
     optimizer_parts,
     start_averages,
 )
-from keras_cluster_mask.training.tokenizers import adopt_tokenizer
 from keras_cluster_mask.training.training_data import (
     TrainingData,
     evaluation_data,

@@ -32,7 +32,7 @@ from keras_cluster_mask.stream import Stream
 from keras_cluster_mask.training.arrays import ArrayBatches
 from keras_cluster_mask.training.features import FeatureBatches, TowerFeatures
 from keras_cluster_mask.training.input_rules import KEYS, as_dictionary
-from keras_cluster_mask.training.tokenizers import check_tokenizer_of
+from keras_cluster_mask.training.model_tokenizer import check_data_tokenizer
 
 # Packages with classes of data that Keras takes.
 TAKEN = {"grain", "keras", "tensorflow", "torch"}
@@ -158,7 +158,7 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None):
             "`image_text_dataset`, or `steps`. "
             f"Received: an endless {type(data).__name__}"
         )
-    check_tokenizer_of(model, data)
+    check_data_tokenizer(model, data)
     _, processes = process_index_and_count(training=False)
     if isinstance(data, dict | TowerFeatures) and processes > 1:
         raise ValueError(

@@ -22,7 +22,7 @@ from tests.interop.open_clip_models import (
     our_embeddings,
     randomize,
 )
-from tests.training.test_tokenizers import hugging_face
+from tests.training.test_model_tokenizer import hugging_face
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,7 +16,7 @@ import keras_cluster_mask as kcm
 from keras_cluster_mask.data.tokenizing import tokenize
 from keras_cluster_mask.training.checkpoints import describe_run
 from keras_cluster_mask.training.layers import all_layers
-from keras_cluster_mask.training.tokenizers import (
+from keras_cluster_mask.training.model_tokenizer import (
     PRESET_FOLDER,
     identity_of,
     load_tokenizer,
@@ -36,7 +36,7 @@ from tests.helpers import (
     tiny_metaclip,
     vit_encoder,
 )
-from tests.training.test_tokenizers import END, METACLIP_END, hugging_face
+from tests.training.test_model_tokenizer import END, METACLIP_END, hugging_face
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog"]
 

@@ -49,7 +49,7 @@ def check_kind(tokenizer):
     tokenizing.check_tokenizer(tokenizer)
 
 
-def check_tokenizer(model, tokenizer):
+def check_matching_tokenizer(model, tokenizer):
     """Raises an error if a tokenizer does not match a model.
 
     Its configuration must be equal to the configuration of the model's own tokenizer,
@@ -109,12 +109,12 @@ def tokenizer_of(model, tokenizer=None):
             "`model.tokenizer` to the one that the model was trained with. A model is "
             "saved with its tokenizer. Received: tokenizer=None"
         )
-    check_tokenizer(model, tokenizer)
+    check_matching_tokenizer(model, tokenizer)
     length = model.input_rules.context_length
     return functools.partial(tokenize, tokenizer, context_length=length)
 
 
-def check_tokenizer_of(model, data):
+def check_data_tokenizer(model, data):
     """Checks the tokenizer of an `image_text_dataset` or of `TowerFeatures`, if any.
 
     Returns:
@@ -123,7 +123,7 @@ def check_tokenizer_of(model, data):
     # Data of the user's own may have attributes of these names.
     tokenizer = data.tokenizer if isinstance(data, Stream) else None
     if tokenizer is not None:
-        check_tokenizer(model, tokenizer)
+        check_matching_tokenizer(model, tokenizer)
     elif isinstance(data, TowerFeatures):
         known = data.tokenizer_digest, identity_of(model.tokenizer)
         is_same = None in known or known[0] == known[1]
@@ -137,7 +137,7 @@ def adopt_tokenizer(model, data):
     A tokenizer for longer texts replaces the model's own. A tokenizer that is not saved
     with the model causes a warning.
     """
-    tokenizer = check_tokenizer_of(model, data)
+    tokenizer = check_data_tokenizer(model, data)
     lengths = [getattr(x, "context_length", 0) for x in (model.tokenizer, tokenizer)]
     is_longer = all(lengths) and lengths[0] < lengths[1]
     if tokenizer is not None and (is_longer or model.tokenizer is None):
@@ -164,7 +164,7 @@ def identity_of(tokenizer: Any) -> str | None:
 
 def config_of(tokenizer: Any) -> str | None:
     """Returns what decides the ids of a text, as JSON, or `None` for a function."""
-    from keras_cluster_mask.data.tokenizers import CLIPTokenizer
+    from keras_cluster_mask.data.clip_tokenizer import CLIPTokenizer
     from keras_cluster_mask.data.tokenizing import is_layer, libraries_of
 
     content, inner = [type(tokenizer).__name__], getattr(tokenizer, "tokenizer", None)
@@ -197,7 +197,7 @@ def config_of(tokenizer: Any) -> str | None:
 def file_of(tokenizer: Any) -> str | None:
     """Returns the name of the file from which a tokenizer is loaded, if it is saved."""
     # Imported here: they need packages that `import keras` does not.
-    from keras_cluster_mask.data.tokenizers import CLIPTokenizer
+    from keras_cluster_mask.data.clip_tokenizer import CLIPTokenizer
     from keras_cluster_mask.data.tokenizing import is_layer, libraries_of
 
     if is_layer(tokenizer):
@@ -270,7 +270,7 @@ def _load(folder):
         import_keras_hub()
         return keras.saving.deserialize_keras_object(json.loads(path.read_text()))
     if (path := folder / CLIP_FILE).is_file():
-        from keras_cluster_mask.data.tokenizers import CLIPTokenizer
+        from keras_cluster_mask.data.clip_tokenizer import CLIPTokenizer
 
         return CLIPTokenizer.from_file(path)
     if (folder / HUGGING_FACE_FILE).is_file():
@@ -314,7 +314,7 @@ def load_from_preset(preset: str, backbone: keras.Model) -> Any:
         return found
     kind = import_keras_hub().models.CausalLMPreprocessor
     if type(backbone).__name__ == "CLIPBackbone":
-        from keras_cluster_mask.data.tokenizers import CLIPTokenizer as kind
+        from keras_cluster_mask.data.clip_tokenizer import CLIPTokenizer as kind
     return _or_warn(kind.from_preset, preset)
 
 
@@ -335,7 +335,7 @@ def load_beside_weights(
     Returns:
         As `load_tokenizer`.
     """
-    from keras_cluster_mask.data.tokenizers import CLIPTokenizer
+    from keras_cluster_mask.data.clip_tokenizer import CLIPTokenizer
 
     found = None
     has_merges = bool(kind and folder) and (folder / "merges.txt").is_file()

@@ -10,8 +10,8 @@ from keras_cluster_mask.evaluation import (
     embed,
     embed_texts,
 )
-from keras_cluster_mask.training.tokenizers import (
-    check_tokenizer,
+from keras_cluster_mask.training.model_tokenizer import (
+    check_matching_tokenizer,
     identity_of,
 )
 from tests.data.reading import keras_hub_tokenizer
@@ -73,12 +73,12 @@ SPECIAL_TOKENS = r"`tokenizer` must .*highest id.*CLIPPreprocessor.*Received: "
 def test_a_clip_tower_needs_a_start_and_an_end_of_the_highest_id(clip, template):
     tokenizer = hugging_face(END, template)
     with pytest.raises(ValueError, match=SPECIAL_TOKENS):
-        check_tokenizer(clip, tokenizer)
+        check_matching_tokenizer(clip, tokenizer)
     with pytest.raises(ValueError, match=SPECIAL_TOKENS):
-        check_tokenizer(clip, hugging_face(end=2))
-    check_tokenizer(clip, hugging_face(END))
+        check_matching_tokenizer(clip, hugging_face(end=2))
+    check_matching_tokenizer(clip, hugging_face(END))
     # Other towers do not.
-    check_tokenizer(kcm.ContrastiveModel(image_mlp(), text_bag()), tokenizer)
+    check_matching_tokenizer(kcm.ContrastiveModel(image_mlp(), text_bag()), tokenizer)
 
 
 def test_a_tokenizer_is_checked_wherever_it_is_used(clip, shard):
@@ -109,7 +109,7 @@ def test_a_bare_tokenizer_of_keras_hub_is_refused(tmp_path):
     # The second fills texts up before their end token.
     for tokenizer in (layer, models.CLIPPreprocessor(layer, sequence_length=12)):
         with pytest.raises(ValueError, match=r"CLIPPreprocessor.*Received: "):
-            check_tokenizer(model, tokenizer)
+            check_matching_tokenizer(model, tokenizer)
 
 
 def test_rows_that_are_longer_than_the_tower_takes_are_an_error(clip):
@@ -325,17 +325,17 @@ def test_tokenizers_of_equal_configuration_are_equal_at_any_length(kind):
     others = [identity_of(make()) for make in OTHER[kind]]
     assert len({before, *others}) == 1 + len(others)
     model = kcm.ContrastiveModel(image_mlp(), text_bag(), tokenizer=one)
-    check_tokenizer(model, same)
+    check_matching_tokenizer(model, same)
     for make in [make_tokenizer, *OTHER[kind][:1]]:
         with pytest.raises(ValueError, match=ANOTHER):
-            check_tokenizer(model, make())
+            check_matching_tokenizer(model, make())
 
 
 def test_a_function_equals_itself_alone():
     tokenizer = make_tokenizer()
     model = kcm.ContrastiveModel(image_mlp(), text_bag(), tokenizer=tokenizer)
-    check_tokenizer(model, tokenizer)
+    check_matching_tokenizer(model, tokenizer)
     # It has the same name.
     assert identity_of(tokenizer) == identity_of(make_tokenizer())
     with pytest.raises(ValueError, match=ANOTHER):
-        check_tokenizer(model, make_tokenizer())
+        check_matching_tokenizer(model, make_tokenizer())

@@ -8,9 +8,9 @@ from tokenizers import Regex, pre_tokenizers
 
 from keras_cluster_mask.data import (
     CLIPTokenizer,
+    clip_tokenizer,
     example_images,
     read_captions,
-    tokenizers,
 )
 from tests.data.reading import LETTERS, keras_hub_tokenizer, mixed_captions
 
@@ -19,7 +19,7 @@ open_clip_tokenizer = pytest.importorskip("open_clip.tokenizer")
 pytestmark = pytest.mark.any_backend
 
 IMAGES = example_images()
-SPECIALS = tokenizers.START, tokenizers.END
+SPECIALS = clip_tokenizer.START, clip_tokenizer.END
 CAPTIONS = [
     "",
     " \t\n ",
@@ -72,7 +72,7 @@ def test_ids_equal_open_clips(context_length, count):
 @pytest.mark.parametrize("frame", ["a{}a", "1{}!{}!", "'{}e {}{}"])
 def test_words_are_open_clips_for_every_code_point(frame):
     pattern = open_clip_tokenizer.SimpleTokenizer().pat
-    words = Regex(tokenizers.WORD_PATTERN)
+    words = Regex(clip_tokenizer.WORD_PATTERN)
     split = pre_tokenizers.Split(words, "removed", invert=True)
     # A caption is lower-case when it is cut into words.
     texts = [frame.replace("{}", letter.lower()) for letter in LETTERS]
