@@ -58,7 +58,6 @@ def test_only_distribution_asks_which_backend_runs():
         calls = [x.func for x in ast.walk(tree) if isinstance(x, ast.Call)]
         if any(ast.unparse(x).rpartition(".")[2] == "backend" for x in calls):
             asking.add(path.relative_to(PACKAGE).as_posix())
-    asking.discard("training/training_data.py")  # TODO: remove this line.
     assert {name.partition("/")[0] for name in asking} == {"distribution"}
 
 

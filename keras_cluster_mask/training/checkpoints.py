@@ -21,6 +21,7 @@ from keras_cluster_mask.distribution.processes import (
 )
 from keras_cluster_mask.distribution.replicas import is_main_process
 from keras_cluster_mask.training.layers import differences, settings_of
+from keras_cluster_mask.training.model_tokenizer import identity_of
 from keras_cluster_mask.training.optimizers import (
     build,
     inner_optimizer,
