@@ -117,16 +117,22 @@ def rounded_up(length: int) -> int:
     return STEPS[bisect.bisect_left(STEPS, length)]
 
 
-def cut_in_step(tower: Any, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Cuts the texts of a batch in the forward pass, if no step is compiled for them.
+def cut_in_step(tower: Any, arguments: tuple) -> tuple:
+    """Cuts the texts of a batch in a step, if no step is compiled for their length.
 
     Args:
         tower: A `TextTower`.
-        batch: Dictionary of tensors.
+        arguments: Tuple, what Keras passes to a step. On torch it is one batch, which
+            is still in the memory of the host, so that its lengths cost no waiting.
     """
-    if COMPILED or is_traced(batch["token_ids"]):
-        return batch
-    return tower.lengths.cut(batch)
+    if COMPILED:
+        return arguments
+    batch, *rest = keras.utils.unpack_x_y_sample_weight(*arguments)
+    if not isinstance(batch, dict) or "token_ids" not in batch:
+        return arguments
+    if not is_traced(batch["token_ids"]):
+        batch = tower.lengths.cut(batch)
+    return ((batch, *rest),)
 
 
 def lengths_of_encoder(tower: Any) -> TextLengths:

@@ -63,7 +63,9 @@ class ContrastiveModel(Trainer):
 
     Args:
         image_encoder: A Keras model from images to `(batch, d)` features. To train on
-            parts of the images, insert a masking with `kcm.with_masking`.
+            parts of the images, insert a masking with `kcm.with_masking`. Or an
+            `ImageTower`, with a `TextTower` as `text_encoder`, to share the towers of
+            another model or to use projections of your own.
         text_encoder: A Keras model from `(batch, T)` token ids to `(batch, d)`
             features. A model with several inputs, such as
             `keras.Model(bert.inputs, bert.output["pooled_output"])` of a keras_hub
@@ -76,10 +78,13 @@ class ContrastiveModel(Trainer):
             maps the features of each encoder into it. `None` uses the features without
             a projection; both must have the same width.
         head: `"linear"` for linear projections, or `"mlp"` for projections with one
-            hidden layer, GELU and dropout, of features that `fit` on `TowerFeatures`
-            standardizes. Or a `kcm.models.ContrastiveHead`, to set the initial
+            hidden layer of twice the width, GELU and dropout of 0.3, of features that
+            `fit` on `TowerFeatures` standardizes. A `.keras` file does not hold the
+            random state of this dropout; a checkpoint does. Or a
+            `kcm.models.ContrastiveHead`, with linear projections, to set the initial
             temperature, the bias and the limit of the scale, or to share the head of
-            another model. Sharing is not saved: a loaded model has its own head.
+            another model. Sharing is not saved: a loaded model has its own towers and
+            head.
         micro_batch_size: Integer that divides the batch size. Encodes this many pairs
             at a time, with the memory of a batch of this size. The loss and gradients
             are the same as for the whole batch (gradient caching, as in GradCache),
@@ -107,8 +112,8 @@ class ContrastiveModel(Trainer):
     Attributes:
         image_encoder: The Keras model from images to features, with its masking.
         text_encoder: The Keras model from token ids to features.
-        image_tower: The `ImageTower` from images to embeddings, without the masking of
-            `kcm.with_masking`, for prediction and export.
+        image_tower: The `ImageTower` from images to embeddings, which has the encoder
+            and a projection. It predicts and is exported on whole images.
         text_tower: The `TextTower` from token ids to embeddings. If the text encoder
             has several inputs, the tower takes a dictionary of them.
         tokenizer: The tokenizer of the text encoder, or `None` if it is not known.
@@ -165,8 +170,7 @@ class ContrastiveModel(Trainer):
             loss: `"softmax"` or `"sigmoid"`. Defaults to the loss of `head` or of the
                 backbone's family.
             head: `"linear"` uses the projections, temperature and bias of the backbone.
-                A `ContrastiveHead` without `projection_dim` can set the temperature and
-                the bias. By default, the scale is limited to 100, or 1000 for SigLIP. A
+                A `ContrastiveHead` can set the temperature and the bias. By default, the scale is limited to 100, or 1000 for SigLIP. A
                 fresh SigLIP, and a CLIP with the sigmoid loss, start at a temperature
                 of 0.1 and a bias of -10.
             micro_batch_size: See `ContrastiveModel`.
@@ -313,7 +317,13 @@ class ContrastiveModel(Trainer):
         computes the gradients and updates. Override `compute_loss` to train on another
         loss.
         """
-        return super().train_step(*args)
+        return super().train_step(*cut_in_step(self.text_tower, args))
+
+    def test_step(self, *args: Any) -> Any:
+        return super().test_step(*cut_in_step(self.text_tower, args))
+
+    def predict_step(self, *args: Any) -> Any:
+        return super().predict_step(*cut_in_step(self.text_tower, args))
 
     def call(
         self, inputs: Mapping[str, Tensor], training: bool | None = None
@@ -328,7 +338,6 @@ class ContrastiveModel(Trainer):
             }
         if not {*KEYS} <= {*names}:
             self.input_rules.check_keys(inputs)
-        inputs = cut_in_step(self.text_tower, inputs)
         if not training:
             return self._embed(inputs)
         # TensorFlow may know the number of texts, but not the number of images.

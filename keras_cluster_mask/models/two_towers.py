@@ -332,7 +332,7 @@ OF_TOWERS = {
 
 
 def _check_defaults(options):
-    given = {k: x for k, x in options.items() if x != OF_TOWERS[k]}
+    given = {k: x for k, x in options.items() if x is not OF_TOWERS[k]}
     if given:
         raise ValueError(
             f"`{'`, `'.join(given)}` must be left out for a model of two towers, which "
