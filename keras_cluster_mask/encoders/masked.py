@@ -27,7 +27,6 @@ from keras_cluster_mask.training.layers import (
     Untracked,
     all_layers,
     as_functional,
-    is_frozen,
     state_variables,
 )
 from keras_cluster_mask.types import Tensor
@@ -163,6 +162,8 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         positions = stem_of(encoder, tables) if tables else None
         # Keras would save every weight twice.
         self._models = Untracked(stem=stem, blocks=blocks, positions=positions)
+        # The numbers of patches by the shapes of images.
+        self._counts = Untracked()
 
         # === Config ===
         # `None` is saved unchanged, because keras_hub names layers by the encoder's
@@ -180,7 +181,7 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         if not training:
             return self.encoder(inputs, training=False)
         # A model trains on kept patches also where its encoder is frozen.
-        training = not is_frozen(self.encoder)
+        training = bool(self.encoder.trainable_weights)
         models = self._models
         (images,) = tree.flatten(inputs)
         tokens = models.stem(images, training=training)
@@ -194,6 +195,13 @@ class MaskedEncoder(MadeOfParts, keras.Model):
 
     def num_patches(self, images: Tensor) -> int:
         """Returns the number of patches of each image; only the shape is read."""
+        # The same in all steps.
+        key, counts = str(tuple(images.shape[1:])), vars(self._counts)
+        if key not in counts:
+            counts[key] = self._count(images)
+        return counts[key]
+
+    def _count(self, images):
         layer, prefix = self.embedding_layer, self.num_prefix_tokens
         if num_prefix_tokens(layer) is None:
             num_tokens = self.stem.output.shape[1]

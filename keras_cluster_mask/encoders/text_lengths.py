@@ -2,8 +2,9 @@
 
 import bisect
 import dataclasses
+import functools
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -117,22 +118,27 @@ def rounded_up(length: int) -> int:
     return STEPS[bisect.bisect_left(STEPS, length)]
 
 
-def cut_in_step(tower: Any, arguments: tuple) -> tuple:
-    """Cuts the texts of a batch in a step, if no step is compiled for their length.
+def cut_texts(function: Callable, tower: Any) -> Callable:
+    """Wraps a train, test or predict function of Keras, so that it gets shorter texts.
+
+    Only on torch, where no step is compiled for the length of texts. The batches are
+    still in the memory of the host, so that reading the lengths does not wait for a
+    device.
 
     Args:
+        function: Function from a list of batches to logs or outputs.
         tower: A `TextTower`.
-        arguments: Tuple, what Keras passes to a step. On torch it is one batch, which
-            is still in the memory of the host, so that its lengths cost no waiting.
     """
     if COMPILED:
-        return arguments
-    batch, *rest = keras.utils.unpack_x_y_sample_weight(*arguments)
-    if not isinstance(batch, dict) or "token_ids" not in batch:
-        return arguments
-    if not is_traced(batch["token_ids"]):
-        batch = tower.lengths.cut(batch)
-    return ((batch, *rest),)
+        return function
+
+    def cut(batch):
+        inputs, *rest = keras.utils.unpack_x_y_sample_weight(batch)
+        if isinstance(inputs, dict) and "token_ids" in inputs:
+            batch = tower.lengths.cut(inputs), *rest
+        return batch
+
+    return functools.wraps(function)(lambda data: function([*map(cut, data)]))
 
 
 def lengths_of_encoder(tower: Any) -> TextLengths:

@@ -8,10 +8,10 @@ import keras
 from keras import ops
 
 from keras_cluster_mask.distribution.backends import exports_one_length, keeping_weights
-from keras_cluster_mask.distribution.replicas import OwnReduction
+from keras_cluster_mask.distribution.replicas import OwnReduction, local_rows
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, text_family_of
-from keras_cluster_mask.encoders.masked import unmasked
+from keras_cluster_mask.encoders.masked import MaskedEncoder, unmasked
 from keras_cluster_mask.encoders.pixels import check_statistics, pixel_range
 from keras_cluster_mask.encoders.surgery import (
     context_length_of,
@@ -27,7 +27,6 @@ from keras_cluster_mask.training.layers import (
     MadeOfParts,
     all_layers,
     as_functional,
-    is_frozen,
 )
 from keras_cluster_mask.types import Tensor
 
@@ -122,7 +121,8 @@ class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
             noise: `(batch, N)` tensor, the noise for the masking of the encoder.
         """
         encoder = self.encoder
-        if training and not self.has_masking and is_frozen(encoder):
+        is_frozen = encoder.weights and not encoder.trainable_weights
+        if training and is_frozen and not self.has_masking:
             training = False
         inputs, names = self.prepare(inputs), getattr(encoder, "input", None)
         if isinstance(names, dict) and len(names) == 1:
@@ -238,6 +238,27 @@ class ImageTower(Tower):
     def unmasked_encoder(self) -> keras.Model:
         """The encoder without the masking that `kcm.with_masking` inserted."""
         return unmasked(self.encoder)
+
+    def draw_noise(self, images: Tensor, batch_size: Any = None) -> Tensor | None:
+        """Draws the noise of a step, for the masking of `kcm.with_masking`.
+
+        It is drawn for the whole batch, so a mask does not depend on the number of
+        devices or micro-batches.
+
+        Args:
+            images: `(rows, H, W, C)` tensor, the images of this replica.
+            batch_size: Integer, the number of images of all replicas. Defaults to that
+                of `images`.
+
+        Returns:
+            `(rows, N)` tensor of this replica's rows; `None` without such a masking, or
+            for whole images.
+        """
+        encoder = self.encoder
+        if not isinstance(encoder, MaskedEncoder) or not encoder.masking.mask_ratio:
+            return None
+        size = ops.shape(images)[0] if batch_size is None else batch_size
+        return local_rows(encoder.masking.draw(size, encoder.num_patches(images)))
 
     def prepare(self, inputs: Any) -> Tensor:
         """Returns normalized images, as the encoder and its masking take them."""

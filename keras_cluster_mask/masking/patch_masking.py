@@ -6,12 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_cluster_mask.checks import (
-    check_integer,
-    check_range,
-    fits_shape,
-    sides_of,
-)
+from keras_cluster_mask.checks import check_integer, check_range, sides_of
 from keras_cluster_mask.distribution.backends import is_traced
 from keras_cluster_mask.distribution.replicas import (
     local_rows,
@@ -234,8 +229,9 @@ class PatchMasking(keras.layers.Layer):
             raise ValueError(
                 f"`{self.name}` needs `images`, `tokens` or `noise`. Received: none"
             )
-        is_counted = noise is None or self._has_grid
-        if is_counted or not (tokens is None or self.num_prefix_tokens is None):
+        has_grid = self.grid is not None or self.patch_size is not None
+        knows_prefix = tokens is not None and self.num_prefix_tokens is not None
+        if noise is None or has_grid or knows_prefix:
             num_tokens = None if tokens is None else tokens.shape[1]
             num_patches = self.count_patches(num_tokens, images)
         else:
@@ -289,30 +285,26 @@ class PatchMasking(keras.layers.Layer):
             self.check_ready()
         if self.mask_ratio:
             noise = self._noise_of(noise, tokens, num_patches)
-            tokens, indices = self._keep(tokens, images, noise)
+            indices, visible, score = self._best(noise, images, tokens)
+            share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1))
+            self.last_mask_ratio.assign(1.0 - share / num_patches)
+            self.observe(score)
+            num_prefix = tokens.shape[1] - num_patches
+            prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
+            tokens = ops.concatenate([prefix, take_rows(patches, indices)], axis=1)
+            # A compiled step cannot raise an error on a value, but its loss is NaN.
+            has_nan = ops.any(ops.isnan(score), axis=-1)[:, None, None]
+            tokens = tokens + ops.cast(ops.where(has_nan, np.nan, 0.0), tokens.dtype)
+            if self.hides_tokens:
+                always = ops.ones_like(prefix[:, :, 0], dtype="bool")
+                mask = ops.concatenate([always, visible], axis=1)
+                tokens = PutMask()(tokens, mask=mask)
         else:
             self.last_mask_ratio.assign(0.0)
             indices = _all_patches(tokens, num_patches)
         if is_step:
             self.advance()
         return tokens, indices
-
-    def _keep(self, tokens, images, noise):
-        indices, visible, score = self._best(noise, images, tokens)
-        num_patches = noise.shape[1]
-        share = ops.mean(ops.sum(ops.cast(visible, "float32"), axis=-1)) / num_patches
-        self.last_mask_ratio.assign(1.0 - share)
-        self.observe(score)
-        num_prefix = tokens.shape[1] - num_patches
-        prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
-        kept = ops.concatenate([prefix, take_rows(patches, indices)], axis=1)
-        # A compiled step cannot raise an error on a value, but its loss is NaN then.
-        has_nan = ops.any(ops.isnan(score), axis=-1)[:, None, None]
-        kept = kept + ops.cast(ops.where(has_nan, np.nan, 0.0), kept.dtype)
-        if self.hides_tokens:
-            always = ops.ones_like(prefix[:, :, 0], dtype="bool")
-            kept = PutMask()(kept, mask=ops.concatenate([always, visible], axis=1))
-        return kept, indices
 
     def count_patches(
         self,
@@ -334,7 +326,7 @@ class PatchMasking(keras.layers.Layer):
         """
         prefix = num_prefix_tokens
         prefix = self.num_prefix_tokens if prefix is None else prefix
-        if not self._has_grid:
+        if self.grid is None and self.patch_size is None:
             if None in (prefix, num_tokens) or num_tokens <= prefix:
                 raise ValueError(
                     f"`num_prefix_tokens` of `{self.name}` must be the number of "
@@ -354,11 +346,6 @@ class PatchMasking(keras.layers.Layer):
                 )
         return num_patches
 
-    @property
-    def _has_grid(self):
-        """Whether the number of patches follows from the grid, or from the images."""
-        return self.grid is not None or self.patch_size is not None
-
     def _noise_of(self, noise, inputs, num_patches):
         """Returns the noise of a call, drawn if it is not given."""
         if noise is None:
@@ -367,12 +354,13 @@ class PatchMasking(keras.layers.Layer):
                 self.draw(ops.shape(inputs)[0] * num_replicas(), num_patches)
             )
         noise = ops.convert_to_tensor(noise, dtype="float32")
-        batch_size = None if inputs is None else inputs.shape[0]
-        if not fits_shape(tuple(noise.shape), (batch_size, num_patches)):
+        shape, batch_size = noise.shape, None if inputs is None else inputs.shape[0]
+        fits = len(shape) == 2 and shape[1] == num_patches
+        if not fits or (None not in (shape[0], batch_size) and shape[0] != batch_size):
             raise ValueError(
                 "`noise` must have one value a patch: shape "
                 f"({batch_size or 'batch'}, {num_patches}). "
-                f"Received: noise.shape={tuple(noise.shape)}"
+                f"Received: noise.shape={tuple(shape)}"
             )
         return noise
 

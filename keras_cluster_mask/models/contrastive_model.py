@@ -10,7 +10,6 @@ from keras import ops
 from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import import_keras_hub, preset_of
 from keras_cluster_mask.encoders.pooled import pretrained_towers
-from keras_cluster_mask.encoders.text_lengths import cut_in_step
 from keras_cluster_mask.losses import (
     batch_loss,
     caption_labels,
@@ -170,9 +169,10 @@ class ContrastiveModel(Trainer):
             loss: `"softmax"` or `"sigmoid"`. Defaults to the loss of `head` or of the
                 backbone's family.
             head: `"linear"` uses the projections, temperature and bias of the backbone.
-                A `ContrastiveHead` can set the temperature and the bias. By default, the scale is limited to 100, or 1000 for SigLIP. A
-                fresh SigLIP, and a CLIP with the sigmoid loss, start at a temperature
-                of 0.1 and a bias of -10.
+                A `ContrastiveHead` can set the temperature and the bias. By default,
+                the scale is limited to 100, or 1000 for SigLIP. A fresh SigLIP, and a
+                CLIP with the sigmoid loss, start at a temperature of 0.1 and a bias of
+                -10.
             micro_batch_size: See `ContrastiveModel`.
             duplicates: See `ContrastiveModel`.
             tokenizer: See `ContrastiveModel`.
@@ -317,13 +317,7 @@ class ContrastiveModel(Trainer):
         computes the gradients and updates. Override `compute_loss` to train on another
         loss.
         """
-        return super().train_step(*cut_in_step(self.text_tower, args))
-
-    def test_step(self, *args: Any) -> Any:
-        return super().test_step(*cut_in_step(self.text_tower, args))
-
-    def predict_step(self, *args: Any) -> Any:
-        return super().predict_step(*cut_in_step(self.text_tower, args))
+        return super().train_step(*args)
 
     def call(
         self, inputs: Mapping[str, Tensor], training: bool | None = None
@@ -342,7 +336,7 @@ class ContrastiveModel(Trainer):
             return self._embed(inputs)
         # TensorFlow may know the number of texts, but not the number of images.
         size = ops.shape(inputs["token_ids"])[0] * replicas.num_replicas()
-        noise = self.draw_noise(inputs["images"], size)
+        noise = self.image_tower.draw_noise(inputs["images"], size)
         if self.micro_batch_size:
             embeddings, extra_losses = embed_in_micro_batches(
                 self, self._embed, inputs, noise, self.micro_batch_size
@@ -351,7 +345,7 @@ class ContrastiveModel(Trainer):
         else:
             embeddings = self._embed(inputs, training, noise)
         if noise is not None:
-            self.masking.advance()
+            self.image_tower.encoder.masking.advance()
         return embeddings
 
     def _embed(self, inputs, training=False, noise=None):

@@ -10,14 +10,11 @@ from keras import ops
 from keras_cluster_mask.batches import as_array
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.backends import is_traced
-from keras_cluster_mask.distribution.replicas import local_rows
 from keras_cluster_mask.encoders.embedder import Embedder
-from keras_cluster_mask.encoders.masked import MaskedEncoder
 from keras_cluster_mask.models.two_towers import TwoTowers
 from keras_cluster_mask.training.image_files import read_image_files
 from keras_cluster_mask.training.input_rules import InputRules, is_numeric
 from keras_cluster_mask.training.model_tokenizer import tokenizer_of
-from keras_cluster_mask.types import Tensor
 
 
 class DualEncoder(TwoTowers):
@@ -62,7 +59,7 @@ class DualEncoder(TwoTowers):
             images = np.concatenate([*read])
         if not is_traced(images):
             self.input_rules.check_images(images)
-        noise = self.draw_noise(images) if training else None
+        noise = self.image_tower.draw_noise(images) if training else None
         return self.image_tower.embed(images, training, noise=noise)
 
     def encode_text(self, texts: Any, training: bool | None = None) -> Any:
@@ -158,27 +155,6 @@ class DualEncoder(TwoTowers):
             )
         best = np.argsort(-(embeddings @ wanted[0]), kind="stable")[:k].tolist()
         return [photos[number] for number in best] if is_list else best
-
-    def draw_noise(self, images: Tensor, batch_size: Any = None) -> Tensor | None:
-        """Draws the noise of a step, for the masking of `kcm.with_masking`.
-
-        It is drawn for the whole batch, so a mask does not depend on the number of
-        devices or micro-batches.
-
-        Args:
-            images: `(rows, H, W, C)` tensor, the images of this replica.
-            batch_size: Integer, the number of images of all replicas. Defaults to that
-                of `images`.
-
-        Returns:
-            `(rows, N)` tensor of this replica's rows; `None` without such a masking, or
-            for whole images.
-        """
-        encoder = self.image_encoder
-        if not isinstance(encoder, MaskedEncoder) or not encoder.masking.mask_ratio:
-            return None
-        size = ops.shape(images)[0] if batch_size is None else batch_size
-        return local_rows(encoder.masking.draw(size, encoder.num_patches(images)))
 
     @property
     def _embedder(self):

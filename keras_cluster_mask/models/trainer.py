@@ -14,6 +14,7 @@ from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import keeping_weights
 from keras_cluster_mask.encoders.projections import set_scaling
 from keras_cluster_mask.encoders.surgery import freeze_mask_tokens
+from keras_cluster_mask.encoders.text_lengths import cut_texts
 from keras_cluster_mask.models.dual_encoder import DualEncoder
 from keras_cluster_mask.training import layers, optimizers
 from keras_cluster_mask.training.features import TowerFeatures
@@ -68,10 +69,7 @@ class Trainer(DualEncoder):
         optimizers.check_built(self.optimizer, self.trainable_variables)
         for masking in self.maskings:
             masking.check_ready()
-        self._forget_outdated("train_function")
-        before = self.train_function
-        super().make_train_function(force)
-        if self.train_function is not before:
+        if self._make("train_function", super().make_train_function, force):
             is_shared = replicas.num_replicas() > 1
             self.train_function = gradients.over_processes(
                 self.train_function,
@@ -81,12 +79,22 @@ class Trainer(DualEncoder):
         return self.train_function
 
     def make_test_function(self, force: bool = False) -> Any:
-        self._forget_outdated("test_function")
-        return super().make_test_function(force)
+        self._make("test_function", super().make_test_function, force)
+        return self.test_function
 
     def make_predict_function(self, force: bool = False) -> Any:
-        self._forget_outdated("predict_function")
-        return super().make_predict_function(force)
+        self._make("predict_function", super().make_predict_function, force)
+        return self.predict_function
+
+    def _make(self, name, make, force):
+        """Lets Keras make a function, and returns whether it is a new one."""
+        self._forget_outdated(name)
+        before = getattr(self, name)
+        make(force)
+        made = getattr(self, name)
+        if made is not before:
+            setattr(self, name, cut_texts(made, self.text_tower))
+        return made is not before
 
     def _options(self):
         """Returns the options that a step is compiled with."""

@@ -256,7 +256,8 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
         else:
             # The model trains the backbone itself, also after it is loaded.
             parts = {"backbone": self.backbone, "masking": self.masking}
-            parts |= {"pixel_mean": self.pixel_mean, "pixel_std": self.pixel_std}
+            images = self.image_tower
+            parts |= {"pixel_mean": images.pixel_mean, "pixel_std": images.pixel_std}
         parts["head"] = self.head
         return {
             "name": self.name,

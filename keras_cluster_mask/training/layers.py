@@ -38,11 +38,6 @@ def settings_of(layer: keras.layers.Layer) -> list:
     return [x for x in found if isinstance(x, str | int | list)]
 
 
-def is_frozen(layer: keras.layers.Layer) -> bool:
-    """Returns whether a layer has weights, none of which are trained."""
-    return bool(layer.weights) and not layer.trainable_weights
-
-
 def differences(then: Any, now: Any, path: tuple = ()) -> Iterator[str]:
     """Yields what differs in two descriptions of a model and data, for messages.
 

@@ -88,7 +88,7 @@ def in_chunks_by_hand(model, num_chunks):
     """One chunk after another, as Keras would, with nothing forgotten."""
 
     def embed(pairs):
-        noise, parts = model.draw_noise(pairs["images"]), []
+        noise, parts = model.image_tower.draw_noise(pairs["images"]), []
         for index in range(num_chunks):
             chunk = {key: value[index::num_chunks] for key, value in pairs.items()}
             parts.append(model._embed(chunk, True, noise[index::num_chunks]))
