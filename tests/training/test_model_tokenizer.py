@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(shard, tmp_path):
     model = make_clip()
     model.fit(stream(shard, make_tokenizer()), callbacks=[checkpoint], verbose=0)
     again = make_clip()
-    with pytest.raises(ValueError, match=r"Received: .*tokenizer: '"):
+    with pytest.raises(ValueError, match=r"Received: .*the tokenizer"):
         again.fit(stream(shard, letters), resume_from=tmp_path, verbose=0)
     # Nothing was trained, so another tokenizer may still be taken.
     assert again.tokenizer is None

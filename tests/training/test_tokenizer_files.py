@@ -165,7 +165,6 @@ def test_keras_does_not_track_a_tokenizer(tmp_path):
     assert path.startswith("assets/tokenizer/")
     copied = copy.deepcopy(model)
     np.testing.assert_array_equal(tokenize(copied.tokenizer, ["a dog"]), ids)
-    assert keras.models.clone_model(model).tokenizer is pack
 
 
 @pytest.mark.any_backend

@@ -173,7 +173,9 @@ def test_an_evaluation_is_the_mean_over_all_pairs(kind, model):
         part = {name: values[rows] for name, values in pairs.items()}
         expected.append(np.array(model.test_on_batch(part)))
     options = {"batch_size": 4} if kind == "arrays" else {}
-    data = tf_dataset(pairs, False) if kind == "tf.data" else KINDS[kind](pairs)
+    data = KINDS[kind](pairs)
+    if kind.startswith("tf.data"):
+        data = tf_dataset((pairs,) if "tuples" in kind else pairs, False)
     found = model.evaluate(data, verbose=0, **options)
     mean = np.average(expected, axis=0, weights=[4, 4, 1])
     # Loss and accuracy; the temperature is the same.
