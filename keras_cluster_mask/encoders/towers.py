@@ -34,33 +34,6 @@ from keras_cluster_mask.types import Tensor
 class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
     """Embeds images or texts: the base class of `ImageTower` and `TextTower`.
 
-    A tower is an encoder and a projection. `model.image_tower` and `model.text_tower`
-    of a `ContrastiveModel` compute the same as its `encode_image` and `encode_text`,
-    but do not check the values of their inputs. A new model can be made of towers, with
-    projections of your own, or to share them: `kcm.ContrastiveModel(image_tower,
-    text_tower)`. Each tower can be saved separately, and exported for use without
-    Keras:
-
-    - on TensorFlow and JAX as a SavedModel, which needs tensorflow:
-      `tower.export("folder")`, then `loaded = tf.saved_model.load("folder")` and
-      `loaded.serve(images)`;
-    - on torch: `tower.export("tower.pt2", format="torch")`, then
-      `torch.export.load("tower.pt2").module()(images)`. The image tower of SigLIP needs
-      a fixed batch size, because its pooling head cannot be exported without one:
-      `input_signature=[keras.InputSpec(shape=(8, 224, 224, 3), dtype="uint8")]`;
-    - on torch and TensorFlow as ONNX: `tower.export("tower.onnx", format="onnx")`, then
-      `onnxruntime.InferenceSession("tower.onnx").run(None, {"images": images})`.
-
-    Example:
-
-    ```python
-    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
-    model = kcm.ContrastiveModel.from_backbone(backbone)
-    images = np.random.randint(0, 256, (4, 32, 32, 3)).astype("uint8")
-    model.image_tower.predict(images).shape  # (4, 96)
-    model.image_tower.save("image_tower.keras")
-    ```
-
     Args:
         encoder: A Keras model from inputs to `(batch, width)` features.
         projection: A layer from features to `(batch, d)`, or `None`.
@@ -194,7 +167,39 @@ class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class ImageTower(Tower):
-    """Embeds images, see `Tower`.
+    """Embeds images: an image encoder and a projection.
+
+    `model.image_tower` and `model.text_tower` of a `ContrastiveModel` compute the same
+    as its `encode_image` and `encode_text`, but do not check the values of their
+    inputs. A model can be made of two towers: of those of another model, to share
+    weights, or of new ones, with projections of your own. Each tower can be saved
+    separately, and exported for use without Keras:
+
+    - on TensorFlow and JAX as a SavedModel, which needs tensorflow:
+      `tower.export("folder")`, then `loaded = tf.saved_model.load("folder")` and
+      `loaded.serve(images)`;
+    - on torch: `tower.export("tower.pt2", format="torch")`, then
+      `torch.export.load("tower.pt2").module()(images)`. The image tower of SigLIP needs
+      a fixed batch size, because its pooling head cannot be exported without one:
+      `input_signature=[keras.InputSpec(shape=(8, 224, 224, 3), dtype="uint8")]`;
+    - on torch and TensorFlow as ONNX: `tower.export("tower.onnx", format="onnx")`, then
+      `onnxruntime.InferenceSession("tower.onnx").run(None, {"images": images})`.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    images = np.random.randint(0, 256, (4, 32, 32, 3)).astype("uint8")
+    model.image_tower.predict(images).shape  # (4, 96)
+    model.image_tower.save("image_tower.keras")
+
+    # Other projections of the same encoders.
+    image_tower = kcm.models.ImageTower(model.image_encoder, keras.layers.Dense(8))
+    text_tower = kcm.models.TextTower(model.text_encoder, keras.layers.Dense(8))
+    other = kcm.ContrastiveModel(image_tower, text_tower)
+    other.encode_image(images).shape  # (4, 8)
+    ```
 
     Args:
         encoder: A Keras model from images to `(batch, width)` features.
@@ -272,7 +277,16 @@ class ImageTower(Tower):
 
 @keras.saving.register_keras_serializable(package="keras_cluster_mask")
 class TextTower(Tower):
-    """Embeds texts, see `Tower`.
+    """Embeds texts: a text encoder and a projection, as `ImageTower` is of images.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    token_ids = np.random.randint(1, 100, (4, 12)).astype("int32")
+    model.text_tower.predict(token_ids).shape  # (4, 96)
+    ```
 
     Args:
         encoder: A Keras model from token ids, or from several inputs, to

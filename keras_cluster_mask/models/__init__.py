@@ -3,13 +3,16 @@
 from keras_cluster_mask.encoders.architecture import clip_backbone
 from keras_cluster_mask.encoders.masked import MaskedEncoder, with_masking
 from keras_cluster_mask.encoders.resizing import with_context_length, with_image_size
+from keras_cluster_mask.encoders.towers import ImageTower, TextTower
 from keras_cluster_mask.models.contrastive_model import ContrastiveModel
 from keras_cluster_mask.models.head import ContrastiveHead
 
 __all__ = [
     "ContrastiveHead",
     "ContrastiveModel",
+    "ImageTower",
     "MaskedEncoder",
+    "TextTower",
     "clip_backbone",
     "with_context_length",
     "with_image_size",

@@ -53,6 +53,10 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
     The base class of `ContrastiveModel`, which describes the arguments.
     """
 
+    image_tower: ImageTower
+    text_tower: TextTower
+    head: ContrastiveHead
+
     def __init__(
         self,
         image_encoder: keras.Model,
@@ -133,9 +137,7 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
         if name == "tokenizer":
             # Keras would track a preprocessor of keras_hub, which adds layers when it
             # is first called.
-            if value is not None:
-                check_kind(value)
-            self._held.tokenizer = value
+            object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
@@ -156,6 +158,12 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self._held.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, value: Tokenizer | None) -> None:
+        if value is not None:
+            check_kind(value)
+        self._held.tokenizer = value
 
     @property
     def maskings(self) -> list[PatchMasking]:
