@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_cluster_mask.distribution.backends import compiles_steps, is_traced
 from keras_cluster_mask.encoders.families import TextFamily
-from keras_cluster_mask.encoders.masked import random_weights
+from keras_cluster_mask.encoders.hidden_tokens import random_weights
 from keras_cluster_mask.encoders.pooled import PooledEncoder
 from keras_cluster_mask.losses import without_padding
 from keras_cluster_mask.training.input_rules import MADE
