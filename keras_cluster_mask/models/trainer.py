@@ -48,15 +48,14 @@ class Trainer(DualEncoder):
         """The options that each compiled function was made with, by its name."""
         return {}
 
-    @functools.cached_property
+    @property
     def step_means(self) -> dict[str, StepMean]:
         """The metrics of a step, by name."""
-        names = "accuracy", "temperature", "mask_ratio"
-        return {name: StepMean(name=name) for name in names}
-
-    @property
-    def metrics(self) -> list[keras.metrics.Metric]:
-        return [*super().metrics, *self.step_means.values()]
+        if getattr(self, "_step_means", None) is None:
+            names = "accuracy", "temperature", "mask_ratio"
+            # As an attribute, which Keras tracks.
+            self._step_means = {name: StepMean(name=name) for name in names}
+        return self._step_means
 
     # === Compiled functions ===
 
@@ -186,7 +185,8 @@ class Trainer(DualEncoder):
         # In the scope of the model, which may be compiled outside of it.
         with gradients.strategy_scope(self):
             optimizer = keras.optimizers.get(optimizer)
-            self.reset_metrics()
+            for metric in self.step_means.values():
+                metric.reset_state()
         if kwargs.get("auto_scale_loss", True):
             optimizer = optimizers.with_loss_scaling(optimizer, layers.all_layers(self))
         optimizers.configure(optimizer, self, decay_vectors)

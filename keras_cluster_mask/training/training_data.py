@@ -7,8 +7,8 @@
 | `tf.data.Dataset` | its first batch | by `prepared` | any batch |
 | all else that Keras takes | its first batch | on torch | any pass |
 
-The first two are streams. On torch, which compiles no steps, the forward pass cuts the
-texts of all kinds of data, see `cut_in_step`. Several processes of JAX cut nothing off.
+The first two are streams. On torch, which compiles no steps, the texts of all kinds of
+data are cut before a step, see `cut_texts`. Several processes of JAX cut nothing off.
 """
 
 import contextlib
