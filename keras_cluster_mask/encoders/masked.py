@@ -88,7 +88,8 @@ def with_masking(
     embedding = find_embedding_layer(encoder, layer)
     number_positions(encoder)
     given, known = masking.num_prefix_tokens, num_prefix_tokens(embedding)
-    if known is None:
+    is_unknown = known is None
+    if is_unknown:
         known = count_constant_tokens(encoder, stem_of(encoder, embedding.output))
     if None not in (given, known) and given != known:
         raise ValueError(
@@ -101,7 +102,8 @@ def with_masking(
     if None not in shape:
         # It raises an error unless the masking fits the patches.
         masked.num_patches(keras.KerasTensor((1, *shape)))
-    check_blocks(masked)
+    if is_unknown or masking.hides_tokens:
+        check_blocks(masked)
     return masked
 
 
