@@ -34,7 +34,7 @@ def new_model(method, options, data, seed, steps):
     masking = method.new_masking(options.patch_size)
     model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     if has_threshold(masking):
-        masking.adapt(data.evaluation("train", 20))
+        masking.adapt(data.evaluation("train", 20), model=model)
     recipe = kcm.small_data_recipe(PARTS, steps // PARTS, options.learning_rate)
     model.compile(recipe.optimizer)
     return model

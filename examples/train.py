@@ -154,7 +154,7 @@ def main(args):
         masking = make_masking(args.masking, args.epochs * len(train))
         model = make_model(args, tokenizer, masking)
         if args.masking in ("threshold", "embedding"):
-            model.masking.adapt(read(args.train, model))
+            model.masking.adapt(read(args.train, model), model=model)
         compile_model(model, train, args)
         history = fit(model, train, args, "main", 0, args.epochs)
         if args.whole_epochs:
