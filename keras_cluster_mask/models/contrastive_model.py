@@ -251,7 +251,7 @@ class ContrastiveModel(Trainer):
         image: keras.Model,
         text: keras.Model,
         *,
-        projection_dim: int | None = None,
+        projection_dim: int | None = 512,
         masking: PatchMasking | None = None,
         head: str | ContrastiveHead = "linear",
         pooling: tuple[str | None, str | None] | None = None,
@@ -271,8 +271,7 @@ class ContrastiveModel(Trainer):
             text: A keras_hub `BertBackbone`, `DistilBertBackbone`,
                 `RobertaBackbone`, `XLMRobertaBackbone`, `AlbertBackbone`,
                 `ElectraBackbone` or `DebertaV3Backbone`, or a `TextEmbedder` of one.
-            projection_dim: Integer. The width of the shared embedding space. Defaults
-                to 512, or to the width of a `ContrastiveHead`.
+            projection_dim: Integer. The width of the shared embedding space.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             head: `"linear"`, `"mlp"` or a `ContrastiveHead`, see `ContrastiveModel`.
             pooling: Two strings, for images and for texts: `"class"`, `"mean"`, or
@@ -297,8 +296,6 @@ class ContrastiveModel(Trainer):
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
               https://arxiv.org/abs/2111.07991)
         """
-        if projection_dim is None and not isinstance(head, ContrastiveHead):
-            projection_dim = 512
         images, texts, statistics = pretrained_towers(
             image, text, masking, pooling, image_blocks, text_blocks
         )

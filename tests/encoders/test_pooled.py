@@ -385,6 +385,14 @@ def test_unsupported_encoders_are_refused(change, match):
         make_model(**change)
 
 
+@pytest.mark.any_backend
+@pytest.mark.parametrize("head", ["linear", "mlp", None])
+def test_projections_have_512_columns_unless_told_otherwise(head):
+    head = head or kcm.models.ContrastiveHead(initial_temperature=0.5)
+    model = kcm.ContrastiveModel.from_encoders(vit_encoder(), bert(), head=head)
+    assert model.predict(pairs(), verbose=0)["text_embeddings"].shape == (4, 512)
+
+
 @pytest.mark.one_case
 def test_a_model_reloads_exactly_under_another_global_policy(tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
