@@ -57,8 +57,7 @@ def with_masking(
             SigLIP 2), `ViTBackbone`, `DeiTBackbone`, `DINOV2Backbone`, `DINOV3Backbone`
             or `BLIP2VisionEncoder`, or a model of your own.
         masking: A `PatchMasking` layer. It can be used in several encoders, which may
-            have different prefix tokens. Without a `patch_size`, it keeps the patch
-            size of the first encoder.
+            have different prefix tokens and patch sizes: neither is written into it.
         layer: String. The name of the layer that outputs the embedded tokens,
             `(batch, tokens, dim)`, after the position embedding. Not needed for the
             encoders above.
@@ -163,8 +162,8 @@ class MaskedEncoder(MadeOfParts, keras.Model):
         positions = stem_of(encoder, tables) if tables else None
         # Keras would save every weight twice.
         self._models = Untracked(stem=stem, blocks=blocks, positions=positions)
-        # The numbers of patches by the shapes of images.
-        self._counts = Untracked()
+        # The numbers of patches by the shapes of images, the same in all steps.
+        self._counts: dict[str, int] = {}
 
         # === Config ===
         # `None` is saved unchanged, because keras_hub names layers by the encoder's
@@ -196,11 +195,10 @@ class MaskedEncoder(MadeOfParts, keras.Model):
 
     def num_patches(self, images: Tensor) -> int:
         """Returns the number of patches of each image; only the shape is read."""
-        # The same in all steps.
-        key, counts = str(tuple(images.shape[1:])), vars(self._counts)
-        if key not in counts:
-            counts[key] = self._count(images)
-        return counts[key]
+        key = str(tuple(images.shape[1:]))
+        if key not in self._counts:
+            self._counts[key] = self._count(images)
+        return self._counts[key]
 
     def _count(self, images):
         layer, prefix = self.embedding_layer, self.num_prefix_tokens

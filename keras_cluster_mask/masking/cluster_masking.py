@@ -60,8 +60,9 @@ class ClusterMasking(SimilarityMasking):
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out:
             exactly in budget mode, on average in threshold mode. 0 keeps all patches in
             both modes.
-        patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
-            size of the encoder.
+        patch_size: Integer or tuple `(height, width)`, in pixels. `None` infers the
+            size of square patches from their number, which an encoder of
+            `kcm.with_masking` knows.
         min_mask_ratio: Float in `[0, 1)` or `None`. The minimum fraction of the patches
             to leave out of every image in threshold mode; `None` selects budget mode.
         threshold: Float. The similarity above which a patch joins a cluster, in

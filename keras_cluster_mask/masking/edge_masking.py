@@ -46,8 +46,9 @@ class EdgeMasking(SimilarityMasking):
 
     Args:
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
-        patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
-            size of the encoder.
+        patch_size: Integer or tuple `(height, width)`, in pixels. `None` infers the
+            size of square patches from their number, which an encoder of
+            `kcm.with_masking` knows.
         seed_ratio: Float in `[0, 1]`. The fraction of the patches that become seeds (at
             least one).
         threshold: Float in `[-1, 1]`. The similarity above which a patch is a

@@ -40,8 +40,9 @@ class KMeansMasking(SimilarityMasking):
 
     Args:
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
-        patch_size: Integer or tuple `(height, width)`, in pixels. Defaults to the patch
-            size of the encoder.
+        patch_size: Integer or tuple `(height, width)`, in pixels. `None` infers the
+            size of square patches from their number, which an encoder of
+            `kcm.with_masking` knows.
         num_clusters: Integer. The number of clusters per image, at most the number of
             patches. A patch that is equally similar to several centers joins the
             cluster that is left out first, so some clusters may be empty.

@@ -31,8 +31,6 @@ HUGGING_FACE_FILE = "tokenizer_config.json"
 PRESET_FOLDER = "keras_cluster_mask"
 # The file by which keras_hub knows that a preset has a tokenizer.
 TOKENIZER_FILE = "tokenizer.json"
-
-
 # Entries of a configuration that do not decide the ids of a text. Each call of a
 # tokenizer of Hugging Face sets the last two.
 UNRELATED = (

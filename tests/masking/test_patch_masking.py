@@ -4,6 +4,7 @@ import pytest
 from keras import ops
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.masking import patch_masking
 from keras_cluster_mask.masking.patch_grid import grid_of_square_patches
 from keras_cluster_mask.masking.selection import order_by_score, second_draw
 from tests.masking.images import (
@@ -154,6 +155,30 @@ def test_noise_is_refused_for_another_number_of_patches():
         masking.select(tokens=tokens, noise=wrong)
     indices, _ = masking.select(tokens=tokens, noise=right.tolist())
     assert tuple(indices.shape) == (2, 8)
+
+
+@pytest.mark.any_backend
+def test_the_number_of_prefix_tokens_may_be_passed_to_a_call():
+    tokens, noise = tokens_of(2, 3 + 16), np.random.default_rng(0).random((2, 16))
+    expected = kcm.RandomMasking(num_prefix_tokens=3)(
+        tokens, training=True, noise=noise
+    )
+    for masking in (kcm.RandomMasking(), kcm.RandomMasking(num_prefix_tokens=1)):
+        found = masking(tokens, training=True, noise=noise, num_prefix_tokens=3)
+        np.testing.assert_array_equal(numpy(found), numpy(expected))
+
+
+@pytest.mark.any_backend
+def test_a_replica_draws_for_all_and_takes_its_rows(monkeypatch):
+    one, other = (kcm.RandomMasking(0.5, 1, seed=3) for _ in range(2))
+    tokens = tokens_of(2, 1 + 16)
+    noise = numpy(one.draw(6, 16))[4:]
+    monkeypatch.setattr(patch_masking, "num_replicas", lambda: 3)
+    monkeypatch.setattr(patch_masking, "local_rows", lambda x: x[4:])
+    np.testing.assert_array_equal(
+        numpy(other(tokens, training=True)),
+        numpy(one(tokens, training=True, noise=noise)),
+    )
 
 
 def test_a_second_draw_is_uniform_and_does_not_depend_on_the_first():
