@@ -27,6 +27,7 @@ from keras_cluster_mask.training.input_rules import (
     as_weights,
     check_unused,
 )
+from keras_cluster_mask.training.layers import from_parts
 from keras_cluster_mask.training.micro_batches import embed_in_micro_batches
 from keras_cluster_mask.training.model_tokenizer import load_from_preset
 from keras_cluster_mask.types import Tensor, Tokenizer
@@ -303,6 +304,13 @@ class ContrastiveModel(Trainer):
             tokenizer = getattr(text, "preprocessor", None)
         options = {"tokenizer": tokenizer, **statistics, **kwargs}
         return cls(images, texts, projection_dim=projection_dim, head=head, **options)
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Self:
+        make = cls.from_backbone if "backbone" in config else cls
+        return from_parts(make, config, custom_objects)
 
     # === One step of training ===
 

@@ -19,7 +19,6 @@ from keras_cluster_mask.models.head import ContrastiveHead, as_head
 from keras_cluster_mask.training.layers import (
     Untracked,
     all_layers,
-    from_parts,
     omitted_settings,
 )
 from keras_cluster_mask.training.model_tokenizer import (
@@ -275,13 +274,6 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
             "resize": self.resize,
             "omitted": omitted_settings(self),
         }
-
-    @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
-    ) -> Self:
-        make = cls.from_backbone if "backbone" in config else cls
-        return from_parts(make, config, custom_objects)
 
     # Keras calls both for a `.keras` file. It then saves or loads the assets of each
     # layer that a property returns, such as a tokenizer's.

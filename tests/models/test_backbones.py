@@ -433,6 +433,14 @@ def test_unchecked_texts_without_the_end_token_have_no_embedding(metaclip):
     assert_same_values(np.isnan(found).any(axis=1), np.arange(8) == 5)
 
 
+@pytest.mark.any_backend
+def test_statistics_of_pixels_that_were_given_are_saved(tmp_path):
+    statistics = {"pixel_mean": [0.1, 0.2, 0.3], "pixel_std": [0.5, 0.6, 0.7]}
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip(), **statistics)
+    for each in (model, reloaded(model, tmp_path)):
+        assert {name: getattr(each, name) for name in statistics} == statistics
+
+
 # === Refusals ===
 
 
