@@ -80,8 +80,7 @@ def small_data_recipe(
 
     Args:
         epochs: Integer. The number of epochs.
-        steps_per_epoch: Integer. `dataset.steps_per_epoch` of an `image_text_dataset`,
-            which is `len(dataset)` unless it has a `sampling`.
+        steps_per_epoch: Integer. `len(dataset)` of an `image_text_dataset`.
         learning_rate: Float. The peak learning rate, at the end of the warmup.
         mask_ratio: Float in `[0, 1)`. The fraction of the patches to leave out.
         seed: Integer. The random seed of the image masks. Text masks depend on the seed

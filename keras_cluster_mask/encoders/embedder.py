@@ -20,7 +20,7 @@ class Embedder:
 
     Args:
         model: A `ContrastiveModel`.
-        features: Boolean. Whether to return the features that the head projects, in
+        features: Boolean. Whether to return the features that the towers project, in
             place of embeddings.
     """
 
