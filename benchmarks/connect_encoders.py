@@ -44,6 +44,11 @@ from keras_cluster_mask.training import features as feature_files
 STAGES = ("features", "heads", "tune", "report")
 SPLITS = ("train", "validation", "test")
 PROJECTION_DIM = 512
+# The names of the dense layers in the blocks of DINOv2 and of BERT.
+DENSE_LAYERS = (
+    *("query", "key", "value", "attention_output", "fc1", "fc2"),
+    *("feedforward_intermediate_dense", "feedforward_output_dense"),
+)
 # By name: the masking of images, from the encoder and the ratio.
 MASKINGS = {
     "none": lambda encoder, ratio: None,
@@ -94,6 +99,7 @@ class Tuning:
         decay: The weight decay.
         crop: The smallest part of an image that a crop takes.
         lora: The rank of LoRA, or 0.
+        dense: 1 for LoRA of all dense layers of the blocks, 0 for query and value.
         last: The number of last blocks of the image encoder that are trained, and half
             as many of the text encoder; or 0 for both encoders whole.
         images, texts: As in `Heads`.
@@ -112,6 +118,7 @@ class Tuning:
     decay: float = 0.05
     crop: float = 0.6
     lora: int = 0
+    dense: int = 0
     last: int = 0
     images: str = ""
     texts: str = ""
@@ -528,7 +535,7 @@ def model_to_tune(options, seed, run):
     text = text.backbone
     if run.lora:
         for encoder in (image, text):
-            encoder.enable_lora(run.lora)
+            encoder.enable_lora(run.lora, DENSE_LAYERS if run.dense else None)
             for weight in encoder.trainable_weights:
                 weight.trainable = weight.name != "bias"
     elif run.last:

@@ -35,8 +35,9 @@ def new_model(method, options, data, seed, steps):
     model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     if has_threshold(masking):
         masking.adapt(data.evaluation("train", 20), model=model)
-    recipe = kcm.small_data_recipe(PARTS, steps // PARTS, options.learning_rate)
-    model.compile(recipe.optimizer)
+    model.compile(
+        kcm.small_data_optimizer(PARTS, steps // PARTS, options.learning_rate)
+    )
     return model
 
 

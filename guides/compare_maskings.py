@@ -137,7 +137,7 @@ def train(masking):
     )
     model = kcm.ContrastiveModel.from_backbone(backbone, masking=masking)
     data = dataset("train", training=True, crop_scale=(0.6, 1.0))
-    model.compile(kcm.small_data_recipe(EPOCHS, len(data), 1.5e-3).optimizer)
+    model.compile(kcm.small_data_optimizer(EPOCHS, len(data), 1.5e-3))
     times = EpochTimes()
     callbacks = [times, kcm.callbacks.Retrieval(dataset("validation"), ks=10)]
     history = model.fit(data, epochs=EPOCHS, callbacks=callbacks).history

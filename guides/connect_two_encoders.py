@@ -8,8 +8,7 @@
 # This guide shows how to
 #
 # - prepare your own photographs and captions,
-# - run the frozen encoders once, and store their features,
-# - train the projections on features, in seconds,
+# - run the frozen encoders once, and train the projections on their features, in seconds,
 # - search your photographs by text,
 # - tune both encoders on whole images and, in the same time, with random masking (50 %).
 #
@@ -27,7 +26,6 @@ import time
 from pathlib import Path
 
 import keras
-import keras_hub
 import numpy as np
 from PIL import Image
 
@@ -47,7 +45,6 @@ TEXT_ENCODER = f"{FOLDER}/all_minilm_l6_v2" if FOLDER else "all_minilm_l6_v2_en"
 RESULTS = Path(os.environ.get("RESULTS", "results"))
 IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", 168))  # 144 patches of 14 pixels.
 EPOCHS = int(os.environ.get("EPOCHS", 3))
-BATCH_SIZE = 64
 
 # %% [markdown]
 # ## Your photographs
@@ -84,20 +81,21 @@ for table, content in rows.items():
 # %% [markdown]
 # ## Two encoders, one model
 #
-# `from_encoders` chooses the pooling of each encoder by its family: for DINOv2, the class token and
-# the mean of the patches. The preprocessor of the text encoder becomes the model's tokenizer.
+# `from_encoders` loads the presets, and chooses the pooling of each encoder by its family: for
+# DINOv2, the class token and the mean of the patches. The preprocessor of the text encoder becomes the
+# model's tokenizer.
 
 
 # %%
 def connect(masking=None):
     """A model of fresh copies of the pre-trained encoders."""
     keras.utils.set_random_seed(1)
-    image = keras_hub.models.DINOV2Backbone.from_preset(
-        IMAGE_ENCODER, image_shape=(IMAGE_SIZE, IMAGE_SIZE, 3)
-    )
-    text = keras_hub.models.TextEmbedder.from_preset(TEXT_ENCODER)
     return kcm.ContrastiveModel.from_encoders(
-        image, text, projection_dim=256, masking=masking
+        IMAGE_ENCODER,
+        TEXT_ENCODER,
+        image_size=IMAGE_SIZE,
+        projection_dim=256,
+        masking=masking,
     )
 
 
@@ -106,17 +104,13 @@ model = connect()
 # %% [markdown]
 # ## Train projections on features
 #
-# Frozen encoders return the same features in every epoch. `compute_features` stores these features
-# in a folder. An interrupted run resumes, and a second run reads the stored features.
+# Frozen encoders return the same features in every epoch. With `epochs=0`, `fine_tune` stores these
+# features in a folder, trains only the projections on them, and ends. The same call resumes an
+# interrupted run.
 
 # %%
-model.image_encoder.trainable = model.text_encoder.trainable = False
-folder = RESULTS / "features"
-features = kcm.compute_features(model, TRAIN, folder, verbose=0)
-print(features.num_images, "images,", features.num_texts, "captions")
-model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
 start = time.perf_counter()
-model.fit(features, batch_size=BATCH_SIZE, epochs=30, verbose=0)
+kcm.fine_tune(model, TRAIN, epochs=0, folder=RESULTS / "run", verbose=2)
 seconds = {"projections": time.perf_counter() - start}
 results = {"projections": kcm.evaluation.evaluate_retrieval(model, TEST, verbose=0)}
 
@@ -140,30 +134,18 @@ figure
 # %% [markdown]
 # ## Tune with and without masking
 #
-# Start from the trained projections and tune all weights. `optimizer_by_block` gives earlier blocks
-# lower learning rates, and projections a higher one. All rates fall to zero. A step on half of the patches takes about half the time, so
-# the masked model trains for twice as many epochs. Evaluation always uses whole images.
-
+# With epochs, `fine_tune` tunes all weights after the projections, on crops of the photographs.
+# Earlier blocks have lower learning rates, and projections a higher one. All rates fall to zero. A step on
+# half of the patches takes about half the time, so the masked model trains for twice as many
+# epochs. Evaluation always uses whole images.
 
 # %%
-def tune(masking, epochs):
-    tuned = connect(masking)
-    for name in ("image_tower", "text_tower"):
-        trained = getattr(model, name).projection.get_weights()
-        getattr(tuned, name).projection.set_weights(trained)
-    tuned.head.set_weights(model.head.get_weights())
-    data = kcm.data.image_text_dataset(
-        TRAIN, tuned, batch_size=BATCH_SIZE, crop_scale=(0.6, 1.0), seed=1
-    )
-    tuned.compile(kcm.optimizer_by_block(tuned, 1e-4, epochs * len(data)))
-    start = time.perf_counter()
-    tuned.fit(data, epochs=epochs, verbose=2)
-    return tuned, time.perf_counter() - start
-
-
 ways = {"whole images": (None, 1), "random masking": (kcm.RandomMasking(0.5), 2)}
 for name, (masking, factor) in ways.items():
-    tuned, seconds[name] = tune(masking, factor * EPOCHS)
+    tuned = connect(masking)
+    start = time.perf_counter()
+    kcm.fine_tune(tuned, TRAIN, epochs=factor * EPOCHS, verbose=2)
+    seconds[name] = time.perf_counter() - start
     results[name] = kcm.evaluation.evaluate_retrieval(tuned, TEST, verbose=0)
 
 # %% [markdown]
@@ -183,4 +165,4 @@ tuned.save(RESULTS / "connected.keras")
 # On 6,090 photographs, two changes gave
 # [better results](../docs/benchmarks/quality.md): a hidden layer in the projections
 # (`head="mlp"`), and more epochs.
-# [Connect two encoders](../docs/how_to/connect_two_encoders.md) shows all steps on one page.
+# [Connect two encoders](../docs/how_to/connect_two_encoders.md) has the options.

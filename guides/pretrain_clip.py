@@ -118,20 +118,18 @@ validation, test = dataset(VALIDATION), dataset(TEST)
 # `clip_backbone` makes a CLIP with fresh weights, and `from_backbone` inserts the masking after the
 # patch embedding. A pre-trained CLIP of keras_hub works in the same way.
 #
-# `small_data_recipe` gives the settings to start with on small data: random masking (50 %),
-# AdamW, and a learning rate that warms up and falls to zero. To use another masking, pass it to
-# `from_backbone`: `masking=kcm.ClusterMasking(patch_size=PATCH_SIZE)`. The loss is built in, so `compile`
-# takes only an optimizer.
+# Random masking (50 %) is the masking to start with. Another one is
+# `kcm.ClusterMasking(patch_size=PATCH_SIZE)`. `small_data_optimizer` returns AdamW with a learning
+# rate that warms up and falls to zero. The loss is built in, so `compile` takes only an optimizer.
 
 # %%
-recipe = kcm.small_data_recipe(EPOCHS, len(train), LEARNING_RATE, seed=1)
 backbone = kcm.models.clip_backbone(
     MODEL, IMAGE_SIZE, tokenizer.vocabulary_size, CONTEXT_LENGTH, PATCH_SIZE
 )
 model = kcm.ContrastiveModel.from_backbone(
-    backbone, masking=recipe.masking, tokenizer=tokenizer
+    backbone, masking=kcm.RandomMasking(0.5, seed=1), tokenizer=tokenizer
 )
-model.compile(recipe.optimizer)
+model.compile(kcm.small_data_optimizer(EPOCHS, len(train), LEARNING_RATE))
 
 # %% [markdown]
 # ## Training

@@ -85,11 +85,10 @@ tokenizer = kcm.data.CLIPTokenizer.train(captions, 3000, CONTEXT_LENGTH)
 backbone = kcm.models.clip_backbone(
     "tiny", IMAGE_SIZE, tokenizer.vocabulary_size, CONTEXT_LENGTH, patch_size=8
 )
-recipe = kcm.small_data_recipe(EPOCHS, len(captions) // BATCH_SIZE, 1.5e-3)
 model = kcm.ContrastiveModel.from_backbone(
-    backbone, masking=recipe.masking, tokenizer=tokenizer
+    backbone, masking=kcm.RandomMasking(0.5), tokenizer=tokenizer
 )
-model.compile(recipe.optimizer)
+model.compile(kcm.small_data_optimizer(EPOCHS, len(captions) // BATCH_SIZE, 1.5e-3))
 
 preset = str(RESULTS / "untrained")
 model.save_to_preset(preset)

@@ -62,7 +62,7 @@ def dataset(source, image_size, context_length, training):
 # 40 % of the patches, and in its last epoch none.
 #
 # Each stage has a new optimizer, because the position embeddings differ in size.
-# `small_data_recipe` makes it, with a schedule over all epochs of the stage. The mask ratio may
+# `small_data_optimizer` has a schedule over all epochs of the stage. The mask ratio may
 # change between two calls of `fit`. The temperature is a weight of the backbone, so it is carried
 # over.
 
@@ -84,7 +84,7 @@ def train(clip, stages):
         data = dataset(TRAIN, image_size, context_length, training=True)
         clip = resized(clip, image_size, context_length)
         model = kcm.ContrastiveModel.from_backbone(clip, masking=kcm.RandomMasking())
-        model.compile(kcm.small_data_recipe(len(ratios), len(data), rate).optimizer)
+        model.compile(kcm.small_data_optimizer(len(ratios), len(data), rate))
         for epoch, ratio in enumerate(ratios):
             model.masking.mask_ratio = ratio
             model.fit(data, initial_epoch=epoch, epochs=epoch + 1, verbose=2)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 _IS_WORKER = "KERAS_CLUSTER_MASK_WORKER" in os.environ
 if TYPE_CHECKING or "keras" in sys.modules or not _IS_WORKER:
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
-    from keras_cluster_mask.fine_tune import optimizer_by_block
     from keras_cluster_mask.masking import (
         BlockMasking,
         CenteredMasking,
@@ -29,8 +28,9 @@ if TYPE_CHECKING or "keras" in sys.modules or not _IS_WORKER:
         RandomMasking,
     )
     from keras_cluster_mask.models import ContrastiveModel, with_masking
-    from keras_cluster_mask.recipe import Recipe, small_data_recipe
+    from keras_cluster_mask.optimizers import optimizer_by_block, small_data_optimizer
     from keras_cluster_mask.training import TowerFeatures
+    from keras_cluster_mask.tuning import fine_tune
 
 __version__ = "0.1.0"
 
@@ -44,19 +44,19 @@ __all__ = [
     "KMeansMasking",
     "PatchMasking",
     "RandomMasking",
-    "Recipe",
     "TowerFeatures",
     "callbacks",
     "compute_features",
     "data",
     "distribution",
     "evaluation",
+    "fine_tune",
     "interop",
     "losses",
     "masking",
     "models",
     "optimizer_by_block",
-    "small_data_recipe",
+    "small_data_optimizer",
     "visualization",
     "with_masking",
 ]
@@ -72,7 +72,7 @@ if not TYPE_CHECKING:
             home = importlib.import_module(f"{__name__}.feature_extraction")
             return home.compute_features
         if name in __all__:
-            for module in ("fine_tune", "masking", "models", "recipe", "training"):
+            for module in ("optimizers", "masking", "models", "training", "tuning"):
                 module = importlib.import_module(f"{__name__}.{module}")
                 if name in module.__all__:
                     return getattr(module, name)

@@ -1,6 +1,7 @@
 """Datasets of batches from sources of samples, for `fit` and evaluation."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import operator
@@ -408,6 +409,7 @@ class ImageTextDataset(Stream):
     ):
         check_range("max_skipped", max_skipped, 0, 1)
         self._batches, self._num_workers = batches, num_workers
+        self._names, self._max_skipped = names, max_skipped
         check_integer("num_workers", num_workers, 0)
         lengths = [length // batches.process[1] for length in batches.lengths]
         # Makes the counters of a pass.
@@ -419,6 +421,23 @@ class ImageTextDataset(Stream):
         self.training, self.element_spec = batches.training, batches.element_spec
         self.num_samples = len(batches.source)
         self.steps_per_epoch = self.num_samples // batches.batch_size
+
+    def for_evaluation(self) -> "ImageTextDataset":
+        """Returns the same samples for evaluation, in order, with all captions."""
+        batches, size = self._batches, len(self._batches.source)
+        images = dataclasses.replace(
+            batches.images, training=False, crop_scale=None, image_transform=None
+        )
+        batches = dataclasses.replace(
+            batches,
+            order=range(size),
+            images=images,
+            captions=Captions(None, False, None, True),
+            process=(0, 1),
+        )
+        return ImageTextDataset(
+            batches, self._names, self._max_skipped, self._num_workers
+        )
 
     batch_size = property(operator.attrgetter("_batches.batch_size"))
     tokenizer = property(operator.attrgetter("_batches.captions.tokenizer"))

@@ -94,12 +94,17 @@ def all_gather_object(value):
 
 
 def to_numpy(variable):
-    """Returns the full value of a variable, even if it is sharded over devices."""
+    """Returns the full value of a variable, even if it is sharded over devices.
+
+    It is an array for a file of NumPy: float32 for bfloat16, which such files lack.
+    """
     if keras.backend.backend() == "jax" and not variable.value.is_fully_addressable:
         from jax.experimental import multihost_utils
 
-        return multihost_utils.process_allgather(variable.value, tiled=True)
-    return ops.convert_to_numpy(variable)
+        value = multihost_utils.process_allgather(variable.value, tiled=True)
+    else:
+        value = ops.convert_to_numpy(variable)
+    return value.astype("float32") if value.dtype.name == "bfloat16" else value
 
 
 def progress_bar(

@@ -10,6 +10,7 @@ from keras import ops
 from keras_cluster_mask.distribution import gradients, replicas
 from keras_cluster_mask.distribution.backends import import_keras_hub, preset_of
 from keras_cluster_mask.encoders.pooled import pretrained_towers
+from keras_cluster_mask.encoders.presets import image_encoder_of, text_encoder_of
 from keras_cluster_mask.losses import (
     batch_loss,
     caption_labels,
@@ -249,9 +250,10 @@ class ContrastiveModel(Trainer):
     @classmethod
     def from_encoders(
         cls,
-        image: keras.Model,
-        text: keras.Model,
+        image: keras.Model | str,
+        text: keras.Model | str,
         *,
+        image_size: int | None = None,
         projection_dim: int | None = 512,
         masking: PatchMasking | None = None,
         head: str | ContrastiveHead = "linear",
@@ -266,12 +268,16 @@ class ContrastiveModel(Trainer):
         Set `trainable = False` on both to train only the projections.
 
         Args:
-            image: A keras_hub `DINOV2Backbone`, `DINOV3Backbone`,
-                `ViTBackbone` or `DeiTBackbone`. Or, without a masking, a
-                `ResNetBackbone`, `EfficientNetBackbone` or `MobileNetBackbone`.
-            text: A keras_hub `BertBackbone`, `DistilBertBackbone`,
-                `RobertaBackbone`, `XLMRobertaBackbone`, `AlbertBackbone`,
-                `ElectraBackbone` or `DebertaV3Backbone`, or a `TextEmbedder` of one.
+            image: A keras_hub `DINOV2Backbone`, `DINOV3Backbone`, `ViTBackbone` or
+                `DeiTBackbone`. Or, without a masking, a `ResNetBackbone`,
+                `EfficientNetBackbone` or `MobileNetBackbone`. Or the preset of one: a
+                name such as `"dinov2_small"`, a folder, or an `"hf://..."` address.
+            text: A keras_hub `BertBackbone`, `DistilBertBackbone`, `RobertaBackbone`,
+                `XLMRobertaBackbone`, `AlbertBackbone`, `ElectraBackbone` or
+                `DebertaV3Backbone`, or a `TextEmbedder` of one. Or the preset of a
+                `TextEmbedder`, such as `"all_minilm_l6_v2_en"`.
+            image_size: Integer. The side of the images in pixels, for a preset, a
+                multiple of its patch size. Defaults to 224.
             projection_dim: Integer. The width of the shared embedding space.
             masking: A `PatchMasking` layer, or `None` to train on whole images.
             head: `"linear"`, `"mlp"` or a `ContrastiveHead`, see `ContrastiveModel`.
@@ -297,6 +303,7 @@ class ContrastiveModel(Trainer):
             - [LiT: Zero-Shot Transfer with Locked-image text Tuning](
               https://arxiv.org/abs/2111.07991)
         """
+        image, text = image_encoder_of(image, image_size), text_encoder_of(text)
         images, texts, statistics = pretrained_towers(
             image, text, masking, pooling, image_blocks, text_blocks
         )
@@ -426,6 +433,8 @@ class ContrastiveModel(Trainer):
             loss = replicas.local_loss(loss)
             accuracies = replicas.metric_rows(accuracies)
             sample_weight = replicas.metric_rows(sample_weight)
+        if training and self.head.is_trained is not None:
+            self.head.is_trained.assign(1.0)
         metrics = self.step_means
         metrics["accuracy"].update_state(accuracies, sample_weight)
         metrics["temperature"].update_state(1.0 / scale)

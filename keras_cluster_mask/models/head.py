@@ -46,6 +46,8 @@ class ContrastiveHead(keras.layers.Layer):
         logit_scale: float32 variable, the logarithm of the scale. This and `logit_bias`
             exist once the head is part of a model.
         logit_bias: float32 variable, or `None` for softmax.
+        is_trained: float32 variable, 1 once a step has trained a new head and the
+            projections of its model. `None` for the head of a backbone.
 
     Reference:
         - [Learning Transferable Visual Models From Natural Language Supervision](
@@ -77,7 +79,7 @@ class ContrastiveHead(keras.layers.Layer):
         self.initial_temperature = initial_temperature
         self.initial_logit_bias = initial_logit_bias
         self.max_logit_scale = max_logit_scale
-        self.logit_scale = self.logit_bias = None
+        self.logit_scale = self.logit_bias = self.is_trained = None
 
     def settle(
         self,
@@ -136,6 +138,7 @@ class ContrastiveHead(keras.layers.Layer):
             bias = INITIAL_LOGIT_BIAS if bias is None else bias
         if scale_weight is None:
             scale_weight = self._add_scalar("logit_scale")
+            self.is_trained = self._add_scalar("is_trained", trainable=False)
         if temperature is not None:
             scale_weight.assign(-math.log(temperature))
         if loss == "sigmoid" and bias_weight is None:
@@ -185,9 +188,14 @@ class ContrastiveHead(keras.layers.Layer):
             )
         return super().__reduce__()
 
-    def _add_scalar(self, name):
+    def _add_scalar(self, name, trainable=True):
         return self.add_weight(
-            shape=(), initializer="zeros", dtype="float32", autocast=False, name=name
+            shape=(),
+            initializer="zeros",
+            dtype="float32",
+            autocast=False,
+            trainable=trainable,
+            name=name,
         )
 
 

@@ -166,11 +166,8 @@ class Checkpoint(RunCallback):
             )
         # In all processes, since the weights may be sharded over them.
         arrays = [to_numpy(variable) for variable in _variables(self.model)]
-        if is_main_process():
-            self._save(arrays)
-
-    def _save(self, arrays):
-        """Writes a checkpoint, and then removes the oldest ones beyond `keep`."""
+        if not is_main_process():
+            return
         from keras_cluster_mask.data.files import remove, replacing
 
         run = self.run
@@ -181,10 +178,6 @@ class Checkpoint(RunCallback):
             "learning_rates": [run.first_rates, learning_rates(self.model)],
             "description": describe_run(self.model, run.data),
         }
-        # NumPy's files do not support bfloat16. float32 holds its values exactly.
-        arrays = [
-            x.astype("float32") if x.dtype.name == "bfloat16" else x for x in arrays
-        ]
         content = np.array(json.dumps(facts, default=float))
         path = f"{self.folder}/epoch-{run.epoch:05}.npz"
         # A reader finds the whole file or none, even if this process is killed.
@@ -192,6 +185,7 @@ class Checkpoint(RunCallback):
             np.savez(file, *arrays, facts=content, **run.rng_state)
         # A process that was killed has left the file that it was writing.
         parts = _list_files(self.folder, r"\..*\.part")
+        # The oldest ones beyond `keep` leave, too.
         paths = [*saved_epochs(self.folder).values()]
         for old in [*paths[: -self.keep], *parts]:
             remove(old)
@@ -285,21 +279,10 @@ def describe_run(model, data):
     """Returns what must be the same when a run is resumed, as JSON values."""
     optimizers = inner_optimizer(model.optimizer), *optimizer_parts(model.optimizer)
     trained = {id(v) for v in model.trainable_variables}
-    options, head = (
-        # Dictionaries are layers.
-        {k: v for k, v in x.items() if k not in MAY_CHANGE and not isinstance(v, dict)}
-        for x in (model.get_config(), model.head.get_config())
-    )
     content = {
         "data": data.description,
         "optimizer": [type(x).__name__ for x in optimizers],
-        "tokenizer": identity_of(model.tokenizer),
-        "model": options,
-        "head": head,
-        "maskings": [
-            {"class": type(x).__name__, **x.settings()} for x in model.maskings
-        ],
-        "layers": settings_of(model),
+        **describe_model(model),
         # Last, as there may be hundreds of differences.
         "variables": [
             f"{v.dtype} {tuple(v.shape)}" + ", trained" * (id(v) in trained)
@@ -307,6 +290,24 @@ def describe_run(model, data):
         ],
     }
     return json.loads(json.dumps(content, default=float))
+
+
+def describe_model(model):
+    """Returns the settings of a model, without its variables, as JSON values."""
+    options, head = (
+        # Dictionaries are layers.
+        {k: v for k, v in x.items() if k not in MAY_CHANGE and not isinstance(v, dict)}
+        for x in (model.get_config(), model.head.get_config())
+    )
+    return {
+        "tokenizer": identity_of(model.tokenizer),
+        "model": options,
+        "head": head,
+        "maskings": [
+            {"class": type(x).__name__, **x.settings()} for x in model.maskings
+        ],
+        "layers": settings_of(model),
+    }
 
 
 def _check_resumable(data):

@@ -129,7 +129,8 @@ def test_the_summary_shows_shapes_and_counts_each_weight_once(make, monkeypatch)
 def test_projections_are_matrices_without_a_bias():
     model = kcm.ContrastiveModel(image_mlp(12), text_bag(16), projection_dim=5)
     encoders = len(model.image_encoder.weights) + len(model.text_encoder.weights)
-    assert len(model.weights) == encoders + 2 + 1
+    # Two projections, the temperature, and whether both are trained.
+    assert len(model.weights) == encoders + 2 + 2
     assert tuple(model.text_tower.projection.kernel.shape) == (16, 5)
     images = np.ones((1, 16, 16, 3), "float32")
     kernel = to_numpy(model.image_tower.projection.kernel)

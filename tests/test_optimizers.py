@@ -1,4 +1,4 @@
-"""Learning rates by block: for each family, in files, and with what Keras adds."""
+"""Learning rates by block, for each family and in files, and rates on small data."""
 
 import re
 import zipfile
@@ -270,3 +270,48 @@ def test_callbacks_that_set_a_rate_are_refused_by_keras():
     halve = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
     with pytest.raises(TypeError, match="LearningRateSchedule"):
         fit(model, callbacks=[halve])
+
+
+# === From scratch, on small data ===
+
+
+def rate_at(optimizer, step):
+    optimizer.iterations.assign(step)
+    return float(optimizer.learning_rate)
+
+
+def expected_rate(step, steps, highest):
+    """A linear warm-up over a tenth of the steps, then half a cosine (NumPy)."""
+    warmup = steps // 10
+    if step < warmup:
+        return highest * step / warmup
+    return highest * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (steps - warmup)))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(9, 50), (1, 25), (1, 1)])
+def test_the_rate_warms_up_and_falls_to_zero(epochs, steps_per_epoch):
+    optimizer = kcm.small_data_optimizer(epochs, steps_per_epoch, 2e-3)
+    steps = epochs * steps_per_epoch
+    for step in {0, 1, steps // 10, steps // 2, steps}:
+        expected = expected_rate(step, steps, 2e-3)
+        assert rate_at(optimizer, step) == pytest.approx(expected, abs=1e-8), step
+
+
+@pytest.mark.any_backend
+def test_the_optimizer_is_that_of_the_measurements():
+    optimizer = kcm.small_data_optimizer(np.int64(1), np.int64(20))
+    assert isinstance(optimizer, keras.optimizers.AdamW)
+    assert (optimizer.weight_decay, optimizer.beta_2) == (0.1, 0.98)
+    assert rate_at(optimizer, 2) == pytest.approx(1e-3)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("epochs", 0), ("steps_per_epoch", 0), ("learning_rate", 0.0)],
+)
+def test_bad_arguments_are_refused_by_name(argument, value):
+    given = {"epochs": 9, "steps_per_epoch": 50, argument: value}
+    with pytest.raises(ValueError, match=rf"`{argument}`.*Received: {argument}="):
+        kcm.small_data_optimizer(**given)

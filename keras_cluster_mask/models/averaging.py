@@ -1,0 +1,53 @@
+"""Averages of the weights of a model."""
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_cluster_mask.checks import check_range
+
+
+def average_weights(
+    model: keras.Model, weights: Sequence[np.ndarray], share: float
+) -> None:
+    """Sets the trained weights of a model to an average with other weights.
+
+    A tuned model keeps more of what it knew before if its weights are averaged with
+    those before tuning.
+
+    Example:
+
+    ```python
+    backbone = kcm.models.clip_backbone("tiny", image_size=32, vocabulary_size=100)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    before = model.get_weights()
+    # ... tune the model ...
+    kcm.models.average_weights(model, before, share=0.25)
+    ```
+
+    Args:
+        model: A Keras model.
+        weights: List of arrays, which `model.get_weights()` returned before.
+        share: Float in `[0, 1]`. The share of `weights` in the average.
+
+    Raises:
+        ValueError: If the weights are not of this model.
+
+    Reference:
+        - [Robust fine-tuning of zero-shot models](https://arxiv.org/abs/2109.01903)
+    """
+    check_range("share", share, 0, 1)
+    expected = [tuple(variable.shape) for variable in model.weights]
+    found = [np.shape(values) for values in weights]
+    if found != expected:
+        raise ValueError(
+            "`weights` must be those that `get_weights` of the model returned. "
+            f"Received: {len(found)} arrays for {len(expected)} weights, or arrays of "
+            "other shapes"
+        )
+    for variable, values in zip(model.weights, weights):
+        if variable.trainable and keras.backend.is_float_dtype(variable.dtype):
+            tuned = ops.convert_to_numpy(ops.cast(variable, "float32"))
+            variable.assign(share * np.asarray(values, "float32") + (1 - share) * tuned)
