@@ -25,7 +25,7 @@ CHANGES = {
 }
 
 
-def write_photographs(folder, count=64):
+def write_photographs(folder, count=128):
     """Writes images and the table of their captions."""
     with tarfile.open(kcm.data.example_images() / "test-00000.tar") as archive:
         archive.extractall(folder, archive.getmembers()[: 2 * count], filter="data")
