@@ -124,7 +124,7 @@ class Tuning:
     texts: str = ""
 
 
-def run_of(kind, text):
+def run_of(kind, text, known):
     """Reads the description of a run: a word, then settings such as `rate=1e-4`."""
     first, *more = text.split()
     settings = dict(x.split("=", 1) for x in more)
@@ -132,7 +132,6 @@ def run_of(kind, text):
     if not settings.keys() <= types.keys():
         raise argparse.ArgumentTypeError(f"there is no such setting in {text!r}")
     run = kind(first, **{name: types[name](x) for name, x in settings.items()})
-    known = MASKINGS if kind is Tuning else ("linear", "mlp")
     if first not in known:
         raise argparse.ArgumentTypeError(f"there is no {first!r}")
     return run
@@ -164,7 +163,7 @@ def common_arguments(description):
     add(
         "--runs",
         nargs="*",
-        type=functools.partial(run_of, Tuning),
+        type=functools.partial(run_of, Tuning, known=MASKINGS),
         default=[Tuning("none"), Tuning("random")],
         help=f"of tuning: {', '.join(MASKINGS)}, then settings of `Tuning`",
     )
@@ -182,7 +181,7 @@ def arguments():
     add(
         "--heads",
         nargs="*",
-        type=functools.partial(run_of, Heads),
+        type=functools.partial(run_of, Heads, known=("linear", "mlp")),
         default=[Heads("linear"), Heads("mlp")],
         help="linear or mlp, then settings of `Heads`",
     )
