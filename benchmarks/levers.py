@@ -8,15 +8,16 @@
 
 A run starts from the projections of `connect_encoders.py heads`, and is described by
 words: its masking, and settings that differ from those of `Lever`. It takes as long as
-`--steps` steps with random masking (50 %) and the settings of `kcm.fine_tune`. `--costs`
-measures the processor time of a step, on a quiet machine. Settings are chosen by the
-validation split. An interrupted run resumes.
+`--steps` steps with random masking (50 %) and the settings of `kcm.fine_tune`.
+`--costs` measures the processor time of a step, on a quiet machine. Settings are chosen
+by the validation split. An interrupted run resumes.
 """
 
 import collections
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import time
 from pathlib import Path
@@ -281,7 +282,9 @@ class Step:
         run, model, count = self.run, self.model, self.run.captions
         texts = {"token_ids": batch["token_ids"]}
         if count > 1:
-            chosen = [self.random.permutation(len(x))[:count] for x in batch["captions"]]
+            chosen = [
+                self.random.permutation(len(x))[:count] for x in batch["captions"]
+            ]
             texts = [
                 own[numbers[i % len(numbers)]]
                 for i in range(count)
@@ -340,8 +343,8 @@ class Step:
     @property
     def variables(self):
         words = self.words.dense.variables if self.words else []
-        optimizers = [x for optimizer, _ in self.optimizers for x in optimizer.variables]
-        return [*self.model.variables, *words, *optimizers]
+        of_optimizers = (optimizer.variables for optimizer, _ in self.optimizers)
+        return [*self.model.variables, *words, *itertools.chain(*of_optimizers)]
 
 
 class Words:

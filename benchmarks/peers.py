@@ -21,6 +21,7 @@ import json
 import os
 import time
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -223,7 +224,9 @@ def open_clip_config(options):
 
         def entrypoint(pretrained=False, **options_of_timm):
             return timm.create_model(
-                "vit_small_patch14_dinov2", img_size=options.image_size, **options_of_timm
+                "vit_small_patch14_dinov2",
+                img_size=options.image_size,
+                **options_of_timm,
             )
 
         entrypoint.__name__ = name
@@ -420,7 +423,9 @@ def with_main(run, steps, folder, options):
     words = [x for name, value in numbers.items() for x in (f"--{name}", str(value))]
     words += ["--image-mean", *map(str, MEAN), "--image-std", *map(str, STD)]
     words += ["--force-patch-dropout", str(run.drop)] * bool(run.drop)
-    open_clip_train.main.main(words)
+    # It would change the loggers of all packages.
+    with mock.patch.object(open_clip_train.main, "setup_logging"):
+        open_clip_train.main.main(words)
     (saved,) = folder.glob("run/checkpoints/epoch_1.pt")
     weights = torch.load(saved, weights_only=False)["state_dict"]
     model.load_state_dict(weights)
