@@ -9,8 +9,8 @@
 A run starts from the projections of `connect_encoders.py heads`, and is described by
 words: its masking, and settings that differ from those of `Lever`. It takes as long as
 `--steps` steps with random masking (50 %) and the settings of `kcm.fine_tune`.
-`--costs` measures the processor time of a step, on a quiet machine. Settings are chosen
-by the validation split. An interrupted run resumes.
+`--costs` compares the processor time of steps with that of one of these, on a quiet
+machine. Settings are chosen by the validation split. An interrupted run resumes.
 """
 
 import collections
@@ -28,10 +28,11 @@ import numpy as np
 import torch
 from keras import ops
 from reporting import machine, mean_and_spread, publish, write_json
-from timing import interleaved
+from timing import interleaved, ratio
 
 import keras_cluster_mask as kcm
 from keras_cluster_mask.data.tokenizing import tokenize
+from keras_cluster_mask.training.optimizers import build
 
 # A run is saved after this many steps.
 SAVE_EVERY = 64
@@ -84,7 +85,7 @@ def main():
     if options.costs:
         measure_costs(options, folder)
     else:
-        costs = json.loads((folder / "lever_costs.json").read_text())["seconds"]
+        costs = json.loads((folder / "lever_costs.json").read_text())["costs"]
         for seed in options.seeds:
             for run in options.runs:
                 run_one(run, seed, costs, options, folder)
@@ -159,33 +160,29 @@ def cost_name(run):
 
 
 def measure_costs(options, folder):
-    """Times a step of each run, after the others in turn."""
+    """Times a step of each run against one of the base, in turn."""
     path = folder / "lever_costs.json"
-    seconds = json.loads(path.read_text())["seconds"] if path.exists() else {}
+    costs = json.loads(path.read_text())["costs"] if path.exists() else {}
     steps = {}
-    for run in {BASE, *options.runs}:
+    for run in dict.fromkeys((BASE, *options.runs)):
         runs.encoders.cache_clear()
         model = new_model(run, options.seeds[0], options, folder)
         step = Step(model, run, 1000, options)
         batch = next(iter(batches_of(run, model, options, 1)))
         steps[cost_name(run)] = functools.partial(step, batch)
     found = interleaved(steps, rounds=5, clock=time.process_time)
-    # In parts of the base, which may be measured again.
-    base = found[cost_name(BASE)]
-    seconds |= {
-        name: float(np.median(np.divide(values, base) * np.median(base)))
-        for name, values in found.items()
-    }
-    write_json(path, machine=machine(), commit=runs.commit(), seconds=seconds)
-    print(json.dumps(seconds, indent=1))
+    seconds = float(np.median(found[cost_name(BASE)]))
+    costs |= {name: ratio(found, name, to=cost_name(BASE)) for name in found}
+    facts = {"machine": machine(), "commit": runs.commit()}
+    write_json(path, **facts, costs=costs, **{"seconds of the base": seconds})
+    print(json.dumps(costs, indent=1))
 
 
 def steps_of(run, costs, steps):
     """The numbers of steps on masked and on whole images, for the time of a run."""
-    time_of_all = steps * costs[cost_name(BASE)]
-    masked = (1 - run.whole) * time_of_all / costs[cost_name(run)]
+    masked = (1 - run.whole) * steps / costs[cost_name(run)]
     none = dataclasses.replace(run, masking="none", ratio=BASE.ratio)
-    whole = run.whole and run.whole * time_of_all / costs[cost_name(none)]
+    whole = run.whole and run.whole * steps / costs[cost_name(none)]
     return round(masked), round(whole)
 
 
@@ -257,6 +254,7 @@ class Step:
     def __init__(self, model, run, steps, options):
         self.model, self.run = model, run
         runs.compile_for(model, run, steps)
+        build(model)
         self.memory = collections.deque(maxlen=run.memory)
         self.random, self.words = np.random.default_rng(options.seeds[0]), None
         self.weights = [*model.trainable_variables]

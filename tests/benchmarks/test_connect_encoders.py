@@ -4,6 +4,7 @@ import json
 
 import connect_encoders
 import keras_hub
+import levers
 import probe_encoders
 import pytest
 import torch
@@ -107,3 +108,40 @@ def test_a_tuning_step_is_timed_in_two_processes(folders, run, monkeypatch):
     results = json.loads((folders / "results" / "tuning_cores.json").read_text())
     (row,) = results["rows"]
     assert row["seconds"] > 0
+
+
+def test_each_lever_trains_for_its_time_and_resumes(folders, run, monkeypatch):
+    options = f"""--encoders={folders} --data={folders} --results={folders}/results
+        --features={folders}/features --caption-key=txt --image-size=24
+        --dtype=float32 --seeds=1""".split()
+    heads = ["--head-batch-size=20", "--head-epochs=2", "--heads", "mlp"]
+    run(connect_encoders, "features", "heads", *heads, *options)
+    changes = ["captions=2", "words=1", "drop=0.2", "memory=2", "alike=5", "whole=0.5"]
+    names = ["none batch=10", "random batch=10"]
+    names += [f"random batch=10 {change}" for change in changes]
+    monkeypatch.setattr(levers, "BASE", levers.Lever("random", batch=10))
+    run(levers, "--costs", *options, "--runs", *names)
+    costs = folders / "results" / "lever_costs.json"
+    measured = json.loads(costs.read_text())
+    assert measured["costs"]["random batch=10"] == 1
+    measured["costs"] = dict.fromkeys(measured["costs"], 1)
+    costs.write_text(json.dumps(measured))
+    monkeypatch.setattr(levers, "SAVE_EVERY", 2)
+    # Interrupted after the first steps were saved.
+    save, step = levers.Step.save, levers.Step
+
+    def interrupted(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    train = ["--steps=6", *options, "--runs", *names]
+    monkeypatch.setattr(step, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(levers, *train)
+    monkeypatch.setattr(step, "save", save)
+    run(levers, *train)
+    torch.backends.cuda.enable_flash_sdp(True)
+    found = json.loads((folders / "results" / "levers.json").read_text())["runs"]
+    assert len(found) == len(names)
+    assert {len(x["losses"]) for x in found.values()} == {3}
+    assert len({x["losses"][-1] for x in found.values()}) == len(names)
