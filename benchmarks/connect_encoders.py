@@ -384,16 +384,11 @@ def train_heads(run, seed, options, folder):
     if "validation" not in result:
         model = new_model(options, seed, run.head, **settings)
         train = features_of(options, "train", model, run.photos)
-        batch_size = options.head_batch_size
-        steps = options.head_epochs * (train.num_images // batch_size)
-        model.image_encoder.trainable = model.text_encoder.trainable = False
-        rate = keras.optimizers.schedules.CosineDecay(1e-3, steps)
-        model.compile(keras.optimizers.AdamW(rate, weight_decay=0.1))
         start = time.process_time()
-        model.fit(train, batch_size=batch_size, epochs=options.head_epochs, verbose=0)
+        train_projections(model, train, options.head_epochs, options.head_batch_size)
         result["processor seconds"] = time.process_time() - start
         result["commit"] = commit()
-        np.savez(weights, *[ops.convert_to_numpy(x) for x in projected(model)])
+        save_projections(model, weights)
     for split in ["validation"] + ["test"] * options.test:
         if split not in result:
             model = with_head(new_model(options, seed, run.head, **settings), weights)
@@ -401,6 +396,19 @@ def train_heads(run, seed, options, folder):
             result[split] = scores(*embeddings_of(projections_of(model), found))
     write_json(path, **result)
     print(path.stem, result.get("validation"), flush=True)
+
+
+def train_projections(model, features, epochs=30, batch_size=512):
+    """Trains the projections of a model, with frozen encoders."""
+    steps = epochs * (features.num_images // batch_size)
+    model.image_encoder.trainable = model.text_encoder.trainable = False
+    rate = keras.optimizers.schedules.CosineDecay(1e-3, steps)
+    model.compile(keras.optimizers.AdamW(rate, weight_decay=0.1))
+    model.fit(features, batch_size=batch_size, epochs=epochs, verbose=0)
+
+
+def save_projections(model, path):
+    np.savez(path, *[ops.convert_to_numpy(x) for x in projected(model)])
 
 
 def projected(model):

@@ -51,6 +51,10 @@ class Lever(runs.Tuning):
         memory: The number of earlier steps whose embeddings are negatives (XBM, arXiv
             1912.06798).
         alike: The number of look-alike photographs that stay together in a batch.
+        start: What the projections were trained on: empty for the features of all
+            patches and captions, `caption` for those of one caption of each image,
+            `half` for those of half of the patches, `half+caption` for both, `none`
+            for new projections.
     """
 
     rate: float = 1e-4
@@ -61,6 +65,7 @@ class Lever(runs.Tuning):
     drop: float = 0
     memory: int = 0
     alike: int = 0
+    start: str = ""
 
 
 BASE = Lever("random")
@@ -126,8 +131,45 @@ def run_one(run, seed, costs, options, folder):
 
 def new_model(run, seed, options, folder):
     """A model with the projections that were trained on features."""
+    path = folder / f"head-{run.start or 'mlp'}-{seed}.npz"
+    if run.start not in ("", "none") and not path.exists():
+        model = runs.new_model(options, seed)
+        features = cheaper_features(model, run.start, options)
+        size = min(512, features.num_images)
+        runs.train_projections(model, features, batch_size=size)
+        runs.save_projections(model, path)
     model = runs.model_to_tune(options, seed, run)
-    return runs.with_head(model, folder / f"head-mlp-{seed}.npz")
+    return model if run.start == "none" else runs.with_head(model, path)
+
+
+def cheaper_features(model, start, options):
+    """Features of half of the patches, or of one caption of each image, or both."""
+    whole = runs.features_of(options, "train", model)
+    folder = Path(options.features, "train", start)
+    if not folder.exists():
+        folder.mkdir()
+        names = "image_features", "text_features", "caption_labels", "num_captions"
+        arrays = {x: np.load(whole.folder / f"{x}.npy") for x in names}
+        header = json.loads((whole.folder / "features.json").read_text())
+        if "half" in start:
+            masked = runs.model_to_tune(options, 0, BASE)
+            masked.image_encoder.trainable = False
+            found = [
+                masked.image_tower.features(batch["images"], training=True)
+                for batch in runs.dataset(options, "train", masked)
+            ]
+            found = np.concatenate([ops.convert_to_numpy(x) for x in found])
+            arrays["image_features"] = found.astype(arrays["image_features"].dtype)
+        if "caption" in start:
+            first = whole.first_text
+            for name in ("text_features", "caption_labels"):
+                arrays[name] = arrays[name][first]
+            arrays["num_captions"] = np.ones_like(arrays["num_captions"])
+            header["texts"] = header["images"]
+        for name, array in arrays.items():
+            np.save(folder / f"{name}.npy", array)
+        write_json(folder / "features.json", **header)
+    return kcm.TowerFeatures(folder)
 
 
 def report(folder):

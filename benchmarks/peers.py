@@ -19,6 +19,7 @@ import functools
 import gc
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -104,7 +105,7 @@ def main():
     seconds = json.loads(costs.read_text())["seconds"] if costs.exists() else {}
     for run in options.runs:
         if options.costs:
-            seconds[cost_name(run)] = seconds_of_step(run, folder / "costs", options)
+            seconds[cost_name(run)] = seconds_of_step(run, options)
             write_json(costs, machine=machine(), seconds=seconds)
         else:
             train_one(run, round(60 * run.minutes / seconds[cost_name(run)]), options)
@@ -116,10 +117,10 @@ def cost_name(run):
     return runs.words_of(Peer(run.library, tokens=run.tokens, drop=run.drop))
 
 
-def seconds_of_step(run, folder, options):
+def seconds_of_step(run, options):
     """The median processor time of a step, without the first ones."""
     with StepTimes() as times:
-        trained(run, 12, folder / f"{time.time():.0f}", options)
+        trained(run, 12, options)
     return float(np.median(np.diff(times.seconds[2:])))
 
 
@@ -133,7 +134,7 @@ def train_one(run, steps, options):
         model.load_state_dict(torch.load(weights))
     else:
         with StepTimes() as times:
-            model = trained(run, steps, folder / name, options)
+            model = trained(run, steps, options)
         torch.save(model.state_dict(), weights)
         result = {
             "run": dataclasses.asdict(run),
@@ -293,11 +294,11 @@ def timm_weights(weights, image_size):
 # === Training, as each library does it ===
 
 
-def trained(run, steps, folder, options):
+def trained(run, steps, options):
     """Trains a model for some steps, and returns it."""
-    return {"transformers": with_trainer, "open_clip": with_main}[run.library](
-        run, steps, folder, options
-    )
+    train = {"transformers": with_trainer, "open_clip": with_main}[run.library]
+    with tempfile.TemporaryDirectory() as folder:
+        return train(run, steps, Path(folder), options)
 
 
 def with_trainer(run, steps, folder, options):
@@ -397,7 +398,6 @@ def with_main(run, steps, folder, options):
     """Trains with `open_clip_train.main`, for one epoch of a table of `steps`."""
     import open_clip_train.main
 
-    folder.mkdir(parents=True, exist_ok=True)
     model = new_model(run, options)
     torch.save(model.state_dict(), folder / "initial.pt")
     table = folder / "pairs.csv"

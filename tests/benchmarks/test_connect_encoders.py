@@ -117,6 +117,7 @@ def test_each_lever_trains_for_its_time_and_resumes(folders, run, monkeypatch):
     heads = ["--head-batch-size=20", "--head-epochs=2", "--heads", "mlp"]
     run(connect_encoders, "features", "heads", *heads, *options)
     changes = ["captions=2", "words=1", "drop=0.2", "memory=2", "alike=5", "whole=0.5"]
+    changes += ["start=none", "start=caption", "start=half"]
     names = ["none batch=10", "random batch=10"]
     names += [f"random batch=10 {change}" for change in changes]
     monkeypatch.setattr(levers, "BASE", levers.Lever("random", batch=10))
