@@ -145,8 +145,8 @@ def words_of(run):
     return " ".join([getattr(run, first.name), *more])
 
 
-def common_arguments(description):
-    """Those that models, data and results depend on."""
+def common_arguments(description, kind=Tuning):
+    """Those that models, data and results depend on, and runs of a kind."""
     parsed = parser(description)
     add = parsed.add_argument
     add(
@@ -163,9 +163,9 @@ def common_arguments(description):
     add(
         "--runs",
         nargs="*",
-        type=functools.partial(run_of, Tuning, known=MASKINGS),
-        default=[Tuning("none"), Tuning("random")],
-        help=f"of tuning: {', '.join(MASKINGS)}, then settings of `Tuning`",
+        type=functools.partial(run_of, kind, known=MASKINGS),
+        default=[kind("none"), kind("random")],
+        help=f"{', '.join(MASKINGS)}, then settings of `{kind.__name__}`",
     )
     add("--image-size", type=int, default=168, help="side in pixels")
     add("--dtype", default="mixed_bfloat16", help="the dtype policy of all models")

@@ -72,14 +72,12 @@ BASE = Lever("random")
 
 
 def arguments():
-    parsed = runs.common_arguments(__doc__)
+    parsed = runs.common_arguments(__doc__, Lever)
     add = parsed.add_argument
     add("--steps", type=int, default=288, help="the time, in steps of the base")
     add("--costs", action="store_true", help="time the steps of the runs, and stop")
     add("--test", action="store_true", help="score on the test split")
-    read = functools.partial(runs.run_of, Lever, known=runs.MASKINGS)
-    parsed.set_defaults(results="results/levers", runs=[BASE])
-    next(x for x in parsed._actions if x.dest == "runs").type = read
+    parsed.set_defaults(results="results/levers")
     return parsed.parse_args()
 
 
@@ -188,7 +186,8 @@ def report(folder):
                 values = [each[score] for each in scored]
                 row[f"{split}, {score}"] = mean_and_spread(values, decimals)
         rows.append(row)
-    publish(folder / "levers.json", "Levers", rows, runs=found)
+    costs = json.loads((folder / "lever_costs.json").read_text())
+    publish(folder / "levers.json", "Levers", rows, runs=found, costs=costs)
 
 
 # === Time ===
@@ -209,7 +208,7 @@ def measure_costs(options, folder):
     for run in dict.fromkeys((BASE, *options.runs)):
         runs.encoders.cache_clear()
         model = new_model(run, options.seeds[0], options, folder)
-        step = Step(model, run, 1000, options)
+        step = Step(model, run, 1000, 0, options)
         batch = next(iter(batches_of(run, model, options, 1)))
         steps[cost_name(run)] = functools.partial(step, batch)
     found = interleaved(steps, rounds=5, clock=time.process_time)
@@ -233,7 +232,7 @@ def steps_of(run, costs, steps):
 
 def train(model, run, seed, masked, whole, options, path):
     """Trains a model; returns the mean loss of each part that was saved."""
-    step = Step(model, run, masked + whole, options)
+    step = Step(model, run, masked + whole, seed, options)
     batches, losses, done = batches_of(run, model, options, seed), [], 0
     if path.exists():
         done, losses = step.load(path)
@@ -293,14 +292,13 @@ def groups_of_neighbors(embeddings, size, random):
 class Step:
     """A training step with the changes of a run, on torch."""
 
-    def __init__(self, model, run, steps, options):
+    def __init__(self, model, run, steps, seed, options):
         self.model, self.run = model, run
         runs.compile_for(model, run, steps)
         build(model)
         self.memory = collections.deque(maxlen=run.memory)
-        self.random, self.words = np.random.default_rng(options.seeds[0]), None
-        self.weights = [*model.trainable_variables]
-        self.optimizers = [(model.optimizer, self.weights)]
+        self.random, self.words = np.random.default_rng(seed), None
+        self.optimizers = [(model.optimizer, [*model.trainable_variables])]
         if run.words:
             self.words = Words(model, options)
             rate = keras.optimizers.schedules.CosineDecay(run.head * run.rate, steps)

@@ -195,13 +195,11 @@ def dual_encoder(options):
     """The model of transformers' `run_clip.py`, with new projections."""
     import transformers
 
-    model = transformers.VisionTextDualEncoderModel.from_vision_text_pretrained(
+    return transformers.VisionTextDualEncoderModel.from_vision_text_pretrained(
         f"{options.encoders}/dinov2_small",
         f"{options.encoders}/all_minilm_l6_v2",
         projection_dim=PROJECTION_DIM,
     )
-    model.config.projection_dim = PROJECTION_DIM
-    return model
 
 
 def open_clip_model(options):

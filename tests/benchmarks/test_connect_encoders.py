@@ -140,7 +140,16 @@ def test_each_lever_trains_for_its_time_and_resumes(folders, run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(levers, *train)
     monkeypatch.setattr(step, "save", save)
+    load, loaded = step.load, []
+
+    def spied(*arguments):
+        done, losses = load(*arguments)
+        loaded.append((done, len(losses)))
+        return done, losses
+
+    monkeypatch.setattr(step, "load", spied)
     run(levers, *train)
+    assert loaded == [(2, 1)]
     torch.backends.cuda.enable_flash_sdp(True)
     found = json.loads((folders / "results" / "levers.json").read_text())["runs"]
     assert len(found) == len(names)
