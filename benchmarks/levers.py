@@ -116,6 +116,7 @@ def run_one(run, seed, costs, options, folder):
             "time in steps of the base": options.steps,
             "commit": runs.commit(),
             "processor": machine()["processor"],
+            "dtype": options.dtype,
             "steps": masked + whole,
             "losses": losses,
             "processor minutes of this process": (time.process_time() - start) / 60,
