@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 # Import the classes that a `.keras` file can refer to, so that Keras finds them. Worker
 # processes that read data do not need Keras: they import what they use.
 _IS_WORKER = "KERAS_CLUSTER_MASK_WORKER" in os.environ
-if TYPE_CHECKING or "keras" in sys.modules or not _IS_WORKER:
+# Neither does `python -m keras_cluster_mask.search`, for an exported model.
+_IS_SEARCH = "keras_cluster_mask.search" in sys.orig_argv
+if TYPE_CHECKING or "keras" in sys.modules or not (_IS_WORKER or _IS_SEARCH):
     from keras_cluster_mask import callbacks, distribution, losses, masking, models
     from keras_cluster_mask.masking import (
         BlockMasking,

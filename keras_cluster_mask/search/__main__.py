@@ -1,0 +1,139 @@
+"""Searches a folder of photographs in the browser, by words or by a photograph.
+
+    pip install "keras_cluster_mask[app]"
+    python -m keras_cluster_mask.search photos.keras photos/
+
+The model is a `.keras` file, a folder that `examples/export_transformers_js.py` wrote,
+or a preset of keras_hub for those who train nothing: CLIP or SigLIP 2, by name or as a
+folder. The first start embeds all photographs and keeps their embeddings; the next one
+embeds what is new or has changed. The page is on this machine alone, and closed to
+other web sites.
+"""
+
+import argparse
+import atexit
+import os
+import re
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from keras_cluster_mask.search.index import CACHE, Index, version_of
+
+# Any port, because SSH may forward another one.
+HOSTS = re.compile(rb"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")
+# With this header, a browser asks no other host, whatever the page contains.
+SOURCES = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+
+
+def main():
+    parsed = argparse.ArgumentParser(
+        prog="python -m keras_cluster_mask.search",
+        description="Searches a folder of photographs in the browser.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parsed.add_argument
+    add("model", help="a .keras file, an exported folder, or a preset of keras_hub")
+    add("photos", type=Path, help="a folder, with all folders inside")
+    add("--cache", type=Path, default=CACHE, help="folder of embeddings")
+    add("--port", type=int, default=7860, help="of the page")
+    options = parsed.parse_args()
+    if not options.photos.is_dir():
+        raise SystemExit(f"There is no folder {options.photos}.")
+    model, version = load(options.model)
+    index = Index(model, version, options.photos, options.cache)
+    index.update()
+    for line in index.left_out:
+        print(line)
+    if not index.names:
+        raise SystemExit(f"There is no photograph in {options.photos}.")
+    launch(index, options.port)
+
+
+def load(name):
+    """Returns a model, and a text that changes with it."""
+    path = Path(name)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    version = " ".join([f"{path.resolve()}", *map(version_of, files)])
+    if (path / "onnx").is_dir():
+        from keras_cluster_mask.search.exported import ExportedModel
+
+        return ExportedModel(path), version
+    import keras
+
+    # The classes that a file names.
+    from keras_cluster_mask import masking, models  # noqa: F401
+
+    if path.suffix == ".keras":
+        model = keras.saving.load_model(path)
+    else:
+        model = models.ContrastiveModel.from_preset(name)
+    if getattr(model, "tokenizer", None) is None:
+        raise SystemExit(
+            f"{name} has no tokenizer. Set `model.tokenizer`, and save it."
+        )
+    return model, version
+
+
+def launch(index, port):
+    """Shows the page until the program is interrupted."""
+    copies = tempfile.TemporaryDirectory(prefix="search_photos_")
+    atexit.register(copies.cleanup)
+    # The thumbnails are deleted in this case, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    # Read when Gradio is imported.
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": copies.name}
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    from keras_cluster_mask.search.page import CSS, page
+
+    print(f"The page is http://127.0.0.1:{port}")
+    page(index).launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        quiet=True,
+        app_kwargs={"middleware": [Middleware(Guard)]},
+        css=CSS,
+        # Gradio's own fonts come from the web.
+        theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]),
+        footer_links=[],
+    )
+
+
+class Guard:
+    """Refuses requests of other web sites, and uploads, which the page has not.
+
+    The name of a site may point at 127.0.0.1. A browser then sends this name as `Host`.
+    For requests from a page of another site, it sends that site as `Origin`.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        headers = dict(scope.get("headers", ()))
+        host = headers.get(b"host", b"")
+        is_own = (
+            HOSTS.fullmatch(host)
+            and headers.get(b"origin", b"http://" + host) == b"http://" + host
+        )
+        is_upload = scope.get("path", "").endswith("/upload")
+        if scope["type"] != "lifespan" and (not is_own or is_upload):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            return await send({"type": "http.response.body"})
+
+        async def sent(message):
+            if message["type"] == "http.response.start":
+                policy = b"content-security-policy", SOURCES
+                message["headers"] = [*message["headers"], policy]
+            await send(message)
+
+        await self.app(scope, receive, sent)
+
+
+if __name__ == "__main__":
+    main()
