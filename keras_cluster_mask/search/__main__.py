@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from starlette.responses import PlainTextResponse
+
 from keras_cluster_mask.search.index import CACHE, Index, version_of
 
 # Any port, because SSH may forward another one.
@@ -123,8 +125,8 @@ class Guard:
         )
         is_upload = scope.get("path", "").endswith("/upload")
         if scope["type"] != "lifespan" and (not is_own or is_upload):
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            return await send({"type": "http.response.body"})
+            refused = PlainTextResponse("Open the page as 127.0.0.1 or localhost.", 403)
+            return await refused(scope, receive, send)
 
         async def sent(message):
             if message["type"] == "http.response.start":

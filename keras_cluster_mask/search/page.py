@@ -29,11 +29,13 @@ def page(index):
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             thumbnails.append((image, f"{score:.3f}  {as_text(name)}"))
             names.append(name)
-        return thumbnails, names
+        # What was clicked before is no longer selected.
+        return gr.Gallery(thumbnails, selected_index=None), names
 
     def by_words(words, count):
         if not words.strip() or len(words) > MAX_CHARACTERS:
-            raise gr.Error(f"Type a text of 1 to {MAX_CHARACTERS} characters.")
+            gr.Warning(f"Type a text of 1 to {MAX_CHARACTERS} characters.")
+            return gr.skip()
         return shown(index.model.encode_text(words)[0], count)
 
     def by_photo(names, count, clicked: gr.SelectData):
