@@ -19,8 +19,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from starlette.responses import PlainTextResponse
-
 from keras_cluster_mask.search.index import CACHE, Index, version_of
 
 # Any port, because SSH may forward another one.
@@ -86,7 +84,12 @@ def launch(index, port):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     # Read when Gradio is imported.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": copies.name}
-    import gradio as gr
+    try:
+        import gradio as gr
+    except ImportError:
+        raise SystemExit(
+            'The page needs pip install "keras_cluster_mask[app]"'
+        ) from None
     from starlette.middleware import Middleware
 
     from keras_cluster_mask.search.page import CSS, page
@@ -125,6 +128,8 @@ class Guard:
         )
         is_upload = scope.get("path", "").endswith("/upload")
         if scope["type"] != "lifespan" and (not is_own or is_upload):
+            from starlette.responses import PlainTextResponse
+
             refused = PlainTextResponse("Open the page as 127.0.0.1 or localhost.", 403)
             return await refused(scope, receive, send)
 

@@ -3,7 +3,6 @@
 import html
 import re
 
-import gradio as gr
 from PIL import Image, ImageOps
 
 THUMBNAIL, MAX_CHARACTERS = 384, 1000
@@ -14,6 +13,7 @@ CSS = """.grid-wrap { max-height: none !important; }
 
 def page(index):
     """Returns the page of an `Index`, a `gr.Blocks`."""
+    import gradio as gr
 
     def shown(query, count):
         """Returns thumbnails of the nearest photographs, and the names of these."""
