@@ -6,7 +6,9 @@ import importlib.metadata
 import io
 import os
 import pathlib
+import shutil
 import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -195,3 +197,42 @@ def copy_datasets(copy_pairs):
 def few_images(tmp_path_factory, copy_datasets):
     """The folders of `datasets` with few images in place of all."""
     return copy_datasets(tmp_path_factory.mktemp("datasets"), FEW_IMAGES)
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """The cache of Hugging Face, read without a network, in place of the hub.
+
+    Returns:
+        Function of the name of a repository: the folder of its files.
+    """
+    cache, version = tmp_path_factory.mktemp("hub"), "0" * 40
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def files_of(repo_id):
+        return cache / f"models--{repo_id.replace('/', '--')}" / "snapshots" / version
+
+    def create(repo_id, exist_ok):
+        files_of(repo_id).mkdir(parents=True, exist_ok=exist_ok)
+        reference = files_of(repo_id).parents[1] / "refs" / "main"
+        reference.parent.mkdir(exist_ok=exist_ok)
+        reference.write_text(version)
+        return types.SimpleNamespace(repo_id=repo_id)
+
+    def upload(repo_id, folder_path, commit_message=None):
+        shutil.copytree(folder_path, files_of(repo_id), dirs_exist_ok=True)
+
+    def exists(repo_id, filename):
+        return (files_of(repo_id) / filename).is_file()
+
+    # keras_hub calls functions, and Keras methods.
+    for name, function in (
+        ("create_repo", create),
+        ("upload_folder", upload),
+        ("file_exists", exists),
+    ):
+        monkeypatch.setattr(f"huggingface_hub.{name}", function)
+        method = staticmethod(function)
+        monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", method)
+    return files_of

@@ -227,9 +227,10 @@ class ContrastiveModel(Trainer):
         """Makes a model from a keras_hub preset of a two-tower backbone.
 
         Args:
-            preset: A folder that `save_to_preset` wrote, or the name of a preset, such
-                as `"clip_vit_base_patch16"`, which keras_hub downloads unless there is
-                a folder with this name. Or a MetaCLIP 2 of transformers, as a folder or
+            preset: A folder that `save_to_preset` wrote, its address after an upload,
+                such as `"hf://USER/NAME"`, or the name of a preset, such as
+                `"clip_vit_base_patch16"`, which keras_hub downloads unless there is a
+                folder with this name. Or a MetaCLIP 2 of transformers, as a folder or
                 `"hf://..."`, with
                 `tokenizer=transformers.AutoTokenizer.from_pretrained(...)`.
             masking: A `PatchMasking` layer, or `None` to train on whole images.

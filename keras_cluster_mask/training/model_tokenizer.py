@@ -31,6 +31,9 @@ HUGGING_FACE_FILE = "tokenizer_config.json"
 PRESET_FOLDER = "keras_cluster_mask"
 # The file by which keras_hub knows that a preset has a tokenizer.
 TOKENIZER_FILE = "tokenizer.json"
+HUGGING_FACE_ADDRESS = "hf://"
+# The files of a preset that a tokenizer may need, without weights.
+NEEDED = ["*.json", "*.model", "assets/*", f"{PRESET_FOLDER}/*"]
 # Entries of a configuration that do not decide the ids of a text. Each call of a
 # tokenizer of Hugging Face sets the last two.
 UNRELATED = (
@@ -305,9 +308,15 @@ def load_from_preset(preset: str, backbone: keras.Model) -> Any:
     """Loads the tokenizer of a preset, or returns `None` if it has none.
 
     Args:
-        preset: String, the name of a preset or a folder.
+        preset: String, the name of a preset, a folder or an `"hf://..."` address.
         backbone: The backbone of the preset.
     """
+    if preset.startswith(HUGGING_FACE_ADDRESS):
+        from huggingface_hub import snapshot_download
+
+        # keras_hub downloads files one by one, and only those that it knows.
+        repository = preset.removeprefix(HUGGING_FACE_ADDRESS)
+        preset = snapshot_download(repository, allow_patterns=NEEDED)
     folder = pathlib.Path(preset)
     found = load_tokenizer(folder / PRESET_FOLDER)
     if found is not None or (

@@ -1,5 +1,6 @@
 """Encoders by the names, folders and addresses of their presets."""
 
+import keras
 import numpy as np
 import pytest
 
@@ -33,7 +34,7 @@ def presets(tmp_path_factory):
 
 def connected(presets, image="dino", **options):
     return kcm.ContrastiveModel.from_encoders(
-        str(presets / image), str(presets / "text"), projection_dim=4, **options
+        f"{presets}/{image}", f"{presets}/text", projection_dim=4, **options
     )
 
 
@@ -50,6 +51,17 @@ def test_presets_are_loaded_with_their_weights_and_tokenizer(presets):
         *(x.image_encoder.predict(images, verbose=0) for x in (model, expected))
     )
     assert model.encode_text(["dog"]).shape == (1, 4)
+
+
+def test_uploaded_encoders_are_connected_and_uploaded(presets, hub):
+    for name in ("dino", "text"):
+        keras_hub.upload_preset(f"hf://me/{name}", str(presets / name))
+    model = connected("hf://me", image_size=28)
+    model.save("hf://me/both")
+    assert (hub("me/both") / "README.md").exists()
+    loaded = keras.saving.load_model("hf://me/both")
+    found, expected = (x.encode_text(["dog"]) for x in (loaded, model))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_images_have_224_pixels_unless_another_size_is_given(presets):
