@@ -8,8 +8,8 @@ from tests.helpers import run_program
 pytestmark = pytest.mark.slow
 
 TENSORFLOW = "tensorflow,tensorflow_text"
-# The packages of `parquet`, `search` and `weights`.
-EXTRAS = "pyarrow,faiss,safetensors"
+# The packages of `heic`, `parquet`, `search` and `weights`.
+EXTRAS = "pillow_heif,pyarrow,faiss,safetensors"
 
 
 def run_without(packages, program, *arguments):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import cykooz_resizer as simd
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from keras_cluster_mask.checks import check_choice, sides_of
 
@@ -20,6 +20,15 @@ ORIENTATION = 0x0112
 CHANNELS_FIRST = "channels_first"
 TOO_LARGE = "the image has too many pixels"
 NO_LEVELS = "the gray levels are not integers from 0 to 255"
+NO_HEIC = "HEIC needs the package pillow-heif: pip install pillow-heif"
+# How HEIC files start, after the size of their first box.
+HEIC = tuple(
+    b"ftyp" + brand
+    for brand in (
+        *(b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"),
+        *(b"mif1", b"msf1"),
+    )
+)
 _thread = threading.local()
 
 
@@ -30,8 +39,8 @@ class UnreadableImage(ValueError):
 class EncodedImage:
     """An encoded image, decoded when a part of it is read.
 
-    Supports JPEG, PNG, WebP, GIF and BMP in any color mode, and the first frame of
-    animations. The EXIF orientation is applied.
+    Supports JPEG, PNG, WebP, GIF and BMP in any color mode, HEIC with the package
+    pillow-heif, and the first frame of animations. The EXIF orientation is applied.
 
     Args:
         content: Bytes of the file, or a `PIL.Image.Image`, which may change.
@@ -50,7 +59,7 @@ class EncodedImage:
         self._max_pixels = math.inf if max_pixels is None else max_pixels
         with decoding():
             if not isinstance(content, Image.Image):
-                self._image = Image.open(io.BytesIO(content))
+                self._image = open_image(content)
             # The orientation of a PNG may come after its pixels.
             if self._image.format == "PNG":
                 self.check_pixels()
@@ -84,8 +93,10 @@ class EncodedImage:
             uint8 array `(height, width, 3)`.
         """
         wanted = [int(size[i] * self.size[i] / box[2 + i]) for i in range(2)]
-        # Pillow expects (width, height), before the orientation is applied.
-        self._image.draft(None, wanted if self._orientation >= 5 else wanted[::-1])
+        # In place of a HEIC, its thumbnail would be decoded, with more artifacts.
+        if self._image.format != "HEIF":
+            # Pillow expects (width, height), before the orientation is applied.
+            self._image.draft(None, wanted if self._orientation >= 5 else wanted[::-1])
         image = self.decoded()
         scale = [now / before for now, before in zip(image.size[::-1], self.size)]
         top, left = box[0] * scale[0], box[1] * scale[1]
@@ -123,6 +134,31 @@ class EncodedImage:
                 image = white
             # A conversion to the same mode would copy the image.
             return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(content):
+    """Opens an encoded image with Pillow.
+
+    A HEIC needs the package pillow-heif, which is imported for the first one. It turns
+    images upright itself, and sets their EXIF orientation to 1.
+
+    Args:
+        content: Bytes of the file.
+
+    Raises:
+        UnreadableImage: For a HEIC without pillow-heif.
+    """
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        if content[4:12] not in HEIC:
+            raise
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise UnreadableImage(NO_HEIC) from error
+        pillow_heif.register_heif_opener()
+        return Image.open(io.BytesIO(content))
 
 
 @contextlib.contextmanager

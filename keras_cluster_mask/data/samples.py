@@ -20,7 +20,7 @@ from keras_cluster_mask.data.images import decoding
 # `path` is also the field of an image in a folder. `filename` may lack the folder that
 # another column names.
 IMAGE_KEYS = (
-    "jpg", "jpeg", "png", "webp", "gif", "bmp",
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "heic", "heif",
     "image", "file_name", "filepath", "image_path", "path", "filename",
 )  # fmt: skip
 # `json.captions` may hold all captions, and `txt` only the first one.

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,8 @@ class ExportedModel:
 
 
 def _program(folder, tower):
+    # Read when onnxruntime is imported.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
     path = folder / "onnx" / f"{tower}_model.onnx"

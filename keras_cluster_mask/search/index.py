@@ -15,6 +15,7 @@ CACHE = Path.home() / ".cache" / "keras_cluster_mask" / "search"
 # Images that Pillow opens: no videos, tables or PostScript.
 TYPES = {x: Image.MIME.get(y, "") for x, y in Image.registered_extensions().items()}
 SUFFIXES = {suffix for suffix, kind in TYPES.items() if kind.startswith("image/")}
+HEIC = {".heic", ".heif"}
 AT_A_TIME = 32
 
 
@@ -43,7 +44,7 @@ class Index:
     def update(self):
         """Embeds photographs that are new or have changed, with a progress bar."""
         files = [x for x in self.folder.rglob("*") if not x.is_dir()]
-        images = sorted(x for x in files if x.suffix.lower() in SUFFIXES)
+        images = sorted(x for x in files if x.suffix.lower() in SUFFIXES | HEIC)
         versions = {str(x.relative_to(self.folder)): version_of(x) for x in images}
         known = {
             name: row
@@ -67,6 +68,8 @@ class Index:
             x.suffix.lower() for x in images
         )
         self.left_out = [f"Not readable as an image: {name}" for name in broken]
+        if any(x.lower().endswith(tuple(HEIC)) for x in broken):
+            self.left_out.append("To read HEIC: pip install pillow-heif")
         self.left_out += [f"Not images: {n} files {x}" for x, n in others.items()]
 
     def nearest(self, query, count):

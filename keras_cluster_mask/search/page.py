@@ -3,7 +3,9 @@
 import html
 import re
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from keras_cluster_mask.data.images import EncodedImage
 
 THUMBNAIL, MAX_CHARACTERS = 384, 1000
 # Without a second scroll bar, and with whole names where the mouse is.
@@ -20,9 +22,9 @@ def page(index):
         thumbnails, names = [], []
         for name, score in index.nearest(query, int(count)):
             try:
-                with Image.open(index.folder / name) as image:
-                    image = ImageOps.exif_transpose(image).convert("RGBA")
-            except Exception:
+                content = (index.folder / name).read_bytes()
+                image = EncodedImage(content, Image.MAX_IMAGE_PIXELS).decoded()
+            except (OSError, ValueError):
                 # Gradio shows messages as HTML.
                 gr.Warning(f"{html.escape(as_text(name))} cannot be read any more.")
                 continue

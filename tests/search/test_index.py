@@ -77,7 +77,7 @@ def test_files_that_are_no_images_are_named(photos):
     names = {"a.avif", "b.JFIF", "\udcff.png"}
     for name in names:
         Image.new("RGB", (30, 50), "blue").save(photos / name)
-    for name in ("text.jpg", "c.txt", "d.txt"):
+    for name in ("a.HEIC", "text.jpg", "c.txt", "d.txt"):
         (photos / name).write_text("no image")
     (photos / "link.jpg").symlink_to("nowhere")
     os.mkfifo(photos / "pipe.jpg")
@@ -85,8 +85,10 @@ def test_files_that_are_no_images_are_named(photos):
     assert len(index.names) == 6
     assert names < {*index.names}
     assert index.left_out == [
+        "Not readable as an image: a.HEIC",
         "Not readable as an image: link.jpg",
         "Not readable as an image: pipe.jpg",
         "Not readable as an image: text.jpg",
+        "To read HEIC: pip install pillow-heif",
         "Not images: 2 files .txt",
     ]

@@ -8,7 +8,7 @@ from keras_cluster_mask.data.sources import Source
 
 ENDINGS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif"),
-    *(".gif", ".bmp", ".tif", ".tiff"),
+    *(".heic", ".heif", ".gif", ".bmp", ".tif", ".tiff"),
 )
 
 

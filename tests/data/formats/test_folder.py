@@ -22,7 +22,7 @@ def images(tmp_path, encode):
 
 
 def test_a_folder_holds_the_images_in_it_and_below(images, read_all):
-    usual = ["4.tif", "5.TIFF", "6.jfif", "7.avif", "8.jpeg"]
+    usual = ["4.tif", "5.TIFF", "6.jfif", "7.avif", "8.jpeg", "9.HEIC"]
     for name in usual:
         (images / name).write_bytes(b"image")
     (shard,) = find_files(images)
