@@ -40,9 +40,10 @@ def fine_tune(
        projections train on the features: 30 epochs of AdamW at 1e-3, with a weight
        decay of 0.1 and a cosine schedule.
     2. Both encoders and the projections train, on crops of 60 to 100 % of each
-       photograph and with the masking of the model. The learning rate of the last
-       blocks is 1e-4, of each earlier block 0.8 times that of the next, and of the
-       projections ten times that of the last blocks (`optimizer_by_block`).
+       photograph, or on whole ones if the model squashes them, and with the masking of
+       the model. The learning rate of the last blocks is 1e-4, of each earlier block
+       0.8 times that of the next, and of the projections ten times that of the last
+       blocks (`optimizer_by_block`).
 
     A CLIP, MetaCLIP 2 or SigLIP, and a model whose projections were trained before,
     starts at the second stage; a backbone at a rate of 1e-5. Whether 1e-5 by block is
@@ -97,7 +98,9 @@ def fine_tune(
     check_range("pretrained_share", pretrained_share, 0, 1)
     if learning_rate is None:
         learning_rate = 1e-4 if model.backbone is None else 1e-5
-    pairs = _dataset(model, data, batch_size, training=True, crop_scale=(0.6, 1.0))
+    # SigLIP reads whole images.
+    crop_scale = (0.6, 1.0) if model.resize == "crop" else None
+    pairs = _dataset(model, data, batch_size, training=True, crop_scale=crop_scale)
     held_out = _dataset(model, validation_data, batch_size, training=False)
     settings = {
         "epochs": epochs,

@@ -9,8 +9,10 @@ from tests.encoders.test_pooled import bert
 from tests.helpers import (
     assert_same_values,
     dino_encoder,
+    letters_as_tokens,
     reloaded,
     tiny_clip,
+    tiny_siglip,
     values,
 )
 
@@ -100,9 +102,10 @@ def test_trained_projections_are_not_trained_again_also_after_a_reload(tmp_path)
 
 
 @pytest.mark.any_backend
-def test_a_backbone_has_one_stage_at_a_lower_rate():
+@pytest.mark.parametrize("make", [tiny_clip, tiny_siglip])
+def test_a_backbone_has_one_stage_at_a_lower_rate(make):
     model = kcm.ContrastiveModel.from_backbone(
-        tiny_clip(), masking=kcm.RandomMasking(0.5), tokenizer=words_as_tokens
+        make(), masking=kcm.RandomMasking(0.5), tokenizer=letters_as_tokens
     )
     history = kcm.fine_tune(model, PHOTOS, **TUNE)
     assert history.history["stage"] == ["encoders"] * 2
