@@ -1,6 +1,7 @@
 """Shared by the tests of the documentation: a reader's folder, and the quickstart."""
 
 import importlib.util
+import io
 import json
 import re
 
@@ -67,6 +68,7 @@ def write_presets(folder):
     clip = kcm.models.clip_backbone("tiny", 48, small.vocabulary_size, 77)
     model = kcm.ContrastiveModel.from_backbone(clip)
     model.save_to_preset(folder / "clip_vit_base_patch16", small)
+    write_siglip(folder / "siglip2_base_patch32_256", captions)
     models, shape = keras_hub.models, (224, 224, 3)
     dino = models.DINOV2Backbone(
         patch_size=14, image_shape=shape, position_embedding_shape=shape, **TRANSFORMER
@@ -84,6 +86,30 @@ def write_presets(folder):
         image = dict(text, num_attention_heads=4, image_size=64)
         config = transformers.CLIPConfig(text_config=image, vision_config=image)
         transformers.CLIPModel(config).save_pretrained(folder / "clip-vit-base-patch32")
+
+
+def write_siglip(folder, captions):
+    import sentencepiece
+
+    models, proto = keras_hub.models, io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions),
+        model_writer=proto,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+    )
+    image_encoder = models.SigLIPVisionEncoder(
+        patch_size=32, image_shape=(256, 256, 3), **TRANSFORMER, name="vision_encoder"
+    )
+    text_encoder = models.SigLIPTextEncoder(
+        30, 16, max_sequence_length=64, **TRANSFORMER, name="text_encoder"
+    )
+    backbone = models.SigLIPBackbone(image_encoder, text_encoder)
+    tokenizer = models.SigLIPTokenizer(proto.getvalue())
+    preprocessor = models.SigLIPPreprocessor(tokenizer, sequence_length=64)
+    model = kcm.ContrastiveModel.from_backbone(backbone)
+    model.save_to_preset(folder, preprocessor)
 
 
 def write_records(path, encode):

@@ -32,7 +32,9 @@ FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 GUIDES = DOCS / "guides"
 # What a page shows that continues the quickstart.
 CONTINUES = '--8<-- "docs/quickstart.md:model"'
-PRESETS = re.compile(r'"(dinov2_small|all_minilm_l6_v2_en|clip_vit_base_patch16)"')
+PRESETS = re.compile(
+    r'"(dinov2_small|all_minilm_l6_v2_en|clip_vit_base_patch16|siglip2_base_patch32_256)"'
+)
 
 
 def read(path):

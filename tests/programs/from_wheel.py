@@ -19,7 +19,8 @@ ENCODERS = os.environ["KERAS_CLUSTER_MASK_ENCODERS"]
 CHANGES = {
     '"dinov2_small"': repr(f"{ENCODERS}/dinov2_small"),
     '"all_minilm_l6_v2_en"': repr(f"{ENCODERS}/all_minilm_l6_v2"),
-    '"clip_vit_base_patch16"': "'./clip'",
+    # Without TensorFlow, SigLIP has no tokenizer.
+    '"siglip2_base_patch32_256"': "'./clip'",
     "photos/*.jpg": "photos/*.webp",
     "fit(train, epochs=9": "fit(train, epochs=1, steps_per_epoch=5",
 }
