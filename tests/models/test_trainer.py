@@ -11,6 +11,7 @@ from tests.helpers import (
     exported,
     image_mlp,
     random_pairs,
+    run_program,
     text_bag,
     tiny_clip,
 )
@@ -62,3 +63,14 @@ def test_a_model_that_was_never_called_is_exported_for_any_batch_size(kind, tmp_
     for size in (1, 4):
         found = embed({name: x[:size] for name, x in pairs.items()})
         assert_close(found, {name: x[:size] for name, x in expected.items()}, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="a setting of JAX")
+def test_a_later_program_compiles_no_step_again(tmp_path):
+    compiled = []
+    for _ in range(2):
+        run_program("tests/programs/cached_steps.py", tmp_path)
+        compiled.append({x.name for x in tmp_path.iterdir() if "atime" not in x.name})
+    assert any("train_step" in name for name in compiled[0])
+    assert compiled[1] == compiled[0]
