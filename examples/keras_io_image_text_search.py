@@ -106,7 +106,7 @@ class ImageTextModel(keras.Model):
         self.log_temperature = self.add_weight((), initializers.Constant(np.log(0.07)))
         self.seed = keras.random.SeedGenerator(1)
 
-    def call(self, inputs):
+    def call(self, inputs, training=False):  # Dropout reads `training`.
         images, texts = inputs
         chosen = keras.random.randint((ops.shape(texts)[0], 1, 1), 0, 5, seed=self.seed)
         texts = ops.take_along_axis(texts, chosen, axis=1)[:, 0]

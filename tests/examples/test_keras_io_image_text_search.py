@@ -76,9 +76,19 @@ def test_it_finds_photographs_by_their_captions(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(keras_hub.models.Backbone, "from_preset", tiny_dino)
     monkeypatch.setattr(keras_hub.models.TextEmbedder, "from_preset", tiny_embedder)
     monkeypatch.setattr(plt, "show", plt.close)
+    drops = set()
+
+    class Dropout(keras.layers.Dropout):
+        def call(self, inputs, training=False):
+            drops.add(bool(training))
+            return super().call(inputs, training=training)
+
+    monkeypatch.setattr(keras.layers, "Dropout", Dropout)
     path = ROOT / "examples" / "keras_io_image_text_search.py"
     found = runpy.run_path(str(path), run_name="__main__")
     assert [caption_of[name] for name in found["best"]] == [SENTENCE] * 4
     # Ten photographs fit each caption, which is 25 % of the photographs.
     (recall,) = re.findall(r"recall@10: (\S+)%", capsys.readouterr().out)
     assert float(recall) > 90
+    # `fit` turns dropout on only in a model whose `call` takes `training`.
+    assert drops == {False, True}
