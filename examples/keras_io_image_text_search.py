@@ -106,11 +106,12 @@ class ImageTextModel(keras.Model):
         self.log_temperature = self.add_weight((), initializers.Constant(np.log(0.07)))
         self.seed = keras.random.SeedGenerator(1)
 
-    def call(self, inputs, training=False):  # Dropout reads `training`.
+    def call(self, inputs, training=False):
         images, texts = inputs
         chosen = keras.random.randint((ops.shape(texts)[0], 1, 1), 0, 5, seed=self.seed)
         texts = ops.take_along_axis(texts, chosen, axis=1)[:, 0]
-        return self.image_projection(images), self.text_projection(texts)
+        images = self.image_projection(images, training=training)  # JAX needs it.
+        return images, self.text_projection(texts, training=training)
 
     def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
         images, texts = y_pred
@@ -145,6 +146,5 @@ plt.axis("off")
 plt.show()
 
 """
-The library `keras_cluster_mask` has what this program leaves out: tuning both encoders
-with masking, equal captions as positives, resuming an interrupted run, and evaluation.
+Left out here is tuning both encoders, with masking: the library `keras_cluster_mask`.
 """

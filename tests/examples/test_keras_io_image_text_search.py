@@ -90,5 +90,5 @@ def test_it_finds_photographs_by_their_captions(tmp_path, monkeypatch, capsys):
     # Ten photographs fit each caption, which is 25 % of the photographs.
     (recall,) = re.findall(r"recall@10: (\S+)%", capsys.readouterr().out)
     assert float(recall) > 90
-    # `fit` turns dropout on only in a model whose `call` takes `training`.
+    # `fit` turns dropout on only if `call` takes `training`, on JAX if it passes it on.
     assert drops == {False, True}
