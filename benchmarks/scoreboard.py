@@ -4,10 +4,10 @@
     python scoreboard.py
     python scoreboard.py --record "what made it faster"
 
-Reads the results of `fine_tune.py`, `connect_encoders.py` and `peers.py`, and draws
-`docs/minutes.png`. Minutes are those of one core for everything that follows the
-pre-trained encoders: features, projections and tuning. `--record` adds a row to the
-table of records in `results/scoreboard.json`.
+Reads the published results of `fine_tune.py`, `connect_encoders.py` and `peers.py` in
+`results/`, and draws `docs/minutes.png`. Minutes are those of one core for everything
+that follows the pre-trained encoders: features, projections and tuning. `--record` adds
+a row to the table of records in `results/scoreboard.json`.
 """
 
 import datetime

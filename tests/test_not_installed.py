@@ -8,7 +8,7 @@ from tests.helpers import run_program
 pytestmark = pytest.mark.slow
 
 TENSORFLOW = "tensorflow,tensorflow_text"
-# The packages of `heic`, `parquet`, `search` and `weights`.
+# The packages of `faiss`, `heic`, `parquet` and `weights`.
 EXTRAS = "pillow_heif,pyarrow,faiss,safetensors"
 
 

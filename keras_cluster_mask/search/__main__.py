@@ -1,17 +1,18 @@
 """Searches a folder of photographs in the browser, by words or by a photograph.
 
-    pip install "keras_cluster_mask[app]"
+    pip install "keras_cluster_mask[search]"
     python -m keras_cluster_mask.search photos.keras photos/
 
 The model is a `.keras` file, a folder that `examples/export_transformers_js.py` wrote,
-or a preset of keras_hub for those who train nothing: CLIP or SigLIP 2, by name or as a
-folder. The first start embeds all photographs and keeps their embeddings; the next one
-embeds what is new or has changed. The page is on this machine alone, and closed to
-other web sites.
+or a preset of keras_hub for those who train nothing: CLIP or SigLIP 2, by name, as a
+folder or as an `hf://` address. The first start embeds all photographs and keeps their
+embeddings; the next one embeds what is new or has changed. The page is on this machine
+alone, and closed to other web sites.
 """
 
 import argparse
 import atexit
+import hashlib
 import os
 import re
 import signal
@@ -73,6 +74,12 @@ def load(name):
         raise SystemExit(
             f"{name} has no tokenizer. Set `model.tokenizer`, and save it."
         )
+    if not path.exists():
+        # What a name stands for may change, and is the same in each folder.
+        weights = hashlib.sha256()
+        for weight in model.weights:
+            weights.update(keras.ops.convert_to_numpy(weight).tobytes())
+        version = f"{name} {weights.hexdigest()}"
     return model, version
 
 
@@ -88,7 +95,7 @@ def launch(index, port):
         import gradio as gr
     except ImportError:
         raise SystemExit(
-            'The page needs pip install "keras_cluster_mask[app]"'
+            'The page needs pip install "keras_cluster_mask[search]"'
         ) from None
     from starlette.middleware import Middleware
 

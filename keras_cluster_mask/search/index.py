@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import stat
 from collections import Counter
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import tqdm
 from PIL import Image
+
+from keras_cluster_mask.data.images import NO_HEIC
 
 CACHE = Path.home() / ".cache" / "keras_cluster_mask" / "search"
 # Images that Pillow opens: no videos, tables or PostScript.
@@ -68,8 +71,9 @@ class Index:
             x.suffix.lower() for x in images
         )
         self.left_out = [f"Not readable as an image: {name}" for name in broken]
-        if any(x.lower().endswith(tuple(HEIC)) for x in broken):
-            self.left_out.append("To read HEIC: pip install pillow-heif")
+        has_heic = any(x.lower().endswith(tuple(HEIC)) for x in broken)
+        if has_heic and not importlib.util.find_spec("pillow_heif"):
+            self.left_out.append(NO_HEIC)
         self.left_out += [f"Not images: {n} files {x}" for x, n in others.items()]
 
     def nearest(self, query, count):

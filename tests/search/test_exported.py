@@ -39,7 +39,7 @@ def test_int8_files_are_used_where_there_are_any(model, exported, photos):
 
 def test_it_needs_no_keras(exported, photos):
     program = (
-        "import runpy, sys\n"
+        "import sys\n"
         "sys.orig_argv = ['python', '-m', 'keras_cluster_mask.search']\n"
         "from keras_cluster_mask.search.__main__ import load\n"
         f"model, _ = load({str(exported)!r})\n"

@@ -1,11 +1,13 @@
 """The embeddings of a folder of photographs."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from keras_cluster_mask.data.images import NO_HEIC
 from keras_cluster_mask.search.index import Index
 
 pytestmark = pytest.mark.any_backend
@@ -73,7 +75,10 @@ def test_a_damaged_cache_is_written_again(photos):
     assert updated(photos).model.read == []
 
 
-def test_files_that_are_no_images_are_named(photos):
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_files_that_are_no_images_are_named(is_installed, photos, monkeypatch):
+    if not is_installed:
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
     names = {"a.avif", "b.JFIF", "\udcff.png"}
     for name in names:
         Image.new("RGB", (30, 50), "blue").save(photos / name)
@@ -89,6 +94,6 @@ def test_files_that_are_no_images_are_named(photos):
         "Not readable as an image: link.jpg",
         "Not readable as an image: pipe.jpg",
         "Not readable as an image: text.jpg",
-        "To read HEIC: pip install pillow-heif",
+        *([] if is_installed else [NO_HEIC]),
         "Not images: 2 files .txt",
     ]

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 
 import keras
+import keras_hub
 import pytest
 
 import keras_cluster_mask as kcm
@@ -183,6 +184,18 @@ def test_other_web_sites_and_uploads_are_refused(model, photos, tmp_path, browse
         kind = {"Content-Type": "multipart/form-data; boundary=x"}
         assert status_of(address, "/gradio_api/upload", b"--x--", **kind) == 403
         assert not names_of(copies)
+
+
+def test_the_version_of_a_preset_changes_with_its_weights(model, hub, tmp_path):
+    def version():
+        model.save_to_preset(tmp_path / "clip")
+        keras_hub.upload_preset("hf://me/clip", str(tmp_path / "clip"))
+        return load("hf://me/clip")[1]
+
+    before = version()
+    assert version() == before
+    model.image_encoder.trainable_variables[0].assign_add([1.0])
+    assert version() != before
 
 
 def test_a_model_without_a_tokenizer_is_refused(model, tmp_path):
