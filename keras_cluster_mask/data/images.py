@@ -59,7 +59,12 @@ class EncodedImage:
         self._max_pixels = math.inf if max_pixels is None else max_pixels
         with decoding():
             if not isinstance(content, Image.Image):
-                self._image = open_image(content)
+                try:
+                    self._image = Image.open(io.BytesIO(content))
+                except UnidentifiedImageError:
+                    if content[4:12] not in HEIC:
+                        raise
+                    self._image = open_heic(content)
             # The orientation of a PNG may come after its pixels.
             if self._image.format == "PNG":
                 self.check_pixels()
@@ -136,29 +141,23 @@ class EncodedImage:
             return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_image(content):
-    """Opens an encoded image with Pillow.
+def open_heic(content):
+    """Opens a HEIC with the package pillow-heif, imported for the first one.
 
-    A HEIC needs the package pillow-heif, which is imported for the first one. It turns
-    images upright itself, and sets their EXIF orientation to 1.
+    The package turns images upright itself, and sets their EXIF orientation to 1.
 
     Args:
         content: Bytes of the file.
 
     Raises:
-        UnreadableImage: For a HEIC without pillow-heif.
+        UnreadableImage: If the package is not installed.
     """
     try:
-        return Image.open(io.BytesIO(content))
-    except UnidentifiedImageError:
-        if content[4:12] not in HEIC:
-            raise
-        try:
-            import pillow_heif
-        except ImportError as error:
-            raise UnreadableImage(NO_HEIC) from error
-        pillow_heif.register_heif_opener()
-        return Image.open(io.BytesIO(content))
+        import pillow_heif
+    except ImportError as error:
+        raise UnreadableImage(NO_HEIC) from error
+    pillow_heif.register_heif_opener()
+    return Image.open(io.BytesIO(content))
 
 
 @contextlib.contextmanager
