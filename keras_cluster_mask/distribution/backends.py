@@ -14,6 +14,13 @@ from keras import ops
 # does not run.
 ONNX_PACKAGES = {"tensorflow": "tf2onnx", "torch": "onnxscript"}
 
+
+@functools.cache
+def print_backend() -> None:
+    """Prints the backend, once in a process: Keras may have chosen it."""
+    print(f"Keras backend: {keras.backend.backend()}", flush=True)
+
+
 # === Operations ===
 
 

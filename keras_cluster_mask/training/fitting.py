@@ -14,6 +14,7 @@ import keras
 from keras_cluster_mask.checks import check_integer, check_range
 from keras_cluster_mask.distribution.backends import (
     copy_values,
+    print_backend,
     put_back,
     read_rng_state,
     start_values,
@@ -98,7 +99,8 @@ def fit(
         steps=validation_steps,
         frequency=validation_freq,
     )
-    verbose = verbosity(verbose)
+    if verbose := verbosity(verbose):
+        print_backend()
     run = TrainingRun(model, data, callbacks, validation)
     tokenizer, scaled = model.tokenizer, []
     try:

@@ -8,6 +8,7 @@ import time
 import keras
 import numpy as np
 
+from keras_cluster_mask.distribution.backends import print_backend
 from keras_cluster_mask.distribution.processes import to_numpy
 from keras_cluster_mask.distribution.replicas import verbosity
 from keras_cluster_mask.training.checkpoints import Checkpoint, describe_model
@@ -32,6 +33,8 @@ class Stages:
 
     def __init__(self, model, folder, settings, verbose):
         self.model, self.verbose = model, verbosity(verbose)
+        if self.verbose:
+            print_backend()
         self.folder = None if folder is None else pathlib.Path(folder).expanduser()
         self.history, self._epochs = keras.callbacks.History(), []
         if folder is not None:
