@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
+from keras_cluster_mask.distribution.backends import print_backend
 from tests.encoders.test_pooled import bert
 from tests.helpers import (
     assert_same_values,
@@ -189,8 +190,10 @@ def test_a_folder_of_another_run_is_refused_by_what_differs(tmp_path):
 @pytest.mark.any_backend
 def test_a_run_says_what_it_does_and_when_it_is_finished(tmp_path, capsys):
     photos, options = PHOTOS * 2, {**TUNE, "verbose": 2, "folder": tmp_path}
+    print_backend.cache_clear()
     kcm.fine_tune(connected(), photos, **options)
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"Keras backend: {keras.backend.backend()}"
     for line in (
         "Features of 80 photographs.",
         "Projections: 30 epochs of 2 steps.",
@@ -201,5 +204,5 @@ def test_a_run_says_what_it_does_and_when_it_is_finished(tmp_path, capsys):
         assert lines.count(line) == 1
     kcm.fine_tune(connected(), photos, **options)
     printed = capsys.readouterr().out
-    assert "Encoders: finished before." in printed
+    assert "Encoders: already finished." in printed
     assert "min left" not in printed

@@ -14,6 +14,13 @@ from keras import ops
 # does not run.
 ONNX_PACKAGES = {"tensorflow": "tf2onnx", "torch": "onnxscript"}
 
+
+@functools.cache
+def print_backend() -> None:
+    """Prints the backend, once in a process: Keras may have chosen it."""
+    print(f"Keras backend: {keras.backend.backend()}", flush=True)
+
+
 # === Operations ===
 
 
@@ -195,8 +202,8 @@ def keeping_weights(model: keras.Model) -> Iterator[None]:
         put_back(values)
         if type(error).__name__ == "IndivisibleError":
             raise ValueError(
-                "The number of devices must divide every batch, also the last one: "
-                "pass a `batch_size`, or as many pairs, for which it does. "
+                "Every batch, including the last one, must be divisible by the number "
+                "of devices: pass another `batch_size`, or another number of pairs. "
                 f"Received: {error}"
             ) from error
         raise

@@ -8,6 +8,7 @@ import time
 import keras
 import numpy as np
 
+from keras_cluster_mask.distribution.backends import print_backend
 from keras_cluster_mask.distribution.processes import to_numpy
 from keras_cluster_mask.distribution.replicas import verbosity
 from keras_cluster_mask.training.checkpoints import Checkpoint, describe_model
@@ -32,6 +33,8 @@ class Stages:
 
     def __init__(self, model, folder, settings, verbose):
         self.model, self.verbose = model, verbosity(verbose)
+        if self.verbose:
+            print_backend()
         self.folder = None if folder is None else pathlib.Path(folder).expanduser()
         self.history, self._epochs = keras.callbacks.History(), []
         if folder is not None:
@@ -52,7 +55,7 @@ class Stages:
         options = {"callbacks": callbacks, "verbose": self.verbose, **options}
         found = self.model.fit(data, epochs=epochs, **options)
         if not duration.steps:
-            self.say(f"{duration.stage}: finished before.")
+            self.say(f"{duration.stage}: already finished.")
         self._epochs += [
             {"stage": stage, **dict(zip(found.history, values))}
             for values in zip(*found.history.values())
@@ -78,7 +81,7 @@ class Stages:
         then = json.loads(str(found["settings"]))
         if differing := [*differences(then, settings)]:
             raise ValueError(
-                "`folder` must be of the same run: pass another one, or the same "
+                "`folder` must be from the same run: pass another folder, or the same "
                 f"model, data and settings. Received: folder={self.folder}, with "
                 + "; ".join(differing[:10])
             )

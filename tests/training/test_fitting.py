@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import keras_cluster_mask as kcm
-from keras_cluster_mask.distribution import replicas
+from keras_cluster_mask.distribution import backends, replicas
 from keras_cluster_mask.training.fitting import (
     STEPS_AHEAD,
     TrainingRun,
@@ -125,6 +125,16 @@ def test_fit_prints_how_many_samples_of_an_epoch_are_broken(write_pairs, capsys)
         assert printed.count("broken samples, <SkippedSamples count=") == expected
     compiled().fit(stream(write_pairs("b.tar", 0, 8)), verbose=2)
     assert "broken" not in capsys.readouterr().out
+
+
+@pytest.mark.any_backend
+def test_the_first_fit_that_prints_anything_begins_with_the_backend(capsys):
+    backends.print_backend.cache_clear()
+    model, line = compiled(), f"Keras backend: {keras.backend.backend()}"
+    for verbose, expected in ((0, 0), (2, 1), (2, 0)):
+        model.fit(random_pairs(8), **{**FIT, "verbose": verbose})
+        lines = capsys.readouterr().out.splitlines()
+        assert lines.count(line) == lines[:1].count(line) == expected
 
 
 @pytest.mark.one_case
