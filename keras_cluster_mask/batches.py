@@ -97,7 +97,9 @@ def read_images(data: Any, max_images: int | None = None) -> Iterator[np.ndarray
 def check_not_empty(count: int, data: Any) -> None:
     """Raises an error for data without images."""
     if not count:
-        raise ValueError(f"`data` must hold at least one image. Received: data={data}")
+        raise ValueError(
+            f"`data` must contain at least one image. Received: data={data}"
+        )
 
 
 def num_images(data: Any) -> int | None:
@@ -170,9 +172,9 @@ def _arrays(batch):
     # Names of files are strings, or objects.
     if arrays["images"].dtype.kind in "OSU":
         raise ValueError(
-            "`data` must hold images as arrays: read files and folders by "
-            "`kcm.data.image_text_dataset(source, model, training=False)`. "
-            f"Received: images={batch['images']!r}"
+            "`data` must contain images as arrays: read files and folders with "
+            "`kcm.data.image_text_dataset(source, model, training=False)`. Received: "
+            f"images={batch['images']!r}"
         )
     return arrays
 

@@ -122,7 +122,7 @@ def compute_features(
         if not counts.all():
             raise ValueError(
                 "`data` must have a caption for each image. Received: "
-                f"{int(np.sum(counts == 0))} images of a batch without"
+                f"{int(np.sum(counts == 0))} images of a batch without a caption"
             )
         token_ids = tokenize(texts)
         read = without_padding(model.text_tower.family, token_ids)

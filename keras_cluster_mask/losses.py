@@ -335,8 +335,8 @@ def _mean_loss(loss, weights, image_embeddings, text_embeddings, labels):
     texts = ops.convert_to_tensor(text_embeddings)
     if len(images.shape) != 2 or not fits_shape(images.shape, texts.shape):
         raise ValueError(
-            "Image and text embeddings must have the same shape (batch, d). Received: "
-            f"image_embeddings.shape={tuple(images.shape)}, "
+            "`image_embeddings` and `text_embeddings` must have the same shape (batch, "
+            f"d). Received: image_embeddings.shape={tuple(images.shape)}, "
             f"text_embeddings.shape={tuple(texts.shape)}"
         )
     if labels is None:
@@ -344,7 +344,8 @@ def _mean_loss(loss, weights, image_embeddings, text_embeddings, labels):
     labels = ops.convert_to_tensor(labels)
     if len(labels.shape) > 2 or not fits_shape(labels.shape[:1], images.shape[:1]):
         raise ValueError(
-            f"`labels` must have a row per pair. Received: shape {tuple(labels.shape)}"
+            "`labels` must have one row per pair. Received: shape "
+            f"{tuple(labels.shape)}"
         )
     losses, _ = batch_loss(loss, weights, images, texts, labels, is_split=False)
     return ops.mean(losses)

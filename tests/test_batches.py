@@ -177,6 +177,6 @@ def test_bad_data_is_an_error_that_says_so(data, message):
 @pytest.mark.parametrize("data", [[], IMAGES[:0], [IMAGES[:0]], {"images": []}])
 def test_data_without_an_image_is_an_error_where_one_is_needed(data):
     assert sum(len(batch["images"]) for batch in read_batches(data)) == 0
-    message = "`data` must hold at least one image. Received: data="
+    message = "`data` must contain at least one image. Received: data="
     with pytest.raises(ValueError, match=message):
         [*read_images(data)]

@@ -192,7 +192,7 @@ def test_an_interrupted_run_resumes_with_the_next_batch(model, tmp_path):
     # A kill while a batch is written leaves a part of it.
     with open(folder / "image_features.npy", "ab") as file:
         file.write(b"part")
-    with pytest.raises(ValueError, match=r"`folder` must hold .*Received: "):
+    with pytest.raises(ValueError, match=r"`folder` must contain .*Received: "):
         kcm.TowerFeatures(folder)
     calls.clear()
     found = compute_features(model, data, folder, interrupted, verbose=0)
@@ -438,7 +438,7 @@ def test_empty_batches_are_left_out(model, tmp_path):
     found = compute_features(model, batches, tmp_path / "parts", tokenizer, verbose=0)
     rows = [x.pairs(slice(None))["image_features"] for x in (found, expected)]
     np.testing.assert_allclose(*rows, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"`data` must hold at least one image"):
+    with pytest.raises(ValueError, match=r"`data` must contain at least one image"):
         compute_features(model, [empty], tmp_path / "none", tokenizer, verbose=0)
 
 

@@ -290,5 +290,5 @@ def test_labels_of_captions_that_hardly_differ_do_not_collide(column):
 @pytest.mark.parametrize("labels", [np.zeros(1), np.zeros((1, 6)), np.zeros(5)])
 def test_labels_of_another_length_are_refused(labels):
     pair = [np.eye(6, 8, dtype="float32")] * 2
-    with pytest.raises(ValueError, match=r"`labels` must have a row.*Received: "):
+    with pytest.raises(ValueError, match=r"`labels` must have one row.*Received: "):
         losses.softmax_contrastive_loss(*pair, 10.0, labels)

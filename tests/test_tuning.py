@@ -204,5 +204,5 @@ def test_a_run_says_what_it_does_and_when_it_is_finished(tmp_path, capsys):
         assert lines.count(line) == 1
     kcm.fine_tune(connected(), photos, **options)
     printed = capsys.readouterr().out
-    assert "Encoders: finished before." in printed
+    assert "Encoders: already finished." in printed
     assert "min left" not in printed

@@ -124,7 +124,7 @@ class Evaluate(RunCallback):
             self.chance = {f"{prefix}{name}": x for name, x in chance.items()}
         if not isinstance(metrics, dict) or not all(map(is_number, metrics.values())):
             raise ValueError(
-                "`function` must return a dictionary from names to floats. "
+                "`function` must return a dictionary that maps names to floats. "
                 f"Received: {metrics!r}"
             )
         # Keras's callbacks recognize metrics of validation by `val_`.
@@ -135,8 +135,9 @@ class Evaluate(RunCallback):
         taken = metrics.keys() & logs.keys()
         if taken:
             raise ValueError(
-                "`name` must distinguish the metrics of callbacks. Received: "
-                f"name={self.name!r}, with which {sorted(taken)} are written twice"
+                "`name` must distinguish the metrics of this callback from all others: "
+                f"pass another `name`. Received: name={self.name!r}, and "
+                f"{sorted(taken)}, which are already logged"
             )
         logs.update(metrics)
 
@@ -165,9 +166,9 @@ class EvaluateData(Evaluate):
 
         if isinstance(data, collections.abc.Iterator):
             raise ValueError(
-                "`data` must be readable more than once: arrays, a dataset, or a "
-                "`tf.data.Dataset` or a `PyDataset`. "
-                f"Received: an iterator of type {type(data).__name__}"
+                "`data` must be readable more than once: pass arrays, an "
+                "`image_text_dataset`, a `tf.data.Dataset` or a `PyDataset`. Received: "
+                f"an iterator of type {type(data).__name__}"
             )
         check_whole(data)
         self.data = data

@@ -158,8 +158,8 @@ class CLIPTokenizer:
         self.vocabulary_size = len(self._vocabulary)
         if self._vocabulary[-1:] != [END] or len(ids) < self.vocabulary_size:
             raise ValueError(
-                f"`vocabulary` must end with {END!r}, which then has the highest "
-                "id, and must have each token once. Received: "
+                f"`vocabulary` must end with {END!r}, so that this token has the "
+                "highest id, and must not contain a token twice. Received: "
                 f"{self.vocabulary_size} tokens, ...{self._vocabulary[-2:]}"
             )
         self.start_token_id, self.end_token_id = ids[START], ids[END]
@@ -213,8 +213,8 @@ class CLIPTokenizer:
         except Exception as error:
             raise ValueError(
                 "`path` must be a file written by `CLIPTokenizer.save`, or OpenAI's "
-                f"list of merges; this file is damaged or has another format ({error})."
-                f" Received: path={path!r}"
+                f"list of merges. This file is damaged or in another format ({error}). "
+                f"Received: path={path!r}"
             ) from error
         if context_length is None:
             return tokenizer
@@ -239,9 +239,9 @@ class CLIPTokenizer:
         package = importlib.util.find_spec("open_clip")
         if package is None:
             raise ImportError(
-                "`CLIPTokenizer.from_open_clip` reads a file of the package open_clip, "
-                "which is not installed: `pip install open_clip_torch`, or pass the "
-                "file to `CLIPTokenizer.from_file`, or use `CLIPTokenizer.from_preset`."
+                "`CLIPTokenizer.from_open_clip` needs the vocabulary file of "
+                "open_clip: `pip install open_clip_torch`, or pass the file to "
+                "`CLIPTokenizer.from_file`, or use `CLIPTokenizer.from_preset`."
             )
         folder = pathlib.Path(package.origin).parent
         return cls.from_file(folder / "bpe_simple_vocab_16e6.txt.gz", context_length)

@@ -254,16 +254,17 @@ def image_text_dataset(
         ):
             if given is not None and expected is not None:
                 raise ValueError(
-                    f"`{name}` must be None for a model, which defines it. "
-                    f"Received: {name}={given!r}, a model with {name}={expected!r}"
+                    f"`{name}` must be None if a model is passed, because the model "
+                    f"defines it. Received: {name}={given!r}, and a model with "
+                    f"{name}={expected!r}"
                 )
         tokenizer, image_size, resize = of_model["tokenizer"], image_size or size, own
         if label_key is not None and caption_key is None:
             tokenizer = None
         elif tokenizer is None:
             raise ValueError(
-                "`tokenizer` must be a model with a tokenizer: set `model.tokenizer` "
-                "to the one that the model was trained with. "
+                "`model_or_tokenizer` must be a model with a tokenizer: set "
+                "`model.tokenizer` to the tokenizer that the model was trained with. "
                 "Received: a model with tokenizer=None"
             )
     images = Images(
@@ -280,16 +281,16 @@ def image_text_dataset(
     seed = check_integer("seed", seed, 0)
     if check_integer("batch_size", batch_size, 1) % process[1]:
         raise ValueError(
-            "`batch_size` is global and must be divisible by the number of "
-            f"processes. Received: batch_size={batch_size}, {process[1]} processes"
+            "`batch_size` is the global batch size and must be divisible by the number "
+            f"of processes. Received: batch_size={batch_size}, {process[1]} processes"
         )
     mix = source if isinstance(source, Mapping) else {"": 1.0}
     if not (
         mix and all(map(is_positive, mix.values())) and (training or mix is not source)
     ):
         raise ValueError(
-            "`source` as a dict from sources to positive weights is for training. "
-            f"Received: source={source!r}, training={training}"
+            "`source` may be a dict in training only, and must map sources to positive "
+            f"weights. Received: source={source!r}, training={training}"
         )
     several = [*mix] if mix is source else [source]
     opened = [open_source(each, fields.image_keys) for each in several]
@@ -310,7 +311,7 @@ def image_text_dataset(
         order = Order([*map(len, opened)], [*mix.values()], seed, block_size)
     elif block_size is not None:
         raise ValueError(
-            "`block_size` is for training, and evaluation reads all of `source` in "
+            "`block_size` must be None in evaluation, which reads all of `source` in "
             f"order. Received: block_size={block_size}, training=False"
         )
     batches = Batches(
@@ -336,7 +337,7 @@ def _process(process, training):
     index, count = process
     if not 0 <= index < count:
         raise ValueError(
-            "`process` must be a pair (number, count) with 0 <= number < count. "
+            "`process` must be a pair (index, count) with 0 <= index < count. "
             f"Received: process={process}"
         )
     return index, count
@@ -540,9 +541,10 @@ class ImageTextDataset(Stream):
                     yield batch
                 if os.getpid() != process:
                     raise RuntimeError(
-                        "A pass over an `image_text_dataset` must be read in the "
-                        "process that started it, and not in a fork of it: start it "
-                        f"there. Received: process {os.getpid()}, started in {process}"
+                        "An iterator over an `image_text_dataset` must be read in the "
+                        "process that created it, not in a fork of that process: call "
+                        "`iter(dataset)` in the fork. Received: process "
+                        f"{os.getpid()}, an iterator of process {process}"
                     )
         finally:
             close()

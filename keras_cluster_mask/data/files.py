@@ -34,7 +34,7 @@ FINAL = (
 )
 # Ranges at most this many bytes apart are read in one request.
 MAX_GAP = 2**16
-NO_RANGES = "the server does not send parts of files: download them"
+NO_RANGES = "the server does not support range requests: download the files"
 # A request is an error after this time, in seconds, and the time for its bytes at this
 # rate, in bytes per second.
 MAX_WAIT, MIN_RATE = 35.0, 2**18
@@ -324,7 +324,7 @@ def limited(system, function, names, *arguments, size=0):
             return threads.submit(function, names, *arguments).result(limit)
     except TimeoutError as error:
         name = system.unstrip_protocol(names if isinstance(names, str) else names[0])
-        reason = f"{name} has not answered within {limit:.3g} seconds"
+        reason = f"{name} did not respond within {limit:.3g} seconds"
         raise TimeoutError(errno.ETIMEDOUT, reason) from error
 
 

@@ -73,9 +73,10 @@ class FrequencyTextMasking(TextMasking):
             pieces = words_of(word, PIECE_PATTERN)
             if pieces != [word.lower()] or not is_positive(count):
                 raise ValueError(
-                    "`frequencies` must be a dict from single words in lower case, as "
-                    "`TextMasking.split` returns them, to positive numbers, how often "
-                    f"each occurs: count them with `fit`. Received: {word!r}: {count!r}"
+                    "`frequencies` must be a dict that maps single lowercase words, as "
+                    "`TextMasking.split` returns them, to positive counts or "
+                    f"frequencies: call `fit` to count words. Received: {word!r}: "
+                    f"{count!r}"
                 )
         self.frequencies = None if frequencies is None else _shares(frequencies)
 
@@ -113,8 +114,8 @@ class FrequencyTextMasking(TextMasking):
         """Returns random scores minus `probability`; see `TextMasking.score`."""
         if self.frequencies is None:
             raise ValueError(
-                "`frequencies` must be known before captions are masked: pass them, or "
-                "call `fit` with the captions of the training data, such as from "
+                "`frequencies` must be set before captions are masked: pass "
+                "`frequencies`, or call `fit` on the training captions, such as from "
                 f"`kcm.data.read_captions`. Received: {self!r}"
             )
         draws = caption.generator.random(len(caption.words)).tolist()
@@ -131,8 +132,9 @@ class FrequencyTextMasking(TextMasking):
 def _shares(counts):
     if not counts:
         raise ValueError(
-            "`frequencies` must have words, which `fit` counts in captions that hold "
-            f"some, with `unknown='drop'` at least {MIN_COUNT} times. Received: none"
+            "`frequencies` must contain at least one word: pass captions with words to "
+            "`fit`. With `unknown='drop'`, `fit` counts only words that occur at least "
+            f"{MIN_COUNT} times. Received: no words"
         )
     # The sum does not depend on the order, and NumPy numbers are not JSON.
     total = math.fsum(counts.values())

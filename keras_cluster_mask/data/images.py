@@ -170,7 +170,7 @@ def decoding():
     except Image.DecompressionBombError as error:
         raise UnreadableImage(TOO_LARGE) from error
     except Exception as error:
-        raise UnreadableImage("the image does not decode") from error
+        raise UnreadableImage("the image cannot be decoded") from error
 
 
 def resize(image, size, box):
@@ -305,14 +305,14 @@ class Images:
         if self.image_transform is not None and not self.training:
             raise ValueError(
                 "`image_transform` must be None in evaluation, where images are not "
-                f"changed. Received: image_transform={self.image_transform}, "
+                f"augmented. Received: image_transform={self.image_transform}, "
                 "training=False"
             )
         if self.resize == "squash" or not self.training:
             if self.crop_scale is not None:
                 raise ValueError(
-                    "`crop_scale` must be None where images are squashed, and in "
-                    "evaluation, which take no random crops. Received: "
+                    "`crop_scale` must be None with `resize='squash'` and in "
+                    "evaluation, because no random crops are taken. Received: "
                     f"crop_scale={self.crop_scale}, resize={self.resize!r}, "
                     f"training={self.training}"
                 )
@@ -322,8 +322,8 @@ class Images:
         low, high = self.crop_scale if np.size(self.crop_scale) == 2 else (0, 0)
         if not 0 < low <= high <= 1:
             raise ValueError(
-                "`crop_scale` must be two floats, 0 < lowest <= highest <= 1. "
-                f"Received: crop_scale={self.crop_scale}"
+                "`crop_scale` must be two floats (low, high) with 0 < low <= high <= "
+                f"1. Received: crop_scale={self.crop_scale}"
             )
 
     def __call__(self, content, generator):
@@ -355,7 +355,8 @@ class Images:
             part = np.asarray(self.image_transform(part, generator))
             if part.shape != shape or part.dtype != dtype:
                 raise ValueError(
-                    "`image_transform` must return an image of the shape and type that "
-                    f"it gets, uint8 {shape}. Received: {part.dtype} {part.shape}"
+                    "`image_transform` must return an image of the same shape and "
+                    f"dtype as its input, uint8 {shape}. Received: {part.dtype} "
+                    f"{part.shape}"
                 )
         return part.transpose(2, 0, 1) if self.data_format == CHANNELS_FIRST else part

@@ -283,5 +283,5 @@ class Batches:
                 if isinstance(sample, Sample):
                     return sample
         reason = fault.reason + (f" ({fault.details})" if fault.details else "")
-        reason += f"; {several} others of its source are broken, too"
+        reason += f"; {several} other samples of the same source are broken, too"
         raise SampleError(fault.file, fault.key, reason)

@@ -58,12 +58,12 @@ def open_source(source: Any, image_keys: Sequence[str] = IMAGE_KEYS) -> Any:
         return Concatenation(source)
     if not _is_source(source):
         raise ValueError(
-            "`source` must be paths, or an object with `len` that holds dicts: "
-            "pass `[{'image': x, 'caption': y} for x, y in pairs]` instead of "
-            "pairs, and `frame.to_dict('records')` instead of a DataFrame, and "
-            "load a streaming dataset without streaming. Split a list instead of "
-            "listing parts, and pass a dict of weights to `image_text_dataset` only. "
-            f"Received: source={type(source).__name__}"
+            "`source` must be a path, an object with `len` and dicts as items, or a "
+            "list of only paths or only such objects. Instead of pairs, pass "
+            "`[{'image': x, 'caption': y} for x, y in pairs]`. Instead of a DataFrame, "
+            "pass `frame.to_dict('records')`. Load a streaming dataset without "
+            "streaming. Pass a dict of weights to `image_text_dataset` only. Received: "
+            f"source={type(source).__name__}"
         )
     return source
 
@@ -151,8 +151,8 @@ def _in_folder(system, folder, info):
     folder = folder.rstrip("/") + "/"
     if len(tables) > 1:
         raise ValueError(
-            "`source` must be a folder with one table: pass the path of a table "
-            f"instead. Received: {folder} with {', '.join(tables)}"
+            "`source` must be a folder with at most one table: pass the path of one of "
+            f"the tables instead. Received: {folder} with {', '.join(tables)}"
         )
     return (folder + tables[0], infos[tables[0]]) if tables else (folder, info)
 

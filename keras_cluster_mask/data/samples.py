@@ -130,8 +130,8 @@ class Fields:
     ):
         if class_names is not None and label_key is None:
             raise ValueError(
-                "`class_names` need labels: pass the `label_key` of the field that "
-                f"holds them. Received: class_names={class_names}, label_key=None"
+                "`class_names` must be passed together with `label_key`, the field of "
+                f"the labels. Received: class_names={class_names}, label_key=None"
             )
         self.image_keys = _several(image_keys, IMAGE_KEYS)
         self.caption_keys = _several(caption_key, CAPTION_KEYS)
@@ -230,9 +230,9 @@ class Labels:
             is_text = isinstance(class_names, str)
             if len({*names, ""}) <= len(names) or is_mixed_up or is_text:
                 raise ValueError(
-                    "`class_names` must be a list of names, unique and not empty, and "
-                    "a number must be its own index, as labels may be numbers of "
-                    f"classes. Received: class_names={class_names!r}"
+                    "`class_names` must be a list of unique, non-empty names. A name "
+                    "that is a number must be its own index, because labels may be "
+                    f"class numbers. Received: class_names={class_names!r}"
                 )
 
     def add_folders(self, folders):

@@ -83,8 +83,9 @@ class SkippedSamples:
                 )
         if is_first and faults:
             warnings.warn(
-                f"A sample is broken: {faults[0][1]}. It was skipped; others may "
-                "follow without a warning, `dataset.skipped` counts them.",
+                f"A sample is broken: {faults[0][1]}. The sample was skipped. Further "
+                "broken samples are skipped without a warning, and counted in "
+                "`dataset.skipped`.",
                 stacklevel=3,
             )
 

@@ -96,8 +96,9 @@ def split(
     parts = [Subset(source, np.flatnonzero(side)) for side in (~is_test, is_test)]
     if not all(parts):
         raise ValueError(
-            "`test` must leave samples on both sides: pass another one or more "
-            f"samples. Received: test={test}, {len(source)} samples"
+            "`test` must leave at least one sample on each side of the split: pass "
+            f"another value, or more samples. Received: test={test}, {len(source)} "
+            "samples"
         )
     return parts[0], parts[1]
 
@@ -127,8 +128,8 @@ def subset(source: Any, indices: Sequence[int]) -> Subset:
     is_valid = chosen.ndim == 1 and chosen.size and chosen.dtype.kind in "iu"
     if not is_valid or chosen.min() < 0 or chosen.max() >= len(source):
         raise ValueError(
-            "`indices` must be integers from 0 to the number of samples, and at least "
-            f"one. Received: indices={indices}, a source of {len(source)} samples"
+            f"`indices` must be one or more integers from 0 to {len(source) - 1}. "
+            f"Received: indices={indices}, a source of {len(source)} samples"
         )
     return Subset(source, chosen)
 

@@ -104,7 +104,9 @@ class TextMasking:
             Sequence of floats, one for each word. Words with the highest scores are
             kept. Among equal scores, earlier words are kept.
         """
-        raise NotImplementedError(f"{type(self).__name__} needs `score(caption)`.")
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `score(caption)`."
+        )
 
     def keep_words(self, caption: LongCaption) -> list[int]:
         """Returns the indices of the words to keep, in order.
@@ -253,8 +255,8 @@ class WordTokenizer:
         self._most = int(_num_tokens(self._counter, long_text)[0])
         if self._num_tokens_left < 1:
             raise ValueError(
-                "`text_masking` needs a `tokenizer` that pads the ends of rows, so "
-                "that the tokens of a word can be counted. Received: "
+                "`text_masking` needs a `tokenizer` that pads rows at the end, so that "
+                "the tokens of each word can be counted. Received: "
                 f"tokenizer={tokenizer}"
             )
 
@@ -310,7 +312,7 @@ def check_text_masking(text_masking, tokenizer):
     if not isinstance(text_masking, TextMasking) or tokenizer is None:
         raise ValueError(
             "`text_masking` must be a text masking, such as `RandomTextMasking()`, and "
-            f"comes with a `tokenizer`. Received: text_masking={text_masking!r}, "
+            f"needs a `tokenizer`. Received: text_masking={text_masking!r}, "
             f"tokenizer={tokenizer}"
         )
     # Raise the errors of both before any sample is read.

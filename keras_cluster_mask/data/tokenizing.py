@@ -29,19 +29,19 @@ def check_tokenizer(tokenizer):
     if is_layer(tokenizer) and hasattr(tokenizer, "end_token_id"):
         raise ValueError(
             "`tokenizer` must add a start and an end token and return rows of equal "
-            "length, which this layer does not. Pass its preprocessor, such as "
+            "length, which this layer does not do. Pass its preprocessor, such as "
             "`keras_hub.models.CLIPPreprocessor(tokenizer)`, or "
             f"`CLIPTokenizer.from_preset(...)` instead. Received: tokenizer={tokenizer}"
         )
     if tokenizer is not None and not callable(tokenizer):
         raise ValueError(
-            "`tokenizer` must be a callable from a list of str to ints, or None. "
-            f"Received: tokenizer={tokenizer!r}"
+            "`tokenizer` must be a callable that maps a list of str to token ids, or "
+            f"None. Received: tokenizer={tokenizer!r}"
         )
     is_hugging_face = "transformers" in libraries_of(tokenizer)
     if is_hugging_face and not hasattr(tokenizer, "model_max_length"):
         raise ValueError(
-            "`tokenizer` must be a tokenizer, and not a processor: pass "
+            "`tokenizer` must be a tokenizer, not a processor: pass "
             f"`processor.tokenizer`. Received: {type(tokenizer).__name__}"
         )
 
@@ -79,8 +79,9 @@ def tokenize(tokenizer, captions, context_length=None):
         options = {"padding": "max_length", "truncation": True, "max_length": length}
         if length is None:
             raise ValueError(
-                "`tokenizer` must have the length of the model's texts: set its "
-                f"`model_max_length`. Received: {type(tokenizer).__name__} with "
+                "`tokenizer` must define a maximum length: set its `model_max_length` "
+                "to the context length of the model. Received: "
+                f"{type(tokenizer).__name__} with "
                 f"model_max_length={tokenizer.model_max_length}"
             )
     with _calling:

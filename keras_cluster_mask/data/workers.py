@@ -63,9 +63,9 @@ def in_processes(read, count, size, batches, stack):
         except (EOFError, ConnectionResetError) as error:
             process.join()
             raise RuntimeError(
-                "A worker process of `num_workers` ended, such as for lack of memory, "
-                'or because the program has no `if __name__ == "__main__":`. '
-                f"Received: exit code {process.exitcode}"
+                "A worker process of `num_workers` ended unexpectedly, for example "
+                "because memory ran out, or because the program has no `if __name__ == "
+                f"'__main__':` guard. Received: exit code {process.exitcode}"
             ) from error
         if isinstance(batch, Exception):
             raise batch

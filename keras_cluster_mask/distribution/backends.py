@@ -202,8 +202,8 @@ def keeping_weights(model: keras.Model) -> Iterator[None]:
         put_back(values)
         if type(error).__name__ == "IndivisibleError":
             raise ValueError(
-                "The number of devices must divide every batch, also the last one: "
-                "pass a `batch_size`, or as many pairs, for which it does. "
+                "Every batch, including the last one, must be divisible by the number "
+                "of devices: pass another `batch_size`, or another number of pairs. "
                 f"Received: {error}"
             ) from error
         raise

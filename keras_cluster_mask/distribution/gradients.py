@@ -111,9 +111,9 @@ def prepare_replicas(model, parts) -> None:
     elif backend == "torch" and num_replicas() > 1:
         if "apply" not in vars(model.optimizer):
             raise ValueError(
-                "A model must be compiled after the processes have been joined: call "
-                "`kcm.distribution.initialize()` first. Received: a model that was "
-                "compiled before"
+                "The model must be compiled after `kcm.distribution.initialize()`: "
+                "call `initialize` at the start of the program. Received: a model that "
+                "was compiled before"
             )
         torch_data_parallel.check_and_broadcast(model)
 
@@ -127,8 +127,8 @@ def _check_strategy(model, parts):
     ):
         if value > 1:
             raise ValueError(
-                f"`{name}` must be 1 on several devices of TensorFlow, where Keras "
-                f"does not support more. Received: {name}={value}"
+                f"`{name}` must be 1 on several TensorFlow devices, because Keras "
+                f"supports no other value there. Received: {name}={value}"
             )
     # Every replica would update a variable made outside of the scope in each step.
     outside = [
@@ -138,9 +138,9 @@ def _check_strategy(model, parts):
     ]
     if outside:
         raise ValueError(
-            "All parts of a model, its masking too, must be made in the scope of "
-            f"the strategy. Received: {outside[:3]}, {len(outside)} variables made "
-            f"outside of the scope of {type(strategy).__name__}"
+            "All parts of a model, including its masking, must be created in the scope "
+            f"of the strategy. Received: {outside[:3]}, {len(outside)} variables "
+            f"created outside the scope of {type(strategy).__name__}"
         )
 
 
@@ -230,8 +230,8 @@ def check_batch_size(model, batch_size: int | None) -> None:
     is_unknown = backend == "tensorflow" and batch_size is None
     if replicas > 1 and (is_unknown or (batch_size or 0) % replicas):
         raise ValueError(
-            "The number of replicas must divide the batch size, which must be known: "
-            "use a dataset with full batches, `dataset.batch(batch_size, "
+            "The batch size must be known and divisible by the number of replicas: use "
+            "a dataset with full batches, `dataset.batch(batch_size, "
             f"drop_remainder=True)`. Received: batch_size={batch_size}, {replicas} "
             "replicas"
         )

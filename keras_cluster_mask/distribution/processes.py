@@ -45,15 +45,15 @@ def initialize() -> None:
         return
     if backend != "torch":
         raise RuntimeError(
-            "`initialize` is for processes of JAX or torch; TensorFlow trains on the "
-            "devices of one: `tf.distribute.MirroredStrategy`. "
+            "`initialize` supports JAX and torch only. With TensorFlow, train on "
+            "several devices in one process: `tf.distribute.MirroredStrategy`. "
             f"Received: backend={backend!r}"
         )
     if "WORLD_SIZE" not in os.environ:
         raise RuntimeError(
-            "`initialize` needs what `torchrun` says about the processes: start the "
-            "program with `torchrun --nproc-per-node=NUMBER program.py`. Received: no "
-            "environment variable WORLD_SIZE"
+            "`initialize` needs the environment variables that `torchrun` sets: start "
+            "the program with `torchrun --nproc-per-node=NUMBER program.py`. Received: "
+            "no environment variable WORLD_SIZE"
         )
     import torch
 

@@ -28,9 +28,9 @@ def check_and_broadcast(model) -> None:
     )
     if any(weights != trained[0] for weights in trained):
         raise ValueError(
-            "All processes must train the same weights: make the same model, and "
-            "freeze the same layers, in each. Received: numbers of trainable weights "
-            f"{[*map(len, trained)]} by process"
+            "All processes must train the same weights: build the same model, and "
+            "freeze the same layers, in each process. Received: numbers of trainable "
+            f"weights {[*map(len, trained)]} by process"
         )
     for variable in [*model.variables, *model.optimizer.variables]:
         distributed.broadcast(variable.value.data, src=0)

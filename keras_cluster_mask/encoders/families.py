@@ -280,8 +280,8 @@ def family_of(
         if kind.__name__ in known:
             return families[kind.__name__]
     raise ValueError(
-        f"`{name}` must be a keras_hub {', '.join(known)}. {hint}"
-        f"Received: {name}={model} of type {type(model).__name__}"
+        f"`{name}` must be one of these keras_hub models: {', '.join(known)}. "
+        f"{hint}Received: {name}={model} of type {type(model).__name__}"
     )
 
 

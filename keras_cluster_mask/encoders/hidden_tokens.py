@@ -50,10 +50,10 @@ def check_blocks(masked):
             change = np.abs(one - other).max()
             if not change <= 1e-6 * max(1, np.abs(one).max()):
                 raise ValueError(
-                    f"`{name}` lets hidden tokens through: its layers do not honor "
-                    "Keras masks, so threshold masking with hidden padding would not "
-                    "hide anything. Use an exact budget (`min_mask_ratio=None`), or "
-                    "let the padding take part (`hide_padding=False`). Received: "
+                    "`encoder` must honor Keras masks in threshold mode with hidden "
+                    "padding, but the output of this encoder changes with the hidden "
+                    "tokens. Use an exact budget (`min_mask_ratio=None`), or let the "
+                    "padding take part (`hide_padding=False`). Received: "
                     f"encoder={name}, largest change of the output={change:.3g}"
                 )
     if num_prefix_tokens(masked.embedding_layer) is not None:

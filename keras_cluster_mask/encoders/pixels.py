@@ -21,24 +21,25 @@ def check_statistics(mean, std, encoder):
         is_valid = np.isfinite(values) & ((values > 0) | (name == "pixel_mean"))
         if values.shape != (3,) or not np.all(is_valid):
             raise ValueError(
-                f"`{name}` must be three finite numbers, and `pixel_std` greater than "
-                f"0. Received: {name}={values}"
+                f"`{name}` must be three finite numbers, which for `pixel_std` must be "
+                f"greater than 0. Received: {name}={values}"
             )
     for images in inputs_of(encoder).values():
         if not keras.backend.is_float_dtype(images.dtype):
             raise ValueError(
-                "`pixel_mean` must be None for an image encoder of integer images, "
-                "because normalized pixels would be cast to integers. "
-                f"Received: pixel_mean={mean}, an encoder of {images.dtype} images"
+                "`pixel_mean` must be None for an image encoder with integer inputs, "
+                "because normalized pixels would be cast to integers. Received: "
+                f"pixel_mean={mean}, an encoder of {images.dtype} images"
             )
     for layer in all_layers(encoder):
         if isinstance(layer, keras.layers.Normalization | keras.layers.Rescaling):
             shape = (layer.get_build_config() or {}).get("input_shape", ())
             if tuple(shape[1:]) == image_shape_of(encoder):
                 warnings.warn(
-                    "The model normalizes images, and so does its image encoder: pass "
-                    "`pixel_mean=None` for one that takes pixels from 0 to 255. "
-                    f"Received: pixel_mean={mean}, the encoder's layer {layer.name!r}",
+                    "Images are normalized twice, by the model and by its image "
+                    "encoder: pass `pixel_mean=None` if the encoder takes pixels from "
+                    f"0 to 255. Received: pixel_mean={mean}, the encoder's layer "
+                    f"{layer.name!r}",
                     stacklevel=6,
                 )
 

@@ -45,7 +45,7 @@ def pretrained_towers(
     family_of("text", texts, TEXT_FAMILIES, lambda x: not x.of_pair, hint)
     if isinstance(pooling, str):
         raise ValueError(
-            "`pooling` must be two values, for images and for texts, such as "
+            "`pooling` must be a pair of values, for images and for texts, such as "
             f"('class', None). Received: pooling={pooling!r}"
         )
     of_images, of_texts = pooling or (None, None)
@@ -195,8 +195,8 @@ def check_block_numbers(name: str, blocks: Any, count: int) -> list[int]:
         if chosen == [*blocks]:
             return chosen
     raise ValueError(
-        f"`{name}` must be the number of last blocks, or an increasing list of numbers "
-        f"of blocks from 1, for an encoder of {count} transformer blocks; or None. "
+        f"`{name}` must be None, a number of last blocks, or an increasing list of "
+        f"block numbers from 1, for an encoder with {count} transformer blocks. "
         f"Received: {name}={blocks}"
     )
 

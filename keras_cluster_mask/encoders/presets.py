@@ -20,9 +20,10 @@ def image_encoder_of(image: keras.Model | str, image_size: int | None) -> keras.
     if not isinstance(image, str):
         if image_size is not None:
             raise ValueError(
-                "`image_size` is for the name of a preset. To change the size of an "
-                "encoder, use `kcm.models.with_image_size`. Received: "
-                f"image_size={image_size}, image of type {type(image).__name__}"
+                "`image_size` must be None unless `image` is the name of a preset. To "
+                "change the size of an encoder, use `kcm.models.with_image_size`. "
+                f"Received: image_size={image_size}, image of type "
+                f"{type(image).__name__}"
             )
         return image
     size = check_integer("image_size", 224 if image_size is None else image_size)

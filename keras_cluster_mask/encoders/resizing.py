@@ -28,7 +28,7 @@ from keras_cluster_mask.training.layers import (
 )
 
 # For a model around an encoder.
-HINT = "Or pass its backbone. "
+HINT = "If the model contains a backbone, pass the backbone. "
 
 
 def with_image_size(

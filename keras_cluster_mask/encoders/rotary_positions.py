@@ -16,9 +16,10 @@ def rotary_tables(encoder) -> list:
     blocks = layers["DINOV3Encoder"]
     if blocks.attention_dropout or blocks.drop_path_rate:
         raise ValueError(
-            "`encoder` must be a DINOv3 without dropout, which would be the same for "
-            "all images of a batch. Received: attention_dropout="
-            f"{blocks.attention_dropout}, drop_path_rate={blocks.drop_path_rate}"
+            "`encoder` must be a DINOv3 without dropout, because dropout would be the "
+            "same for all images of a batch. Received: "
+            f"attention_dropout={blocks.attention_dropout}, "
+            f"drop_path_rate={blocks.drop_path_rate}"
         )
     return [*layers["DINOV3RopePositionEmbedding"].output]
 

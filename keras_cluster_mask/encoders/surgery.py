@@ -72,10 +72,10 @@ def find_embedding_layer(encoder, name: str | None = None) -> keras.layers.Layer
         )
         raise ValueError(
             "`layer` must name the layer of the encoder that returns the embedded "
-            f"tokens, (batch, tokens, dim). Candidates: {names}. If they are made in a "
-            "model inside of the encoder, mask that model, and call the masked one in "
-            f"its place. Models inside: {models}. "
-            f"Received: layer={name!r}, encoder={encoder.name}"
+            f"tokens, (batch, tokens, dim). Candidates: {names}. If a nested model "
+            "embeds the patches, mask that model, and call the masked model in its "
+            f"place. Nested models: {models}. Received: layer={name!r}, "
+            f"encoder={encoder.name}"
         )
     return found[0]
 
@@ -119,8 +119,9 @@ def split_at(encoder, layer) -> tuple[keras.Model, keras.Model]:
     except Exception as error:
         raise ValueError(
             "`layer` must be after the position embedding, and on every path from the "
-            "images to the output, and a head must pool tokens, not flatten them. "
-            f"Received: layer={layer.name!r}, encoder={encoder.name}, and then: {error}"
+            "images to the output. A head must pool tokens, not flatten them. "
+            f"Received: layer={layer.name!r}, encoder={encoder.name}, which raised: "
+            f"{error}"
         ) from error
     return stem_of(encoder, tokens), clone
 

@@ -104,9 +104,9 @@ class Tower(OwnReduction, MadeOfParts, Exported, keras.Model):
         features = encoder(inputs, training=training, **options)
         if len(getattr(features, "shape", ())) != 2:
             raise ValueError(
-                "An encoder must return features of shape (batch, d); add a pooling to "
-                f"one that returns tokens. Received: {encoder.name} returned "
-                f"{getattr(features, 'shape', type(features).__name__)}"
+                "An encoder must return features of shape (batch, d): add a pooling "
+                f"layer to an encoder that returns tokens. Received: {encoder.name} "
+                f"returned {getattr(features, 'shape', type(features).__name__)}"
             )
         return features
 
@@ -320,9 +320,8 @@ class TextTower(Tower):
         names = tuple(given)
         if len(names) > 1 and "token_ids" not in names:
             raise ValueError(
-                "`text_encoder` must have one input, or inputs that are named as the "
-                "entries of a batch, 'token_ids' among them. "
-                f"Received: inputs {[*names]}"
+                "`text_encoder` must have one input, or inputs named like the entries "
+                f"of a batch, including 'token_ids'. Received: inputs {[*names]}"
             )
         self.input_names = names if len(names) > 1 else ("token_ids",)
         self.takes_any_length = {x.shape for x in given.values()} == {(None, None)}
@@ -364,8 +363,8 @@ class TextTower(Tower):
         if inputs.keys() != {*names}:
             missing = [name for name in names if name not in inputs]
             raise ValueError(
-                "`token_ids` must be an array of ids, or a dictionary of the inputs of "
-                f"the text encoder, {[*names]}; missing: {missing}. "
+                "`token_ids` must be an array of ids, or a dictionary of exactly the "
+                f"inputs of the text encoder, {[*names]}; missing: {missing}. "
                 f"Received: keys={sorted(given)}"
             )
         length, most = ids.shape[1], self.context_length

@@ -208,14 +208,14 @@ def _prompts(class_names, templates):
     nameless = [x for x in names if not isinstance(x, str) or not x.strip()]
     if nameless or not names or isinstance(class_names, str):
         raise ValueError(
-            "`class_names` must be a list of str, a name for each class. "
-            f"Received: {nameless[:5] or class_names!r}"
+            "`class_names` must be a list of str, one name for each class. Received: "
+            f"{nameless[:5] or class_names!r}"
         )
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
         warnings.warn(
-            f"`class_names` holds {sorted(twice)[:5]} more than once: of classes with "
-            "the same name only the first is ever predicted.",
+            f"`class_names` contains {sorted(twice)[:5]} more than once: of several "
+            "classes with the same name, only the first is ever predicted.",
             stacklevel=3,
         )
     if isinstance(templates, str) or not isinstance(templates, Iterable):
@@ -232,9 +232,9 @@ def _prompts(class_names, templates):
             texts = tuple(_fill(template, name) for template in templates)
         if not texts or not all(isinstance(text, str) and text for text in texts):
             raise ValueError(
-                "`templates` must hold at least one text for each class: str with one "
-                "{} as the placeholder of the name, or functions that return a text. "
-                f"Received: {templates!r}, with no text for {name!r}"
+                "`templates` must give at least one text for each class: pass str with "
+                "one {} as the placeholder for the name, or functions that return a "
+                f"text. Received: {templates!r}, with no text for {name!r}"
             )
         prompts.append(texts)
     return prompts

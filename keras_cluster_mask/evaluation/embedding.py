@@ -132,7 +132,7 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
             )
         if rows and rows.keys() != found.keys():
             raise ValueError(
-                "`data` must hold the same entries in all batches. Received: some "
+                "`data` must have the same entries in all batches. Received: some "
                 f"batches without {sorted(rows.keys() ^ found.keys())}"
             )
         for name, values in found.items():
@@ -144,8 +144,9 @@ def embed_batches(embedder, data, batches, tokenizer, verbose):
     unused = data.unused_captions if isinstance(data, Stream) else 0
     if unused and "text_embeddings" in rows:
         warnings.warn(
-            f"{unused} captions of the images are left out, because `data` has one for "
-            "each image: pass `include_captions=True` to `image_text_dataset`.",
+            f"{unused} captions are ignored, because `data` has one caption for each "
+            "image: pass `include_captions=True` to `image_text_dataset` to use all "
+            "captions.",
             stacklevel=3,
         )
     return {name: np.concatenate(values) for name, values in rows.items()}

@@ -17,7 +17,7 @@ from keras_cluster_mask.types import Items
 REMEDIES = {
     "captions": "pass `include_captions=True` to `image_text_dataset`",
     "labels": "pass `label_key` to `image_text_dataset`",
-    "token_ids": "pass a `tokenizer` to `image_text_dataset`, or one here for captions",
+    "token_ids": "pass a tokenizer to `image_text_dataset`, or here for captions",
 }
 
 
@@ -51,9 +51,9 @@ def check_read_once(data):
     """Raises an error for a dataset for training: endless and randomly cropped."""
     if is_endless(data):
         raise ValueError(
-            "`data` must hold each image once, without random crops: pass "
-            "`training=False` to `image_text_dataset`. "
-            f"Received: data={data}, a dataset for training"
+            "`data` must contain each image once, without random crops: pass "
+            f"`training=False` to `image_text_dataset`. Received: data={data}, a "
+            "dataset for training"
         )
 
 
@@ -63,7 +63,7 @@ def check_whole(data):
     process = data.process if isinstance(data, Stream) else (0, 1)
     if process[1] > 1:
         raise ValueError(
-            "`data` must hold all images in each process: pass `process=(0, 1)` to "
+            "`data` must contain all images in each process: pass `process=(0, 1)` to "
             f"`image_text_dataset`. Received: data={data}, with process={process}"
         )
 
@@ -87,11 +87,12 @@ def check_class_names(data, class_names):
         return
     others = sorted({*found} ^ {*expected}) or "the order"
     raise ValueError(
-        "`class_names` must be the same everywhere, because labels are indices into "
-        "them: pass them to each `image_text_dataset`, which takes only folders with "
-        "images as classes otherwise; for other words in texts, pass a dictionary as "
-        f"`templates`. Received: {len(found)} classes of `data` for {len(expected)}, "
-        f"which differ in {others[:10]}"
+        "`class_names` must match the class names of `data`, because labels are "
+        "indices into them: pass the same `class_names` to each `image_text_dataset`. "
+        "Without `class_names`, the classes are the folders that contain images. To "
+        "use other words in the texts, pass a dictionary as `templates`. Received: "
+        f"{len(found)} classes of `data` for {len(expected)}, which differ in "
+        f"{others[:10]}"
     )
 
 
@@ -105,8 +106,8 @@ def check_entry(batch, key):
     """Raises an error for a batch without an entry, and says how to get it."""
     if key not in batch:
         raise ValueError(
-            f"`data` must hold {key!r}: {REMEDIES[key]}. "
-            f"Received: a batch with {sorted(batch)}"
+            f"`data` must contain {key!r}: {REMEDIES[key]}. Received: a batch with "
+            f"{sorted(batch)}"
         )
 
 
@@ -162,8 +163,8 @@ def read_labeled(data, class_names):
         skipped = unseen and data.skipped.by_reason.get("unknown label")
         if skipped:
             raise ValueError(
-                "`class_names` of `data` must hold the labels of its images. "
-                f"Received: {[*unseen.values()][:5]}, of which there is no image, and "
+                "`class_names` of `data` must include the labels of all images. "
+                f"Received: {[*unseen.values()][:5]}, which no image has, and "
                 f"{skipped} images with other labels"
             )
 
@@ -222,7 +223,7 @@ def check_labels(name, labels, num_items, num_classes):
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(bad):
         raise ValueError(
-            f"`{name}` must be from 0 to {num_classes - 1}. Received: others in "
+            f"`{name}` must be from 0 to {num_classes - 1}. Received: other values in "
             f"{len(bad)} rows, the first {bad[:5].tolist()}: {labels[bad[:5]].tolist()}"
         )
     return labels.astype("int64")

@@ -72,8 +72,8 @@ def retrieval_recall(
     if image_of_text is None:
         if len(images) != len(texts):
             raise ValueError(
-                "`image_of_text` is needed unless there is one text for each image. "
-                f"Received: {len(images)} images, {len(texts)} texts"
+                "`image_of_text` must be given unless there is one text for each "
+                f"image. Received: {len(images)} images, {len(texts)} texts"
             )
         image_of_text = np.arange(len(texts))
     owners = check_labels("image_of_text", image_of_text, len(texts), len(images))
@@ -203,7 +203,9 @@ def chance_recall(
         )
     texts, owners = texts_of({"captions": captions})
     if not texts:
-        raise ValueError(f"`captions` must hold a text. Received: captions={captions}")
+        raise ValueError(
+            f"`captions` must contain at least one text. Received: captions={captions}"
+        )
     labels = owners if duplicates == "negative" else texts
     return _chance(owners, labels, len(captions), check_ks(ks))
 

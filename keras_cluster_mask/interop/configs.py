@@ -111,5 +111,5 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         return {**json.loads(content)}
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"A config must be a file with an object of JSON. Received: {path}: {error}"
+            f"A config file must contain a JSON object. Received: {path}: {error}"
         ) from error

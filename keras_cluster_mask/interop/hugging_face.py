@@ -151,9 +151,9 @@ def load_hugging_face(
     of_images, more_reasons = _read_preprocessing(source.parent, fields)
     if reasons or more_reasons:
         raise ValueError(
-            "`source` must hold a model that keras_hub's backbones can hold, "
-            f"and this one is not: {'; '.join(sorted(reasons + more_reasons))}. "
-            f"Received: source={str(source)!r}"
+            "`source` must be a model that the backbones of keras_hub support. Not "
+            f"supported: {'; '.join(sorted(reasons + more_reasons))}. Received: "
+            f"source={str(source)!r}"
         )
     architecture = Architecture(**fields, **of_images, tokenizer="hugging_face")
     return load_model(source, NAMES[architecture.family], architecture, dtype, kwargs)
@@ -165,11 +165,12 @@ def _read_config(path):
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
-            f"`source` must be a model of transformers, with a {CONFIG_FILE} that has "
-            f"a `model_type` of {sorted(FAMILIES)}. `load_open_clip` reads models of "
-            "open_clip, and `kcm.ContrastiveModel.from_preset(folder, tokenizer="
-            "transformers.AutoTokenizer.from_pretrained(folder))` a MetaCLIP 2. "
-            f"Received: source={str(path)!r}, with model_type={kind!r}"
+            f"`source` must be a model of transformers, with a {CONFIG_FILE} in which "
+            f"`model_type` is one of {sorted(FAMILIES)}. For models of open_clip, use "
+            "`load_open_clip`. For a MetaCLIP 2, use "
+            "`kcm.ContrastiveModel.from_preset(folder, "
+            "tokenizer=transformers.AutoTokenizer.from_pretrained(folder))`. Received: "
+            f"source={str(path)!r}, with model_type={kind!r}"
         )
     # Old configs have a second dictionary. transformers fills it with defaults and then
     # prefers it.

@@ -126,10 +126,10 @@ def read_config(config: Any) -> Architecture:
         reasons.append(f"preprocess_cfg.size={size} is not the image size {image_size}")
     if reasons:
         raise ValueError(
-            "`config` must describe a CLIP, as open_clip writes it, that keras_hub's "
-            "`CLIPBackbone` or `MetaCLIP2Backbone` can hold, and it does not: "
-            f"{'; '.join(sorted(reasons))}. `load_hugging_face` reads models of "
-            f"transformers. Received: config={config!r}"
+            "`config` must be an open_clip config of a model that keras_hub's "
+            "`CLIPBackbone` or `MetaCLIP2Backbone` supports. Not supported: "
+            f"{'; '.join(sorted(reasons))}. For models of transformers, use "
+            f"`load_hugging_face`. Received: config={config!r}"
         )
     mode = given.get("preprocess_cfg.resize_mode", "shortest")
     fields.update(
@@ -152,8 +152,8 @@ def write_config(architecture: Architecture, logit_bias: Any) -> dict:
     """
     if architecture.activation not in ACTIVATIONS.values():
         raise ValueError(
-            "`model` must have an activation of open_clip, 'gelu' or 'quick_gelu'. "
-            f"Received: activation {architecture.activation!r}"
+            "`model` must have an activation that open_clip supports, 'gelu' or "
+            f"'quick_gelu'. Received: activation {architecture.activation!r}"
         )
     image_width, text_width = architecture.image_width, architecture.text_width
     entries = {
@@ -194,9 +194,9 @@ def _read_named(name):
     package = importlib.util.find_spec("open_clip")
     if package is None:
         raise ImportError(
-            "`config` is the name of a config of open_clip, which needs open_clip "
-            "(`pip install open_clip_torch`). The path of an `open_clip_config.json` "
-            f"does not. Received: config={name!r}"
+            "`config` is the name of an open_clip config, which needs open_clip: `pip "
+            "install open_clip_torch`, or pass the path of an `open_clip_config.json`. "
+            f"Received: config={name!r}"
         )
     folder = pathlib.Path(package.submodule_search_locations[0]) / "model_configs"
     paths = {path.stem: path for path in folder.glob("*.json")}
@@ -204,8 +204,8 @@ def _read_named(name):
     stem = name.replace("/", "-")
     if stem not in paths:
         raise ValueError(
-            "`config` must be the name of a config of the installed open_clip, as "
-            "`open_clip.list_models()` lists them, or the path of a .json file. "
+            "`config` must be the name of a config in the installed open_clip, as "
+            "`open_clip.list_models()` returns them, or the path of a .json file. "
             f"Received: config={name!r}"
         )
     return read_json(paths[stem])

@@ -104,10 +104,10 @@ def load_open_clip(
         config = beside if beside.is_file() else None
     if config is None:
         raise ValueError(
-            "`config` must be the name of a config of open_clip, such as 'ViT-B-32', "
-            f"or the path of an {OPEN_CLIP_CONFIG_FILE}, for weights without one: they "
-            "do not say how many attention heads a model has, nor its activation. "
-            "Received: config=None"
+            "`config` must be the name of an open_clip config, such as 'ViT-B-32', or "
+            f"the path of an {OPEN_CLIP_CONFIG_FILE}, because weights alone do not "
+            "define the number of attention heads or the activation. Received: "
+            "config=None"
         )
     architecture = read_config(config)
     return load_model(source, NAMES[architecture.family], architecture, dtype, kwargs)
@@ -151,10 +151,10 @@ def open_clip_state_dict(model: Any) -> dict[str, np.ndarray]:
     ids = ops.convert_to_numpy(backbone.vision_encoder.embedding.position_ids)[0]
     if not np.array_equal(ids, np.arange(len(ids))):
         raise ValueError(
-            "`model` must have a different position for each patch. In a CLIPBackbone "
-            "made by keras_hub they are 0 until a checkpoint is loaded or "
-            "`ContrastiveModel.from_backbone` numbers them. "
-            f"Received: position ids {ids[:4].tolist()} and so on"
+            "`model` must have a different position id for each patch. In a new "
+            "keras_hub CLIPBackbone, all position ids are 0 until a checkpoint is "
+            "loaded or `ContrastiveModel.from_backbone` sets them. Received: position "
+            f"ids {ids[:4].tolist()} and so on"
         )
     architecture = Architecture.of(model)
     has_bias = architecture.loss == "sigmoid"

@@ -130,7 +130,7 @@ def load_model(
     faults = sorted(filter(None, faults))
     if faults:
         raise ValueError(
-            f"`source` is not the {names.model} of its config, with "
+            f"`source` does not match its config, a {names.model} with "
             f"{architecture.image_layers} image blocks and {architecture.text_layers} "
             f"text blocks. Received: {label}, with\n  " + "\n  ".join(faults)
         )
@@ -139,8 +139,9 @@ def load_model(
         fields.append("resize")
     elif "resize" not in options:
         warnings.warn(
-            f"The model was trained on images resized by {architecture.resize!r}. Here "
-            "their center is cropped: pass `resize='squash'` if that is nearer.",
+            f"The model was trained on images resized by {architecture.resize!r}, "
+            "which is not supported. Images are cropped here: pass `resize='squash'` "
+            "if squashing is closer.",
             stacklevel=3,
         )
     if architecture.family != "SigLIP":
@@ -172,7 +173,8 @@ def _read_state_dict(source):
         source = read_weights(source)
     if not isinstance(source, Mapping):
         raise ValueError(
-            f"`source` must be, or hold, a state dict of tensors. Received: {label}"
+            "`source` must be a state dict of tensors, or a file that contains one. "
+            f"Received: {label}"
         )
     # Training writes the weights beside the optimizer's state.
     for key in ("state_dict", "model"):

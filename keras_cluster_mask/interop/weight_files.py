@@ -118,7 +118,7 @@ def _read_errors(path):
     except Exception as error:
         # torch's reader raises errors of any type for bytes that are not a pickle.
         found = type(error).__name__, *str(error).splitlines()[:1]
-        reason = f"cannot be read: it is damaged or of another kind {found}."
+        reason = f"cannot be read: it is damaged or in another format {found}."
         # torch's own message recommends reading such files anyway.
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
             reason = (

@@ -243,10 +243,9 @@ class ClusterMasking(SimilarityMasking):
         """
         if self.threshold is None:
             raise ValueError(
-                "`adapt` sets the threshold of threshold mode; in budget mode every "
-                "image loses exactly `mask_ratio` of its patches. Pass "
-                "`min_mask_ratio` to select threshold mode. "
-                "Received: min_mask_ratio=None"
+                "`adapt` is for threshold mode: in budget mode, exactly `mask_ratio` "
+                "of the patches of each image are masked. Pass `min_mask_ratio` to "
+                "select threshold mode. Received: min_mask_ratio=None"
             )
         check_integer("max_images", max_images, or_none=True)
         _check_reachable(self.mask_ratio, self.min_mask_ratio)
@@ -329,7 +328,7 @@ def _check_mode(min_mask_ratio, threshold, softness, hide_padding):
 def _check_reachable(mask_ratio, min_mask_ratio):
     if mask_ratio <= min_mask_ratio:
         raise ValueError(
-            "`mask_ratio` must be greater than `min_mask_ratio`, which is left out of "
-            "every image at any threshold: lower `min_mask_ratio`. Received: "
+            "`mask_ratio` must be greater than `min_mask_ratio`, the fraction that is "
+            "masked in every image at any threshold: lower `min_mask_ratio`. Received: "
             f"mask_ratio={mask_ratio}, min_mask_ratio={min_mask_ratio}"
         )

@@ -74,8 +74,8 @@ class GridMasking(PatchMasking):
         side = self.window
         if rows % side or columns % side:
             raise ValueError(
-                "`window` must divide the rows and columns of the grid of patches. "
-                f"Received: window={side}, rows={rows}, columns={columns}"
+                "`window` must divide the numbers of rows and columns of the patch "
+                f"grid. Received: window={side}, rows={rows}, columns={columns}"
             )
         sizes = {"h": rows // side, "p": side, "w": columns // side, "q": side}
         windows = ops.rearrange(noise, "b (h p w q) -> b h w (p q)", **sizes)

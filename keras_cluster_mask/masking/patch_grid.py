@@ -63,7 +63,7 @@ def grid_of_square_patches(
             return rows, num_patches // rows
     image = "a square image" if shape is None else f"{height} x {width} pixels"
     raise ValueError(
-        "`grid` must be given as `(rows, columns)`, as it does not follow from "
+        "`grid` must be given as `(rows, columns)`, because it cannot be inferred from "
         f"{num_patches} square patches and {image}. Received: grid=None, "
         f"num_patches={num_patches}, images.shape={shape and tuple(shape)}"
     )

@@ -358,9 +358,9 @@ class PatchMasking(keras.layers.Layer):
         fits = len(shape) == 2 and shape[1] == num_patches
         if not fits or (None not in (shape[0], batch_size) and shape[0] != batch_size):
             raise ValueError(
-                "`noise` must have one value a patch: shape "
-                f"({batch_size or 'batch'}, {num_patches}). "
-                f"Received: noise.shape={tuple(shape)}"
+                "`noise` must have one value per patch: shape "
+                f"({batch_size or 'batch'}, {num_patches}). Received: "
+                f"noise.shape={tuple(shape)}"
             )
         return noise
 
@@ -374,7 +374,7 @@ class PatchMasking(keras.layers.Layer):
         rows = {score.shape[0] if score.shape else 1, noise.shape[0]}
         if score.shape[1:] != noise.shape[1:] or (1 in rows and len(rows) > 1):
             raise ValueError(
-                f"`score` of `{self.name}` must return one value a patch, shape "
+                f"`score` of `{self.name}` must return one value per patch, shape "
                 f"{tuple(noise.shape)}. Received: shape {tuple(score.shape)}"
             )
         best = order_by_score(score, noise)[:, : self.num_kept(noise.shape[1])]

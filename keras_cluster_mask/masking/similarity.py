@@ -157,9 +157,9 @@ def find_threshold(similarities, mask_ratio, max_visible):
     if abs(ratio(best) - mask_ratio) > TOLERANCE:
         raise ValueError(
             "`mask_ratio` cannot be reached on average with these images. The nearest "
-            f"ratios of any threshold are {ratio(low):.3f} and {ratio(high):.3f}: pass "
-            "one of them, pass more images, or set `threshold` yourself. Received: "
-            f"mask_ratio={mask_ratio}, {len(similarities)} images with "
-            f"{similarities.shape[1]} patches"
+            f"ratios that a threshold can reach are {ratio(low):.3f} and "
+            f"{ratio(high):.3f}: pass one of them, pass more images, or set "
+            f"`threshold` yourself. Received: mask_ratio={mask_ratio}, "
+            f"{len(similarities)} images with {similarities.shape[1]} patches"
         )
     return min(max(threshold(best), -1.0), 1.0)

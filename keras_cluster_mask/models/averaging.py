@@ -43,7 +43,7 @@ def average_weights(
     found = [np.shape(values) for values in weights]
     if found != expected:
         raise ValueError(
-            "`weights` must be those that `get_weights` of the model returned. "
+            "`weights` must be arrays that `get_weights()` of this model returned. "
             f"Received: {len(found)} arrays for {len(expected)} weights, or arrays of "
             "other shapes"
         )

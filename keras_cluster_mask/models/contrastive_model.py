@@ -191,8 +191,8 @@ class ContrastiveModel(Trainer):
         own = {"image_encoder", "text_encoder", "projection_dim", "dtype"}
         if given := sorted(own & kwargs.keys()):
             raise ValueError(
-                f"`{'` and `'.join(given)}` must be left out, since the backbone "
-                "defines its layers: set them when you make the backbone. Received: "
+                f"`{'` and `'.join(given)}` must be omitted, because the backbone "
+                "defines its layers: set them when you create the backbone. Received: "
                 f"{', '.join(f'{name}={kwargs[name]!r}' for name in given)}"
             )
         own = "pixel_mean", "pixel_std"

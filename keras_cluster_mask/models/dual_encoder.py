@@ -141,7 +141,8 @@ class DualEncoder(TwoTowers):
         check_integer("k", k, 1)
         if not isinstance(text, str):
             raise ValueError(
-                f"`text` must be a string: search once for each. Received: text={text}"
+                "`text` must be a string: search for one text at a time. Received: "
+                f"text={text}"
             )
         is_list = isinstance(photos, list | tuple)
         embeddings = self.encode_image([*photos]) if is_list else photos
@@ -219,6 +220,6 @@ def _as_list(name, values):
     found = [values] if is_single else list(values)
     if not found:
         raise ValueError(
-            f"`{name}` must hold at least one item. Received: {name}={values!r}"
+            f"`{name}` must contain at least one item. Received: {name}={values!r}"
         )
     return found

@@ -117,7 +117,7 @@ class ContrastiveHead(keras.layers.Layer):
             )
         if bias is not None and loss == "softmax":
             raise ValueError(
-                "`initial_logit_bias` is for loss='sigmoid'. Received: "
+                "`initial_logit_bias` must be None unless loss='sigmoid'. Received: "
                 f"initial_logit_bias={bias}, loss='softmax'"
             )
         scale_weight = getattr(scalars, "logit_scale", None)
@@ -183,8 +183,8 @@ class ContrastiveHead(keras.layers.Layer):
         # For `copy` and `pickle`. Keras would load it without its model.
         if self.built:
             raise TypeError(
-                "The head of a model is copied with its model: `copy.deepcopy(model)`. "
-                f"Received: head={self.name}"
+                "`head` must be copied together with its model: "
+                f"`copy.deepcopy(model)`. Received: head={self.name}"
             )
         return super().__reduce__()
 

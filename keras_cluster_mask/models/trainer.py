@@ -172,8 +172,8 @@ class Trainer(DualEncoder):
         """
         built_in = ("loss", "loss_weights", "metrics", "weighted_metrics")
         check_unused(
-            "the loss is the argument `loss` of the model, and the metrics are built "
-            "in.",
+            "the loss is set by the argument `loss` of the model, and the metrics are "
+            "built in.",
             **{name: kwargs.get(name) for name in built_in},
         )
         if optimizer is None:
@@ -345,9 +345,9 @@ class Trainer(DualEncoder):
         if not optimizers.fits_when_reloaded(self.optimizer, self):
             warnings.warn(
                 "The optimizer was built for other weights than the loaded model will "
-                "train, so the model is saved without it: compile again after weights "
-                "are frozen or unfrozen, or compile the loaded model. Received: "
-                f"model={self.name}",
+                "train, so the model is saved without the optimizer: compile again "
+                "after weights are frozen or unfrozen, or compile the loaded model. "
+                f"Received: model={self.name}",
                 stacklevel=2,
             )
             return None

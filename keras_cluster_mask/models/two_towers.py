@@ -105,9 +105,8 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
         if len(widths) > 1:
             raise ValueError(
                 "`image_encoder` and `text_encoder` must return features of the same "
-                "width; or pass `projection_dim` to map both to a common one. "
-                f"Received: widths {towers[0].features_width} and "
-                f"{towers[1].features_width}"
+                "width: pass `projection_dim` to map both to a common width. Received: "
+                f"widths {towers[0].features_width} and {towers[1].features_width}"
             )
         self.head = as_head(head, loss)
         self.head.settle()
@@ -126,8 +125,8 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in FIXED and hasattr(self, name):
             raise AttributeError(
-                f"`{name}` of a model is fixed: make a new `ContrastiveModel`, which "
-                f"may have the same towers and head. Received: {name}={value}"
+                f"`{name}` of a model is fixed: create a new `ContrastiveModel`, which "
+                f"may use the same towers and head. Received: {name}={value}"
             )
         if name in CHOICES:
             check_choice(name, value, CHOICES[name])
@@ -242,17 +241,18 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
         if omitted:
             raise ValueError(
                 f"`get_config` of `{type(self).__name__}` must return all arguments, "
-                f"to make the new model. Received: {omitted} are left out"
+                "so that `from_config` can create the new model. Received: a config "
+                f"without {omitted}"
             )
         whole = type(self).from_config(config)
         whole.tokenizer = self.tokenizer
         masks = {id(v) for masking in self.maskings for v in masking.weights}
         if {id(v) for v in self.weights} - masks != {id(v) for v in whole.weights}:
             raise ValueError(
-                "A model must have its masking from `kcm.with_masking`, which can "
-                "remove it, and weights only in its towers and head. Received: a "
-                f"{type(self).__name__} with other weights, and maskings "
-                f"{[masking.name for masking in self.maskings]}"
+                "A model must have weights only in its towers and head, and its "
+                "masking must come from `kcm.with_masking`, so that the masking can be "
+                f"removed. Received: a {type(self).__name__} with other weights, and "
+                f"maskings {[masking.name for masking in self.maskings]}"
             )
         return whole
 
@@ -306,7 +306,7 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
         """
         if self.backbone is None:
             raise ValueError(
-                "`save_to_preset` is for models of `from_backbone`: save another one "
+                "`save_to_preset` is for models of `from_backbone`: save other models "
                 f"with `model.save`. Received: model={self.name} without a backbone"
             )
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
@@ -336,8 +336,9 @@ def _check_defaults(options):
     given = {k: x for k, x in options.items() if x is not OF_TOWERS[k]}
     if given:
         raise ValueError(
-            f"`{'`, `'.join(given)}` must be left out for a model of two towers, which "
-            f"have projections, and the statistics of pixels. Received: {given}"
+            f"`{'`, `'.join(given)}` must be omitted for a model of two towers, "
+            "because the towers define the projections and the pixel statistics. "
+            f"Received: {given}"
         )
 
 
@@ -356,8 +357,8 @@ def _new_towers(images, texts, projection_dim, head, dtype, pixel_mean, pixel_st
         projections = [projection(head, width, dtype, name) for name in names]
     elif head != "linear":
         raise ValueError(
-            "`projection_dim` must be given for the head 'mlp'. "
-            f"Received: head={head!r}, projection_dim=None"
+            "`projection_dim` must be given with `head='mlp'`. Received: "
+            f"head={head!r}, projection_dim=None"
         )
     return (
         ImageTower(images, projections[0], pixel_mean, pixel_std, name="image_tower"),

@@ -36,19 +36,19 @@ def main():
     )
     add = parsed.add_argument
     add("model", help="a .keras file, an exported folder, or a preset of keras_hub")
-    add("photos", type=Path, help="a folder, with all folders inside")
-    add("--cache", type=Path, default=CACHE, help="folder of embeddings")
-    add("--port", type=int, default=7860, help="of the page")
+    add("photos", type=Path, help="a folder, including its subfolders")
+    add("--cache", type=Path, default=CACHE, help="folder for the embeddings")
+    add("--port", type=int, default=7860, help="the port of the page")
     options = parsed.parse_args()
     if not options.photos.is_dir():
-        raise SystemExit(f"There is no folder {options.photos}.")
+        raise SystemExit(f"{options.photos} is not a folder.")
     model, version = load(options.model)
     index = Index(model, version, options.photos, options.cache)
     index.update()
     for line in index.left_out:
         print(line)
     if not index.names:
-        raise SystemExit(f"There is no photograph in {options.photos}.")
+        raise SystemExit(f"There are no photographs in {options.photos}.")
     launch(index, options.port)
 
 
@@ -72,7 +72,7 @@ def load(name):
         model = models.ContrastiveModel.from_preset(name)
     if getattr(model, "tokenizer", None) is None:
         raise SystemExit(
-            f"{name} has no tokenizer. Set `model.tokenizer`, and save it."
+            f"{name} has no tokenizer. Set `model.tokenizer`, and save the model again."
         )
     if not path.exists():
         # What a name stands for may change, and is the same in each folder.
@@ -95,13 +95,13 @@ def launch(index, port):
         import gradio as gr
     except ImportError:
         raise SystemExit(
-            'The page needs pip install "keras_cluster_mask[search]"'
+            'The search page needs Gradio: pip install "keras_cluster_mask[search]"'
         ) from None
     from starlette.middleware import Middleware
 
     from keras_cluster_mask.search.page import CSS, page
 
-    print(f"The page is http://127.0.0.1:{port}")
+    print(f"The page is at http://127.0.0.1:{port}")
     page(index).launch(
         server_name="127.0.0.1",
         server_port=port,
@@ -137,7 +137,7 @@ class Guard:
         if scope["type"] != "lifespan" and (not is_own or is_upload):
             from starlette.responses import PlainTextResponse
 
-            refused = PlainTextResponse("Open the page as 127.0.0.1 or localhost.", 403)
+            refused = PlainTextResponse("Open the page at 127.0.0.1 or localhost.", 403)
             return await refused(scope, receive, send)
 
         async def sent(message):

@@ -70,7 +70,7 @@ class Index:
         others = Counter(x.suffix.lower() for x in files) - Counter(
             x.suffix.lower() for x in images
         )
-        self.left_out = [f"Not readable as an image: {name}" for name in broken]
+        self.left_out = [f"Cannot be read as an image: {name}" for name in broken]
         has_heic = any(x.lower().endswith(tuple(HEIC)) for x in broken)
         if has_heic and not importlib.util.find_spec("pillow_heif"):
             self.left_out.append(NO_HEIC)

@@ -26,7 +26,7 @@ def page(index):
                 image = EncodedImage(content, Image.MAX_IMAGE_PIXELS).decoded()
             except (OSError, ValueError):
                 # Gradio shows messages as HTML.
-                gr.Warning(f"{html.escape(as_text(name))} cannot be read any more.")
+                gr.Warning(f"{html.escape(as_text(name))} can no longer be read.")
                 continue
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             thumbnails.append((image, f"{score:.3f}  {as_text(name)}"))
@@ -36,7 +36,7 @@ def page(index):
 
     def by_words(words, count):
         if not words.strip() or len(words) > MAX_CHARACTERS:
-            gr.Warning(f"Type a text of 1 to {MAX_CHARACTERS} characters.")
+            gr.Warning(f"Enter a text of 1 to {MAX_CHARACTERS} characters.")
             return gr.skip()
         return shown(index.model.encode_text(words)[0], count)
 
@@ -64,7 +64,7 @@ def page(index):
         if index.left_out:
             # A name may look like Markdown or HTML, which a text box shows as text.
             lines = "\n".join(map(as_text, index.left_out))
-            gr.Textbox(lines, label="Files that are left out", max_lines=10)
+            gr.Textbox(lines, label="Skipped files", max_lines=10)
         names = gr.State([])
         results = [gallery, names]
         words.submit(by_words, [words, count], results, api_visibility="private")

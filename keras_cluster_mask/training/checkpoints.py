@@ -136,19 +136,21 @@ class Checkpoint(RunCallback):
         _check_resumable(run.data)
         if any(getattr(x, "swap_on_epoch", False) for x in run.callbacks):
             raise ValueError(
-                "`callbacks` must not hold a `Checkpoint` together with "
-                "`SwapEMAWeights(swap_on_epoch=True)`, which exchanges weights and "
-                "averages while they are saved: pass `swap_on_epoch=False`. Received: "
-                f"callbacks of types {[type(x).__name__ for x in run.callbacks]}"
+                "`callbacks` must not contain a `Checkpoint` together with "
+                "`SwapEMAWeights(swap_on_epoch=True)`, which swaps the weights for "
+                "averages while checkpoints are saved: pass `swap_on_epoch=False`. "
+                "Received: callbacks of types "
+                f"{[type(x).__name__ for x in run.callbacks]}"
             )
         # All processes raise the error, even if some do not see the file.
         last = max(all_gather_object(max(saved_epochs(self.folder), default=-1)))
         if last > run.epoch:
             raise ValueError(
-                "`directory` must not hold later checkpoints than this run starts "
-                "from: pass `resume_from=directory` to `fit`, or use another one. "
-                f"Received: directory={self.folder}, with a checkpoint of "
-                f"{last} epochs; the run starts after {run.epoch}"
+                "`directory` must not contain checkpoints after the epoch at which "
+                "this run starts: pass `resume_from=directory` to `fit`, or use "
+                f"another directory. Received: directory={self.folder}, with a "
+                f"checkpoint after epoch {last}, and a run that starts after epoch "
+                f"{run.epoch}"
             )
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -214,12 +216,12 @@ def resume(run, model, path, verbose):
     epochs = all_gather_object(facts["epoch"])
     if len({*epochs}) > 1:
         raise ValueError(
-            "`resume_from` must be a folder that all processes see. Received: "
+            "`resume_from` must be a folder that all processes can read. Received: "
             f"resume_from={path}, last epochs {epochs} by process"
         )
     if not paths:
         if verbose:
-            print(f"No checkpoint in {path}: starting at the beginning.")
+            print(f"No checkpoint in {path}: starting from scratch.")
         return
     path = paths[-1]
     if not model.built or not model.compiled:
@@ -314,10 +316,9 @@ def _check_resumable(data):
     """Raises an error for data that cannot be read from the start of an epoch."""
     if data.steps_per_epoch is not None and data.spec is None:
         raise ValueError(
-            "`steps_per_epoch` needs data that can be read from the end of an "
-            "epoch on: an `image_text_dataset` or another `tf.data.Dataset`. "
-            f"Received: steps_per_epoch={data.steps_per_epoch}, data of type "
-            f"{data.type_name}"
+            "`steps_per_epoch` with checkpoints needs data that can start at any "
+            "batch: pass an `image_text_dataset` or a `tf.data.Dataset`. Received: "
+            f"steps_per_epoch={data.steps_per_epoch}, data of type {data.type_name}"
         )
 
 
@@ -353,5 +354,5 @@ def _read_checkpoint(path):
     except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
             "`resume_from` must be an intact checkpoint: remove this file to resume "
-            f"from the one before. Received: {path}, and then: {error}"
+            f"from the previous checkpoint. Received: {path}, which raised: {error}"
         ) from error

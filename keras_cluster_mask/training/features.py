@@ -67,9 +67,8 @@ class TowerFeatures:
         found = read_header(self.folder)
         if not found.get("done"):
             raise ValueError(
-                "`folder` must hold the features of a whole dataset: call "
-                "`compute_features` again, which resumes. "
-                f"Received: folder={folder}"
+                "`folder` must contain the features of a whole dataset: call "
+                f"`compute_features` again, which resumes. Received: folder={folder}"
             )
         self.description = found["description"]
         # A run on the features resumes if they are recomputed from copied files.
@@ -217,7 +216,7 @@ def check_same(found: dict[str, Any], expected: dict[str, Any], what: str) -> No
     differing = [*differences(found, expected)]
     if differing:
         raise ValueError(
-            f"`features` must come from the same {what}: compute them again, in "
-            "another folder, or delete this one. Received: features that differ in "
-            + "; ".join(differing)
+            f"`features` must come from the same {what}: compute the features again in "
+            "another folder, or delete this folder first. Received: features that "
+            "differ in " + "; ".join(differing)
         )

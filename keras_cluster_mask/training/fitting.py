@@ -244,10 +244,11 @@ def _warn_of_rate_zero(optimizer, steps):
         # The first step of a warm-up has a rate of 0, too.
         if not isinstance(rate, keras.Variable) and step > 0 and not rate:
             warnings.warn(
-                "The schedule of a learning rate reaches 0 before the end of this "
-                "`fit`, and its weights no longer change: compile the model with a new "
-                "optimizer and a schedule of as many steps. Received: a rate of 0 in "
-                f"step {int(step) + 1}, and a `fit` of {steps or 'unknown'} steps",
+                "A learning rate schedule reaches 0 before the end of this `fit`, and "
+                "its weights no longer change after that: compile the model with a new "
+                "optimizer and a schedule for all steps of the `fit`. Received: a rate "
+                f"of 0 in step {int(step) + 1}, and a `fit` of {steps or 'unknown'} "
+                "steps",
                 stacklevel=5,
             )
             return
@@ -285,9 +286,8 @@ class TrainingRun(keras.callbacks.Callback):
         steps, executions = data.steps_per_epoch, model.steps_per_execution
         if steps is not None and steps % executions:
             raise ValueError(
-                "`steps_per_execution` must divide the steps of an epoch, or it would "
-                "take steps of the next one: pass another to `compile`, or "
-                "`steps_per_epoch` to `fit`. Received: "
+                "`steps_per_execution` must divide the number of steps per epoch: pass "
+                "another value to `compile`, or `steps_per_epoch` to `fit`. Received: "
                 f"steps_per_execution={executions}, epochs of {steps} steps"
             )
         callbacks = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))

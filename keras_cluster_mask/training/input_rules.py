@@ -20,14 +20,14 @@ KEYS = ("images", "token_ids")
 # Inputs of a text encoder that are made from the token ids if a batch lacks them.
 MADE = ("padding_mask", "segment_ids")
 LONELY = (
-    "A batch must hold at least two pairs, because a contrastive loss compares the "
+    "A batch must contain at least two pairs, because a contrastive loss compares the "
     "pairs of a batch: use a larger `batch_size`."
 )
 NO_LABELS = (
     "a contrastive loss needs no labels. Pass pairs as {'images': images, 'token_ids': "
     "tokenizer(captions)}, and image files with captions as an `image_text_dataset` of "
-    "[{'image': path, 'caption': caption}, ...]. To weight pairs, put 'sample_weight' "
-    "into the batches."
+    "[{'image': path, 'caption': caption}, ...]. To weight pairs, add 'sample_weight' "
+    "to the batches."
 )
 # Non-negative float images above this multiple of the brightest normalized pixel count
 # as unnormalized. Resizing after normalization may exceed that pixel slightly.
@@ -82,9 +82,9 @@ class InputRules:
         others = [name for name, values in entries.items() if not is_numeric(values)]
         if others:
             raise ValueError(
-                "Each entry of a batch must be an array of numbers: make arrays of "
-                "lists, and leave out other entries, such as file names. "
-                f"Received: entries {sorted(others)}, which are no arrays of numbers"
+                "Each entry of a batch must be an array of numbers: convert lists to "
+                "arrays, and remove other entries, such as file names. Received: "
+                f"entries {sorted(others)}, which are not arrays of numbers"
             )
         self.check_values(numbers)
 
@@ -111,7 +111,8 @@ class InputRules:
         is_dictionary = isinstance(batch, dict)
         if is_dictionary and "sample_weights" in batch:
             raise ValueError(
-                f"Weights of pairs are named 'sample_weight'. Received: {sorted(batch)}"
+                "Weights of pairs must have the key 'sample_weight', not "
+                f"'sample_weights'. Received: keys={sorted(batch)}"
             )
         keys = "images", *(x for x in self.text_inputs if x not in MADE)
         missing = [x for x in keys if not is_dictionary or x not in batch]
@@ -147,9 +148,9 @@ class InputRules:
         wrong = [k for k in shapes if k not in inputs and shapes[k] == shape]
         if wrong and len(shape) == 2:
             raise ValueError(
-                "An entry of the shape of 'token_ids' must have the name of an input "
-                f"of the text encoder, one of {[*inputs]}: rename it, or "
-                f"remove it from the batch. Received: {wrong} of shape {shape}"
+                "An entry with the shape of 'token_ids' must have the name of an input "
+                f"of the text encoder, one of {[*inputs]}: rename the entry, or remove "
+                f"it from the batch. Received: {wrong} of shape {shape}"
             )
 
     def check_values(self, batch):
@@ -172,16 +173,17 @@ class InputRules:
             is_valid = np.isfinite(weights) & (weights >= 0)
             if weights.shape != (rows,) or not np.all(is_valid):
                 raise ValueError(
-                    f"`sample_weight` must hold {rows} finite numbers of at least 0, "
-                    f"one a pair. Received: sample_weight={weights}"
+                    f"`sample_weight` must be {rows} finite numbers of at least 0, one "
+                    f"per pair. Received: sample_weight={weights}"
                 )
         if self.training and rows < 2:
             raise ValueError(f"{LONELY} Received: a batch of {rows}")
         if self.training and rows % self.chunk_size:
             raise ValueError(
                 "`micro_batch_size` must divide the size of every batch: drop a "
-                "smaller last batch, or set another. Received: micro-batches of "
-                f"{self.chunk_size} pairs in each process, a batch of {rows}"
+                "smaller last batch, or set another `micro_batch_size`. Received: "
+                f"micro-batches of {self.chunk_size} pairs in each process, a batch of "
+                f"{rows}"
             )
         self.check_images(batch["images"])
 
@@ -200,33 +202,35 @@ class InputRules:
             most = "" if longest is None else f", of at most {longest} columns"
             raise ValueError(
                 f"`token_ids` must be integers of shape {expected}{most}, as "
-                "`tokenizer(texts)` returns. Its `context_length` must match the text "
-                "encoder: `kcm.models.with_context_length` changes the encoder's. "
-                f"Received: token_ids of type {ids.dtype} and shape {ids.shape}"
+                "`tokenizer(texts)` returns. The `context_length` of the tokenizer "
+                "must match the text encoder: `kcm.models.with_context_length` changes "
+                f"the encoder. Received: token_ids of type {ids.dtype} and shape "
+                f"{ids.shape}"
             )
         low, high = (ids.min(), ids.max()) if ids.size else (0, 0)
         size = self.vocabulary_size
         if size is not None and (low < 0 or high >= size):
             raise ValueError(
-                f"`token_ids` must be in the text encoder's vocabulary, [0, {size}). "
-                "Were they made by another tokenizer? "
-                f"Received: ids from {low} to {high}"
+                f"`token_ids` must be in the text encoder's vocabulary, [0, {size}): "
+                f"use the tokenizer of the text encoder. Received: ids from {low} to "
+                f"{high}"
             )
         if self.end_token_id is not None:
             without = ~np.any(ids == self.end_token_id, axis=-1)
             _raise_for_rows(
                 without,
-                f"`token_ids` must hold the end token, {self.end_token_id}, in every "
-                "row: texts are pooled there. Truncate texts before it is added.",
+                f"`token_ids` must contain the end token, {self.end_token_id}, in "
+                "every row, because texts are pooled there. Truncate texts before the "
+                "end token is added.",
             )
         if self.padding_id is not None and not has_mask:
             is_padding = ids == self.padding_id
             inner = is_padding[:, :-1] & ~is_padding[:, 1:]
             _raise_for_rows(
                 np.any(inner, axis=1) | np.any(is_padding[:, :1], axis=1),
-                f"`padding_mask` must be in the batch, since some ids of "
-                f"{self.padding_id} are not at the end of a text: without a mask, all "
-                "are hidden as padding.",
+                "`padding_mask` must be in the batch, because the padding id, "
+                f"{self.padding_id}, is not only at the end of texts. Without a mask, "
+                "all padding ids are hidden.",
             )
 
     def check_images(self, images):
@@ -239,9 +243,9 @@ class InputRules:
         expected, shape = self.image_shape, tuple(images.shape)
         if expected is not None and not fits_shape(shape, (None, *expected)):
             raise ValueError(
-                f"`images` must have shape {(None, *expected)}: the `image_size` of "
-                "the data must match the encoder: `kcm.models.with_image_size` changes "
-                f"the encoder's. Received: images.shape={shape}"
+                f"`images` must have shape {(None, *expected)}: match the `image_size` "
+                "of the data to the encoder, or change the encoder with "
+                f"`kcm.models.with_image_size`. Received: images.shape={shape}"
             )
         if self.pixel_range is None or not is_float(images):
             return
@@ -260,8 +264,8 @@ class InputRules:
                 "`images` must be uint8, or floats normalized with the `pixel_mean` "
                 "and `pixel_std` of the model; these floats look like pixels. Pass "
                 "pixels as uint8, `(255 * images).astype('uint8')` if they are in "
-                "[0, 1]; or make the model with `pixel_mean=None` if its encoder takes "
-                "images as they are. Received: images of type "
+                "[0, 1]. Or create the model with `pixel_mean=None` if its encoder "
+                "takes unnormalized images. Received: images of type "
                 f"{images.dtype} from {low:.4g} to {high:.4g}"
             )
 
@@ -282,8 +286,7 @@ def _raise_for_rows(wrong, message):
     rows = np.flatnonzero(wrong)
     if rows.size:
         raise ValueError(
-            f"{message} Received: {rows.size} such rows, "
-            f"the first of them row {rows[0]}"
+            f"{message} Received: {rows.size} such rows, starting with row {rows[0]}"
         )
 
 
@@ -329,10 +332,10 @@ def as_dictionary(x, y=None, sample_weight=None, class_weight=None):
     if sample_weight is not None:
         if not isinstance(x, dict) or "sample_weight" in x:
             raise ValueError(
-                "`sample_weight` is for arrays; other data holds the weights of its "
-                "rows in its batches, under the key 'sample_weight'. Received: "
-                f"sample_weight of type {type(sample_weight).__name__}, data of type "
-                f"{type(x).__name__}"
+                "`sample_weight` may be passed with arrays only: for other data, put "
+                "the weights into the batches, under the key 'sample_weight'. "
+                f"Received: sample_weight of type {type(sample_weight).__name__}, data "
+                f"of type {type(x).__name__}"
             )
         x = {**x, "sample_weight": sample_weight}
     if is_tf_dataset(x) and not isinstance(x.element_spec, dict):

@@ -105,9 +105,9 @@ def check_micro_batches(batch_size: int, micro_batch_size: int, replicas: int):
     if batch_size % micro_batch_size or micro_batch_size % replicas:
         raise ValueError(
             "`micro_batch_size` must divide the size of every batch, and be divisible "
-            "by the number of replicas, since it counts their pairs together. "
-            f"Received: micro_batch_size={micro_batch_size}, a batch of {batch_size}, "
-            f"{replicas} replicas"
+            "by the number of replicas, which share each micro-batch. Received: "
+            f"micro_batch_size={micro_batch_size}, a batch of {batch_size}, {replicas} "
+            "replicas"
         )
 
 

@@ -93,8 +93,9 @@ def _check_same(model, is_same, received):
     if not is_same:
         raise ValueError(
             "`tokenizer` must be equal to the tokenizer of the model, or the same "
-            "function; to change it on purpose, set `model.tokenizer` to another one or"
-            f" to `None`. Received: {received}, and a model with {model.tokenizer}"
+            "function. To change the tokenizer on purpose, set `model.tokenizer` to "
+            f"another tokenizer or to `None`. Received: {received}, and a model with "
+            f"{model.tokenizer}"
         )
 
 
@@ -110,9 +111,9 @@ def tokenizer_of(model, tokenizer=None):
     tokenizer = model.tokenizer if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ValueError(
-            "`tokenizer` must be given to embed words, because the model has none: set "
-            "`model.tokenizer` to the one that the model was trained with. A model is "
-            "saved with its tokenizer. Received: tokenizer=None"
+            "`tokenizer` must be given to embed strings, because the model has none: "
+            "set `model.tokenizer` to the tokenizer that the model was trained with. A "
+            "model is saved with its tokenizer. Received: tokenizer=None"
         )
     check_matching_tokenizer(model, tokenizer)
     length = model.input_rules.context_length

@@ -48,9 +48,10 @@ def check_built(optimizer, variables):
     if own.built and (given - known or (is_strict and known - given)):
         raise ValueError(
             "`optimizer` must be new, or built for the weights that this model trains: "
-            "after weights are frozen or unfrozen, compile the model with a new one. "
-            f"Received: optimizer={own.name}, built for {len(known)} weights, of which "
-            f"the model trains {len(known & given)}, and {len(given - known)} others"
+            "after weights are frozen or unfrozen, compile the model with a new "
+            f"optimizer. Received: optimizer={own.name}, built for {len(known)} "
+            f"weights, of which the model trains {len(known & given)}, and "
+            f"{len(given - known)} others"
         )
 
 
@@ -71,9 +72,10 @@ def check_paths(optimizer, model):
         if not any(re.fullmatch(key, path) for path in paths):
             raise ValueError(
                 "Each key of an `OptimizerMap` must be the path of a weight, or a "
-                "pattern of whole paths. If a file of a model was made with others, "
-                "load it with `compile=False`, and compile the loaded model; give an "
-                f"encoder a `name` to keep its paths. Received: {key[:100]!r}"
+                "pattern that matches whole paths. If a saved model was compiled with "
+                "other paths, load it with `compile=False`, and compile the loaded "
+                "model. To keep its paths, give an encoder a `name`. Received: "
+                f"{key[:100]!r}"
             )
 
 
@@ -166,9 +168,10 @@ def set_weight_decay(optimizer, model, decay_vectors):
     """
     if not decay_vectors and not all(x.built for x in all_layers(model)):
         raise ValueError(
-            "A model must be built before it is compiled with weight decay, which "
-            "excludes its vectors: call it on a batch first, `model(batch)`, or pass "
-            "`decay_vectors=True`. Received: a layer that is not built"
+            "A model must be built before it is compiled with weight decay, because "
+            "its vectors are excluded from the decay: call it on a batch first, "
+            "`model(batch)`, or pass `decay_vectors=True`. Received: a layer that is "
+            "not built"
         )
     # From Keras 3.16 on, `_use_weight_decay` raises an error until the optimizer is
     # built.
@@ -182,9 +185,8 @@ def set_weight_decay(optimizer, model, decay_vectors):
         return
     if decay_vectors or optimizer.built:
         raise ValueError(
-            "`optimizer` must be new to be compiled with another `decay_vectors` than "
-            f"before. Received: decay_vectors={decay_vectors}, "
-            f"optimizer={optimizer.name}"
+            "`optimizer` must be new if `decay_vectors` changes. Received: "
+            f"decay_vectors={decay_vectors}, optimizer={optimizer.name}"
         )
     # Include the user's weights, because Keras replaces the list.
     spared = [v for v in model.weights if is_vector(v) or excludes(v)]

@@ -55,7 +55,7 @@ class Stages:
         options = {"callbacks": callbacks, "verbose": self.verbose, **options}
         found = self.model.fit(data, epochs=epochs, **options)
         if not duration.steps:
-            self.say(f"{duration.stage}: finished before.")
+            self.say(f"{duration.stage}: already finished.")
         self._epochs += [
             {"stage": stage, **dict(zip(found.history, values))}
             for values in zip(*found.history.values())
@@ -81,7 +81,7 @@ class Stages:
         then = json.loads(str(found["settings"]))
         if differing := [*differences(then, settings)]:
             raise ValueError(
-                "`folder` must be of the same run: pass another one, or the same "
+                "`folder` must be from the same run: pass another folder, or the same "
                 f"model, data and settings. Received: folder={self.folder}, with "
                 + "; ".join(differing[:10])
             )

@@ -124,8 +124,8 @@ class TrainingData:
         if len({*all_gather_object(zlib.crc32(content) >> 1)}) > 1:
             raise ValueError(
                 "`x` must be the same data, in the same order and in batches of the "
-                "same size, in all processes: check that all see the same shards, and "
-                f"pass the same `seed`. Received here: {found}"
+                "same size, in all processes: check that all processes see the same "
+                f"shards, and pass the same `seed`. Received here: {found}"
             )
 
     def start_at(self, epoch):
@@ -154,16 +154,16 @@ def evaluation_data(model, x, y=None, sample_weight=None, steps=None):
     data = as_dictionary(x, y, sample_weight)
     if steps is None and is_endless(data):
         raise ValueError(
-            "Data that is evaluated or predicted must end: pass `training=False` to "
-            "`image_text_dataset`, or `steps`. "
-            f"Received: an endless {type(data).__name__}"
+            "Data for evaluation and prediction must be finite: pass `training=False` "
+            "to `image_text_dataset`, or pass `steps`. Received: an endless "
+            f"{type(data).__name__}"
         )
     check_data_tokenizer(model, data)
     _, processes = process_index_and_count(training=False)
     if isinstance(data, dict | TowerFeatures) and processes > 1:
         raise ValueError(
-            "Arrays cannot be evaluated or predicted by several processes of JAX, "
-            "which would each read all rows as their part of a batch: pass an "
+            "Arrays cannot be evaluated or predicted by several JAX processes, because "
+            "each process would read all rows as its part of a batch: pass an "
             "`image_text_dataset`, or a `tf.data.Dataset` of the rows of this process. "
             f"Received: {type(data).__name__}, {processes} processes"
         )
@@ -225,9 +225,9 @@ def checked(data, rules):
         raise ValueError(
             "`x` and `validation_data` must be a dictionary of arrays, an "
             "`image_text_dataset`, a `tf.data.Dataset`, a grain dataset, a "
-            "`PyDataset`, a `DataLoader` of torch, or a generator of batches. Of other "
-            "batches, such as a list, pass `(batch for batch in data)` for one epoch, "
-            "and a `PyDataset` for several. Of image files, make an "
+            "`PyDataset`, a torch `DataLoader`, or a generator of batches. For other "
+            "iterables of batches, such as a list, pass `(batch for batch in data)` "
+            "for one epoch, or a `PyDataset` for several. For image files, pass an "
             f"`image_text_dataset`. Received: data of type {type(data)}"
         )
     # The iterator of a `PyDataset` never ends, and that of others starts again.

@@ -51,9 +51,9 @@ def plot_history(
     count, due = len(logs.get("val_loss", ())), int(was_due.sum())
     if count not in (0, due):
         raise ValueError(
-            "`validation_freq` must match `fit`. Received: "
-            f"validation_freq={validation_freq}, {due} epochs in {len(epochs)}, and "
-            f"{count} validations"
+            "`validation_freq` must be the value that was passed to `fit`. Received: "
+            f"validation_freq={validation_freq}, for {due} validations in "
+            f"{len(epochs)} epochs, and a history with {count} validations"
         )
     recall = {
         x: x.removeprefix("val_").replace("_", " ") for x in logs if "recall@" in x
@@ -63,7 +63,7 @@ def plot_history(
     panels = {title: x for title, x in panels.items() if not x.keys().isdisjoint(logs)}
     if not panels:
         raise ValueError(
-            "`history` must have a metric that is plotted, such as 'loss'. "
+            "`history` must have a metric that can be plotted, such as 'loss'. "
             f"Received: metrics {[*logs]}"
         )
     figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")

@@ -222,9 +222,9 @@ def test_all_processes_have_the_metrics_of_the_main_one(small, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Retrieval(pairs()["images"]), "`data` must hold .token_ids."),
-        (lambda: Retrieval([]), "`data` must hold at least one image"),
-        (lambda: ZeroShot(pairs(), NAMES, tokenizer), "`data` must hold 'labels'"),
+        (lambda: Retrieval(pairs()["images"]), "`data` must contain .token_ids."),
+        (lambda: Retrieval([]), "`data` must contain at least one image"),
+        (lambda: ZeroShot(pairs(), NAMES, tokenizer), "`data` must contain 'labels'"),
         (lambda: [Retrieval(pairs()), Retrieval(pairs(8))], "`name` must distinguish"),
         (lambda: Retrieval(iter([pairs()])), "`data` must be readable"),
         (lambda: Retrieval(pairs(), every=0), "`every`"),

@@ -45,8 +45,8 @@ def test_broken_samples_are_listed_with_their_reasons(write_pairs, noise):
     } == {
         (str(shard), "blank", "empty caption"),
         (str(shard), "silent", "no caption"),
-        (str(shard), "cut", "the image does not decode"),
-        (str(shard), "png", "the image does not decode"),
+        (str(shard), "cut", "the image cannot be decoded"),
+        (str(shard), "png", "the image cannot be decoded"),
     }
 
 

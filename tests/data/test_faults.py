@@ -113,7 +113,7 @@ def test_storage_that_dies_in_training_ends_the_run_within_two_minutes(
     monkeypatch.setattr(files, "Threads", lambda _: silence)
     # After the test, the call in progress ends before another test begins.
     with threads:
-        with pytest.raises(TimeoutError, match=f"storage://{path} has not answered"):
+        with pytest.raises(TimeoutError, match=f"storage://{path} did not respond"):
             dataset._batches.read(threads, 0)
         assert 60 < silence.now <= 120
 
@@ -179,7 +179,7 @@ def test_images_that_cannot_be_read_are_counted(folder, training):
     assert dataset.skipped.by_reason == {
         "the image file cannot be read": 5,
         # An empty file.
-        "the image does not decode": 1,
+        "the image cannot be decoded": 1,
         "a line that is not a JSON object": 1,
         "no image": 1,
     }

@@ -200,7 +200,7 @@ def test_a_request_that_a_server_does_not_answer_in_full_is_sent_again(
         assert file.read() == CONTENT
     server.faults = [fault] * 9
     if fault == "stall":
-        with pytest.raises(TimeoutError, match=f"{url} has not answered within 0.5"):
+        with pytest.raises(TimeoutError, match=f"{url} did not respond within 0.5"):
             files.read_ranges([(url, 0, 5000)])
     else:
         (error,) = files.read_ranges([(url, 0, 5000)])
@@ -212,7 +212,7 @@ def test_a_request_that_a_server_does_not_answer_in_full_is_sent_again(
 def test_any_storage_that_stalls_is_an_error(address, storage, short_wait, monkeypatch):
     released = threading.Event()
     monkeypatch.setattr(storage, "cat_file", lambda *_, **__: released.wait())
-    with pytest.raises(TimeoutError, match=f"{address} has not answered"):
+    with pytest.raises(TimeoutError, match=f"{address} did not respond"):
         files.read_ranges([(address, 0, 5), (__file__, 0, 5)])
     released.set()
 

@@ -244,7 +244,7 @@ def test_a_pass_cannot_be_read_in_a_fork(shards):
     is_alive = process.is_alive()
     process.kill()
     assert not is_alive
-    assert "must be read in the process that started it" in queue.get()
+    assert "must be read in the process that created it" in queue.get()
     # The pass itself continues.
     assert len(next(iterator)["images"]) == 8
     iterator.close()
@@ -369,7 +369,7 @@ def test_each_sample_that_stands_in_is_cropped_on_its_own(write_tar, noise):
 
 def test_a_source_of_broken_samples_is_an_error_in_training(write_tar, noise):
     shard = broken_tar(write_tar, noise, {*range(24)})
-    with pytest.raises(RuntimeError, match=r"'\d\d' of .*others of its source"):
+    with pytest.raises(RuntimeError, match=r"'\d\d' of .*other samples of the same"):
         take(in_fours(shard, True), 1)
 
 

@@ -85,7 +85,7 @@ def test_workers_read_an_object_and_count_its_broken_samples():
         row["image"] = b"broken"
     dataset = make(rows, training=False, num_workers=2)
     assert keys(dataset) == [str(i) for i in range(40) if i % 10 != 3]
-    assert dataset.skipped.by_reason == {"the image does not decode": 4}
+    assert dataset.skipped.by_reason == {"the image cannot be decoded": 4}
 
 
 def shows_the_limit(image, generator):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.any_backend
 make = functools.partial(make_dataset, batch_size=5)
 
 
-def fault(key, reason="the image does not decode", file="a.tar"):
+def fault(key, reason="the image cannot be decoded", file="a.tar"):
     return Fault(file, key, reason)
 
 
@@ -25,20 +25,20 @@ def faults(keys):
 def test_samples_are_counted_by_reason_and_the_first_twenty_of_each_are_listed():
     skipped = SkippedSamples({"": 200})
     first = [fault("7"), fault("8", file="b.tar")]
-    with pytest.warns(UserWarning, match=r"'7' of a.tar: the image does not"):
+    with pytest.warns(UserWarning, match=r"'7' of a.tar: the image cannot"):
         skipped.report([(0, each) for each in first], [100])
     # Only the first is a warning, and a warning would be an error here.
     skipped.report([(0, fault("9", "no caption"))] * 30, [100])
-    assert skipped.by_reason == {"no caption": 30, "the image does not decode": 2}
+    assert skipped.by_reason == {"no caption": 30, "the image cannot be decoded": 2}
     assert skipped.count == 32
     assert skipped.take_new() == 32
     assert skipped.take_new() == 0
     assert skipped.examples == {
         "no caption": [fault("9", "no caption")] * 20,
-        "the image does not decode": first,
+        "the image cannot be decoded": first,
     }
     assert repr(skipped) == (
-        "<SkippedSamples count=32, no caption: 30, the image does not decode: 2>"
+        "<SkippedSamples count=32, no caption: 30, the image cannot be decoded: 2>"
     )
 
 
@@ -99,7 +99,7 @@ BROKEN = {
     "no caption": 1,
     "no image": 2,
     "empty caption": 1,
-    "the image does not decode": 2,
+    "the image cannot be decoded": 2,
 }
 
 

@@ -180,7 +180,7 @@ def test_a_part_is_read_like_any_source(format, write):
         ({"test": 1e-9}, r"`test` must leave.*Received: test=1e-09, 9 samples"),
         ({"by": "caption"}, "`by` must be one of.*Received: by='caption'"),
         ({"seed": -1}, "`seed` must be.*Received: seed=-1"),
-        ({"source": {"a": 1}}, "`source` must be paths.*Received: source=dict"),
+        ({"source": {"a": 1}}, "`source` must be a path.*Received: source=dict"),
     ],
 )
 def test_wrong_arguments_are_named(wrong, message, write):

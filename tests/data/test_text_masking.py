@@ -397,7 +397,7 @@ class FirstWord(TextMasking):
 
 def test_a_masking_may_choose_words_without_scores(shard):
     make(shard, text_masking=FirstWord())
-    with pytest.raises(NotImplementedError, match="needs `score"):
+    with pytest.raises(NotImplementedError, match="must implement `score"):
         make(shard, text_masking=TextMasking())
 
 

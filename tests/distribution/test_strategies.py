@@ -90,12 +90,16 @@ def test_a_model_is_trained_outside_of_the_scope_of_its_strategy(strategy):
 @pytest.mark.parametrize(
     ("kind", "size", "message"),
     [
-        ("", 3, "must divide the batch size[^$]*Received: batch_size=3, 2 replicas"),
-        ("unknown size", 8, "must divide the batch size[^$]*Received: batch_size=None"),
-        ("executions", 8, "`steps_per_execution` must be 1 on several devices of Tens"),
+        ("", 3, "must be known and divisible[^$]*Received: batch_size=3, 2 replicas"),
+        (
+            "unknown size",
+            8,
+            "must be known and divisible[^$]*Received: batch_size=None",
+        ),
+        ("executions", 8, "`steps_per_execution` must be 1 on several TensorFlow"),
         ("scaled", 8, "`gradient_accumulation_steps` must be 1.*Received: .*=2"),
         ("by tower", 8, "`gradient_accumulation_steps` must be 1.*Received: .*=2"),
-        ("masking", 8, r"its masking too, must be made in the scope[\s\S]*cluster_mas"),
+        ("masking", 8, r"its masking, must be created in the scope[\s\S]*cluster_mas"),
     ],
 )
 def test_what_replicas_cannot_do_is_refused(kind, size, message, strategy):

@@ -98,7 +98,7 @@ LEAKS = {
 
 @pytest.mark.parametrize("kind", LEAKS)
 def test_an_encoder_that_lets_hidden_tokens_through_is_refused_by_name(kind):
-    with pytest.raises(ValueError, match=r"`leaky_vit` lets hidden.*Received:.*leaky"):
+    with pytest.raises(ValueError, match=r"must honor Keras masks.*Received:.*leaky"):
         kcm.with_masking(LEAKS[kind](), threshold_masking(), layer="positions")
 
 

@@ -288,7 +288,7 @@ def masked_clip(around=False):
                 ("positions", "must be after the position.*order of tokens"),
                 ("relative", "must be after the position.*order of tokens"),
                 ("weights", "must be after the position"),
-                ("flatten", ".*a head must pool tokens"),
+                ("flatten", ".*A head must pool tokens"),
             )
         ),
         *(

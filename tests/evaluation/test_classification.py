@@ -75,7 +75,7 @@ def test_of_classes_of_the_same_name_only_the_first_is_predicted(model, tokenize
     # Half of the images are of the class that is predicted, the others of the second
     # crane.
     labels = np.where(np.arange(60) % 2, 3, scores.argmax(axis=1))
-    with pytest.warns(UserWarning, match=r"`class_names` holds \['crane', 'dog'\]"):
+    with pytest.warns(UserWarning, match=r"`class_names` contains \['crane', 'dog'\]"):
         found = evaluate_zero_shot(
             model, (images, labels), names, tokenizer, "{}", verbose=0
         )

@@ -185,7 +185,7 @@ def test_a_file_without_an_object_of_json_is_refused_by_name(tmp_path):
         load_open_clip({}, path)
     for content in ("{", "[1]", "null"):
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"object of JSON. Received: .*config\."):
+        with pytest.raises(ValueError, match=r"a JSON object. Received: .*config\."):
             load_open_clip({}, path)
 
 

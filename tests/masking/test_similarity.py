@@ -93,6 +93,6 @@ def test_finds_the_nearest_ratio_of_all_thresholds(seed, mask_ratio):
 )
 def test_out_of_reach_says_what_is_within(mask_ratio, max_visible):
     similarities = random_similarities(1)
-    message = r"nearest ratios of any threshold are .*Received: mask_ratio="
+    message = r"nearest ratios that a threshold can reach are .*Received: mask_ratio="
     with pytest.raises(ValueError, match=message):
         library.find_threshold(similarities, mask_ratio, max_visible)

@@ -514,8 +514,8 @@ def of_towers(**options):
             )
         ),
         (lambda: kcm.ContrastiveModel(image_mlp(12), text_bag()), "projection_dim"),
-        (lambda: of_towers(projection_dim=5), "`projection_dim` must be left out"),
-        (lambda: of_towers(pixel_mean=None), "`pixel_mean` must be left out"),
+        (lambda: of_towers(projection_dim=5), "`projection_dim` must be omitted"),
+        (lambda: of_towers(pixel_mean=None), "`pixel_mean` must be omitted"),
         (
             lambda: kcm.ContrastiveModel(small_model().image_tower, text_bag()),
             "both encoders must be towers",

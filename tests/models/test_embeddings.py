@@ -161,7 +161,7 @@ def test_inputs_that_a_model_cannot_take_are_refused():
         (r"`texts` must be strings, or rows", model.encode_text, ["a", [5]]),
         (r"`texts` must be strings, or rows", model.encode_text, None),
         (r"`images` must be a list", model.encode_image, None),
-        (r"`images` must hold at least one item", model.encode_image, []),
+        (r"`images` must contain at least one item", model.encode_image, []),
         (r"`save_to_preset` is for models", model.save_to_preset, "folder"),
     ):
         with pytest.raises(ValueError, match=rf"{message}.*Received"):

@@ -147,7 +147,7 @@ class Forgetful(Scaled):
         # It has weights of its own.
         (Owner, False, "weights only in .*Received: .*Owner"),
         # Its encoder is not that of `with_masking`, but holds it.
-        (Scaled, True, "masking from `kcm.with_masking`.*Received: "),
+        (Scaled, True, "masking must come from `kcm.with_masking`.*Received: "),
     ],
 )
 def test_a_model_that_cannot_be_made_again_keeps_its_masking(kind, is_own, match):

@@ -90,10 +90,10 @@ def test_files_that_are_no_images_are_named(is_installed, photos, monkeypatch):
     assert len(index.names) == 6
     assert names < {*index.names}
     assert index.left_out == [
-        "Not readable as an image: a.HEIC",
-        "Not readable as an image: link.jpg",
-        "Not readable as an image: pipe.jpg",
-        "Not readable as an image: text.jpg",
+        "Cannot be read as an image: a.HEIC",
+        "Cannot be read as an image: link.jpg",
+        "Cannot be read as an image: pipe.jpg",
+        "Cannot be read as an image: text.jpg",
         *([] if is_installed else [NO_HEIC]),
         "Not images: 2 files .txt",
     ]

@@ -121,7 +121,7 @@ def test_the_page_ranks_as_the_embeddings_do(
 
         page.get_by_text("Search 64 photographs").wait_for()
         expect(page.get_by_label("left out")).to_have_value(
-            f"Not readable as an image: {no_image}".replace("\udcff", "\ufffd")
+            f"Cannot be read as an image: {no_image}".replace("\udcff", "\ufffd")
         )
         for words in ("a red boat", "blue"):
             search(words)
@@ -129,7 +129,7 @@ def test_the_page_ranks_as_the_embeddings_do(
             shows(best(query))
         for words in ("  ", "a" * 10_000):
             search(words)
-            page.get_by_text("Type a text of 1 to 1000").first.wait_for()
+            page.get_by_text("Enter a text of 1 to 1000").first.wait_for()
         page.locator(".thumbnail-item").nth(5).click()
         clicked = names.index(best(query)[5])
         shows(best(images[clicked]))
@@ -138,7 +138,9 @@ def test_the_page_ranks_as_the_embeddings_do(
         gone = best(query)[0]
         (photos / gone).unlink()
         search("blue")
-        page.get_by_text(re.compile(f"{as_text(gone)} cannot be read")).first.wait_for()
+        page.get_by_text(
+            re.compile(f"{as_text(gone)} can no longer be read")
+        ).first.wait_for()
         shows(best(query)[1:])
 
         hosts = {url.split("/")[2] for url in requested if url.startswith("http")}

@@ -159,7 +159,7 @@ def test_epochs_of_so_many_steps_continue_through_the_data(kind, shards, tmp_pat
 def test_samples_that_do_not_decode_do_not_shift_what_is_left(write_pairs, tmp_path):
     broken = [("bad.png", b"no image"), ("bad.txt", b"bad")]
     shard = write_pairs("a.tar", 0, 40, broken=broken)
-    with pytest.warns(UserWarning, match="does not decode"):
+    with pytest.warns(UserWarning, match="cannot be decoded"):
         expected, _, found = (
             run(make_dataset(shard, max_skipped=0.5), tmp_path / folder, stop)[0]
             for folder, stop in (("whole", None), ("stopped", 7), ("stopped", None))
@@ -231,7 +231,7 @@ def test_a_run_says_where_it_starts(whole, folder, shards, tmp_path, capsys):
         return (weights_of(model), history), capsys.readouterr().out
 
     for start, expected in (
-        (tmp_path, f"No checkpoint in {tmp_path}: starting at the beginning"),
+        (tmp_path, f"No checkpoint in {tmp_path}: starting from scratch"),
         (folder / "epoch-00001.npz", "epoch-00001.npz, after epoch 1."),
         (folder, "epoch-00003.npz, after epoch 3."),
     ):
@@ -627,7 +627,7 @@ def test_a_model_that_is_not_compiled_is_refused(whole, folder):
 def test_a_run_from_the_beginning_does_not_write_among_later_checkpoints(
     whole, folder, shards
 ):
-    message = r"`directory` must not.*Received:.*of 3 epochs"
+    message = r"`directory` must not.*Received:.*after epoch 3"
     with pytest.raises(ValueError, match=message):
         run(make_dataset(shards), folder, resume_from=folder / "epoch-00001.npz")
 

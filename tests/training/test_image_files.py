@@ -51,7 +51,7 @@ def test_arrays_of_the_size_of_the_model_are_unchanged():
     ("image", "reason"),
     [
         ("none.png", "cannot be read.*none.png"),
-        (pathlib.Path(__file__), "does not decode"),
+        (pathlib.Path(__file__), "cannot be decoded"),
         (np.zeros((8, 8, 3), "float32"), "is not uint8.*float32"),
         (3, "no image"),
     ],

@@ -53,7 +53,7 @@ def with_ids(column, value, dtype="int32"):
         (with_ids(3, 0), "`padding_mask` must be in.*Received: 1 such rows, .* row 2"),
         ({"sample_weights": np.ones(4)}, "'sample_weight'.*Received:"),
         *(
-            ({"sample_weight": x}, "`sample_weight` must hold 4.*Received:")
+            ({"sample_weight": x}, "`sample_weight` must be 4.*Received:")
             for x in (np.ones((4, 1)), -np.ones(4), np.full(4, np.nan))
         ),
         (

@@ -127,7 +127,7 @@ def test_a_bad_first_batch_of_any_kind_is_refused(kind):
     for entries, message in (
         ({"token_ids": ids}, r"vocabulary, \[0, 30\)"),
         ({"sample_weight": weights}, "`sample_weight` must"),
-        ({"sample_weights": weights}, "named 'sample_weight'"),
+        ({"sample_weights": weights}, "must have the key 'sample_weight'"),
         ({"images": floats}, "`images` must"),
         ({"images": pairs["images"].astype("int32")}, "`images` must"),
     ):
@@ -243,7 +243,9 @@ def test_weights_in_tuples_are_those_of_the_batch(kind, model):
         data = data.map(lambda pairs, weights: (pairs, None, weights))
     assert model.evaluate(data, verbose=0) == pytest.approx(expected, rel=1e-6)
     assert model.evaluate(pairs, verbose=0) != pytest.approx(expected, rel=1e-6)
-    message = r"`sample_weight` is for arrays.*Received: sample_weight of type"
+    message = (
+        r"`sample_weight` may be passed with arrays.*Received: sample_weight of type"
+    )
     for data in (Batches([pairs]), {**pairs, "sample_weight": weights}):
         with pytest.raises(ValueError, match=message):
             as_dictionary(data, sample_weight=weights)
@@ -257,7 +259,7 @@ def test_a_dataset_of_tensorflow_that_never_ends_needs_a_number_of_steps(
     data = stream(write_pairs("a.tar", 0, 8)).as_dataset()
     with pytest.raises(ValueError, match=r"`steps_per_epoch` must be given"):
         model.fit(data, verbose=0)
-    with pytest.raises(ValueError, match=r"must end: .*Received: an endless"):
+    with pytest.raises(ValueError, match=r"must be finite: .*Received: an endless"):
         model.evaluate(data, verbose=0)
     model.fit(data, steps_per_epoch=2, verbose=0)
 
@@ -319,7 +321,7 @@ def test_arrays_are_not_evaluated_by_several_processes_that_share_batches(
 
     monkeypatch.setattr(training_data, "process_index_and_count", place)
     pairs = random_pairs(4)
-    with pytest.raises(ValueError, match=r"by several processes.*, 2 processes"):
+    with pytest.raises(ValueError, match=r"by several JAX processes.*, 2 processes"):
         model.fit(pairs, validation_data=pairs, verbose=0)
 
 

@@ -82,8 +82,8 @@ def images_in(path):
     }
     if not images:
         raise FileNotFoundError(
-            "`source` must name shards, for example "
-            f"{os.path.join(path, '*.tar')!r}, or a folder that holds images, or a "
-            "table with a row per image. Received a folder without: " + path
+            f"`source` must name shards, such as {os.path.join(path, '*.tar')!r}, a "
+            "folder with images, or a table with one row per image. Received: a folder "
+            "without images: " + path
         )
     return images

@@ -213,9 +213,9 @@ class IndexedFiles(Source):
                 file.write(content)
         except OSError as error:
             reason = (
-                "The index of `source` is kept in a cache folder: free space in it, "
-                "or set the environment variable XDG_CACHE_HOME to another. "
-                f"Received: {index}: {error}"
+                "The index of `source` cannot be written to the cache folder: free "
+                "some space, or set the environment variable XDG_CACHE_HOME to another "
+                f"folder. Received: {index}: {error}"
             )
             raise OSError(error.errno, reason) from error
         return _head(path, index)

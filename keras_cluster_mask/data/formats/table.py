@@ -63,7 +63,7 @@ class Table(IndexedFiles):
 
     def parse(self, content, number, context):
         if len(content) > MAX_ROW:
-            raise BrokenSample("a row of more than a mebibyte")
+            raise BrokenSample("a row longer than 1 MiB")
         row = _object(content) if context is None else _row(content, *context)
         # The value of the first column, as valid UTF-8.
         key = next(map(str, row.values()), f"{number}")

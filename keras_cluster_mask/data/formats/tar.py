@@ -56,10 +56,10 @@ class Tar(IndexedFiles):
         except Exception as error:
             if last is None and not path.lower().endswith(".tar"):
                 raise ValueError(
-                    "`source` must be files with random access, but this is a "
-                    "compressed file, or one of unknown format: use tar, Parquet, CSV, "
-                    "TSV or JSON lines, without compression. Read TFRecord files with "
-                    "`tf.data.TFRecordDataset`, and pass its batches to `fit`. "
+                    "`source` must be uncompressed tar, Parquet, CSV, TSV or JSON "
+                    "Lines files, which allow random access. This file is compressed "
+                    "or in an unknown format. Read TFRecord files with "
+                    "`tf.data.TFRecordDataset`, and pass the batches to `fit`. "
                     f"Received: source={path!r}"
                 ) from error
             place = archive.offset if archive else length
@@ -75,7 +75,7 @@ class Tar(IndexedFiles):
             start = member.offset_data
             fields[field] = content[start : start + member.size]
         if len(fields) < len(members):
-            raise BrokenSample("two files of one name")
+            raise BrokenSample("two files with the same name")
         return members[0][0], fields
 
 
@@ -87,7 +87,7 @@ def _members(archive, length):
         if archive.offset <= member.offset:
             raise tarfile.ReadError(f"{member.name} has an invalid size")
         if member.offset_data + member.size > length:
-            raise EOFError("it ends within a file")
+            raise EOFError("it ends in the middle of a file")
         folder, _, base = member.name.removeprefix("./").rpartition("/")
         base, _, field = base.partition(".")
         # Links and sparse files lack their plain content. Hidden files, such as on
@@ -100,7 +100,7 @@ def _end(archive, length):
     """Raises an error if tarfile took a damaged header for the end of a tar."""
     archive.fileobj.seek(archive.offset)
     if archive.fileobj.read(BLOCK) != bytes(BLOCK):
-        raise tarfile.ReadError("no file or end mark follows")
+        raise tarfile.ReadError("no file header or end-of-archive marker follows")
     return ()
 
 

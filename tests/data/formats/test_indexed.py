@@ -105,7 +105,9 @@ def test_a_full_disk_names_the_cache_and_its_variable(source, cache, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    message = rf"free space.*XDG_CACHE_HOME.*Received: {cache}/0.tar.* No space left"
+    message = (
+        rf"free some space.*XDG_CACHE_HOME.*Received: {cache}/0.tar.* No space left"
+    )
     with pytest.raises(OSError, match=message) as raised:
         open_source(source)
     assert raised.value.errno == errno.ENOSPC
@@ -133,7 +135,7 @@ def test_a_server_that_sends_whole_files_only_is_an_error(source):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}/0.tar"
         (error,) = files.read_ranges([(address, 0, 9)])
-        assert "does not send parts" in str(error)
+        assert "range requests" in str(error)
         server.shutdown()
 
 

@@ -26,7 +26,7 @@ KEYS = [key for key, _ in SAMPLES]
 def test_consecutive_files_of_a_name_are_a_sample(write_tar, read_all):
     assert read_all(write_tar("x.tar", FILES)) == (SAMPLES, [])
     _, faults = read_all(write_tar("x.tar", FILES[:2] * 2))
-    assert faults == [("0", "two files of one name")]
+    assert faults == [("0", "two files with the same name")]
 
 
 # === Damage ===
@@ -176,7 +176,7 @@ def test_folders_devices_and_links_are_left_out(tmp_path, read_all):
 def test_all_images_before_all_texts_are_an_error_that_names_the_rule(write_tar):
     names = [f"{n}.{end}" for end in ("jpg", "txt") for n in range(6)]
     shard = write_tar("x.tar", [(name, b"-") for name in names])
-    with pytest.raises(ValueError, match=r"no caption.*must be neighbors"):
+    with pytest.raises(ValueError, match=r"no caption.*must be adjacent"):
         make_dataset(shard)
 
 
