@@ -196,9 +196,9 @@ def test_a_run_says_what_it_does_and_when_it_is_finished(tmp_path, capsys):
     assert lines[0] == f"Keras backend: {keras.backend.backend()}"
     for line in (
         "Features of 80 photographs.",
-        "Projections: 30 epochs of 2 steps.",
+        "Projections: 30 x 2 steps.",
         "Projections: about 1 min left.",
-        "Encoders: 2 epochs of 10 steps.",
+        "Encoders: 2 x 10 steps.",
         "Encoders: about 1 min left.",
     ):
         assert lines.count(line) == 1

@@ -50,8 +50,10 @@ class Stages:
         duration = _Duration(self, stage)
         callbacks = [*callbacks, duration]
         if self.folder is not None:
-            folder = options["resume_from"] = self.folder / stage
+            folder = self.folder / stage
             callbacks.append(Checkpoint(folder, save_every, keep=1))
+            if folder.exists():
+                options["resume_from"] = folder
         options = {"callbacks": callbacks, "verbose": self.verbose, **options}
         found = self.model.fit(data, epochs=epochs, **options)
         if not duration.steps:
@@ -98,7 +100,7 @@ class _Duration(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         epochs, steps = self.params["epochs"], self.params["steps"]
-        self.run.say(f"{self.stage}: {epochs} epochs of {steps} steps.")
+        self.run.say(f"{self.stage}: {epochs} x {steps} steps.")
 
     def on_epoch_begin(self, epoch, logs=None):
         self.left = (self.params["epochs"] - epoch) * self.params["steps"]
