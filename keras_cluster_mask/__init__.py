@@ -1,5 +1,6 @@
-"""Train CLIP-style models in Keras on half of each image: a step takes 50-70 % as long
-on a CPU. Published masking methods behind one API, on JAX, TensorFlow and PyTorch.
+"""Train CLIP-style models in Keras on half of each image: on a CPU, a training step
+takes 50-70 % of the time. From scratch or from pre-trained encoders, on JAX, TensorFlow
+and PyTorch.
 """
 
 import importlib

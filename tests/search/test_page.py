@@ -120,7 +120,7 @@ def test_the_page_ranks_as_the_embeddings_do(
             page.keyboard.press("Enter")
 
         page.get_by_text("Search 64 photographs").wait_for()
-        expect(page.get_by_label("left out")).to_have_value(
+        expect(page.get_by_label("Skipped files")).to_have_value(
             f"Cannot be read as an image: {no_image}".replace("\udcff", "\ufffd")
         )
         for words in ("a red boat", "blue"):
