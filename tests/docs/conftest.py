@@ -52,6 +52,7 @@ def folder_of_data(tmp_path_factory, copy_datasets, encode, write_tar_to):
     for i in range(128):
         photo = Image.new("RGB", (60, 48), (2 * i, 0, 128))
         write(f"photos/{i}.jpg", encode(photo, "JPEG"))
+        write(f"holiday/{i}.jpg", encode(photo, "JPEG"))
     for i in range(6):
         for place, name in enumerate(("daisy", "rose", "tulip")):
             for part in ("train", "test"):

@@ -32,6 +32,8 @@ FENCES = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 GUIDES = DOCS / "guides"
 # What a page shows that continues the quickstart.
 CONTINUES = '--8<-- "docs/quickstart.md:model"'
+# How many photographs a page leaves for the test, of more than are here.
+TEST = "test=1000"
 PRESETS = re.compile(
     r'"(dinov2_small|all_minilm_l6_v2_en|clip_vit_base_patch16|siglip2_base_patch32_256)"'
 )
@@ -74,7 +76,7 @@ def test_code_of_a_page_runs(page, request):
     for block in CODE.finditer(text):
         code = block[1]
         if runs_here(code):
-            code = PRESETS.sub(r'"./\1"', code)
+            code = PRESETS.sub(r'"./\1"', code).replace(TEST, "test=32")
             # Errors name the line of the page.
             lines = "\n" * text[: block.start(1)].count("\n") + code
             exec(compile(lines, f"<{page}>", "exec"), scope)
