@@ -5,7 +5,7 @@
     python scoreboard.py --record "what made it faster"
 
 Reads the published results of `fine_tune.py`, `connect_encoders.py` and `peers.py` in
-`results/`, and draws `docs/minutes.png`. Minutes are those of one core for everything
+`results/`, and draws `docs/minutes.png`. Minutes are those on one core for everything
 that follows the pre-trained encoders: features, projections and tuning. `--record` adds
 a row to the table of records in `results/scoreboard.json`.
 """
@@ -155,7 +155,7 @@ def draw(points, path):
     axes.set_xticks(ticks, [str(x) for x in ticks])
     axes.minorticks_off()
     axes.set_xlim(5, 120)
-    axes.set_xlabel("minutes of one CPU core, everything counted")
+    axes.set_xlabel("minutes on one CPU core, everything counted")
     axes.set_ylabel("recall@10, test photographs (%)")
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=180)
