@@ -11,6 +11,8 @@ import pathlib
 import re
 import tarfile
 
+import keras
+
 import keras_cluster_mask as kcm
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -21,7 +23,8 @@ CHANGES = {
     '"all_minilm_l6_v2_en"': repr(f"{ENCODERS}/all_minilm_l6_v2"),
     # Without TensorFlow, SigLIP has no tokenizer.
     '"siglip2_base_patch32_256"': "'./clip'",
-    "photos/*.jpg": "photos/*.webp",
+    "test=1000": "test=32",
+    "holiday/*.jpg": "photos/*.webp",
     "fit(train, epochs=9": "fit(train, epochs=1, steps_per_epoch=5",
 }
 
@@ -53,6 +56,7 @@ def run(page):
         for shown, used in CHANGES.items():
             code = code.replace(shown, used)
         exec(compile(code, page, "exec"), scope)
+    keras.config.set_dtype_policy("float32")
 
 
 if __name__ == "__main__":
