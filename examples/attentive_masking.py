@@ -25,8 +25,10 @@ Attentive Mask CLIP: https://arxiv.org/abs/2212.08653
 
 import argparse
 import math
+import os
 import types
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", "tensorflow"
 import keras
 from keras import ops
 

@@ -26,8 +26,10 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", "tensorflow"
 import keras
 
 import keras_cluster_mask as kcm

@@ -17,8 +17,10 @@ Pre-training: https://arxiv.org/abs/2604.27932
 """
 
 import argparse
+import os
 import pathlib
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", "tensorflow"
 import keras
 import numpy as np
 

@@ -20,8 +20,10 @@ The program needs `keras-hub` and `matplotlib`, runs on JAX, TensorFlow and PyTo
 """
 
 import collections
+import os
 import pathlib
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", "tensorflow"
 import keras
 import keras_hub
 import matplotlib.pyplot as plt

@@ -11,6 +11,7 @@ import functools
 import os
 from pathlib import Path
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", "tensorflow"
 # Keras is imported at the end: the processes that `--num-workers` starts import this
 # file, and need no Keras.
 
