@@ -3,36 +3,39 @@
 The teacher is a moving average of the image encoder, and reads whole images. The score
 of a patch is the attention of the teacher's class token to it, averaged over all layers
 and heads, and over square blocks of patches. The blocks with the highest scores are
-kept. Of the last block, random patches are kept to reach the exact number. Each image
-gives two random crops to a step, and each crop is compared with the text. With
+kept. From the last block, random patches are kept to reach the exact number. Each step
+uses two random crops of each image, and compares each crop with the text. With
 `--views 1`, the program trains on one crop.
 
     python examples/attentive_masking.py
 
-It takes about two minutes on two CPU cores, and needs a CLIP of keras_hub.
+In batches of 64, it takes about two minutes on two CPU cores. It needs a keras_hub
+CLIP.
 
-The teacher is updated by the masking, in the compiled step: a callback would have to
-copy the weights out of the step on JAX. On TensorFlow, the program runs on one device.
+The masking updates the teacher in the compiled step. On JAX, a callback would have to
+copy the weights out of the step. On TensorFlow, the program runs on one device.
 
 It differs from A-CLIP in these points:
 
 - The teacher reads each crop, not a larger crop that contains both.
 - The loss has no terms between the crops (SimCLR, BYOL), and there is no color jitter.
-- The number of kept patches is exact. The official code keeps 100 of 196 for a half.
+- The number of kept patches is exact. For a half, the official code keeps 100 of 196.
 
 Attentive Mask CLIP: https://arxiv.org/abs/2212.08653
 """
 
 import argparse
 import math
+import os
 import types
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", "tensorflow"
 import keras
 from keras import ops
 
 import keras_cluster_mask as kcm
 
-# Of a crop: the smallest share of the image, and the largest ratio of its sides.
+# The smallest area of a crop, as a share of the image, and its largest aspect ratio.
 MIN_AREA, MAX_RATIO = 0.5, 4 / 3
 
 
@@ -44,7 +47,7 @@ def parse(arguments=None):
     add = parser.add_argument
     images = kcm.data.example_images() / "train-*.tar"
     add("--train", default=images, help="shards to train on")
-    add("--mask-ratio", type=float, default=0.5, help="share of patches to leave out")
+    add("--mask-ratio", type=float, default=0.5, help="fraction of patches to drop")
     add("--block-size", type=int, default=2, help="side of a block, in patches")
     add("--views", type=int, default=2, help="crops of an image in a step")
     add("--momentum", type=float, default=0.996, help="of the teacher at the start")
@@ -64,7 +67,7 @@ class AttentiveMasking(kcm.PatchMasking):
 
     Args:
         encoder: The `CLIPVisionEncoder` that is trained. The teacher starts as a copy.
-        mask_ratio: The fraction of the patches to leave out.
+        mask_ratio: The fraction of the patches to drop.
         block_size: The side of a block in patches. It divides the sides of the grid.
         momentum: The momentum of the teacher at the start.
         steps: The number of steps over which the momentum rises to 1.
@@ -88,7 +91,7 @@ class AttentiveMasking(kcm.PatchMasking):
             trainable=False,
             name="updates",
         )
-        # In an object that Keras does not look into: the encoder contains the masking.
+        # In an object that Keras does not track: the encoder contains the masking.
         self._student = types.SimpleNamespace(weights=encoder.weights)
 
     def score(self, noise, images=None, tokens=None):
@@ -112,9 +115,9 @@ class AttentiveMasking(kcm.PatchMasking):
 
 
 def class_attention(encoder, images):
-    """The attention of the class token of a CLIP to each patch, `(batch, N)` floats.
+    """Returns the attention of a CLIP's class token to each patch, `(batch, N)` floats.
 
-    It is the mean over all layers and heads. The share of the class token itself is
+    It is the mean over all layers and heads. The attention to the class token itself is
     dropped.
     """
     tokens = encoder.pre_layer_norm(encoder.embedding(images))
@@ -130,7 +133,7 @@ def class_attention(encoder, images):
 
 
 def block_means(values, grid, block_size):
-    """The mean of each block, for each of its patches.
+    """Returns the mean of each block, for each of its patches.
 
     Args:
         values: `(batch, N)` tensor.
@@ -150,7 +153,7 @@ def block_means(values, grid, block_size):
 
 
 class CroppingModel(kcm.ContrastiveModel):
-    """Compares several crops of each image, with a mask each, with its text."""
+    """Compares several crops of each image, each with its own mask, with the text."""
 
     num_views = 2
 
@@ -165,7 +168,7 @@ class CroppingModel(kcm.ContrastiveModel):
         first, *others = (
             random_crops(pixels, self.crop_seed) for _ in range(self.num_views)
         )
-        # This is the step of the masking, which updates the teacher.
+        # In this call, the masking updates the teacher.
         outputs = super().call({**inputs, "images": first}, training=True)
         others = [self.encode_image(crops, training=True) for crops in others]
         return {**outputs, "views": [outputs["image_embeddings"], *others]}
@@ -180,7 +183,7 @@ class CroppingModel(kcm.ContrastiveModel):
 
 
 def random_crops(images, seed):
-    """A random crop of each image, resized to the size of the image (bilinear)."""
+    """Returns a random crop of each image, resized to the image size (bilinear)."""
 
     def draw(low, high):
         return keras.random.uniform((ops.shape(images)[0], 1, 1), low, high, seed=seed)
@@ -196,11 +199,11 @@ def random_crops(images, seed):
 
 
 def interpolation(side, place, size):
-    """The weight of each old pixel in each new one, along one axis.
+    """Returns the weight of each old pixel in each new pixel, along one axis.
 
     Args:
-        side: The share of the axis that is seen, from 0 to 1.
-        place: Where it begins: 0 at the start, 1 so that it ends at the end.
+        side: The share of the axis that the crop covers, from 0 to 1.
+        place: The position of the crop: 0 at the start of the axis, 1 at the end.
         size: The number of pixels.
 
     Returns:

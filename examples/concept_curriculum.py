@@ -1,20 +1,20 @@
-"""Trains CLIP on short texts that lose basic concepts first (after CCM).
+"""Trains CLIP on short texts that drop basic concepts first (after CCM).
 
 Concept-based curriculum masking (CCM) is a method for masked language models, which
-predict what is left out. A contrastive model predicts no word: here a concept that is
-masked leaves the caption. This is an adaptation, of which we know no measurement.
+predict masked words. A contrastive model does not predict words: here, a masked concept
+is dropped from the caption. We know of no measurements of this adaptation.
 
-A concept is one to four words that stay or leave together. Training has stages:
+A concept is one to four words that are kept or dropped together. Training has stages:
 
-- In the first, only basic concepts may leave: those with the most neighbors in a graph
-  of related concepts that also occur often enough in the captions.
-- In each later stage, the neighbors of these concepts may leave, too.
-- In the last, every concept and every other word may leave.
+- In the first stage, only basic concepts can be dropped: the concepts with the most
+  neighbors in a graph of related concepts, if they occur often enough in the captions.
+- In each later stage, the neighbors of these concepts can also be dropped.
+- In the last stage, every concept and every other word can be dropped.
 
-In a caption that is too long, words that may not leave yet stay first, and random
-others fill the context. `--graph` is a JSON file, a dictionary from concepts to lists
-of related ones, such as those of the assertions of ConceptNet, in lower case. Without
-it, a stand-in relates words that occur together more often than by chance.
+In a caption that is too long, words that cannot be dropped yet are kept first, and
+random other words fill the context. `--graph` is a JSON file with a dictionary from
+concepts to lists of related concepts, such as those of ConceptNet, in lower case.
+Without it, the program relates words that occur together more often than by chance.
 
 Efficient Pre-training of Masked Language Model via Concept-based Curriculum Masking:
 https://arxiv.org/abs/2212.07617
@@ -26,21 +26,23 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", "tensorflow"
 import keras
 
 import keras_cluster_mask as kcm
 
 MAX_WORDS = 4
-# The basic concepts are of 5 / 3 as many of the highest degree, and make up more than
-# this share of the words. It is that of 100,000 of the 3.3 billion words of BERT.
+# The candidates for basic concepts are 5 / 3 as many concepts with the highest degree.
+# Each must be more than this share of the words: 100,000 of BERT's 3.3 billion words.
 POOL, MIN_SHARE = 5 / 3, 3e-5
 
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(
-        description="Trains CLIP on texts that lose basic concepts first (CCM).",
+        description="Trains CLIP on texts that drop basic concepts first (CCM).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -62,7 +64,7 @@ def parse(arguments=None):
 
 
 def read_graph(path):
-    """A dict from each concept to the set of its neighbors, in both directions."""
+    """Returns a dict from each concept to its set of neighbors, in both directions."""
     graph = collections.defaultdict(set)
     for name, related in json.loads(path.read_text(encoding="utf-8")).items():
         for other in {*related} - {name}:
@@ -72,7 +74,7 @@ def read_graph(path):
 
 
 def co_occurrence_graph(captions, min_count):
-    """A stand-in for `read_graph`: words of a positive pointwise mutual information."""
+    """Returns a graph of words with a positive pointwise mutual information."""
     texts = [{*words} for words in captions]
     counts = collections.Counter(itertools.chain(*texts))
     frequent = {word for word, count in counts.items() if count >= min_count}
@@ -89,9 +91,9 @@ def co_occurrence_graph(captions, min_count):
 
 
 def spans_of(words, concepts):
-    """The first word and the end of each concept, and of each other word.
+    """Returns the start and the end of each concept, and of each other word.
 
-    Of concepts that start at the same word, the longest counts.
+    If several concepts start at the same word, the longest is used.
     """
     spans, first = [], 0
     while first < len(words):
@@ -104,7 +106,7 @@ def spans_of(words, concepts):
 
 
 def find_stages(graph, captions, num_basic, num_stages):
-    """A dict from each concept to the first stage, from 0, in which it may leave."""
+    """Returns a dict from each concept to the first stage, from 0, that can drop it."""
     counts = collections.Counter(
         " ".join(words[first:end])
         for words in captions
@@ -126,12 +128,12 @@ def find_stages(graph, captions, num_basic, num_stages):
 
 
 class ConceptTextMasking(kcm.data.TextMasking):
-    """Leaves out whole concepts, at first basic ones alone.
+    """Drops whole concepts, at first only basic concepts.
 
     Args:
-        stages: dict from concepts to the first stage in which each may leave.
+        stages: dict from concepts to the first stage that can drop each concept.
         num_stages: int.
-        epochs_per_stage: int. The last stage lasts to the end of training.
+        epochs_per_stage: int. The last stage lasts until the end of training.
     """
 
     def __init__(self, stages, num_stages, epochs_per_stage):
@@ -151,7 +153,7 @@ class ConceptTextMasking(kcm.data.TextMasking):
         return [place for each in kept for place in range(*spans[each])]
 
     def score(self, caption):
-        # A word outside all concepts may leave in the last stage.
+        # The last stage can drop a word outside all concepts.
         stages = [self.stages.get(word, self.num_stages - 1) for word in caption.words]
         draws = caption.generator.random(len(caption.words)).tolist()
         return [draw + (stage > self.stage) for draw, stage in zip(draws, stages)]

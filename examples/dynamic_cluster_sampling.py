@@ -2,14 +2,14 @@
 
 The images are clustered by their embeddings, and similar clusters are merged. A cluster
 of `n` samples gives `r = T * n**alpha / sum(n**alpha)` samples to an epoch of `T`. So
-large clusters are thinned most, and still give more samples than small ones.
+large clusters are thinned out most, but still give more samples than small clusters.
 
-`--embeddings` is a file of `np.savez(path, keys=keys, embeddings=embeddings)`, with a
-row for each sample, of any model; DINOv2 in the paper. `examples/README.md` shows how
-to make it. Samples without a row, such as broken ones, are not trained on. Needs faiss:
-`pip install faiss-cpu`.
+`--embeddings` is a file from `np.savez(path, keys=keys, embeddings=embeddings)`, with a
+row for each sample. Any model can compute the embeddings; the paper uses DINOv2.
+`examples/README.md` shows how to create the file. Samples without a row, such as broken
+samples, are not used. Needs faiss: `pip install faiss-cpu`.
 
-Each epoch is a `fit` of its own, and ends with a file in `--output`. The program starts
+Each epoch is a separate `fit`, and saves a file in `--output`. The program resumes
 after the last of these files.
 
 Dynamic Cluster Data Sampling for Efficient and Long-Tail-Aware Vision-Language
@@ -17,8 +17,10 @@ Pre-training: https://arxiv.org/abs/2604.27932
 """
 
 import argparse
+import os
 import pathlib
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", "tensorflow"
 import keras
 import numpy as np
 
@@ -56,7 +58,7 @@ def normalized(vectors):
 
 
 def merge(centers, threshold):
-    """The centers that are not similar to one before them that stays."""
+    """Returns the centers that are not similar to an earlier kept center."""
     kept, number = np.empty_like(centers), 0
     for center in centers:
         if not number or np.max(kept[:number] @ center) < threshold:
@@ -66,7 +68,7 @@ def merge(centers, threshold):
 
 
 def cluster(embeddings, num_clusters, iterations, merge_threshold, seed):
-    """The number of the cluster of each embedding, by spherical k-means."""
+    """Returns the cluster of each embedding, by spherical k-means."""
     import faiss
 
     kmeans = faiss.Kmeans(
@@ -86,11 +88,11 @@ def cluster(embeddings, num_clusters, iterations, merge_threshold, seed):
 
 
 def probabilities(clusters, alpha, share, repeat=False):
-    """The expected number of copies of each sample in an epoch.
+    """Returns the expected number of copies of each sample in an epoch.
 
-    In a small cluster, the law can ask for more samples than there are. As in the
-    official code, each then occurs once, and the epoch is shorter. With `repeat` they
-    occur several times.
+    For a small cluster, the formula can ask for more samples than there are. As in the
+    official code, each sample then occurs once, and the epoch is shorter. With
+    `repeat`, samples occur several times.
     """
     _, places, counts = np.unique(clusters, return_inverse=True, return_counts=True)
     sizes = counts**alpha
@@ -99,7 +101,7 @@ def probabilities(clusters, alpha, share, repeat=False):
 
 
 def numbers_of(source, keys):
-    """The number of the sample of each key in the source."""
+    """Returns the index in the source of the sample of each key."""
     dataset = kcm.data.image_text_dataset(source, None, 8, training=False)
     every = kcm.data.subset(source, range(dataset.num_samples))
     numbers = {str(item["__key__"]): number for number, item in enumerate(every)}
@@ -109,7 +111,7 @@ def numbers_of(source, keys):
 
 
 def choose(copies, seed, epoch):
-    """The numbers of the samples of an epoch; 2.3 copies are two or three."""
+    """Returns the sample indices of an epoch; 2.3 copies are two or three."""
     draws = np.random.default_rng([seed, epoch]).random(len(copies))
     return np.repeat(np.arange(len(copies)), np.floor(copies + draws).astype(int))
 
@@ -131,7 +133,7 @@ def make_model(args):
 
 def dataset_of(args, copies, model, epoch):
     part = kcm.data.subset(args.train, choose(copies, args.seed, epoch))
-    # With one seed, samples at the same place would have the same crop in each epoch.
+    # With one seed, samples at the same index would have the same crop in each epoch.
     return kcm.data.image_text_dataset(
         part, model, batch_size=args.batch_size, seed=args.seed + epoch
     )
@@ -147,7 +149,7 @@ def train(args, copies):
     for epoch in range(first, args.epochs):
         dataset = dataset_of(args, copies, model, epoch)
         model.fit(dataset, initial_epoch=epoch, epochs=epoch + 1)
-        # A run that is killed while it saves leaves no broken file of this epoch.
+        # If the run is killed while saving, this epoch has no broken file.
         model.save(new)
         new.replace(args.output / f"epoch_{epoch + 1:04}.keras")
     return model

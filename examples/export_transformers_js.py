@@ -1,15 +1,15 @@
-"""Writes a model for transformers.js, which runs it in a browser or in Node.
+"""Exports a model to transformers.js, which runs it in a browser or in Node.
 
     python examples/export_transformers_js.py model.keras folder
 
-The folder has ONNX files of both towers, and files that say how texts and images are
-prepared. `AutoTokenizer`, `CLIPTextModelWithProjection`, `AutoProcessor` and
+The folder contains ONNX files of both towers, and files that describe how texts and
+images are prepared. `AutoTokenizer`, `CLIPTextModelWithProjection`, `AutoProcessor` and
 `CLIPVisionModelWithProjection` read it. Needs torch and onnxscript.
 
-The tokenizer of a CLIP becomes a `tokenizer.json`. It replaces curly quotes, ligatures,
-wide letters and common HTML entities, and joins letters with their accents, as
-`CLIPTokenizer` does. It does not repair broken encodings (`schÃ¶n`), and does not
-resolve other HTML entities. Texts that contain these get other tokens.
+The tokenizer of a CLIP becomes a `tokenizer.json`. Like `CLIPTokenizer`, it replaces
+curly quotes, ligatures, full-width letters and common HTML entities, and composes
+letters with their accents. It does not repair broken encodings (`schÃ¶n`), and does not
+resolve other HTML entities. Texts that contain these get different tokens.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
-# Keras writes ONNX for batches of any size with torch.
+# On torch, Keras exports ONNX for batches of any size.
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
@@ -41,7 +41,7 @@ NAMES = {
     "padding_mask": "attention_mask",
     "segment_ids": "token_type_ids",
 }
-# Common entities of HTML. The first may hide another.
+# Common HTML entities. The first may hide another.
 ENTITIES = {
     "&amp;": "&",
     "&lt;": "<",
@@ -51,8 +51,8 @@ ENTITIES = {
     "&apos;": "'",
     "&nbsp;": " ",
 }
-# The words of a lower-case text, as CLIP splits them. U+0345 is the character itself,
-# since JavaScript and Rust have different escapes.
+# The words of a lower-case text, as CLIP splits them. U+0345 is a literal character,
+# because JavaScript and Rust have different escapes.
 WORDS = "'s|'t|'re|'ve|'m|'ll|'d|[\\p{L}]+|[\\p{N}]|[^\\s\\p{L}\\p{N}\u0345]+"
 START, END = "<|startoftext|>", "<|endoftext|>"
 # The length of texts without a limit.

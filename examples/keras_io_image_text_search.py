@@ -10,18 +10,21 @@ Accelerator: None
 """
 ## Introduction
 
-[CLIP](https://arxiv.org/abs/2103.00020) embeds images and texts in one space, in which
-an image is close to its captions. With a few thousand photographs, do not train it from
-scratch. Connect encoders that were pre-trained separately, here DINOv2 for images and
-MiniLM for sentences. Both stay frozen and run once. Only two projections are trained.
+[CLIP](https://arxiv.org/abs/2103.00020) embeds images and texts in a shared space, in
+which an image is close to its captions. With a few thousand photographs, do not train a
+CLIP from scratch. Connect encoders that were pre-trained separately, here DINOv2 for
+images and MiniLM for sentences. Both stay frozen and run once. Only two projections are
+trained.
 
-The program needs `keras-hub` and `matplotlib`, runs on JAX, TensorFlow and PyTorch
+The program needs `keras-hub` and `matplotlib`. It runs on JAX, TensorFlow and PyTorch
 (`KERAS_BACKEND`), and takes about ten minutes on two CPU cores.
 """
 
 import collections
+import os
 import pathlib
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", "tensorflow"
 import keras
 import keras_hub
 import matplotlib.pyplot as plt
@@ -53,7 +56,8 @@ test_names = (folder / "Flickr_8k.testImages.txt").read_text().split()
 ## Features
 
 The features of an image are DINOv2's class token and the mean of its patch tokens.
-MiniLM has a tokenizer and its own pooling. 32 tokens are enough for these captions.
+MiniLM comes with a tokenizer and its own pooling. 32 tokens are enough for these
+captions.
 """
 
 dino = keras_hub.models.Backbone.from_preset("dinov2_small", image_shape=IMAGE_SHAPE)
@@ -84,9 +88,9 @@ test_images, test_texts = compute_features(test_names)
 """
 ## Projections
 
-A projection standardizes features and has one hidden layer. Each step takes one random
-caption of each image. The loss is a cross-entropy in both directions, over the batch:
-find the caption of each image, and the image of each caption.
+A projection standardizes features and has one hidden layer. Each step uses one random
+caption per image. The loss is the cross-entropy over the batch in both directions: find
+the caption of each image, and the image of each caption.
 """
 
 
@@ -129,7 +133,7 @@ model.fit(data, batch_size=BATCH_SIZE, epochs=EPOCHS, verbose=2)
 """
 ## Search
 
-Recall@10 is the share of test captions with their image among the ten best of 1,000.
+Recall@10 is the fraction of test captions with their image among the top 10 of 1,000.
 """
 
 image_embeddings = model.image_projection.predict(test_images)
@@ -146,5 +150,5 @@ plt.axis("off")
 plt.show()
 
 """
-Left out here is tuning both encoders, with masking: the library `keras_cluster_mask`.
+This example does not tune the encoders. `keras_cluster_mask` does this, with masking.
 """

@@ -1,8 +1,8 @@
-"""Trains CLIP on shards, on one device or on many, with any backend.
+"""Trains CLIP on shards, on one or several devices, with any backend.
 
 KERAS_BACKEND=torch torchrun --nproc-per-node=8 train.py --train "shards/train-*.tar"
 
-`--help` lists the options. A run that was interrupted resumes by the same command.
+`--help` lists the options. To resume an interrupted run, run the same command again.
 """
 
 import argparse
@@ -11,8 +11,9 @@ import functools
 import os
 from pathlib import Path
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # or "jax", "tensorflow"
 # Keras is imported at the end: the processes that `--num-workers` starts import this
-# file, and need no Keras.
+# file, but do not need Keras.
 
 
 def parse():
@@ -40,7 +41,7 @@ def parse():
 
 
 def devices():
-    """Joins the processes of the run; returns the scope of its devices."""
+    """Joins the processes of the run, and returns the scope of its devices."""
     if {"WORLD_SIZE", "KERAS_DISTRIBUTION_NUM_PROCESSES"} & os.environ.keys():
         kcm.distribution.initialize()
     if keras.backend.backend() == "jax":
@@ -54,7 +55,7 @@ def devices():
 
 
 def read(source, model, **options):
-    """Data to evaluate, all of it in every process."""
+    """Returns evaluation data, with all samples in every process."""
     return kcm.data.image_text_dataset(
         source, model, training=False, process=(0, 1), **options
     )
@@ -88,13 +89,13 @@ def make_model(args, tokenizer, masking):
 
 
 def steps_of(train):
-    """The parts of a pass over the pairs, and the steps of each, about 1,000."""
+    """Returns the parts of a pass, and the steps of each part, about 1,000."""
     parts = 1 + len(train) // 1000
     return parts, len(train) // parts
 
 
 def compile_model(model, train, args):
-    """One optimizer, and one schedule of its rate, for both stages."""
+    """Compiles with one optimizer and learning rate schedule for both stages."""
     parts, steps = steps_of(train)
     steps *= parts * (args.epochs + args.whole_epochs)
     warmup = max(1, min(2000, steps // 10))
@@ -110,7 +111,7 @@ def compile_model(model, train, args):
 
 
 def fit(model, train, args, stage, first_epoch, last_epoch):
-    """Trains. Each epoch of `fit` is a part of a pass, and ends with a checkpoint."""
+    """Trains a stage. Each epoch of `fit` is a part of a pass, and is saved."""
     parts, steps = steps_of(train)
     callbacks = []
     if args.validation:

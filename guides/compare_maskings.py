@@ -1,17 +1,18 @@
 # %% [markdown]
 # # Compare maskings
 #
-# Maskings that leave out the same number of patches cost nearly the same. They differ in the
-# patches that they keep. This guide compares
+# Maskings that drop the same number of patches cost nearly the same. They differ in which patches
+# they keep. This guide compares
 # [cluster masking](https://arxiv.org/abs/2405.08815) with random masking
 # ([FLIP](https://arxiv.org/abs/2212.00794)) and with whole images. It shows
 #
 # - which patches each masking keeps in an image,
 # - how often each masking keeps each position,
-# - the recall of a small CLIP trained with each, from the same weights and for as many steps.
+# - the recall of a small CLIP trained with each masking, from the same initial weights and for the
+#   same number of steps.
 #
-# The guide takes about two minutes on two CPU cores. To compare another masking, add it to
-# `MASKINGS`. [Methods and sources](../docs/which_masking.md) lists all maskings.
+# The guide takes about two minutes on two CPU cores, with torch and batches of 64. To compare another
+# masking, add it to `MASKINGS`. [Methods and sources](../docs/which_masking.md) lists all maskings.
 
 # %%
 import os
@@ -54,9 +55,9 @@ def show(figure, name):
 # %% [markdown]
 # ## Kept patches
 #
-# On photographs, random masking keeps a part of every object. Cluster masking leaves out the sky,
-# the table or the wall, and keeps most of the other patches. Each step draws new anchors, so the
-# masks change.
+# On photographs, random masking keeps a part of every object. Cluster masking drops the sky, the
+# table or the wall, and keeps most of the other patches. Each step draws new anchors, so the masks
+# change.
 
 # %%
 names = "astronaut", "coffee", "chelsea", "rocket"
@@ -72,10 +73,10 @@ show(kcm.visualization.plot_masks(photographs, columns), "compared_masks")
 # %% [markdown]
 # ## Kept positions
 #
-# `masking.select` returns the `indices` of the kept patches, and `visible`, which is false for
+# `masking.select` returns the `indices` of the kept patches, and `visible`, which is false for the
 # padding of a masking with a threshold. Both maskings keep half of the patches of every image. They
-# use random patches or anchors, so on this dataset no part of the image is kept much more often
-# than another.
+# choose patches or anchors at random, so on this dataset, no part of the image is kept much more
+# often than another.
 
 # %%
 captions = kcm.data.read_captions(IMAGES / "train-*.tar")
@@ -111,11 +112,11 @@ show(figure, "kept_positions")
 # %% [markdown]
 # ## Train with each
 #
-# All models start from the same weights and see the same images, crops and captions in the same
-# order. The model without masking reads 64 patches per image; the other models read 32.
+# All models start from the same weights, and see the same images, crops and captions in the same
+# order. The model without masking reads 64 patches per image, and the other models read 32.
 #
-# `kcm.callbacks.Retrieval` computes the recall on the validation pairs after every epoch, on whole
-# images. The times of epochs leave it out.
+# After every epoch, `kcm.callbacks.Retrieval` computes the recall on the validation pairs, on whole
+# images. The epoch times do not include this evaluation.
 
 
 # %%
@@ -158,7 +159,7 @@ for name, make in MASKINGS.items():
 #
 # Recall@10 on 346 test pairs has a 95 % confidence interval of about ± 3 to 4 points, so one short
 # run says little about small differences. Repeat the runs with several seeds and on your own data.
-# The [longer studies](../docs/benchmarks/from_nothing.md) use photographs and several seeds.
+# [Longer studies](../docs/benchmarks/from_nothing.md) use photographs and several seeds.
 
 # %%
 print(f"{'':10}{'seconds':>8}{'image to text':>16}{'text to image':>16}")

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Connect two pre-trained encoders
 #
-# With a few hundred or thousand photographs, do not train from scratch. Connect two separately
-# pre-trained encoders: DINOv2 for images, and MiniLM for sentences. You only train a small
-# projection from each into a shared embedding space.
+# With a few hundred or thousand photographs, do not train from scratch. Connect two encoders that
+# were pre-trained separately: DINOv2 for images, and MiniLM for sentences. You only train a small
+# projection from each encoder into a shared embedding space.
 #
 # This guide shows how to
 #
@@ -12,7 +12,7 @@
 # - search your photographs by text,
 # - tune both encoders on whole images and, in the same time, with random masking (50 %).
 #
-# It takes about ten minutes on two CPU cores for 400 images.
+# For 400 images, it takes about ten minutes on two CPU cores, with torch and batches of 64.
 
 # %%
 import os
@@ -35,7 +35,7 @@ import keras_cluster_mask as kcm
 # ## Settings
 #
 # [KerasHub](https://keras.io/keras_hub/presets/) downloads the encoders. To use local files, set
-# `KERAS_CLUSTER_MASK_ENCODERS` to a folder that has one folder per encoder, in the format of KerasHub
+# `KERAS_CLUSTER_MASK_ENCODERS` to a folder with one subfolder per encoder, in the format of KerasHub
 # or Hugging Face.
 
 # %%
@@ -52,9 +52,9 @@ EPOCHS = int(os.environ.get("EPOCHS", 3))
 # You need a folder of images and two CSV files, one for training and one for testing, with the
 # columns `file_name` and `caption`. Replace this cell with the paths of your own files.
 #
-# Here the folder holds 400 captioned drawings, a quarter of them for testing, and six photographs for
-# testing. This data shows that each step works. It does not show how well the model works on
-# photographs like yours, because it is trained on drawings only.
+# Here, the folder contains 400 captioned drawings, a quarter of them for testing, and six photographs
+# for testing. This data shows that each step works. It does not show how well the model works on
+# photographs like yours, because the model is trained only on drawings.
 
 # %%
 PHOTOGRAPHS = RESULTS / "photographs"
@@ -81,14 +81,14 @@ for table, content in rows.items():
 # %% [markdown]
 # ## Two encoders, one model
 #
-# `from_encoders` loads the presets, and chooses the pooling of each encoder by its family: for
-# DINOv2, the class token and the mean of the patches. The preprocessor of the text encoder becomes the
-# model's tokenizer.
+# `from_encoders` loads the presets, and chooses the pooling of each encoder by its family. For
+# DINOv2, it uses the class token and the mean of the patch tokens. The preprocessor of the text
+# encoder becomes the model's tokenizer.
 
 
 # %%
 def connect(masking=None):
-    """A model of fresh copies of the pre-trained encoders."""
+    """Returns a model with new copies of the pre-trained encoders."""
     keras.utils.set_random_seed(1)
     return kcm.ContrastiveModel.from_encoders(
         IMAGE_ENCODER,
@@ -105,8 +105,8 @@ model = connect()
 # ## Train projections on features
 #
 # Frozen encoders return the same features in every epoch. With `epochs=0`, `fine_tune` stores these
-# features in a folder, trains only the projections on them, and ends. The same call resumes an
-# interrupted run.
+# features in a folder, trains only the projections on them, and stops. To resume an interrupted run,
+# repeat the same call.
 
 # %%
 start = time.perf_counter()
@@ -117,8 +117,8 @@ results = {"projections": kcm.evaluation.evaluate_retrieval(model, TEST, verbose
 # %% [markdown]
 # ## Search your photographs
 #
-# Each row shows the test images that match a query best. The projections were trained on drawings
-# only, so some photographs rank below drawings.
+# Each row shows the test images that best match a query. The projections were trained only on
+# drawings, so some photographs rank below drawings.
 
 # %%
 options = dict(training=False)
@@ -134,10 +134,10 @@ figure
 # %% [markdown]
 # ## Tune with and without masking
 #
-# With epochs, `fine_tune` tunes all weights after the projections, on crops of the photographs.
-# Earlier blocks have lower learning rates, and projections a higher one. All rates fall to zero. A step on
-# half of the patches takes about half the time, so the masked model trains for twice as many
-# epochs. Evaluation always uses whole images.
+# With `epochs` above 0, `fine_tune` first trains the projections, and then tunes all weights on crops
+# of the photographs. Earlier blocks have lower learning rates, and projections have a higher one. All
+# rates decay to zero. A step on half of the patches takes about half the time, so the masked model
+# trains for twice as many epochs. Evaluation always uses whole images.
 
 # %%
 ways = {"whole images": (None, 1), "random masking": (kcm.RandomMasking(0.5), 2)}
@@ -152,7 +152,8 @@ for name, (masking, factor) in ways.items():
 # ## Recall
 #
 # With 106 test pairs, the 95 % confidence interval of the recall is about ± 9 points, and each run
-# has one seed. These numbers do not rank the two runs. On your own data, compare several seeds.
+# has one seed. These numbers do not show which run is better. On your own data, compare several
+# seeds.
 
 # %%
 print(f"{'recall@10':16}{'image to text':>15}{'text to image':>15}{'seconds':>10}")
@@ -165,4 +166,4 @@ tuned.save(RESULTS / "connected.keras")
 # On 6,090 photographs, two changes gave
 # [better results](../docs/benchmarks/quality.md): a hidden layer in the projections
 # (`head="mlp"`), and more epochs.
-# [Connect two encoders](../docs/how_to/connect_two_encoders.md) has the options.
+# [Connect two encoders](../docs/how_to/connect_two_encoders.md) describes the options.

@@ -4,12 +4,12 @@
 # The loss of a contrastive model says little about its quality. These metrics on unseen images say
 # more:
 #
-# - **retrieval**: does an image find its caption among all captions, and a caption its image?
-# - **zero-shot classification**: does the model classify images from class names alone?
+# - **retrieval**: does the model find the caption of an image among all captions, and the reverse?
+# - **zero-shot classification**: does the model classify images from only the class names?
 # - **linear probe**: how well does a linear classifier work on the embeddings?
 #
-# This guide evaluates the model of the [first guide](pretrain_clip.py). Run that guide first, or load
-# a model of your own below. Recall and accuracies match
+# This guide evaluates the model of the [first guide](pretrain_clip.py). Run the first guide before
+# this one, or load your own model below. Recall and accuracy match
 # [CLIP_benchmark](https://github.com/LAION-AI/CLIP_benchmark), except for ties and equal captions.
 # The guide needs scikit-learn and [faiss](https://github.com/facebookresearch/faiss):
 # `pip install scikit-learn faiss-cpu`.
@@ -66,7 +66,7 @@ def dataset(split, training=False):
 # ## Retrieval
 #
 # The table shows recall@k on held-out pairs in both directions, with its 95 % confidence interval
-# and the recall of a random ranking. If two images have the same caption, each counts as a match for
+# and the recall of a random ranking. If two images have the same caption, both count as correct for
 # it, as in training. With `duplicates="negative"`, the other image counts as wrong. All captions of
 # an image are used.
 
@@ -83,11 +83,11 @@ for name, value in recall.items():
 # %% [markdown]
 # ## Zero-shot classification
 #
-# The model gets only the class names. Templates turn each name into texts, and each image is assigned
-# to the class with the most similar texts. Data usually has labels
+# The model receives only the class names. Templates turn each name into texts, and each image is
+# assigned to the class with the most similar texts. Data usually has labels
 # (`image_text_dataset(..., label_key="cls")`, or `label_key="folder"` for one folder per class).
-# This dataset has captions only, so the guide uses the images with exactly one class name in their
-# caption.
+# This dataset has only captions, so the guide uses the images whose caption contains exactly one
+# class name.
 
 # %%
 NAMES = ["flag", "food", "sign", "face", "animal", "woman", "man", "plant", "computer"]
@@ -95,7 +95,7 @@ TEMPLATES = ["{}", "{}, symbol", "a {}", "flat drawing of a {}"]
 
 
 def labeled(split):
-    """Images whose caption names exactly one class, with their labels."""
+    """Yields images whose caption contains exactly one class name, and labels."""
     for batch in dataset(split):
         words = [set(re.split("[ ,]+", text)) for (text,) in batch["captions"]]
         named = np.array([[name in each for name in NAMES] for each in words])
@@ -154,9 +154,9 @@ print(f"mean_per_class   {accuracy:.1%}")
 # %% [markdown]
 # ## Metrics during training
 #
-# `kcm.callbacks.Retrieval` computes the recall on validation pairs at the end of epochs, for
-# `History`, `TensorBoard`, `ModelCheckpoint` and `EarlyStopping`. Here the model trains for two
-# more epochs, and `ModelCheckpoint` keeps the weights with the best recall.
+# `kcm.callbacks.Retrieval` computes the recall on validation pairs at the end of each epoch, for
+# `History`, `TensorBoard`, `ModelCheckpoint` and `EarlyStopping`. Here, the model trains for two
+# more epochs, and `ModelCheckpoint` saves the weights with the best recall.
 
 # %%
 best = str(RESULTS / "best.weights.h5")
@@ -174,8 +174,8 @@ model.load_weights(best)
 # ## Search
 #
 # Embeddings are L2-normalized, so an inner product is a cosine similarity. `IndexFlatIP` of faiss
-# is exact; `IndexIVFFlat` and `IndexHNSWFlat` are faster for millions of images. The first image
-# of each row is the query, and the other images are most similar to it.
+# is exact. `IndexIVFFlat` and `IndexHNSWFlat` are faster for millions of images. In each row, the
+# first image is the query, and the others are the images most similar to it.
 
 # %%
 images = np.concatenate([batch["images"] for batch in dataset("test")])
@@ -195,5 +195,5 @@ show(figure, "similar")
 # %% [markdown]
 # ## Public benchmarks
 #
-# [Evaluate with CLIP_benchmark](../docs/how_to/evaluate.md#clip_benchmark) shows how to evaluate a
-# model on the datasets of CLIP_benchmark.
+# [This page](../docs/how_to/evaluate.md#clip_benchmark) shows how to evaluate a model on the datasets
+# of CLIP_benchmark.

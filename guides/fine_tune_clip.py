@@ -6,14 +6,14 @@
 # makes each step cheaper.
 #
 # This guide adapts the model of the [first guide](pretrain_clip.py), which was trained on colored
-# drawings, to an archive in black and white. Run that guide first, or set `PRESET`. This guide shows
-# how to
+# drawings, to a black-and-white archive. Run the first guide before this one, or set `PRESET`. This
+# guide shows how to
 #
 # - prepare your own photographs and captions,
 # - measure the recall before and after fine-tuning,
 # - train with and without masking, and compare recall and time.
 #
-# It takes a minute on two CPU cores. A large CLIP needs a GPU.
+# It takes a minute on two CPU cores with torch, in batches of 64. A large CLIP needs a GPU.
 
 # %%
 import os
@@ -35,7 +35,7 @@ import keras_cluster_mask as kcm
 # %% [markdown]
 # ## Settings
 #
-# `PRESET` is a folder, here the one that the first guide saved, or the name of a CLIP, SigLIP or
+# `PRESET` is the folder that the first guide saved. It can also be the name of a CLIP, SigLIP or
 # MetaCLIP 2 that [KerasHub](https://keras.io/keras_hub/presets/) downloads. For
 # `"clip_vit_base_patch32"`, set `LEARNING_RATE = 1e-5`: a high rate destroys what the model knows.
 
@@ -56,10 +56,10 @@ def show(figure, name):
 # ## Your photographs
 #
 # You need a folder of images and a file `metadata.csv` with the columns `file_name` and `caption`.
-# Shards, other tables and Hugging Face datasets work, too; see `kcm.data.image_text_dataset`.
+# Shards, other tables and Hugging Face datasets also work; see `kcm.data.image_text_dataset`.
 #
-# This cell makes two such folders of images that the first guide did not train on: 433 for training
-# and 346 for testing. Replace it with the paths of your own folders.
+# This cell creates two such folders, with images that the first guide did not train on: 433 for
+# training and 346 for testing. Replace it with the paths of your own folders.
 
 # %%
 TRAIN, TEST = RESULTS / "archive" / "train", RESULTS / "archive" / "test"
@@ -88,7 +88,7 @@ show(figure, "archive")
 # %% [markdown]
 # ## Recall before fine-tuning
 #
-# `load` returns a fresh copy of the pre-trained model, with its tokenizer.
+# `load` returns a new copy of the pre-trained model, with its tokenizer.
 
 
 # %%
@@ -105,11 +105,11 @@ results = {
 # %% [markdown]
 # ## Fine-tune with and without masking
 #
-# `fine_tune` trains on crops, with AdamW and a learning rate that falls to zero, lower for earlier
+# `fine_tune` trains on crops, with AdamW. The learning rate decays to zero, and is lower for earlier
 # blocks. Both runs use the same settings.
 #
-# Masking halves the work of the image encoder, but not of the text encoder. The larger the images,
-# the larger the gain; here, images have only 36 patches.
+# Masking halves the work of the image encoder, but not of the text encoder. The gain grows with the
+# size of the images, which have only 36 patches here.
 
 
 # %%
@@ -164,4 +164,4 @@ show(figure, "fine_tuned")
 #
 # - To freeze the image tower (LiT), set `model.backbone.vision_encoder.trainable = False` before
 #   `compile`.
-# - To keep more of what the model knew, pass `pretrained_share=0.25` to `fine_tune`.
+# - To keep more of the pre-trained knowledge, pass `pretrained_share=0.25` to `fine_tune`.

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Masking in a ViT classifier and in a masked autoencoder
 #
-# A masking is a layer. `kcm.with_masking` inserts it into a vision transformer after the patch
-# embedding. The blocks then read only some patches in training, and all patches at inference.
+# A masking is a Keras layer. `kcm.with_masking` inserts it into a vision transformer after the patch
+# embedding. The blocks then read only some of the patches in training, and all of them at inference.
 # This guide uses masking in two models other than CLIP:
 #
 # - a **classifier** on KerasHub's `ViTBackbone`, which trains faster on half of the patches;
@@ -29,7 +29,7 @@ import keras_cluster_mask as kcm
 RESULTS = Path(os.environ.get("RESULTS", "results"))
 IMAGE_SIZE, PATCH_SIZE, DIM = 48, 8, 96
 NUM_PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
-EPOCHS = int(os.environ.get("EPOCHS", 12))  # Of the autoencoder.
+EPOCHS = int(os.environ.get("EPOCHS", 12))  # For the autoencoder.
 RESULTS.mkdir(parents=True, exist_ok=True)
 
 
@@ -42,7 +42,7 @@ def show(figure, name):
 # %% [markdown]
 # ## Data
 #
-# The classes are emoji and drawing. The key of each image names its class.
+# The two classes are emoji and drawings. The key of each image tells its class.
 
 
 # %%
@@ -67,8 +67,9 @@ print(f"{len(train_images)} training images, {train_labels.mean():.0%} of them e
 # ## A classifier
 #
 # `with_masking` returns a model that shares the encoder's weights. It supports KerasHub's encoders.
-# For another Keras model, name the layer that returns the embedded tokens. Here, an epoch on half of
-# the patches takes about two thirds of the time, so six epochs fit into the time of four.
+# For other Keras models, specify the layer that returns the embedded tokens. Here (torch, batches of
+# 64), an epoch on half of the patches takes about two thirds of the time, so six epochs take as long
+# as four.
 
 
 # %%
@@ -85,11 +86,11 @@ def make_encoder():
 
 
 def train_classifier(encoder, epochs):
-    """Returns the accuracy on the test images, and the seconds of the training."""
+    """Returns the accuracy on the test images, and the training time in seconds."""
     images = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
     features = ops.mean(
         encoder(images)[:, 1:], axis=1
-    )  # The mean of the patches that are read.
+    )  # The mean of the patches that the encoder reads.
     model = keras.Model(images, keras.layers.Dense(2)(features))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(1e-3), loss, metrics=["accuracy"])
@@ -119,9 +120,9 @@ for name, (masking, epochs) in runs.items():
 # %% [markdown]
 # ## A masked autoencoder
 #
-# The decoder gets the encoded patches at their positions, and a learned token for every other patch.
-# The `noise` determines which patches are kept. To know their positions, draw the noise first and
-# pass it to both calls:
+# The decoder receives the encoded patches at their positions, and a learned token for every other
+# patch. The `noise` determines which patches are kept. To know their positions, draw the noise first
+# and pass it to both calls:
 #
 # - `masking.draw(batch, N)` draws the noise of a step,
 # - `masking.select(images, tokens, noise)` returns the indices of the kept patches, and
@@ -176,7 +177,7 @@ history = autoencoder.fit(train_images, batch_size=64, epochs=EPOCHS)
 
 # %%
 def assemble(patches):
-    """Images of uint8 from their patches."""
+    """Returns uint8 images from their patches."""
     rows = IMAGE_SIZE // PATCH_SIZE
     patches = ops.convert_to_numpy(patches)
     patches = patches.reshape(-1, rows, rows, PATCH_SIZE, PATCH_SIZE, 3)

@@ -3,15 +3,16 @@
 #
 # [CLIP](https://arxiv.org/abs/2103.00020) trains an image encoder and a text encoder on images
 # and their captions. The embedding of an image becomes more similar to its own caption than to the
-# other captions of the batch. The trained model searches images by text and classifies images
-# without labels.
+# other captions in the batch. The trained model can search images by text, and classify images
+# without training on labels.
 #
-# Masking makes this training cheaper: in every step, the image encoder reads half of each image.
+# Masking makes training cheaper: in each step, the image encoder reads half of each image.
 #
-# This guide trains a small CLIP on 3,223 captioned emoji and drawings, in about two minutes on two
-# CPU cores, with JAX, TensorFlow or PyTorch (`KERAS_BACKEND`). It shows how to
+# This guide trains a small CLIP on 3,223 captioned emoji and drawings, with JAX, TensorFlow or
+# PyTorch (`KERAS_BACKEND`). On JAX, it takes about two minutes on two CPU cores, in batches of 64.
+# It shows how to
 #
-# - plot the patches that a masking leaves out,
+# - plot the patches that a masking drops,
 # - add a masking to CLIP and train it with `fit()` on WebDataset shards,
 # - measure the recall on held-out pairs, and search images by text.
 
@@ -35,10 +36,9 @@ import keras_cluster_mask as kcm
 # ## Settings
 #
 # To train on your own data, set `TRAIN`, `VALIDATION` and `TEST` to your shards: tar files in which
-# `KEY.jpg` (or png, webp) is followed by `KEY.txt`, as
-# [img2dataset](https://github.com/rom1504/img2dataset) writes them. For photographs, use a
-# larger `IMAGE_SIZE`, such as 224 pixels with patches of 16, and a larger model, such as
-# `"vit_b_16"`.
+# `KEY.txt` follows `KEY.jpg` (or png, webp), as written by
+# [img2dataset](https://github.com/rom1504/img2dataset). For photographs, use a larger
+# `IMAGE_SIZE`, such as 224 pixels with patches of 16, and a larger model, such as `"vit_b_16"`.
 
 # %%
 IMAGES = kcm.data.example_images()
@@ -69,10 +69,10 @@ def show(figure, name):
 # ## Masks
 #
 # Random masking leaves gaps everywhere. Cluster masking removes whole surfaces and keeps others
-# complete. A few random patches become anchors. The patches most similar to an anchor are left
-# out, until half of all patches are left out.
+# intact: a few random patches become anchors, and the patches most similar to an anchor are
+# dropped, until half of all patches are dropped.
 #
-# This guide trains with random masking, the setting to start with
+# This guide uses random masking, which we recommend as the first choice
 # ([measurements](../docs/benchmarks/from_nothing.md)).
 
 # %%
@@ -91,7 +91,7 @@ show(kcm.visualization.plot_masks(photographs, maskings), "masks")
 # The tokenizer is trained on the captions, so nothing is downloaded. For web captions, use
 # CLIP's own vocabulary: `kcm.data.CLIPTokenizer.from_open_clip()`.
 #
-# Transparent backgrounds of images become white.
+# Transparent backgrounds become white.
 
 # %%
 captions = kcm.data.read_captions(TRAIN)
@@ -115,12 +115,12 @@ validation, test = dataset(VALIDATION), dataset(TEST)
 # %% [markdown]
 # ## Model
 #
-# `clip_backbone` makes a CLIP with fresh weights, and `from_backbone` inserts the masking after the
-# patch embedding. A pre-trained CLIP of keras_hub works in the same way.
+# `clip_backbone` creates a CLIP with random weights, and `from_backbone` inserts the masking after
+# the patch embedding. A pre-trained CLIP from keras_hub works the same way.
 #
-# Random masking (50 %) is the masking to start with. Another one is
-# `kcm.ClusterMasking(patch_size=PATCH_SIZE)`. `small_data_optimizer` returns AdamW with a learning
-# rate that warms up and falls to zero. The loss is built in, so `compile` takes only an optimizer.
+# To use cluster masking instead, pass `kcm.ClusterMasking(patch_size=PATCH_SIZE)`.
+# `small_data_optimizer` returns AdamW with a learning rate that warms up and then decays to zero.
+# The loss is built in, so `compile` only needs an optimizer.
 
 # %%
 backbone = kcm.models.clip_backbone(
@@ -134,9 +134,9 @@ model.compile(kcm.small_data_optimizer(EPOCHS, len(train), LEARNING_RATE))
 # %% [markdown]
 # ## Training
 #
-# The progress bar shows the loss and the `accuracy`, the mean of two fractions within the batch: of
-# images that are most similar to their own caption, and the reverse. After each epoch,
-# `kcm.callbacks.Retrieval` adds the recall on the validation images.
+# The progress bar shows the loss and the `accuracy`. The accuracy is the fraction of images that are
+# most similar to their own caption in the batch, averaged with the same fraction for captions. After
+# each epoch, `kcm.callbacks.Retrieval` adds the recall on the validation images.
 
 # %%
 recall = kcm.callbacks.Retrieval(validation, ks=10)
@@ -148,13 +148,13 @@ show(kcm.visualization.plot_history(history, chance=chance), "training")
 
 # %% [markdown]
 # The model overfits: the training loss keeps falling, while the validation loss is lowest after
-# 3 or 4 epochs and ends above chance. The recall rises for longer, because it depends only on the
-# order of the similarities, not on the model's confidence.
+# 3 or 4 epochs and ends above chance. The recall keeps rising for longer, because it depends only on
+# the order of the similarities, not on the model's confidence.
 #
 # ## Recall
 #
-# Recall@k is the fraction of test images with their caption among the k most similar captions, and
-# the reverse. Chance is the recall of a random ranking.
+# Image-to-text recall@k is the fraction of test images with their caption among the k most similar
+# captions. Text-to-image recall@k is the reverse. Chance is the recall of a random ranking.
 
 # %%
 recall = kcm.evaluation.evaluate_retrieval(model, test, verbose=0)
@@ -166,8 +166,8 @@ for name, value in recall.items():
 # ## Search by text
 #
 # Embed the queries and rank the test images by their similarity to each query. We chose the queries
-# on the validation images. The model finds frequent kinds of images: flags, faces and people, though
-# not all of them are women. It knows hardly any single objects.
+# on the validation images. The model finds common kinds of images: flags, faces and people, though
+# not all of the people are women. It recognizes few specific objects.
 
 # %%
 QUERIES = ["flag", "face", "woman"]
@@ -179,8 +179,8 @@ show(kcm.visualization.plot_retrieval(QUERIES, images, similarity), "search")
 # %% [markdown]
 # ## Save
 #
-# Load `model.keras` with this library to embed texts or continue training. The preset holds the CLIP
-# and its tokenizer. keras_hub loads them without this library, with
+# Load `model.keras` with this library to embed texts or continue training. The preset contains the
+# CLIP and its tokenizer. keras_hub loads both without this library, with
 # `CLIPBackbone.from_preset(path)` and `CLIPTokenizer.from_preset(path)`.
 
 # %%

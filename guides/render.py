@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python guides/render.py guides/compare_maskings.py
 
-writes `docs/guides/compare_maskings.md`, its plots beside it, and the notebook. A guide that
-raises an error stops the program. `--missing` writes those that are not there, without running
+writes `docs/guides/compare_maskings.md` with its plots, and the notebook. A guide that raises an
+error stops the program. `--missing` writes the guides whose pages do not exist, without running
 them. Needs `pip install jupytext nbconvert ipykernel`.
 """
 
@@ -22,7 +22,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|\x08")
 
 
 def run(path):
-    """The notebook of a guide, with its outputs."""
+    """Returns the notebook of a guide, with its outputs."""
     notebook = jupytext.read(path)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook.metadata["kernelspec"] = kernel
@@ -38,7 +38,7 @@ def run(path):
 
 
 def readable(outputs):
-    """Outputs without warnings, and of progress bars only the last state."""
+    """Returns outputs without warnings, with only the last state of progress bars."""
     text = "".join(
         output.text
         for output in outputs
@@ -53,14 +53,14 @@ def readable(outputs):
 
 
 def write(notebook, name, folder):
-    """Writes a notebook as Markdown, with links that fit its folder."""
+    """Writes a notebook as Markdown, with links that work in its folder."""
     notebook.metadata.setdefault("language_info", {"name": "python"})
     exporter = nbconvert.MarkdownExporter()
     resources = {"output_files_dir": f"{name}_files", "unique_key": name}
     text, resources = exporter.from_notebook_node(notebook, resources)
     text = re.sub(r"\]\((\w+)\.py", r"](\1.md", text)
     text = text.replace("](../docs/", "](../")
-    # Links to files that are not on the site become plain names.
+    # Links to files that are not on the site become plain text.
     text = re.sub(r"\[([^\]]+)\]\(\.\./(examples/[^)]+)\)", r"\1 (`\2`)", text)
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in resources["outputs"].items():

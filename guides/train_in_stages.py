@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Train on small images and short texts first
 #
-# Most of training can use small images and short texts. Only the last stage needs the final size,
-# because the patch embedding, the blocks and most of what they have learned do not depend on it.
-# This is the recipe of [CLIPA](https://arxiv.org/abs/2305.07017) and
+# Most of the training can use small images and short texts. Only the last stage needs the final
+# size, because the patch embedding, the blocks and most of what they have learned do not depend on
+# it. This is the recipe of [CLIPA](https://arxiv.org/abs/2305.07017) and
 # [RECLIP](https://arxiv.org/abs/2304.06028). [CLIPA-v2](https://arxiv.org/abs/2306.15658) also
-# leaves out 30 to 40 % of the patches in the high-resolution stages.
+# masks 30 to 40 % of the patches in the high-resolution stages.
 #
 # Each stage is a copy of the model with resized position embeddings:
 #
@@ -13,7 +13,8 @@
 # - `kcm.models.with_context_length` resizes the text tower (linear interpolation).
 #
 # This guide trains a small CLIP on 3,223 captioned emoji and drawings in two stages, and a second
-# CLIP at full size from the start, in two minutes on two CPU cores.
+# CLIP at full size from the start. It takes two minutes on two CPU cores, with torch and batches of
+# 64.
 
 # %%
 import os
@@ -56,15 +57,14 @@ def dataset(source, image_size, context_length, training):
 # %% [markdown]
 # ## Stages
 #
-# Each stage has an image size, a context length, the mask ratio of each epoch and a learning rate.
+# Each stage has an image size, a context length, a mask ratio for each epoch and a learning rate.
 # The first stage takes most of the epochs, with a quarter of the patches and half of the text
-# tokens. The second stage uses a tenth of the learning rate, which warms up again. It leaves out
-# 40 % of the patches, and in its last epoch none.
+# tokens. The second stage uses a tenth of the learning rate, which warms up again. It masks 40 % of
+# the patches, except in its last epoch.
 #
 # Each stage has a new optimizer, because the position embeddings differ in size.
-# `small_data_optimizer` has a schedule over all epochs of the stage. The mask ratio may
-# change between two calls of `fit`. The temperature is a weight of the backbone, so it is carried
-# over.
+# `small_data_optimizer` has a schedule over all epochs of the stage. You can change the mask ratio
+# between two calls of `fit`. The temperature is a weight of the backbone, so the next stage keeps it.
 
 # %%
 STAGES = [
@@ -95,8 +95,8 @@ def train(clip, stages):
 # ## Compare with training at full size
 #
 # Both models start from the same weights. The full-size model trains for half as many epochs, which
-# takes about as long on torch. JAX and TensorFlow compile each stage, which takes longer than
-# training at this size.
+# takes about the same time on torch. JAX and TensorFlow compile each stage, which takes longer than
+# the training at this size.
 
 
 # %%

@@ -2,12 +2,12 @@
 # # Train on eight GPUs
 #
 # In data parallel training, every device has all the weights and a part of the batch. A contrastive
-# loss must compare every image with the texts of *all* devices. A program that trains eight small
-# batches side by side trains a different model, without a warning. Here, the eight devices train on
-# one batch: losses, gradients and masks are the same as on a single device.
+# loss must compare every image with the texts of *all* devices. A program that trains on eight
+# separate small batches trains a different model, without a warning. Here, the eight devices train
+# on one batch: losses, gradients and masks are the same as on a single device.
 #
-# This guide writes a training program, starts it on several devices, and checks it. Without GPUs,
-# it uses two virtual CPU devices or two processes. We ran it on these, not on GPUs.
+# This guide writes a training program, runs it on several devices, and checks the result. Without
+# GPUs, it uses two virtual CPU devices or two processes. We tested it this way, and not on GPUs.
 
 # %%
 import os
@@ -38,11 +38,11 @@ FOLDER.mkdir(parents=True)
 # ## The program
 #
 # Only the function `devices` differs from training on one device. On torch, it connects the
-# processes. On JAX and TensorFlow, it returns the scope in which the model is made. `batch_size`
+# processes. On JAX and TensorFlow, it returns the scope in which the model is created. `batch_size`
 # counts the pairs of all devices, so nothing else depends on their number. `image_text_dataset`
 # gives every process its own samples.
 #
-# `Checkpoint` and `resume_from` resume the run after a crash, also on another number of devices.
+# `Checkpoint` and `resume_from` resume the run after a crash, even on a different number of devices.
 # `if __name__ == "__main__"` lets `num_workers` start processes that decode images.
 
 # %%
@@ -105,9 +105,9 @@ if __name__ == "__main__":
 (FOLDER / "train.py").write_text(PROGRAM)
 
 # %% [markdown]
-# ## Start it
+# ## Run the program
 #
-# The arguments are the number of devices, a folder for checkpoints, and the folder of the shards.
+# The arguments are the number of devices, a folder for checkpoints, and the folder with the shards.
 #
 # | backend | one machine | several machines |
 # | --- | --- | --- |
@@ -120,7 +120,7 @@ if __name__ == "__main__":
 
 # %%
 def start(count, name):
-    """Runs the program on so many devices, and returns its logs."""
+    """Runs the program on `count` devices, and returns its logs."""
     launch = []
     if BACKEND == "torch":
         launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}"]
@@ -130,7 +130,7 @@ def start(count, name):
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count))),
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {virtual}".strip(),
-        # Threads of two processes on one CPU would wait for one another.
+        # Threads of two processes on one CPU would wait for each other.
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(kcm.__file__).parents[1]),
     }
@@ -147,7 +147,7 @@ one, several = start(1, "one"), start(DEVICES, "several")
 # ## What to check
 #
 # **The losses match a single device** up to rounding, with the same seed. If each device compared
-# only its own half of the batch, the loss would start near log(32) = 3.5. Here it starts above 4.2.
+# only its own half of the batch, the loss would start near log(32) = 3.5. Here, it is above 4.2.
 
 # %%
 for name in ("loss", "accuracy", "mask_ratio"):
@@ -158,7 +158,7 @@ if difference > 1e-2:
     raise RuntimeError("the devices do not train as one")
 
 # %% [markdown]
-# **The run resumes.** If you start it again, the program finds that all steps are done, and returns
+# **The run resumes.** If you run the program again, it finds that all steps are done, and returns
 # the same history. Kill a real run once in its first hour, and check that the loss continues.
 
 # %%
@@ -166,21 +166,21 @@ again = start(DEVICES, "several")
 print("the same history:", again["loss"] == several["loss"])
 
 # %% [markdown]
-# **The devices are busy.** With `verbose=2`, Keras shows the time of a step. A step of eight devices
-# should take hardly longer than a step of one device with an eighth of the batch. If `data.waited`,
-# the seconds spent waiting for data, is large, set `num_workers` of `image_text_dataset`: the
+# **The devices are busy.** With `verbose=2`, Keras shows the time of a step. A step on eight devices
+# should take little longer than a step on one device with an eighth of the batch. If `data.waited`,
+# the time in seconds spent waiting for data, is large, set `num_workers` of `image_text_dataset`. The
 # threads of one process decode at most about 2,200 images per second, on any number of cores.
 #
-# **The memory is sufficient.** If not, `micro_batch_size` trains on parts of the batch and still
-# compares all pairs. On JAX, several devices can share weights that do not fit on one. Set the
-# distribution before you make the model. Here, two devices share one model: its attention heads and
-# hidden units are divided between them.
+# **The memory is sufficient.** If it is not, `micro_batch_size` trains on parts of the batch and
+# still compares all pairs. On JAX, weights that do not fit on one device can be sharded over several
+# devices. Set the distribution before you create the model. Here, two devices share one model: its
+# attention heads and hidden units are divided between them.
 #
 # ```python
 # devices = keras.distribution.list_devices()
 # mesh = keras.distribution.DeviceMesh((len(devices) // 2, 2), ["batch", "model"], devices)
 # layouts = keras.distribution.LayoutMap(mesh)
-# # The first matrix of an attention or MLP is divided by its outputs, the last one by its inputs.
+# # The first matrix of an attention or MLP is split along its outputs, the last along its inputs.
 # for path, layout in {
 #     r"(attention|self_attn)/(query|key|value)/kernel": (None, "model", None),
 #     r"(attention|self_attn)/(query|key|value)/bias": ("model", None),

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Write your own masking
 #
-# A masking decides which patches of an image the encoder reads in training. To write one,
+# A masking decides which patches of an image the encoder reads in training. To write your own,
 # subclass `kcm.PatchMasking` and implement one method, `score`: the patches with the highest
 # scores are kept. The base class handles random numbers, the exact number of patches, prefix
 # tokens, several devices, and saving.
 #
-# The example suits drawings and products on a plain background, where random masking keeps many
-# blank patches. `ContentMasking` leaves out blank patches first, then random other patches.
+# The example is for drawings and products on a plain background, where random masking keeps many
+# blank patches. `ContentMasking` drops blank patches first, then random other patches.
 
 # %%
 import os
@@ -43,12 +43,12 @@ def show(figure, name):
 # %% [markdown]
 # ## The score
 #
-# `score` gets the `noise` of a step, `(batch, N)` uniform random numbers, and the normalized images.
-# It returns `(batch, N)` scores. Patches with equal scores are ranked by their noise, so
-# `ContentMasking` only scores blank patches 0 and all others 1. It then keeps random patches with
-# content, and random blank patches if there are too few.
+# `score` receives the `noise` of a step, `(batch, N)` uniform random numbers, and the normalized
+# images. It returns `(batch, N)` scores. Patches with equal scores are ranked by their noise, so
+# `ContentMasking` only needs to score blank patches 0 and all others 1. It then keeps random patches
+# with content, and random blank patches if there are too few.
 #
-# Four rules keep a masking correct on every backend and on any number of devices:
+# Four rules make a masking correct on every backend and on any number of devices:
 #
 # - compute with `keras.ops`;
 # - take sizes from `ops.shape(noise)`: the batch size may be unknown when TensorFlow compiles;
@@ -62,13 +62,13 @@ def show(figure, name):
 # %%
 @keras.saving.register_keras_serializable(package="my_project")
 class ContentMasking(kcm.PatchMasking):
-    """Leaves out blank patches first, then random ones.
+    """Drops blank patches first, then random ones.
 
     Args:
         patch_size: Integer, in pixels.
-        mask_ratio: Float in `[0, 1)`. The fraction of patches to leave out.
-        contrast: Float. A patch is blank if the deviation of its normalized pixels
-            is at most this.
+        mask_ratio: Float in `[0, 1)`. The fraction of patches to drop.
+        contrast: Float. A patch is blank if the standard deviation of its normalized
+            pixels is at most this.
         **kwargs: Arguments of `kcm.PatchMasking`, such as `seed`.
     """
 
@@ -93,10 +93,10 @@ class ContentMasking(kcm.PatchMasking):
 # %% [markdown]
 # ## Look at the masks
 #
-# `plot_masks` shows several maskings with the same noise. It normalizes images only if you pass it a
-# model. Here, the images are floats in [0, 1], where a contrast of 0.05
-# corresponds to about 0.2 on normalized images. A patch of a single color inside an object also
-# counts as blank, so `ContentMasking` prefers outlines and details.
+# `plot_masks` shows several maskings with the same noise. It only normalizes images if you pass it a
+# model. Here, the images are floats in [0, 1], where a contrast of 0.05 corresponds to about 0.2 on
+# normalized images. A patch of a single color inside an object also counts as blank, so
+# `ContentMasking` prefers outlines and details.
 
 # %%
 captions = kcm.data.read_captions(IMAGES / "train-*.tar")
@@ -121,14 +121,14 @@ show(kcm.visualization.plot_masks(images[:4] / 255.0, maskings), "own_masks")
 # %% [markdown]
 # ## Check the numbers
 #
-# A masking that keeps the wrong patches still trains, so test on many images what your masking
-# promises: `ContentMasking` must not keep a blank patch while it leaves out a patch with content.
+# A model still trains if its masking keeps the wrong patches, so test the masking on many images.
+# `ContentMasking` must not keep a blank patch while it drops a patch with content.
 # [Compare maskings](compare_maskings.py) counts how often each position is kept.
 
 # %%
 content = maskings["ContentMasking"].score(np.zeros((len(images), 64)), images / 255.0)
 for name, masking in maskings.items():
-    # Instead of tokens: 1 for a patch that shows something, and 0 for a blank patch.
+    # Instead of tokens: 1 for a patch with content, and 0 for a blank patch.
     kept = masking(content[:, :, None], images=images / 255.0, training=True)
     print(f"{name:15} {float(ops.mean(kept)):.1%} of the kept patches show something")
 
@@ -136,7 +136,7 @@ for name, masking in maskings.items():
 # ## Train with it
 #
 # Pass the masking to `ContrastiveModel.from_backbone`, or to `kcm.with_masking` for other vision
-# transformers. The metric `mask_ratio` must equal the ratio that you set.
+# transformers. The metric `mask_ratio` should equal the ratio that you set.
 
 # %%
 backbone = kcm.models.clip_backbone(
@@ -150,8 +150,8 @@ history = model.fit(dataset("train", training=True, seed=1), epochs=EPOCHS)
 # %% [markdown]
 # ## Save and load the model
 #
-# The loaded model has the masking with its settings, and continues its sequence of random numbers.
-# A program that loads the model must import the module that registers the class.
+# The loaded model has the same masking with its settings, and continues its sequence of random
+# numbers. A program that loads the model must import the module that registers the class.
 
 # %%
 model.save(RESULTS / "own_masking.keras")
@@ -171,4 +171,4 @@ print(f"largest difference of an embedding: {difference:.1e}")
 #
 # - With `hides_tokens = True`, a score of `-inf` excludes a patch from the step, so images may keep
 #   different numbers of patches; see `kcm.PatchMasking`.
-# - [Compare](compare_maskings.py) the masking with other maskings, at an equal number of steps.
+# - [Compare](compare_maskings.py) the masking with other maskings, for the same number of steps.

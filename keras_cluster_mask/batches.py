@@ -20,7 +20,7 @@ def read_batches(data: Any, batch_size: int = 64) -> Iterator[dict[str, np.ndarr
         data: Arrays, or an iterable of batches (a `tf.data.Dataset`, a `PyDataset`, a
             list, a generator). An endless `image_text_dataset` is read for one epoch. A
             batch is a dictionary with the key `"images"`, a pair `(images, labels)`, or
-            images alone. A single dictionary, pair or array of images is the whole
+            only images. A single dictionary, pair or array of images is the whole
             data.
         batch_size: Integer. The batch size for arrays. Other data keeps its own
             batches.

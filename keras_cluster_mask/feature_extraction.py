@@ -82,7 +82,7 @@ def compute_features(
             dates (ETags at URLs). Arrays are compared as a whole, and at least 32 items
             of an object, or batches of a list or `PyDataset`. Changes are not noticed
             in the other items, in a file that keeps its size and date, in images at
-            URLs that a table or folder names, in an iterator, or in other iterables
+            URLs in a table or folder, in an iterator, or in other iterables
             after the first batch.
     """
     model = as_contrastive_model(model)

@@ -31,7 +31,7 @@ def fine_tune(
     callbacks: Sequence[keras.callbacks.Callback] | None = None,
     verbose: str | int = "auto",
 ) -> keras.callbacks.History:
-    """Tunes pre-trained encoders on photographs, in the way that was measured best.
+    """Fine-tunes pre-trained encoders on photographs, with the best measured settings.
 
     Two encoders of `ContrastiveModel.from_encoders`, whose projections are new, are
     tuned in two stages:

@@ -435,7 +435,7 @@ class CLIPTokenizer:
 
         Args:
             ids: Integers of shape `(length,)` or `(batch, length)`. Start tokens and
-                all tokens from the first end token on are left out.
+                all tokens from the first end token on are dropped.
 
         Returns:
             A string, or a list of them for a batch.

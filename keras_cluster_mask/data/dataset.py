@@ -76,7 +76,7 @@ def image_text_dataset(
     A source is an object with a length, whose items are dictionaries of fields, such as
     a list of dictionaries. Paths become one: WebDataset shards, tar files as
     img2dataset writes them (`KEY.jpg` is followed by `KEY.txt`), Parquet files, tables
-    (CSV, TSV, JSON lines) that name image files, or folders of images, in which
+    (CSV, TSV, JSON lines) that list image files, or folders of images, in which
     `KEY.txt` is the caption of `KEY.jpg`. Files are indexed on first use: a small file
     for each, in a cache folder, stores the position of each sample.
 
@@ -96,7 +96,7 @@ def image_text_dataset(
 
     A sample is broken if it has no image or no caption, or if it cannot be read or
     decoded. In training, another sample of its source replaces it, so the number of
-    steps never depends on broken samples. In evaluation it is left out.
+    steps never depends on broken samples. In evaluation, it is skipped.
     `dataset.skipped`, a `SkippedSamples`, counts both cases, and `check` finds broken
     samples before. A read is tried three times within 4 seconds. If storage at a URL
     does not answer three times, each within 35 seconds, the run ends with an error.
@@ -149,7 +149,7 @@ def image_text_dataset(
             `datasets`, or a part that `split` or `subset` returned; an image is bytes,
             a file name, a `PIL.Image.Image`, or a uint8 array. One thread at a time
             reads items of objects. A method `__getitems__` reads several at once, for
-            neighbors, and an entry `"__key__"` names a sample. Or a list of such
+            neighbors, and an entry `"__key__"` is its key. Or a list of such
             objects, one after the other. Or a dictionary from several of all these to
             weights, to mix them in these proportions.
         model_or_tokenizer: A `ContrastiveModel`, to use its tokenizer, image size and
@@ -384,7 +384,7 @@ class ImageTextDataset(Stream):
         start: Integer. The batch at which an iteration starts. `ContrastiveModel.fit`
             sets it to the batch after the last one that it trained on.
         skipped: `SkippedSamples`. The broken samples of the last pass.
-        unused_captions: Integer. The number of captions left out in the last pass, for
+        unused_captions: Integer. The number of captions dropped in the last pass, for
             images with several, unless batches contain them.
         batch_size: Integer. The global batch size.
         num_samples: Integer. The number of samples, broken ones included.
@@ -496,8 +496,8 @@ class ImageTextDataset(Stream):
     def as_dataset(self) -> Any:
         """Returns a `tf.data.Dataset` of the batches, in training an endless one.
 
-        Each iteration over it starts at the current `start`. Captions are left out,
-        since a `tf.data.Dataset` cannot hold tuples of different lengths. A
+        Each iteration over it starts at the current `start`. Captions are dropped,
+        because a `tf.data.Dataset` cannot hold tuples of different lengths. A
         `ContrastiveModel` reads the dataset itself, and checks its tokenizer.
         """
         from keras_cluster_mask.distribution.tensorflow_data import dataset_of

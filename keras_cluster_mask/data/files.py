@@ -134,7 +134,7 @@ def file_system(path, argument="source"):
         return fsspec.filesystem("file"), make_path_posix(path)
     try:
         return fsspec.core.url_to_fs(path)
-    # The message of an `ImportError` names the package.
+    # The message of an `ImportError` contains the package name.
     except (ImportError, ValueError) as error:
         raise type(error)(
             f"`{argument}` must be a path or URL that fsspec can open: {error}. "

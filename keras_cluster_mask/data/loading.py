@@ -29,7 +29,7 @@ SUBSTITUTES = 1, 2, 4, 8, 16, 32
 # The entry of a batch for the tokenizer, if that is a Keras layer.
 TEXTS = "texts"
 # The entry of a batch with its broken samples, the number of samples of each source,
-# and the number of captions that are left out.
+# and the number of captions that are dropped.
 REPORT = "report"
 
 
@@ -205,8 +205,8 @@ class Batches:
 
         Returns:
             Dictionary of arrays, and under `REPORT` the arguments of
-            `SkippedSamples.report` and the number of captions that are left out. Broken
-            samples are replaced in training, and left out in evaluation.
+            `SkippedSamples.report` and the number of captions that are dropped. Broken
+            samples are replaced in training, and skipped in evaluation.
         """
         positions = self.positions(batch)
         size = int(np.clip(-(-len(positions) // threads.count), *TOGETHER))

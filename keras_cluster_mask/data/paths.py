@@ -1,4 +1,4 @@
-"""Opens sources: finds the files that paths name, by their formats."""
+"""Opens sources: finds the files of paths, by their formats."""
 
 import contextlib
 import itertools
@@ -34,7 +34,7 @@ VERSIONS = (
 
 
 def open_source(source: Any, image_keys: Sequence[str] = IMAGE_KEYS) -> Any:
-    """Returns the source that paths name, or a source itself.
+    """Returns the source that paths refer to, or a source itself.
 
     Args:
         source: See `image_text_dataset`. A list of sources is one, too.
@@ -89,7 +89,7 @@ def format_of(path):
 
 
 def find_files(pattern):
-    """Finds the files that a path names.
+    """Finds the files that a path refers to.
 
     Args:
         pattern: String or path; see `image_text_dataset`.
@@ -122,8 +122,8 @@ def find_files(pattern):
                     f"`source` must name files that exist. Received: {name}"
                 )
             for path, info in matches.items():
-                # The first address of a chain, such as "zip://*.tar::b.zip", names
-                # the files.
+                # The first address of a chain, such as "zip://*.tar::b.zip",
+                # specifies the files.
                 if is_address(pattern):
                     first = next(filter(is_address, pattern.split("::")))
                     path = pattern.replace(first, system.unstrip_protocol(path))

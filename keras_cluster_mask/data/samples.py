@@ -25,8 +25,8 @@ IMAGE_KEYS = (
 )  # fmt: skip
 # `json.captions` may hold all captions, and `txt` only the first one.
 CAPTION_KEYS = ("json.captions", "txt", "caption", "captions", "text", "title")
-# Fields of an item about itself: its key; the file that it comes from, beside which are
-# the images that it names; and the error for which it cannot be read.
+# Fields of an item about itself: its key; the file that it comes from, with its image
+# files next to it; and the error for which it cannot be read.
 KEY, FILE, ERROR = "__key__", "__file__", "__error__"
 NO_ARRAY = "the array is not uint8 (height, width) or (height, width, 3)"
 # How a text in UTF-16 starts.
@@ -148,7 +148,7 @@ class Fields:
     def sample(self, item):
         """Returns the `Sample` of an item with a key, or its `Fault`.
 
-        The image file that it names is not read; see `read_named_files`.
+        The image file that it refers to is not read; see `read_named_files`.
         """
         file, key = item.get(FILE, ""), key_of(item[KEY])
         try:
@@ -265,7 +265,7 @@ class Labels:
 
 
 def read_named_files(samples):
-    """Reads the image files that samples name together.
+    """Reads the image files of samples together.
 
     Args:
         samples: List of `Sample` and `Fault`.

@@ -12,7 +12,7 @@ MAX_EXAMPLES = 20
 class SkippedSamples:
     """The broken samples in the last pass over a dataset.
 
-    They are replaced in training, and left out in evaluation. Each iteration over a
+    They are replaced in training, and skipped in evaluation. Each iteration over a
     dataset creates a new `SkippedSamples`.
 
     Args:

@@ -187,8 +187,8 @@ def describe(source, fields):
 
     Args:
         source: The source. Of a few samples, keys, captions, labels and images count,
-            or what is wrong with them. Of images at URLs only the names count, since
-            they may not be read twice alike.
+            or what is wrong with them. For images at URLs, only the names count,
+            because their content may differ between reads.
         fields: `Fields`.
     """
     facts = []
@@ -209,10 +209,10 @@ def describe(source, fields):
 
 
 def versions_of(source, fields):
-    """Returns a hash of the sizes and dates of files, and of images that samples name.
+    """Returns a hash of the sizes and dates of files, and of the images of samples.
 
     Args:
-        source: The source. All samples are read if one of a few names an image file.
+        source: The source. All samples are read if one of a few has an image file.
         fields: `Fields`.
     """
     found = [getattr(part, "stamps", None) for part in parts_of(source)]

@@ -54,9 +54,9 @@ class TextMasking:
     Captions are split as in CLIP's tokenizer, in lower case and before byte-pair
     encoding: runs of letters, single digits, endings of contractions, and runs of other
     characters. In scripts without spaces between words (Chinese, Japanese, Thai, Lao,
-    Khmer and Burmese), each character is a word. Tokens of a character are counted
-    alone, so rows of such scripts may be shorter. Other tokenizers get the kept words
-    with the case of the caption, and their tokens are counted for each word alone.
+    Khmer and Burmese), each character is a word. The tokens of each character are
+    counted separately, so rows of such scripts may be shorter. Other tokenizers get the
+    kept words with the case of the caption, and tokens are counted for each word.
 
     Draw all random numbers from `generator`, so that all processes, workers and resumed
     runs mask in the same way. With `num_workers`, a masking must be picklable. A run
@@ -281,7 +281,7 @@ class WordTokenizer:
         # A word that fills a row may have been truncated.
         sizes.update(zip(new, (counts + (counts == self._most)).tolist()))
         for index, each in enumerate(words):
-            # A run of characters may have fewer tokens than its characters alone.
+            # A run may have fewer tokens than the sum over its characters.
             if sum(sizes[run] for run in runs[index]) > self._num_tokens_left:
                 num_tokens = [sizes[word] for word in each]
                 text, lower = texts[index], [word.lower() for word in each]

@@ -31,7 +31,7 @@ def in_full_precision(function):
     imprecise for similarities that are scaled by up to 100, or that decide which of two
     patches is kept. The gradients of the products use the same precision. torch uses
     full precision by default. TensorFlow has a single setting for the whole program,
-    which is left to the user:
+    which the user must change:
     `tf.config.experimental.enable_tensor_float_32_execution(False)` for GPUs.
     """
     if keras.backend.backend() != "jax":

@@ -31,7 +31,7 @@ def wrap_optimizer(optimizer, inner, parts) -> None:
     - On TensorFlow, Keras does not sum the gradients a second time.
     - On torch, Keras's optimizers clip and update in-place (`torch_updates.py`).
     - An optimizer within another one has no state of its own in a file. Keras would
-      save the state twice: with the whole, and alone.
+      save the state twice: with the whole, and separately.
 
     The methods are bound to one optimizer and call those of its class, so an optimizer
     can be compiled any number of times, in any place. Some of the methods are private.

@@ -16,12 +16,12 @@ if keras.backend.backend() == "torch":
 
 
 class OwnReduction:
-    """A mixin before `keras.Model` of models that this package alone reduces on torch.
+    """A mixin before `keras.Model` for models that only this package reduces on torch.
 
     From Keras 3.16 on, a model that trains or predicts after torch processes have
     joined is wrapped in `DistributedDataParallel`, and its metrics are summed over
     processes. It would reduce all gradients twice. A frozen tower could not predict,
-    and a process that evaluates alone would wait for the others. Keras 3.15 does
+    and a single process that evaluates would wait for the others. Keras 3.15 does
     neither.
     """
 

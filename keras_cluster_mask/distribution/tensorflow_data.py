@@ -20,7 +20,7 @@ def dataset_of(
             the dataset.
         specs: Dictionary from the name of each entry of a batch to an object with its
             `shape`, with `None` for unknown sizes, and its `dtype`. Entries with the
-            dtype `"object"` are left out.
+            dtype `"object"` are dropped.
         is_endless: Boolean. Whether the dataset says that it never ends.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The architecture of a CLIP, which its weights alone do not determine."""
+"""The architecture of a CLIP, which its weights do not fully determine."""
 
 import dataclasses
 from typing import Any, Self
@@ -81,7 +81,7 @@ class Architecture:
         """Returns the architecture of a CLIP or MetaCLIP 2 backbone, or of its model.
 
         Args:
-            model: A backbone, or a `ContrastiveModel` of one. A backbone alone has
+            model: A backbone, or a `ContrastiveModel` of one. A backbone has
                 the preprocessing of CLIP and a softmax loss.
         """
         backbone = getattr(model, "backbone", model)

@@ -34,7 +34,7 @@ class ImageFamily:
 
     Attributes:
         embedding: String, the class of the layer that returns the embedded tokens.
-            `None` if no tokens can be left out after a layer: a convolutional network,
+            `None` if no tokens can be dropped after a layer: a convolutional network,
             blocks that need the whole grid, or embedding and blocks in one layer.
         block: String, the class of its transformer blocks, or of the layer that holds
             embedding and blocks.

@@ -186,7 +186,7 @@ def tokens_after_blocks(backbone: keras.Model) -> list[keras.KerasTensor]:
 
 
 def check_block_numbers(name: str, blocks: Any, count: int) -> list[int]:
-    """Returns the numbers of blocks, from 1, that an argument names."""
+    """Returns the block numbers, from 1, that an argument specifies."""
     numbers = [*range(1, count + 1)]
     if type(blocks) is int and blocks in numbers:
         return numbers[-blocks:]

@@ -156,7 +156,7 @@ def copy_with(model, tower: str, changes: dict) -> keras.Model:
     Frozen layers and LoRA are kept. Weights are copied unless their shape has changed.
 
     Args:
-        model: A keras_hub backbone of two towers, or one of them alone.
+        model: A keras_hub backbone of two towers, or one of the towers.
         tower: `"vision_encoder"` or `"text_encoder"`.
         changes: Dictionary of changes in the tower's configuration.
     """

@@ -166,7 +166,7 @@ def _is_exact(tower):
     """Returns whether an encoder returns equal features for texts cut to two lengths.
 
     The weights are random, with each of `SIGNS`: a weight of zero would hide an
-    influence that training brings about.
+    influence that appears during training.
     """
     family, encoder = tower.family, tower.encoder
     layers = all_layers(encoder)

@@ -44,8 +44,8 @@ def classification_accuracy(
     Args:
         scores: `(items, classes)` array: similarities, logits or probabilities.
         labels: `(items,)` ints, the right class of each item.
-        ks: Integer or integers. A k of at least the number of classes is left out, as
-            its accuracy is always 1.
+        ks: Integer or integers. A k of at least the number of classes is skipped,
+            because its accuracy is always 1.
 
     Returns:
         A dictionary of floats in `[0, 1]`: `"top_k"` for each k, and

@@ -160,7 +160,7 @@ def evaluate_retrieval(
     if duplicates == "negative":
         labels, numbers = np.arange(len(images))[:, None], owners
     else:
-        # An image has the numbers of all of its texts as labels, and -1 beside them.
+        # The labels of an image are the numbers of all of its texts, padded with -1.
         places = np.arange(len(owners)) - np.searchsorted(owners, owners)
         labels = np.full((len(images), places.max() + 1), -1)
         labels[owners, places] = numbers

@@ -19,7 +19,7 @@ from keras_cluster_mask.interop.configs import (
     side_of,
 )
 
-# The file that open_clip writes beside a model's weights.
+# The file that open_clip writes next to a model's weights.
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
 
 ACTIVATIONS = {False: "gelu", None: "gelu", True: "quick_gelu"}

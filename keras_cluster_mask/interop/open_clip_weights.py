@@ -30,8 +30,8 @@ def load_open_clip(
 ) -> ContrastiveModel:
     """Loads a CLIP model from the weights of an open_clip checkpoint.
 
-    Weights alone do not determine a model: attention heads, activation, pooling and the
-    mean and deviation of pixels are in its config. Models that keras_hub's
+    Weights do not fully determine a model: attention heads, activation, pooling and the
+    mean and standard deviation of pixels are in its config. Models that keras_hub's
     `CLIPBackbone` and `MetaCLIP2Backbone` cannot compute are refused with the reasons.
     Of the 144 configs of open_clip 3.3.0, 36 are supported: the plain `ViT-*` models,
     and 5 of the 7 MetaCLIP 2 models (`*-worldwide*`). The others have towers of timm or
@@ -76,11 +76,10 @@ def load_open_clip(
         **kwargs: Arguments of `ContrastiveModel.from_backbone`, such as `masking`.
             `tokenizer` defaults to CLIP's, from `vocab.json` and `merges.txt` in the
             folder of the file or from the installed open_clip; to the files of Hugging
-            Face in that folder, if the config names one of its tokenizers; or to `None`
+            Face in that folder, if the config specifies its tokenizer; or to `None`
             if there are none. Arguments take precedence over the config, which sets the
             defaults of `pixel_mean` and `pixel_std`. `loss` defaults to `"sigmoid"` for
-            weights with a `logit_bias`, which is loaded; `loss="softmax"` leaves it
-            out.
+            weights with a `logit_bias`, which is loaded; `loss="softmax"` drops it.
 
     Returns:
         A `ContrastiveModel`. Its `backbone` is a `keras_hub.models.CLIPBackbone`, or a
@@ -166,7 +165,7 @@ def save_open_clip(model: Any, path: str | os.PathLike) -> None:
     """Writes the weights of a CLIP model and its config to files that open_clip reads.
 
     The config states what the weights do not: attention heads, activation, the mean and
-    deviation of pixels, and how images are resized. It is written to a file beside the
+    deviation of pixels, and how images are resized. It is written to a file next to the
     weights: `open_clip_config.json` for the name that open_clip reads,
     `open_clip_model.safetensors`, and otherwise one named after the weights, such as
     `clip.safetensors.open_clip_config.json`. So a folder can hold several models.

@@ -176,7 +176,7 @@ def _read_state_dict(source):
             "`source` must be a state dict of tensors, or a file that contains one. "
             f"Received: {label}"
         )
-    # Training writes the weights beside the optimizer's state.
+    # Training writes the weights together with the optimizer's state.
     for key in ("state_dict", "model"):
         if isinstance(source.get(key), Mapping):
             source = source[key]

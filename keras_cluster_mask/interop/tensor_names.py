@@ -1,8 +1,8 @@
 """Maps the names of tensors in other libraries to the weights of keras_hub.
 
 A table has one line per tensor: its name, the path of the variable in keras_hub, and
-its layout in `state_dicts.LAYOUTS` (default: "same"). A path with braces names several
-variables, which are stacked in one tensor.
+its layout in `state_dicts.LAYOUTS` (default: "same"). A path with braces stands for
+several variables, which are stacked in one tensor.
 
 If the path ends in a dot, the line sets the prefix of the names and paths after it. If
 the last cell is a key of `PARTS`, the line stands for all tensors of that table.

@@ -1,4 +1,4 @@
-"""How patches are ordered by their scores, and what maskings share besides."""
+"""How patches are ordered by their scores, and other code that maskings share."""
 
 import keras
 from keras import ops

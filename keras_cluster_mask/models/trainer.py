@@ -28,7 +28,7 @@ OPTIONS = "micro_batch_size", "duplicates"
 
 
 class StepMean(keras.metrics.Mean):
-    """A mean over steps, which the logs leave out if no step updates it."""
+    """A mean over steps, which the logs omit if no step updates it."""
 
     is_updated = False
 

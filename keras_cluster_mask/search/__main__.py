@@ -4,10 +4,10 @@
     python -m keras_cluster_mask.search photos.keras photos/
 
 The model is a `.keras` file, a folder that `examples/export_transformers_js.py` wrote,
-or a preset of keras_hub for those who train nothing: CLIP or SigLIP 2, by name, as a
-folder or as an `hf://` address. The first start embeds all photographs and keeps their
-embeddings; the next one embeds what is new or has changed. The page is on this machine
-alone, and closed to other web sites.
+or a preset of keras_hub that needs no training: CLIP or SigLIP 2, by name, as a folder
+or as an `hf://` address. The first start embeds all photographs and keeps their
+embeddings. Later starts embed only new and changed photographs. The page is only
+available on this machine, and rejects requests from other websites.
 """
 
 import argparse

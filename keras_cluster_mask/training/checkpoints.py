@@ -79,7 +79,7 @@ class Checkpoint(RunCallback):
     other callbacks is not saved. An epoch that a callback stops early is not saved
     either.
 
-    A NaN or infinite loss of an epoch stops the run with an error that names the last
+    A NaN or infinite loss of an epoch stops the run with an error that reports the last
     checkpoint, and the epoch is not saved. To stop at the first such step, also pass
     `keras.callbacks.TerminateOnNaN(raise_error=True)`, which waits for each step.
     Weights are not checked: if the last step of an epoch made them infinite, resume
@@ -185,9 +185,9 @@ class Checkpoint(RunCallback):
         # A reader finds the whole file or none, even if this process is killed.
         with replacing(path) as file:
             np.savez(file, *arrays, facts=content, **run.rng_state)
-        # A process that was killed has left the file that it was writing.
+        # A killed process leaves an incomplete file behind.
         parts = _list_files(self.folder, r"\..*\.part")
-        # The oldest ones beyond `keep` leave, too.
+        # The oldest ones beyond `keep` are deleted, too.
         paths = [*saved_epochs(self.folder).values()]
         for old in [*paths[: -self.keep], *parts]:
             remove(old)

@@ -103,7 +103,7 @@ class InputRules:
 
         Args:
             batch: Dictionary, from the names of the entries to anything.
-            warns: Boolean. Whether a warning names the entries that are left out.
+            warns: Boolean. Whether a warning lists the entries that are dropped.
 
         Returns:
             The batch without what no input takes, such as captions.

@@ -62,7 +62,7 @@ def check_matching_tokenizer(model, tokenizer):
     """
     check_kind(tokenizer)
     pooling, expected = model.text_tower.family.pooling, model.tokenizer
-    # A `CLIPTokenizer` has an end token, and a function may take known captions alone.
+    # A `CLIPTokenizer` has an end token, and a function may only take known captions.
     is_clip = hasattr(tokenizer, "vocabulary_digest")
     if pooling == "highest id" and not is_clip and config_of(tokenizer):
         _check_end_token(tokenizer, model.input_rules.context_length)
@@ -177,7 +177,7 @@ def config_of(tokenizer: Any) -> str | None:
     if isinstance(tokenizer, CLIPTokenizer):
         content += [tokenizer.vocabulary_digest]
     elif is_layer(tokenizer):
-        # The config leaves the vocabulary out.
+        # The config does not contain the vocabulary.
         words = getattr(inner or tokenizer, "get_vocabulary", list)()
         content += [keras.saving.serialize_keras_object(tokenizer), *words]
     elif "transformers" in libraries_of(tokenizer):

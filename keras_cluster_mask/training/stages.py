@@ -46,7 +46,7 @@ class Stages:
             print(line, flush=True)
 
     def fit(self, stage, data, epochs, callbacks=(), save_every=1, **options):
-        """Trains a stage, or what an interrupted run left of it."""
+        """Trains a stage, or the rest of an interrupted stage."""
         duration = _Duration(self, stage)
         callbacks = [*callbacks, duration]
         if self.folder is not None:

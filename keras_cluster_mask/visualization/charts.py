@@ -22,7 +22,7 @@ def plot_history(
 ) -> Figure:
     """Plots the curves of a training run: loss, accuracy within the batch, and recall.
 
-    Metrics that are not in the logs are left out. The recall comes from
+    Metrics that are not in the logs are not plotted. The recall comes from
     `kcm.callbacks.Retrieval`, and your own loss may have no accuracy.
 
     Args:

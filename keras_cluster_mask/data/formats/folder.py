@@ -17,7 +17,7 @@ class Folder(Source):
 
     The key of a sample is the path of the image within the folder. Its fields are
     `path`, `folder`, the name of the image's folder, which may be a class, and `txt`,
-    the text of the file `KEY.txt` beside `KEY.jpg`.
+    the text of the file `KEY.txt` next to `KEY.jpg`.
 
     Args:
         stamps: Dictionary from each path to a string that changes with it.
