@@ -157,7 +157,7 @@ def draw(points, path):
     axes.set_xlim(5, 120)
     axes.set_xlabel("minutes on one CPU core, everything counted")
     axes.set_ylabel("recall@10, test photographs (%)")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.92))
     figure.savefig(path, dpi=180)
     plt.close(figure)
 
