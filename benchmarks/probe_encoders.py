@@ -37,6 +37,7 @@ def main():
     shares = {"type": float, "nargs": "*", "default": [0, 0.25, 0.5, 0.75, 1]}
     parsed.add_argument("--shares", help="of the tuned weights", **shares)
     parsed.add_argument("--sizes", type=int, nargs="*", default=[168, 196, 224])
+    parsed.add_argument("--weights", help="those of another run, such as of levers.py")
     options = parsed.parse_args()
     runs.prepare(options)
     stages[options.stage](options)
@@ -178,7 +179,8 @@ def publish_by_commit(options, name, title, rows):
 def tuned(model, run, seed, options):
     """Loads the weights of a run."""
     name = runs.name_of(run, seed, options)
-    model.load_weights(Path(options.results) / f"{name}.weights.h5")
+    path = options.weights or Path(options.results) / f"{name}.weights.h5"
+    model.load_weights(path)
     return model
 
 
