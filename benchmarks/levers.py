@@ -132,6 +132,7 @@ def new_model(run, seed, options, folder):
     """A model with the projections that were trained on features."""
     path = folder / f"head-{run.start or 'mlp'}-{seed}.npz"
     if run.start not in ("", "none") and not path.exists():
+        runs.encoders.cache_clear()  # Those of the last run have been tuned.
         model = runs.new_model(options, seed)
         features = cheaper_features(model, run.start, options)
         size = min(512, features.num_images)
