@@ -123,6 +123,10 @@ def fine_tune(
         model.compile(optimizer_by_block(model, learning_rate, epochs * len(pairs)))
         run.fit("encoders", pairs, epochs, callbacks or (), validation_data=held_out)
         average_weights(model, before, pretrained_share)
+    else:
+        # The optimizer of the projections is not saved with the model: all weights are
+        # trainable again.
+        model.compiled = False
     return run.history
 
 

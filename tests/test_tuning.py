@@ -1,5 +1,7 @@
 """`fine_tune`: what was measured best, in one call that resumes."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -80,7 +82,7 @@ def test_projections_train_on_features_and_then_all_weights_on_photographs(tmp_p
 
 
 @pytest.mark.any_backend
-def test_without_epochs_only_the_projections_train():
+def test_without_epochs_only_the_projections_train(tmp_path):
     model = connected()
     encoders = [*model.image_encoder.weights, *model.text_encoder.weights]
     before = values(encoders)
@@ -88,6 +90,10 @@ def test_without_epochs_only_the_projections_train():
     assert set(history.history["stage"]) == {"projections"}
     assert_same_values(values(encoders), before)
     assert len(model.trainable_weights) > 20
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The optimizer was built")
+        loaded = reloaded(model, tmp_path)
+    assert not loaded.compiled
     with pytest.raises(ValueError, match=r"`epochs` must be at least 1.*Received: "):
         kcm.fine_tune(model, PHOTOS, epochs=0, batch_size=8, verbose=0)
 

@@ -234,7 +234,8 @@ def check_readable(source, fields):
     names = sorted(x for item in items[:1] for x in item if not x.startswith("__"))
     fault = samples[0] if samples else f"{next(iter(paths_of(source)), 'it')} is empty"
     raise ValueError(
-        f"`source` has no intact sample: {fault}. Each sample needs one field of each "
+        f"`source` has no readable sample: {fault}. File names in a table are relative "
+        "to the folder of the table. Each sample needs one field of each "
         f"of these kinds: {fields.wanted}. To read other fields, pass `image_keys`, "
         "`caption_key` or `label_key`. The first line of a CSV or TSV file must name "
         "the columns. In a tar, the files of a sample must be adjacent. Received: "

@@ -101,19 +101,25 @@ def launch(index, port):
 
     from keras_cluster_mask.search.page import CSS, page
 
-    print(f"The page is at http://127.0.0.1:{port}")
-    page(index).launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        share=False,
-        ssr_mode=False,
-        quiet=True,
-        app_kwargs={"middleware": [Middleware(Guard)]},
-        css=CSS,
-        # Gradio's own fonts come from the web.
-        theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]),
-        footer_links=[],
-    )
+    print(f"The page is at http://127.0.0.1:{port}", flush=True)
+    shown = page(index)
+    try:
+        shown.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            app_kwargs={"middleware": [Middleware(Guard)]},
+            css=CSS,
+            # Gradio's own fonts come from the web.
+            theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]),
+            footer_links=[],
+        )
+    except OSError:
+        raise SystemExit(
+            f"Port {port} is in use. Choose another one: --port {port + 1}"
+        ) from None
 
 
 class Guard:
