@@ -204,3 +204,26 @@ def test_a_model_without_a_tokenizer_is_refused(model, tmp_path):
     kcm.ContrastiveModel.from_backbone(model.backbone).save(tmp_path / "a.keras")
     with pytest.raises(SystemExit, match="tokenizer"):
         load(str(tmp_path / "a.keras"))
+
+
+def test_a_port_in_use_is_named(model, photos, tmp_path):
+    model.save(tmp_path / "model.keras")
+    command = [sys.executable, "-m", "keras_cluster_mask.search"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = subprocess.run(
+            [
+                *command,
+                tmp_path / "model.keras",
+                photos,
+                f"--cache={tmp_path / 'cache'}",
+            ]
+            + [f"--port={port}"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+    assert found.returncode == 1
+    assert (
+        f"Port {port} is in use. Choose another one: --port {port + 1}" in found.stderr
+    )
