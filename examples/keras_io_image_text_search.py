@@ -17,7 +17,7 @@ images and MiniLM for sentences. Both stay frozen and run once. Only two project
 trained.
 
 The program needs `keras-hub` and `matplotlib`. It runs on JAX, TensorFlow and PyTorch
-(`KERAS_BACKEND`), and takes about ten minutes on two CPU cores.
+(`KERAS_BACKEND`), and takes six minutes on two cores of an AMD EPYC (PyTorch, float32).
 """
 
 import collections

@@ -135,7 +135,7 @@ def _train_projections(model, pairs, run):
     # Imported here: it needs packages that Keras does not.
     from keras_cluster_mask.feature_extraction import compute_features
 
-    run.say(f"Features of {pairs.num_samples:,} photographs.")
+    run.say(f"Features: {pairs.num_samples:,} photographs, to train the projections.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(run.folder or temporary, "features")
         features = compute_features(

@@ -201,7 +201,7 @@ def test_a_run_says_what_it_does_and_when_it_is_finished(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Keras backend: {keras.backend.backend()}"
     for line in (
-        "Features of 80 photographs.",
+        "Features: 80 photographs, to train the projections.",
         "Projections: 30 x 2 steps.",
         "Projections: about 1 min left.",
         "Encoders: 2 x 10 steps.",

@@ -4,7 +4,7 @@ import keras
 
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.backends import import_keras_hub, preset_of
-from keras_cluster_mask.encoders.resizing import with_image_size
+from keras_cluster_mask.encoders.resizing import patch_size_for, with_image_size
 
 # Encoders with a position embedding for one number of patches.
 OF_ONE_SIZE = ("ViTBackbone", "DeiTBackbone")
@@ -30,7 +30,11 @@ def image_encoder_of(image: keras.Model | str, image_size: int | None) -> keras.
     load, preset = import_keras_hub().models.Backbone.from_preset, preset_of(image)
     kind = type(load(preset, load_weights=False)).__name__
     if kind not in OF_ONE_SIZE:
-        return load(preset, image_shape=_shape(size))
+        encoder = load(preset, image_shape=_shape(size))
+        # Convolutions have no patches.
+        if hasattr(encoder, "patch_size"):
+            patch_size_for(size, encoder)
+        return encoder
     encoder = load(preset)
     return (
         encoder

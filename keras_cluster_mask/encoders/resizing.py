@@ -74,12 +74,7 @@ def with_image_size(
     shape = tuple(encoder.image_shape)
     old_size = height_and_width(shape, data_format)
     size = sides_of("image_size", image_size)
-    patch = sides_of("patch_size", encoder.patch_size)
-    if any(s % p for s, p in zip(size, patch)):
-        raise ValueError(
-            "`image_size` must be divisible by the patch size. "
-            f"Received: image_size={image_size}, patch_size={patch}"
-        )
+    patch = patch_size_for(image_size, encoder)
 
     first = is_channels_first(data_format)
     new_shape = (shape[0], *size) if first else (*size, shape[2])
@@ -98,6 +93,17 @@ def with_image_size(
             table.assign(positions)
     number_positions(copied)
     return copy
+
+
+def patch_size_for(image_size: int | tuple[int, int], encoder: keras.Model) -> tuple:
+    """Returns the patch size of an encoder, which must divide the size of its images."""
+    patch = sides_of("patch_size", encoder.patch_size)
+    if any(s % p for s, p in zip(sides_of("image_size", image_size), patch)):
+        raise ValueError(
+            "`image_size` must be divisible by the patch size. "
+            f"Received: image_size={image_size}, patch_size={patch}"
+        )
+    return patch
 
 
 def with_context_length(model: keras.Model, length: int) -> keras.Model:

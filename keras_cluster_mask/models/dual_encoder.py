@@ -1,5 +1,6 @@
 """How two towers embed images and texts in one space."""
 
+import os
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -143,6 +144,12 @@ class DualEncoder(TwoTowers):
             raise ValueError(
                 "`text` must be a string: search for one text at a time. Received: "
                 f"text={text}"
+            )
+        if isinstance(photos, str | os.PathLike):
+            raise ValueError(
+                "`photos` must be a list of images, or their embeddings. For the images "
+                "in a folder, pass `sorted(glob.glob('photos/*.jpg'))`. Received: "
+                f"photos={photos}"
             )
         is_list = isinstance(photos, list | tuple)
         embeddings = self.encode_image([*photos]) if is_list else photos

@@ -101,13 +101,13 @@ def launch(index, port):
 
     from keras_cluster_mask.search.page import CSS, page
 
-    print(f"The page is at http://127.0.0.1:{port}", flush=True)
     shown = page(index)
     try:
         shown.launch(
             server_name="127.0.0.1",
             server_port=port,
             share=False,
+            prevent_thread_lock=True,
             ssr_mode=False,
             quiet=True,
             app_kwargs={"middleware": [Middleware(Guard)]},
@@ -120,6 +120,8 @@ def launch(index, port):
         raise SystemExit(
             f"Port {port} is in use. Choose another one: --port {port + 1}"
         ) from None
+    print(f"The page is at http://127.0.0.1:{port}", flush=True)
+    shown.block_thread()
 
 
 class Guard:

@@ -74,6 +74,12 @@ def test_an_encoder_of_one_size_is_resized(presets):
     assert model.preprocessing["image_size"] == (32, 32)
 
 
+@pytest.mark.parametrize(("kind", "size"), [("dino", 30), ("vit", 30)])
+def test_a_size_that_patches_do_not_fill_is_refused(presets, kind, size):
+    with pytest.raises(ValueError, match=r"`image_size` must be divisible.*size=30, "):
+        connected(presets, kind, image_size=size)
+
+
 def test_a_size_for_a_model_is_refused(presets):
     encoder = vit_encoder()
     with pytest.raises(ValueError, match=r"`image_size`.*Received: image_size=64, "):

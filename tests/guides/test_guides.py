@@ -115,7 +115,7 @@ def test_records_are_read_by_tf_data(run_guides, tmp_path):
 def test_two_encoders_are_tuned_in_both_ways(run_guides, tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGE_SIZE", "84")
     (printed,) = run_guides("connect_two_encoders")
-    assert printed.count("Features of 120 photographs.") == 3
+    assert printed.count("Features: 120 photographs, ") == 3
     for name in ("projections", "whole images", "random masking"):
         # Of 46, chance finds 22 %.
         line = re.search(rf"^{name} +([\d.]+)% +([\d.]+)%", printed, re.MULTILINE)

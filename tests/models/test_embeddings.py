@@ -260,6 +260,7 @@ def test_search_returns_the_best_photographs_or_their_numbers(tmp_path):
         ({"k": 0}, "`k` must be an integer.*Received: k=0"),
         ({"text": ["a dog"]}, r"`text` must be a string.*Received: text=\['a dog'\]"),
         ({"photos": np.ones((3, 7))}, r"`photos` must be.*Received: .*\(3, 7\)"),
+        ({"photos": "holiday"}, r"`photos` must be.*glob.*Received: photos=holiday"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(wrong, message):
