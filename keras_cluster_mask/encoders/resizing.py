@@ -96,7 +96,7 @@ def with_image_size(
 
 
 def patch_size_for(image_size: int | tuple[int, int], encoder: keras.Model) -> tuple:
-    """Returns the patch size of an encoder, which must divide the size of its images."""
+    """Returns the patch size of an encoder, which must divide an image size."""
     patch = sides_of("patch_size", encoder.patch_size)
     if any(s % p for s, p in zip(sides_of("image_size", image_size), patch)):
         raise ValueError(

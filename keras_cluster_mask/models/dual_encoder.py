@@ -147,9 +147,9 @@ class DualEncoder(TwoTowers):
             )
         if isinstance(photos, str | os.PathLike):
             raise ValueError(
-                "`photos` must be a list of images, or their embeddings. For the images "
-                "in a folder, pass `sorted(glob.glob('photos/*.jpg'))`. Received: "
-                f"photos={photos}"
+                "`photos` must be a list of images, or their embeddings. For the "
+                "images in a folder, pass `sorted(glob.glob('photos/*.jpg'))`. "
+                f"Received: photos={photos}"
             )
         is_list = isinstance(photos, list | tuple)
         embeddings = self.encode_image([*photos]) if is_list else photos
