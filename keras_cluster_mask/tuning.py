@@ -34,19 +34,20 @@ def fine_tune(
     """Fine-tunes pre-trained encoders on photographs, with the best measured settings.
 
     Two encoders of `ContrastiveModel.from_encoders`, whose projections are new, are
-    tuned in two stages:
+    tuned in three stages:
 
-    1. Both encoders run once over the data, frozen, and their features are stored. The
-       projections train on the features: 30 epochs of AdamW at 1e-3, with a weight
-       decay of 0.1 and a cosine schedule.
-    2. Both encoders and the projections train, on crops of 60 to 100 % of each
+    1. Features: both encoders run once over the data, frozen, and their outputs are
+       stored.
+    2. Projections: these train on the features for 30 epochs, with AdamW at 1e-3, a
+       weight decay of 0.1 and a cosine schedule.
+    3. Encoders: both encoders and the projections train, on crops of 60 to 100 % of each
        photograph, or on whole ones if the model squashes them, and with the masking of
        the model. The learning rate of the last blocks is 1e-4, of each earlier block
        0.8 times that of the next, and of the projections ten times that of the last
        blocks (`optimizer_by_block`).
 
     A CLIP, MetaCLIP 2 or SigLIP, and a model whose projections were trained before,
-    starts at the second stage; a backbone at a rate of 1e-5. Whether 1e-5 by block is
+    starts at the last stage; a backbone at a rate of 1e-5. Whether 1e-5 by block is
     the best rate for these was not measured.
 
     With a `folder`, the same call continues an interrupted run in the stage in which it
@@ -71,18 +72,18 @@ def fine_tune(
         data: A source, such as the path of a table or a part of `kcm.data.split`. Or an
             `image_text_dataset` for training, which sets the batch size, the crops and
             the text masking itself.
-        epochs: Integer. The epochs of the second stage. 0 ends after the projections.
-        batch_size: Integer. The number of pairs in a batch of the second stage.
+        epochs: Integer. The epochs of the last stage. 0 ends after the projections.
+        batch_size: Integer. The number of pairs in a batch of the last stage.
         learning_rate: Float. The rate of the last blocks in the first step. Defaults to
             1e-4, or to 1e-5 for a backbone.
         validation_data: As `data`, of other photographs. Evaluated after each epoch of
             the second stage.
         folder: str or path. Where to keep features and checkpoints. `None` keeps none.
-        pretrained_share: Float in `[0, 1]`. The share of the weights before the second
+        pretrained_share: Float in `[0, 1]`. The share of the weights before the last
             stage in the result, which is an average of both
             (`kcm.models.average_weights`). On 6,090 photographs, 0.25 cost 0.8 points
             of recall@10 and kept 4.9 more points of accuracy on CIFAR-10.
-        callbacks: List of Keras callbacks for the second stage.
+        callbacks: List of Keras callbacks for the last stage.
         verbose: `"auto"`, 0, 1 or 2, as in `fit`.
 
     Returns:
