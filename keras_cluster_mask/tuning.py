@@ -40,11 +40,11 @@ def fine_tune(
        stored.
     2. Projections: these train on the features for 30 epochs, with AdamW at 1e-3, a
        weight decay of 0.1 and a cosine schedule.
-    3. Encoders: both encoders and the projections train, on crops of 60 to 100 % of each
-       photograph, or on whole ones if the model squashes them, and with the masking of
-       the model. The learning rate of the last blocks is 1e-4, of each earlier block
-       0.8 times that of the next, and of the projections ten times that of the last
-       blocks (`optimizer_by_block`).
+    3. Encoders: both encoders and the projections train, on crops of 60 to 100 % of
+       each photograph, or on whole ones if the model squashes them, and with the
+       masking of the model. The learning rate of the last blocks is 1e-4, of each
+       earlier block 0.8 times that of the next, and of the projections ten times that
+       of the last blocks (`optimizer_by_block`).
 
     A CLIP, MetaCLIP 2 or SigLIP, and a model whose projections were trained before,
     starts at the last stage; a backbone at a rate of 1e-5. Whether 1e-5 by block is
@@ -77,7 +77,7 @@ def fine_tune(
         learning_rate: Float. The rate of the last blocks in the first step. Defaults to
             1e-4, or to 1e-5 for a backbone.
         validation_data: As `data`, of other photographs. Evaluated after each epoch of
-            the second stage.
+            the last stage.
         folder: str or path. Where to keep features and checkpoints. `None` keeps none.
         pretrained_share: Float in `[0, 1]`. The share of the weights before the last
             stage in the result, which is an average of both
