@@ -1,5 +1,6 @@
 """`fine_tune`: what was measured best, in one call that resumes."""
 
+import re
 import warnings
 
 import keras
@@ -203,12 +204,12 @@ def test_a_run_says_what_it_does_and_when_it_is_finished(tmp_path, capsys):
     for line in (
         "Features: 80 photographs, to train the projections.",
         "Projections: 30 x 2 steps.",
-        "Projections: about 1 min left.",
+        r"Projections: about \d+ s left.",
         "Encoders: 2 x 10 steps.",
-        "Encoders: about 1 min left.",
+        r"Encoders: about \d+ s left.",
     ):
-        assert lines.count(line) == 1
+        assert sum(re.fullmatch(line, x) is not None for x in lines) == 1
     kcm.fine_tune(connected(), photos, **options)
     printed = capsys.readouterr().out
     assert "Encoders: already finished." in printed
-    assert "min left" not in printed
+    assert " left." not in printed

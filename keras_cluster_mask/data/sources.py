@@ -236,8 +236,8 @@ def check_readable(source, fields):
     raise ValueError(
         f"`source` has no readable sample: {fault}. File names in a table are relative "
         "to the folder of the table. Each sample needs one field of each "
-        f"of these kinds: {fields.wanted}. To read other fields, pass `image_keys`, "
-        "`caption_key` or `label_key`. The first line of a CSV or TSV file must name "
-        "the columns. In a tar, the files of a sample must be adjacent. Received: "
+        f"of these kinds: {fields.wanted}. To read other fields, rename them, or pass "
+        "`image_keys`, `caption_key` or `label_key` to `image_text_dataset`. The first "
+        "line of a CSV or TSV file must name the columns. In a tar, the files of a sample must be adjacent. Received: "
         f"{len(source)} samples, the first with the fields {names}"
     )

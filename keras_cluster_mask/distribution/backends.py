@@ -247,5 +247,14 @@ def preset_of(preset):
 
     keras_hub prefers its own preset to a folder with the same name.
     """
-    folder = os.path.expanduser(preset)
-    return os.path.abspath(folder) if os.path.isdir(folder) else str(preset)
+    preset = str(preset)
+    folder = os.path.abspath(os.path.expanduser(preset))
+    if os.path.isdir(folder):
+        return folder
+    if "://" not in preset and os.path.basename(preset) != preset:
+        raise ValueError(
+            f"There is no folder {folder}. A preset must be the path of a folder, a "
+            "name such as 'clip_vit_base_patch16', or an address such as "
+            f"'hf://USER/NAME'. Received: {preset!r}"
+        )
+    return preset

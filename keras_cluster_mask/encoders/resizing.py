@@ -98,10 +98,12 @@ def with_image_size(
 def patch_size_for(image_size: int | tuple[int, int], encoder: keras.Model) -> tuple:
     """Returns the patch size of an encoder, which must divide an image size."""
     patch = sides_of("patch_size", encoder.patch_size)
-    if any(s % p for s, p in zip(sides_of("image_size", image_size), patch)):
+    size = sides_of("image_size", image_size)
+    if any(s % p for s, p in zip(size, patch)):
+        nearest = tuple(max(p, round(s / p) * p) for s, p in zip(size, patch))
         raise ValueError(
-            "`image_size` must be divisible by the patch size. "
-            f"Received: image_size={image_size}, patch_size={patch}"
+            "`image_size` must be divisible by the patch size, for example "
+            f"{nearest}. Received: image_size={image_size}, patch_size={patch}"
         )
     return patch
 

@@ -67,6 +67,8 @@ def load(name):
     from keras_cluster_mask import masking, models  # noqa: F401
 
     if path.suffix == ".keras":
+        if not path.is_file():
+            raise SystemExit(f"There is no file {path}.")
         model = keras.saving.load_model(path)
     else:
         model = models.ContrastiveModel.from_preset(name)

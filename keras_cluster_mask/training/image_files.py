@@ -49,14 +49,15 @@ def read_image_files(
         (sample,) = read_named_files(
             [*map(fields.sample, read_items(source, [number]))]
         )
+        image = paths[number]
+        name = image if isinstance(image, str) else type(image).__name__
         try:
             if not isinstance(sample, Fault):
                 return decode(sample.image, None)
-            reason = f"{sample.reason} {sample.details or ''}"
+            # The details of a file start with its name.
+            reason = f"{sample.reason} {sample.details or ''}".replace(f" {name}:", ":")
         except UnreadableImage as error:
             reason = str(error)
-        image = paths[number]
-        name = image if isinstance(image, str) else type(image).__name__
         raise ValueError(
             "`images` must be a list of paths, `PIL.Image.Image` and uint8 arrays "
             f"(height, width, 3). Received: images[{number}], {name}: {reason}"

@@ -112,4 +112,6 @@ class _Duration(keras.callbacks.Callback):
             self.start = time.perf_counter()
         elif self.steps == 7:
             seconds = (time.perf_counter() - self.start) / 5 * (self.left - batch - 1)
-            self.run.say(f"{self.stage}: about {math.ceil(seconds / 60)} min left.")
+            minutes = math.ceil(seconds / 60)
+            left = f"{minutes} min" if minutes > 1 else f"{math.ceil(seconds)} s"
+            self.run.say(f"{self.stage}: about {left} left.")

@@ -80,6 +80,11 @@ def test_a_size_that_patches_do_not_fill_is_refused(presets, kind, size):
         connected(presets, kind, image_size=size)
 
 
+def test_a_path_without_a_folder_is_refused(presets):
+    with pytest.raises(ValueError, match="no folder .*typo[^$]*Received: .*typo'"):
+        connected(presets, "typo")
+
+
 def test_a_size_for_a_model_is_refused(presets):
     encoder = vit_encoder()
     with pytest.raises(ValueError, match=r"`image_size`.*Received: image_size=64, "):

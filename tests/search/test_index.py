@@ -95,5 +95,5 @@ def test_files_that_are_no_images_are_named(is_installed, photos, monkeypatch):
         "Cannot be read as an image: pipe.jpg",
         "Cannot be read as an image: text.jpg",
         *([] if is_installed else [NO_HEIC]),
-        "Not images: 2 files .txt",
+        "Not images: .txt (2)",
     ]

@@ -206,6 +206,11 @@ def test_a_model_without_a_tokenizer_is_refused(model, tmp_path):
         load(str(tmp_path / "a.keras"))
 
 
+def test_a_model_that_does_not_exist_is_named():
+    with pytest.raises(SystemExit, match="no file typo.keras"):
+        load("typo.keras")
+
+
 def test_a_port_in_use_is_named(model, photos, tmp_path):
     model.save(tmp_path / "model.keras")
     command = [sys.executable, "-m", "keras_cluster_mask.search"]
