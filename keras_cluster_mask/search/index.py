@@ -74,7 +74,10 @@ class Index:
         has_heic = any(x.lower().endswith(tuple(HEIC)) for x in broken)
         if has_heic and not importlib.util.find_spec("pillow_heif"):
             self.left_out.append(NO_HEIC)
-        self.left_out += [f"Not images: {x or 'without extension'} ({n})" for x, n in others.items()]
+        self.left_out += [
+            f"Not images: {suffix or 'without extension'} ({count})"
+            for suffix, count in others.items()
+        ]
 
     def nearest(self, query, count):
         """Returns pairs of a name and a similarity, the most similar ones first."""

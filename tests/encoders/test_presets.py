@@ -81,7 +81,7 @@ def test_a_size_that_patches_do_not_fill_is_refused(presets, kind, size):
 
 
 def test_a_path_without_a_folder_is_refused(presets):
-    with pytest.raises(ValueError, match="no folder .*typo[^$]*Received: .*typo'"):
+    with pytest.raises(ValueError, match=r"no folder .*typo[^$]*Received: .*typo'"):
         connected(presets, "typo")
 
 

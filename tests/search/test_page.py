@@ -207,7 +207,7 @@ def test_a_model_without_a_tokenizer_is_refused(model, tmp_path):
 
 
 def test_a_model_that_does_not_exist_is_named():
-    with pytest.raises(SystemExit, match="no file typo.keras"):
+    with pytest.raises(SystemExit, match=r"no file typo\.keras"):
         load("typo.keras")
 
 
