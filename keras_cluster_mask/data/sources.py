@@ -239,5 +239,6 @@ def check_readable(source, fields):
         f"of these kinds: {fields.wanted}. To read other fields, rename them, or pass "
         "`image_keys`, `caption_key` or `label_key` to `image_text_dataset`. The first "
         "line of a CSV or TSV file must name the columns. In a tar, the files of a "
-        f"sample must be adjacent. Received: {len(source)} samples, the first with the fields {names}"
+        f"sample must be adjacent. Received: {len(source)} samples, the first with the "
+        f"fields {names}"
     )
