@@ -204,9 +204,9 @@ def test_a_run_says_what_it_does_and_when_it_is_finished(tmp_path, capsys):
     for line in (
         "Features: 80 photographs, to train the projections.",
         "Projections: 30 x 2 steps.",
-        r"Projections: about \d+ s left.",
+        r"Projections: about \d+ (s|min) left\.",
         "Encoders: 2 x 10 steps.",
-        r"Encoders: about \d+ s left.",
+        r"Encoders: about \d+ (s|min) left\.",
     ):
         assert sum(re.fullmatch(line, x) is not None for x in lines) == 1
     kcm.fine_tune(connected(), photos, **options)
