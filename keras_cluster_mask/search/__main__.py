@@ -48,7 +48,8 @@ def main():
     for line in index.left_out:
         print(line)
     if not index.names:
-        raise SystemExit(f"There are no photographs in {options.photos}.")
+        reason = "" if index.error is None else f" The last error: {index.error}"
+        raise SystemExit(f"There are no photographs in {options.photos}.{reason}")
     launch(index, options.port)
 
 
@@ -63,16 +64,16 @@ def load(name):
         return ExportedModel(path), version
     import keras
 
-    # The classes that a file names.
-    from keras_cluster_mask import masking, models  # noqa: F401
+    # With the classes that a file names.
+    from keras_cluster_mask import ContrastiveModel
+    from keras_cluster_mask.models.loading import as_contrastive_model
 
-    if path.suffix == ".keras":
-        if not path.is_file():
-            raise SystemExit(f"There is no file {path}.")
-        model = keras.saving.load_model(path)
-    else:
-        model = models.ContrastiveModel.from_preset(name)
-    if getattr(model, "tokenizer", None) is None:
+    if path.suffix == ".keras" and not path.is_file():
+        raise SystemExit(f"There is no file {path}.")
+    # A name stands for a preset of keras_hub.
+    make = as_contrastive_model if path.exists() else ContrastiveModel.from_preset
+    model = make(name)
+    if model.tokenizer is None:
         raise SystemExit(
             f"{name} has no tokenizer. Set `model.tokenizer`, and save the model again."
         )

@@ -12,6 +12,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from keras_cluster_mask.data.files import replacing
 from keras_cluster_mask.data.images import NO_HEIC
 
 CACHE = Path.home() / ".cache" / "keras_cluster_mask" / "search"
@@ -36,6 +37,7 @@ class Index:
         names: List of the names of all photographs, relative to the folder.
         embeddings: `(photographs, d)` float32 array.
         left_out: List of lines about files that are not searched.
+        error: The error of the last photograph that could not be embedded, or `None`.
     """
 
     def __init__(self, model, version, folder, cache=CACHE):
@@ -43,6 +45,7 @@ class Index:
         digest = hashlib.sha256(os.fsencode(self.folder) + version.encode())
         self.file = cache / f"{digest.hexdigest()[:16]}.npz"
         self.names, self.embeddings, self.left_out = [], np.zeros((0, 0)), []
+        self.error = None
 
     def update(self):
         """Embeds photographs that are new or have changed, with a progress bar."""
@@ -57,15 +60,18 @@ class Index:
         new = [
             name for name, version in versions.items() if version and name not in known
         ]
-        with tqdm.tqdm(total=len(new), unit=" photos", disable=not new) as progress:
-            for start in range(0, len(new), AT_A_TIME):
-                names = new[start : start + AT_A_TIME]
-                known.update(self._embedded(names))
-                progress.update(len(names))
-        self.names = [name for name in versions if name in known]
-        self.embeddings = np.array([known[name] for name in self.names], "float32")
-        if new:
-            self._write([versions[name] for name in self.names])
+        try:
+            with tqdm.tqdm(total=len(new), unit=" photos", disable=not new) as progress:
+                for start in range(0, len(new), AT_A_TIME):
+                    names = new[start : start + AT_A_TIME]
+                    known.update(self._embedded(names))
+                    progress.update(len(names))
+        finally:
+            # An interrupted start keeps what it has embedded.
+            self.names = [name for name in versions if name in known]
+            self.embeddings = np.array([known[name] for name in self.names], "float32")
+            if new:
+                self._write([versions[name] for name in self.names])
         broken = [name for name in versions if name not in known]
         others = Counter(x.suffix.lower() for x in files) - Counter(
             x.suffix.lower() for x in images
@@ -90,8 +96,9 @@ class Index:
         try:
             rows = self.model.encode_image([self.folder / name for name in names])
             return [*zip(names, rows, strict=True)]
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             if len(names) == 1:
+                self.error = error
                 return []
             return [pair for name in names for pair in self._embedded([name])]
 
@@ -104,15 +111,13 @@ class Index:
         return []
 
     def _write(self, versions):
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.file.with_suffix(".draft.npz")
-        np.savez(
-            draft,
-            names=np.array(self.names, str),
-            versions=np.array(versions, str),
-            embeddings=self.embeddings,
-        )
-        draft.replace(self.file)
+        with replacing(self.file) as file:
+            np.savez(
+                file,
+                names=np.array(self.names, str),
+                versions=np.array(versions, str),
+                embeddings=self.embeddings,
+            )
 
 
 def version_of(path):

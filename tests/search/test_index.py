@@ -68,6 +68,24 @@ def test_another_model_embeds_all_photographs(photos):
     assert updated(photos).model.read == []
 
 
+def test_an_interrupted_start_keeps_what_it_has_embedded(photos, monkeypatch):
+    monkeypatch.setattr("keras_cluster_mask.search.index.AT_A_TIME", 1)
+    index = Index(Colors(), "1", photos, photos.parent / "cache")
+    embed = index.model.encode_image
+
+    def until_two(paths):
+        if len(index.model.read) == 2:
+            raise KeyboardInterrupt
+        return embed(paths)
+
+    index.model.encode_image = until_two
+    with pytest.raises(KeyboardInterrupt):
+        index.update()
+    again = updated(photos)
+    assert len(again.names) == 3
+    assert len(again.model.read) == 1
+
+
 def test_a_damaged_cache_is_written_again(photos):
     file = updated(photos).file
     file.write_bytes(file.read_bytes()[:99])
