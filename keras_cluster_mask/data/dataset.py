@@ -437,7 +437,7 @@ class ImageTextDataset(Stream):
             process=(0, 1),
         )
         return ImageTextDataset(
-            batches, self._names, self._max_skipped, self._num_workers
+            batches, max_skipped=self._max_skipped, num_workers=self._num_workers
         )
 
     batch_size = property(operator.attrgetter("_batches.batch_size"))

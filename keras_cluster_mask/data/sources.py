@@ -54,6 +54,8 @@ class Subset(Source):
 
     def __init__(self, source, indices):
         self.source, self.indices = source, indices
+        # How often it was split.
+        self.splits = getattr(source, "splits", 0)
 
     def __len__(self):
         return len(self.indices)

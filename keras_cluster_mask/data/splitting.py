@@ -85,10 +85,8 @@ def split(
     hashes = np.fromiter(read_all(source, fields, _hash, "split"), "u8", len(source))
     # The product with an odd number is another hash, which makes the split of a part
     # independent of the split before.
-    depth, whole = 0, source
-    while isinstance(whole, Subset):
-        depth, whole = depth + 1, whole.source
-    hashes *= np.uint64(hash_of(f"{seed} {depth}") | 1)
+    splits = getattr(source, "splits", 0)
+    hashes *= np.uint64(hash_of(f"{seed} {splits}") | 1)
     limit = min(test, 1) * 2.0**64
     if is_integer(test) and test < len(hashes):
         limit = np.sort(hashes)[test]
@@ -100,6 +98,8 @@ def split(
             f"another value, or more samples. Received: test={test}, {len(source)} "
             "samples"
         )
+    for part in parts:
+        part.splits = splits + 1
     return parts[0], parts[1]
 
 

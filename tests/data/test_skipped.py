@@ -153,3 +153,7 @@ def test_each_source_of_a_mix_keeps_its_share(write_pairs):
     assert sum(key >= "0040" for key in read) == 80
     parts = [batches(make_mix(process=(n, 2)), 0, 16) for n in (0, 1)]
     assert together(parts) == read
+    # For evaluation, it is one source.
+    evaluated = make(source, True, max_skipped=0.1).for_evaluation()
+    with pytest.raises(ValueError, match=r"of the samples are broken.*9 broken of 80"):
+        batches(evaluated, 0, 8)

@@ -10,6 +10,7 @@ from keras_cluster_mask.data import (
     check,
     read_captions,
     split,
+    subset,
 )
 from tests.data.reading import (
     batches,
@@ -50,6 +51,18 @@ def write(tmp_path, write_tar, write_rows, encode):
 
 def levels(source):
     return [int(key.split()[0]) for key in keys(make_dataset(source))]
+
+
+def test_samples_stay_on_their_side_if_a_subset_is_split(write):
+    source = write("object", "a", range(60))
+    few = subset(source, range(0, 60, 2))
+    for whole, part in zip(split(source, 0.4), split(few, 0.4)):
+        assert levels(part) == [level for level in levels(whole) if level % 2 == 0]
+    # A part of a part is split by another hash.
+    train, _ = split(source, 0.4)
+    again = split(subset(train, range(len(train))), 0.4)
+    assert all(again)
+    assert levels(again[0]) == levels(split(train, 0.4)[0])
 
 
 @pytest.mark.parametrize("format", ["tar", "csv", "parquet", "folder", "object"])
