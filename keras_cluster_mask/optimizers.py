@@ -124,7 +124,7 @@ def optimizer_by_block(
         rate = keras.optimizers.schedules.CosineDecay(factor * learning_rate, steps)
         return keras.optimizers.AdamW(rate, weight_decay=weight_decay)
 
-    optimizers = {}
+    optimizers, of_image = {}, set()
     for name in ("image_encoder", "text_encoder"):
         encoder = unmasked(getattr(model, name))
         groups = weights_by_block(encoder)
@@ -143,6 +143,14 @@ def optimizer_by_block(
             # By layers: keras_hub leaves the names of some weights to Keras, which
             # numbers them.
             layers = dict.fromkeys(v.path[: v.path.rfind("/") + 1] for v in weights)
+            if shared := layers.keys() & of_image:
+                raise ValueError(
+                    "The encoders must have layers with different names, by which the "
+                    "optimizer finds their weights: rename one of each two. Received: "
+                    f"both have {sorted(shared)}"
+                )
+            if name == "image_encoder":
+                of_image.update(layers)
             if layers:
                 key = f"{prefix}(?:{'|'.join(map(re.escape, layers))})[^/]+"
                 optimizers[key] = adamw(block_decay**before_last)

@@ -156,6 +156,21 @@ def test_an_encoder_that_is_not_known_has_one_rate_with_a_warning(recwarn):
 
 
 @pytest.mark.any_backend
+def test_encoders_with_layers_of_one_name_are_refused():
+    def encoder(*shape):
+        given = keras.Input(shape)
+        flat = keras.layers.Flatten()(given)
+        return keras.Model(given, keras.layers.Dense(8, name="features")(flat))
+
+    model = kcm.ContrastiveModel(encoder(8, 8, 3), encoder(4), projection_dim=4)
+    with (
+        pytest.warns(UserWarning, match="one learning rate"),
+        pytest.raises(ValueError, match=r"different names.*Received: .*features/"),
+    ):
+        optimizer_of(model)
+
+
+@pytest.mark.any_backend
 def test_a_layer_of_shared_blocks_is_one_block():
     model = connected(text=TEXTS["ALBERT"](num_layers=BLOCKS))
     # One for embeddings, one for the block, and one for projections.

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_cluster_mask.checks import check_range
+from keras_cluster_mask.training.layers import all_layers
 
 
 def average_weights(
@@ -15,7 +16,8 @@ def average_weights(
     """Sets the trained weights of a model to an average with other weights.
 
     A tuned model keeps more of what it knew before if its weights are averaged with
-    those before tuning.
+    those before tuning. The moving statistics of trained batch normalization layers are
+    averaged, too.
 
     Example:
 
@@ -47,7 +49,14 @@ def average_weights(
             f"Received: {len(found)} arrays for {len(expected)} weights, or arrays of "
             "other shapes"
         )
+    statistics = [
+        id(variable)
+        for layer in all_layers(model)
+        if layer.trainable and isinstance(layer, keras.layers.BatchNormalization)
+        for variable in layer.non_trainable_variables
+    ]
     for variable, values in zip(model.weights, weights):
-        if variable.trainable and keras.backend.is_float_dtype(variable.dtype):
+        is_trained = variable.trainable or id(variable) in statistics
+        if is_trained and keras.backend.is_float_dtype(variable.dtype):
             tuned = ops.convert_to_numpy(ops.cast(variable, "float32"))
             variable.assign(share * np.asarray(values, "float32") + (1 - share) * tuned)
