@@ -245,16 +245,16 @@ def import_keras_hub():
 def preset_of(preset):
     """Returns a preset for keras_hub: the full path of a folder, or a name.
 
-    keras_hub prefers its own preset to a folder with the same name.
+    For a name alone, keras_hub would prefer its own preset to the folder.
     """
     preset = str(preset)
     folder = os.path.abspath(os.path.expanduser(preset))
-    if os.path.isdir(folder):
+    if os.path.isfile(os.path.join(folder, "config.json")):
         return folder
     if "://" not in preset and os.path.basename(preset) != preset:
         raise ValueError(
-            f"There is no folder {folder}. A preset must be the path of a folder, a "
-            "name such as 'clip_vit_base_patch16', or an address such as "
-            f"'hf://USER/NAME'. Received: {preset!r}"
+            f"There is no preset in {folder}. A preset must be the path of a folder "
+            "with a config.json, a name such as 'clip_vit_base_patch16', or an address "
+            f"such as 'hf://USER/NAME'. Received: {preset!r}"
         )
     return preset

@@ -1,5 +1,7 @@
 """Loads encoders by the names, folders and addresses of their presets."""
 
+import os
+
 import keras
 
 from keras_cluster_mask.checks import check_integer
@@ -10,14 +12,16 @@ from keras_cluster_mask.encoders.resizing import patch_size_for, with_image_size
 OF_ONE_SIZE = ("ViTBackbone", "DeiTBackbone")
 
 
-def image_encoder_of(image: keras.Model | str, image_size: int | None) -> keras.Model:
+def image_encoder_of(
+    image: keras.Model | str | os.PathLike, image_size: int | None
+) -> keras.Model:
     """Returns an image encoder: itself, or one that is loaded from a preset.
 
     Args:
         image: A keras_hub backbone, or the name, folder or address of a preset.
         image_size: Integer, the side of the images in pixels, for a preset.
     """
-    if not isinstance(image, str):
+    if not isinstance(image, str | os.PathLike):
         if image_size is not None:
             raise ValueError(
                 "`image_size` must be None unless `image` is the name of a preset. To "
@@ -43,9 +47,9 @@ def image_encoder_of(image: keras.Model | str, image_size: int | None) -> keras.
     )
 
 
-def text_encoder_of(text: keras.Model | str) -> keras.Model:
+def text_encoder_of(text: keras.Model | str | os.PathLike) -> keras.Model:
     """Returns a text encoder: itself, or a `TextEmbedder` of a preset."""
-    if not isinstance(text, str):
+    if not isinstance(text, str | os.PathLike):
         return text
     return import_keras_hub().models.TextEmbedder.from_preset(preset_of(text))
 

@@ -1,6 +1,7 @@
 """The model for contrastive training on image-text pairs."""
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -215,7 +216,7 @@ class ContrastiveModel(Trainer):
     @classmethod
     def from_preset(
         cls,
-        preset: str,
+        preset: str | os.PathLike,
         *,
         masking: PatchMasking | None = None,
         loss: str | None = None,
@@ -251,8 +252,8 @@ class ContrastiveModel(Trainer):
     @classmethod
     def from_encoders(
         cls,
-        image: keras.Model | str,
-        text: keras.Model | str,
+        image: keras.Model | str | os.PathLike,
+        text: keras.Model | str | os.PathLike,
         *,
         image_size: int | None = None,
         projection_dim: int | None = 512,

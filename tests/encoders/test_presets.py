@@ -69,6 +69,13 @@ def test_images_have_224_pixels_unless_another_size_is_given(presets):
     assert connected(presets, image_size=42).preprocessing["image_size"] == (42, 42)
 
 
+def test_a_path_may_be_a_path_object(presets):
+    model = kcm.ContrastiveModel.from_encoders(
+        presets / "dino", presets / "text", image_size=42, projection_dim=4
+    )
+    assert model.preprocessing["image_size"] == (42, 42)
+
+
 def test_an_encoder_of_one_size_is_resized(presets):
     model = connected(presets, "vit", image_size=32)
     assert model.preprocessing["image_size"] == (32, 32)
@@ -81,7 +88,7 @@ def test_a_size_that_patches_do_not_fill_is_refused(presets, kind, size):
 
 
 def test_a_path_without_a_folder_is_refused(presets):
-    with pytest.raises(ValueError, match=r"no folder .*typo[^$]*Received: .*typo'"):
+    with pytest.raises(ValueError, match=r"no preset in .*typo[^$]*Received: .*typo'"):
         connected(presets, "typo")
 
 
