@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import pathlib
 import zlib
 from collections.abc import Iterator
 
@@ -29,6 +28,7 @@ from keras_cluster_mask.training.features import (
     append_rows,
     check_same,
     describe_towers,
+    local_folder,
     read_header,
 )
 from keras_cluster_mask.training.model_tokenizer import identity_of, tokenizer_of
@@ -100,7 +100,7 @@ def compute_features(
         "tokenizer": identity_of(tokenizer),
         "files": data.versions if isinstance(data, Stream) else None,
     }
-    folder = pathlib.Path(folder)
+    folder = local_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     header = read_header(folder) or {
         "description": description,

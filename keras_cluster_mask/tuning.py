@@ -8,6 +8,11 @@ from pathlib import Path
 import keras
 
 from keras_cluster_mask.checks import check_integer, check_range
+from keras_cluster_mask.distribution.replicas import (
+    is_main_process,
+    num_replicas,
+    parts_of_batch,
+)
 from keras_cluster_mask.models import ContrastiveModel, average_weights
 from keras_cluster_mask.optimizers import optimizer_by_block
 from keras_cluster_mask.stream import Stream
@@ -71,14 +76,15 @@ def fine_tune(
         model: A `ContrastiveModel` with a tokenizer.
         data: A source, such as the path of a table or a part of `kcm.data.split`. Or an
             `image_text_dataset` for training, which sets the batch size, the crops and
-            the text masking itself.
+            the text masking itself. The weights of a mix count in the last stage only.
         epochs: Integer. The epochs of the last stage. 0 ends after the projections.
         batch_size: Integer. The number of pairs in a batch of the last stage.
         learning_rate: Float. The rate of the last blocks in the first step. Defaults to
             1e-4, or to 1e-5 for a backbone.
         validation_data: As `data`, of other photographs. Evaluated after each epoch of
             the last stage.
-        folder: str or path. Where to keep features and checkpoints. `None` keeps none.
+        folder: str or path. A local folder for features and checkpoints. `None` keeps
+            none. The state of callbacks is not kept.
         pretrained_share: Float in `[0, 1]`. The share of the weights before the last
             stage in the result, which is an average of both
             (`kcm.models.average_weights`). On 6,090 photographs, 0.25 cost 0.8 points
@@ -138,12 +144,15 @@ def _train_projections(model, pairs, run):
 
     run.say(f"Features: {pairs.num_samples:,} photographs, to train the projections.")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(run.folder or temporary, "features")
+        # Two processes must not write one file.
+        kept = run.folder if is_main_process() else None
+        folder = Path(kept or temporary, "features")
         features = compute_features(
             model, pairs.for_evaluation(), folder, verbose=run.verbose
         )
         # Up to 512 pairs, but few enough for eight steps in an epoch.
         batch_size = min(512, max(32, features.num_images // 8), features.num_images)
+        batch_size -= batch_size % max(num_replicas(), parts_of_batch())
         steps = features.num_images // batch_size
         rate = keras.optimizers.schedules.CosineDecay(1e-3, 30 * steps)
         trainable = omitted_settings(model)
@@ -151,6 +160,10 @@ def _train_projections(model, pairs, run):
         model.compile(keras.optimizers.AdamW(rate, weight_decay=0.1))
         try:
             run.fit("projections", features, 30, save_every=30, batch_size=batch_size)
+        except BaseException:
+            # The next call trains them to the end.
+            model.head.is_trained.assign(0.0)
+            raise
         finally:
             restore_settings(model, trainable)
 

@@ -167,6 +167,58 @@ def test_a_killed_run_goes_on_where_it_stopped_with_equal_bits(
 
 
 @pytest.mark.any_backend
+def test_projections_that_were_interrupted_are_trained_again(monkeypatch):
+    model = connected()
+    with pytest.raises(KeyboardInterrupt):
+        killed_in_the_projections(model, None, monkeypatch)
+    history = kcm.fine_tune(model, PHOTOS, **TUNE)
+    assert history.history["stage"] == ["projections"] * 30 + ["encoders"] * 2
+
+
+@pytest.mark.any_backend
+def test_a_metric_stands_in_the_epoch_that_has_it():
+    def watch(epoch, logs):
+        if epoch == 1:
+            logs["val_dogs"] = 0.5
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=watch)
+    history = kcm.fine_tune(connected(), PHOTOS, **TUNE, callbacks=[callback]).history
+    assert history["val_dogs"] == [None] * 31 + [0.5]
+    assert len(history["loss"]) == 32
+
+
+@pytest.mark.any_backend
+def test_other_weights_of_the_encoders_are_replaced_with_a_warning(tmp_path, recwarn):
+    model = connected()
+    kcm.fine_tune(model, PHOTOS, **TUNE, folder=tmp_path)
+    again = connected()
+    kcm.fine_tune(again, PHOTOS, **TUNE, folder=tmp_path)
+    assert not [x for x in recwarn if "other weights" in str(x.message)]
+    other = connected()
+    other.image_encoder.trainable_weights[0].assign_add(
+        np.ones(other.image_encoder.trainable_weights[0].shape)
+    )
+    with pytest.warns(UserWarning, match="encoders have other weights"):
+        kcm.fine_tune(other, PHOTOS, **TUNE, folder=tmp_path)
+    assert_same_values(values(other.weights), values(model.weights))
+
+
+@pytest.mark.any_backend
+def test_a_refused_call_leaves_its_folder_for_the_next(tmp_path):
+    model = connected()
+    kcm.fine_tune(model, PHOTOS, epochs=0, batch_size=8, verbose=0)
+    with pytest.raises(ValueError, match="`epochs` must be at least 1"):
+        kcm.fine_tune(model, PHOTOS, **{**TUNE, "epochs": 0}, folder=tmp_path)
+    kcm.fine_tune(model, PHOTOS, **TUNE, folder=tmp_path)
+
+
+@pytest.mark.any_backend
+def test_a_folder_at_an_address_is_refused():
+    with pytest.raises(ValueError, match=r"`folder` must be a local.*gs://bucket/run"):
+        kcm.fine_tune(connected(), PHOTOS, **TUNE, folder="gs://bucket/run")
+
+
+@pytest.mark.any_backend
 def test_the_result_may_keep_a_share_of_the_weights_before(tmp_path):
     tuned = connected()
     kcm.fine_tune(tuned, PHOTOS, epochs=0, batch_size=8, verbose=0)

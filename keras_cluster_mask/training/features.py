@@ -63,7 +63,7 @@ class TowerFeatures:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = pathlib.Path(folder)
+        self.folder = local_folder(folder)
         found = read_header(self.folder)
         if not found.get("done"):
             raise ValueError(
@@ -157,6 +157,13 @@ class FeatureBatches(ArrayBatches):
 
     def batch(self, rows, captions):
         return self._features.pairs(rows, captions)
+
+
+def local_folder(folder: str | os.PathLike) -> pathlib.Path:
+    """Returns the path of a folder, which must not be a URL."""
+    if "://" in os.fspath(folder):
+        raise ValueError(f"`folder` must be a local folder. Received: folder={folder}")
+    return pathlib.Path(folder).expanduser()
 
 
 def read_header(folder: pathlib.Path) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def fit(
     if any(getattr(x, "use_ema", False) for x in optimizer_parts(model.optimizer)):
         # Weights and averages are the same arrays now.
         copy_values(model.trainable_variables)
+    history.rows = run.history
     history.epoch = [row["epoch"] for row in run.history]
     history.history = {}
     for row in run.history:

@@ -2,8 +2,8 @@
 
 import json
 import math
-import pathlib
 import time
+import warnings
 
 import keras
 import numpy as np
@@ -12,7 +12,11 @@ from keras_cluster_mask.distribution.backends import print_backend
 from keras_cluster_mask.distribution.processes import to_numpy
 from keras_cluster_mask.distribution.replicas import verbosity
 from keras_cluster_mask.training.checkpoints import Checkpoint, describe_model
+from keras_cluster_mask.training.features import local_folder
 from keras_cluster_mask.training.layers import differences
+
+# The file of the weights and settings that a run starts from.
+START = "start.npz"
 
 
 class Stages:
@@ -35,11 +39,12 @@ class Stages:
         self.model, self.verbose = model, verbosity(verbose)
         if self.verbose:
             print_backend()
-        self.folder = None if folder is None else pathlib.Path(folder).expanduser()
+        self.folder = None if folder is None else local_folder(folder)
         self.history, self._epochs = keras.callbacks.History(), []
-        if folder is not None:
-            shapes = [str(tuple(variable.shape)) for variable in model.variables]
-            self._start({**settings, **describe_model(model), "variables": shapes})
+        shapes = [str(tuple(variable.shape)) for variable in model.variables]
+        self._settings = {**settings, **describe_model(model), "variables": shapes}
+        if folder is not None and (self.folder / START).exists():
+            self._restart()
 
     def say(self, line):
         if self.verbose:
@@ -50,6 +55,7 @@ class Stages:
         duration = _Duration(self, stage)
         callbacks = [*callbacks, duration]
         if self.folder is not None:
+            self._save_start()
             folder = self.folder / stage
             callbacks.append(Checkpoint(folder, save_every, keep=1))
             if folder.exists():
@@ -58,41 +64,56 @@ class Stages:
         found = self.model.fit(data, epochs=epochs, **options)
         if not duration.steps:
             self.say(f"{duration.stage}: already finished.")
-        self._epochs += [
-            {"stage": stage, **dict(zip(found.history, values))}
-            for values in zip(*found.history.values())
-        ]
+        self._epochs += [{"stage": stage, **row["logs"]} for row in found.rows]
         names = dict.fromkeys(name for epoch in self._epochs for name in epoch)
         self.history.epoch = [*range(len(self._epochs))]
         self.history.history = {
             name: [epoch.get(name) for epoch in self._epochs] for name in names
         }
 
-    def _start(self, settings):
-        """Saves what the run starts from; or compares it, and restores the weights."""
+    def _save_start(self):
+        """Saves what the run starts from, before its first step."""
         # Imported here: it needs packages that Keras does not.
         from keras_cluster_mask.data.files import replacing
 
-        path, variables = self.folder / "start.npz", self.model.variables
+        path = self.folder / START
         if not path.exists():
-            content = np.array(json.dumps(settings, default=float))
+            settings = np.array(json.dumps(self._settings, default=float))
             with replacing(path) as file:
-                np.savez(file, *map(to_numpy, variables), settings=content)
-        with np.load(path) as file:
+                np.savez(file, *map(to_numpy, self.model.variables), settings=settings)
+
+    def _restart(self):
+        """Compares what the run started from, and restores the weights."""
+        with np.load(self.folder / START) as file:
             found = dict(file)
         then = json.loads(str(found["settings"]))
-        if differing := [*differences(then, settings)]:
+        if differing := [*differences(then, self._settings)]:
             raise ValueError(
                 "`folder` must be from the same run: pass another folder, or the same "
                 f"model, data and settings. Received: folder={self.folder}, with "
                 + "; ".join(differing[:10])
             )
-        for index, variable in enumerate(variables):
-            variable.assign(found[f"arr_{index}"])
+        encoders = self.model.image_encoder, self.model.text_encoder
+        frozen = {id(weight) for encoder in encoders for weight in encoder.weights}
+        has_changed = False
+        for index, variable in enumerate(self.model.variables):
+            values = found[f"arr_{index}"]
+            if id(variable) in frozen and keras.backend.is_float_dtype(variable.dtype):
+                has_changed |= not np.array_equal(to_numpy(variable), values)
+            variable.assign(values)
+        if has_changed:
+            warnings.warn(
+                "The encoders have other weights than at the start of the run in "
+                f"{self.folder}. They get the weights of the run.",
+                stacklevel=4,
+            )
 
 
 class _Duration(keras.callbacks.Callback):
     """Says how many steps a stage has, and after the first ones how long it takes."""
+
+    # Keras need not wait for each step; see `TrainingRun`.
+    async_safe = True
 
     def __init__(self, run, stage):
         super().__init__()
