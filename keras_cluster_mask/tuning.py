@@ -77,7 +77,9 @@ def fine_tune(
         data: A source, such as the path of a table or a part of `kcm.data.split`. Or an
             `image_text_dataset` for training, which sets the batch size, the crops and
             the text masking itself. The weights of a mix count in the last stage only.
-        epochs: Integer. The epochs of the last stage. 0 ends after the projections.
+        epochs: Integer. The epochs of the last stage. 0 ends after the projections. Few
+            photographs need more: of 1,000, one epoch (15 steps) lowered recall@10 by
+            two points, and ten raised it by 14.
         batch_size: Integer. The number of pairs in a batch of the last stage.
         learning_rate: Float. The rate of the last blocks in the first step. Defaults to
             1e-4, or to 1e-5 for a backbone.
@@ -99,7 +101,8 @@ def fine_tune(
 
     Raises:
         ValueError: If an argument is invalid, or if `folder` is of a run with other
-            data, settings or another model. The differences are listed.
+            data, settings or another architecture. The differences are listed. If only
+            the weights of the encoders differ, a warning says that they are replaced.
     """
     check_integer("epochs", epochs, 0)
     check_range("pretrained_share", pretrained_share, 0, 1)
