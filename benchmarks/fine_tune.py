@@ -42,6 +42,8 @@ def arguments():
     add("--results", default="results/fine_tune", help="folder of runs and tables")
     add("--seeds", type=int, nargs="*", default=[1, 2, 3])
     add("--epochs", type=int, default=3)
+    add("--batch-size", type=int, default=64)
+    add("--learning-rate", type=float, help="of the last blocks; by default 1e-4")
     add("--photographs", type=int, default=0, help="the first ones; 0 for all")
     add("--sigmoid", type=float, help="the initial bias of a sigmoid loss")
     add("--split", default="test", choices=("validation", "test"))
@@ -92,6 +94,9 @@ def report(folder):
 
 def name_of(options):
     words = [f"{options.epochs}-epochs", f"{options.photographs or 'all'}-photographs"]
+    words += [] if options.batch_size == 64 else [f"batch{options.batch_size}"]
+    rate = options.learning_rate
+    words += [] if rate is None else [f"rate{rate:g}"]
     words += [] if options.sigmoid is None else [f"bias{options.sigmoid:g}"]
     return "-".join(["fine_tune", *words, options.split])
 
@@ -144,7 +149,15 @@ def result_of(folder, seed, train, test, options):
     """Trains a model, and measures its recall and the minutes of each stage."""
     model = model_of(options, seed)
     with Clock() as clock:
-        history = kcm.fine_tune(model, train, options.epochs, folder=folder, verbose=2)
+        history = kcm.fine_tune(
+            model,
+            train,
+            options.epochs,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            folder=folder,
+            verbose=2,
+        )
     recall = kcm.evaluation.evaluate_retrieval(model, test, verbose=0)
     model.save(folder / "model.keras")
     return {
