@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_cluster_mask.distribution.backends import print_backend
 from keras_cluster_mask.distribution.processes import to_numpy
-from keras_cluster_mask.distribution.replicas import verbosity
+from keras_cluster_mask.distribution.replicas import is_main_process, verbosity
 from keras_cluster_mask.training.checkpoints import Checkpoint, describe_model
 from keras_cluster_mask.training.features import local_folder
 from keras_cluster_mask.training.layers import differences
@@ -77,10 +77,12 @@ class Stages:
         from keras_cluster_mask.data.files import replacing
 
         path = self.folder / START
-        if not path.exists():
+        # All processes gather values that are spread over them.
+        values = [*map(to_numpy, self.model.variables)]
+        if is_main_process() and not path.exists():
             settings = np.array(json.dumps(self._settings, default=float))
             with replacing(path) as file:
-                np.savez(file, *map(to_numpy, self.model.variables), settings=settings)
+                np.savez(file, *values, settings=settings)
 
     def _restart(self):
         """Compares what the run started from, and restores the weights."""
@@ -94,11 +96,11 @@ class Stages:
                 + "; ".join(differing[:10])
             )
         encoders = self.model.image_encoder, self.model.text_encoder
-        frozen = {id(weight) for encoder in encoders for weight in encoder.weights}
+        theirs = {id(weight) for encoder in encoders for weight in encoder.weights}
         has_changed = False
         for index, variable in enumerate(self.model.variables):
             values = found[f"arr_{index}"]
-            if id(variable) in frozen and keras.backend.is_float_dtype(variable.dtype):
+            if id(variable) in theirs and keras.backend.is_float_dtype(variable.dtype):
                 has_changed |= not np.array_equal(to_numpy(variable), values)
             variable.assign(values)
         if has_changed:
