@@ -7,13 +7,14 @@ from pathlib import Path
 
 import keras
 
-from keras_cluster_mask.checks import check_integer, check_range
+from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.distribution.replicas import (
     is_main_process,
     num_replicas,
     parts_of_batch,
 )
 from keras_cluster_mask.models import ContrastiveModel, average_weights
+from keras_cluster_mask.models.averaging import check_share
 from keras_cluster_mask.optimizers import optimizer_by_block
 from keras_cluster_mask.stream import Stream
 from keras_cluster_mask.training.layers import omitted_settings, restore_settings
@@ -105,7 +106,7 @@ def fine_tune(
             the weights of the encoders differ, a warning says that they are replaced.
     """
     check_integer("epochs", epochs, 0)
-    check_range("pretrained_share", pretrained_share, 0, 1)
+    check_share("pretrained_share", pretrained_share, model)
     if learning_rate is None:
         learning_rate = 1e-4 if model.backbone is None else 1e-5
     # SigLIP reads whole images.

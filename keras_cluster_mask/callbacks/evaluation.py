@@ -24,11 +24,11 @@ class Evaluate(RunCallback):
     `CSVLogger`, `TensorBoard` and `kcm.callbacks.Checkpoint`. Pass `mode="max"` to
     callbacks that monitor a metric like accuracy.
 
-    With `every=n`, epochs n, 2n and so on are evaluated, and the first and last epoch
-    of a `fit`. In other epochs, the logs repeat the last metrics, since Keras's
-    callbacks do not support missing ones: `ModelCheckpoint` would save an epoch without
-    metrics as the best one. A repeated metric does not count as an improvement.
-    Patience is counted in epochs: give `EarlyStopping` a multiple of n.
+    With `every=n`, epochs n, 2n and so on are evaluated, the first epoch of a `fit`,
+    and the last of its `epochs`. In other epochs, the logs repeat the last metrics,
+    since Keras's callbacks do not support missing ones: `ModelCheckpoint` would save an
+    epoch without metrics as the best one. A repeated metric does not count as an
+    improvement. Patience is counted in epochs: give `EarlyStopping` a multiple of n.
 
     The weights at the end of the epoch are evaluated, as in Keras's own validation.
     With `use_ema=True`, these are not the averages, which `fit` assigns when it ends.

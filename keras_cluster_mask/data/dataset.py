@@ -144,7 +144,8 @@ def image_text_dataset(
             `*`, `?` or `[...]` for all existing files that match it; or a pattern with
             `{a,b}` or `{000..123}`, for files that must all exist. Each may be a URL,
             such as `"s3://bucket/train-*.tar"`, or an fsspec chain, such as
-            `"simplecache::s3://bucket/train-*.tar"`. Or an object with `__len__` and
+            `"simplecache::s3://bucket/train-*.tar"`. All files are sorted by path, and
+            each is read once. Or an object with `__len__` and
             `__getitem__` that holds dictionaries, such as a `Dataset` of the package
             `datasets`, or a part that `split` or `subset` returned; an image is bytes,
             a file name, a `PIL.Image.Image`, or a uint8 array. One thread at a time
@@ -345,7 +346,7 @@ def _process(process, training):
 
 def _block_size(block_size, batch_size, source, processes):
     """Returns the number of neighbors that are read together in training."""
-    if block_size is None:
+    if is_default := block_size is None:
         # Neighbors are read much faster together than one by one.
         is_parquet = any(isinstance(each, Parquet) for each in parts_of(source))
         is_slow = is_parquet or any(map(is_address, paths_of(source)))
@@ -353,6 +354,8 @@ def _block_size(block_size, batch_size, source, processes):
         while block_size > 1 and batch_size < block_size * RUNS:
             block_size //= 2
     block_size = check_integer("block_size", block_size, 1)
+    # The default may be a little slower with many processes.
+    processes = 1 if is_default else processes
     if batch_size % block_size or batch_size // block_size % processes:
         raise ValueError(
             "`block_size` must divide `batch_size`, and the number of processes "
@@ -415,7 +418,7 @@ class ImageTextDataset(Stream):
         lengths = [length // batches.process[1] for length in batches.lengths]
         # Makes the counters of a pass.
         self._skipped = functools.partial(
-            SkippedSamples, dict(zip(names, lengths)), max_skipped
+            SkippedSamples, [*zip(names, lengths)], max_skipped
         )
         self.start, self.waited, self.skipped = 0, 0.0, self._skipped()
         self.unused_captions = 0

@@ -80,7 +80,7 @@ class Captions:
         if not self.are_read:
             return {}
         batch, texts = {}, []
-        for _, sample, _, generator, _ in rows:
+        for _, _, sample, _, generator, _ in rows:
             captions, number = sample.captions, 0
             if self.training and len(captions) > 1:
                 number = int(generator.integers(len(captions)))
@@ -108,6 +108,7 @@ class Row(NamedTuple):
 
     Attributes:
         source: Integer. The number of the source of the sample in a mix.
+        number: Integer. The number of the sample.
         sample: `Sample` with its pixels; `None` if it is broken, in evaluation.
         fault: `Fault`, if the sample of this position is broken.
         generator: `np.random.Generator`.
@@ -115,6 +116,7 @@ class Row(NamedTuple):
     """
 
     source: int
+    number: int
     sample: Sample | None
     fault: Fault | None
     generator: np.random.Generator
@@ -227,7 +229,7 @@ class Batches:
             arrays["labels"] = np.array([sample.label for sample in samples], "int32")
         sources = [row.source for row in read]
         counts = np.bincount(sources, minlength=len(self.lengths)).tolist()
-        faults = [(row.source, row.fault) for row in read if row.fault]
+        faults = [(row.source, row.number, row.fault) for row in read if row.fault]
         unused = 0
         if not self.captions.include_captions:
             unused = sum(len(sample.captions[1:]) for sample in samples)
@@ -252,7 +254,7 @@ class Batches:
                     within = range(ends[source] - self.lengths[source], ends[source])
                     sample = self._substitute(within, generator, fault)
             epoch = position // ends[-1]
-            rows.append(Row(source, sample, fault, generator, epoch))
+            rows.append(Row(source, number, sample, fault, generator, epoch))
         return rows
 
     def _samples(self, numbers, generators):

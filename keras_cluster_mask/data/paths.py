@@ -140,7 +140,12 @@ def _matching(system, path):
         return {path: limited(system, system.info, path)}
     found = system.glob(path, detail=True)
     hidden = [name for name in found if name.rpartition("/")[2].startswith(".")]
-    return {name: found[name] for name in found if name not in hidden}
+    return {name: _of_link(system, found[name]) for name in found if name not in hidden}
+
+
+def _of_link(system, info):
+    """Returns the information of what a link points at, instead of its own."""
+    return system.info(info["name"]) if info.get("islink") else info
 
 
 def _in_folder(system, folder, info):
@@ -154,7 +159,9 @@ def _in_folder(system, folder, info):
             "`source` must be a folder with at most one table: pass the path of one of "
             f"the tables instead. Received: {folder} with {', '.join(tables)}"
         )
-    return (folder + tables[0], infos[tables[0]]) if tables else (folder, info)
+    if not tables:
+        return folder, info
+    return folder + tables[0], _of_link(system, infos[tables[0]])
 
 
 def example_images() -> pathlib.Path:

@@ -16,8 +16,8 @@ class SkippedSamples:
     dataset creates a new `SkippedSamples`.
 
     Args:
-        sources: Dictionary from the name of each source to the number of its samples
-            that this process reads in a pass. Defaults to `None`: one without a name.
+        sources: Sequence of pairs: the name of each source, and the number of its
+            samples that this process reads in a pass. Defaults to one without a name.
         max_share: Float. The fraction of the samples of each source that may be broken.
 
     Attributes:
@@ -27,8 +27,10 @@ class SkippedSamples:
         count: Integer. The number of broken samples.
     """
 
-    def __init__(self, sources: dict[str, int] | None = None, max_share: float = 1.0):
-        self.max_share, self._sources = max_share, list((sources or {"": 0}).items())
+    def __init__(
+        self, sources: Sequence[tuple[str, int]] = (("", 0),), max_share: float = 1.0
+    ):
+        self.max_share, self._sources = max_share, [*sources]
         self.examples: dict[str, list[Any]] = {}
         self._counts, self._taken = collections.Counter(), 0
         # Of a pass over each source.
@@ -50,11 +52,14 @@ class SkippedSamples:
         if len(examples) < MAX_EXAMPLES:
             examples.append(fault)
 
-    def report(self, faults: Sequence[tuple[int, Any]], read: Sequence[int]) -> None:
+    def report(
+        self, faults: Sequence[tuple[int, int, Any]], read: Sequence[int]
+    ) -> None:
         """Counts the broken samples of a batch, and warns about the first one.
 
         Args:
-            faults: List of the number of a source and a `Fault`.
+            faults: List of the number of a source, the number of a sample, which its
+                key may not tell from others, and a `Fault`.
             read: The number of samples of each source, intact or broken.
 
         Raises:
@@ -65,10 +70,10 @@ class SkippedSamples:
             if self._read[number] >= total:
                 self._read[number], self._broken[number] = 0, set()
             self._read[number] += read[number]
-        for number, fault in faults:
+        for number, sample, fault in faults:
             self.add(fault)
             # Rounds of whole batches may read a sample twice.
-            self._broken[number].add((fault.file, fault.key))
+            self._broken[number].add(sample)
             (name, total), broken = self._sources[number], len(self._broken[number])
             # A source that is small in a mix is read several times.
             total = max(total, self._read[number])
@@ -83,7 +88,7 @@ class SkippedSamples:
                 )
         if is_first and faults:
             warnings.warn(
-                f"A sample is broken: {faults[0][1]}. The sample was skipped. Further "
+                f"A sample is broken: {faults[0][2]}. The sample was skipped. Further "
                 "broken samples are skipped without a warning, and counted in "
                 "`dataset.skipped`.",
                 stacklevel=3,

@@ -103,7 +103,12 @@ def split(
     return parts[0], parts[1]
 
 
-def subset(source: Any, indices: Sequence[int]) -> Subset:
+def subset(
+    source: Any,
+    indices: Sequence[int],
+    *,
+    image_keys: str | Sequence[str] | None = None,
+) -> Subset:
     """Returns a source of some samples of another source.
 
     Example:
@@ -117,6 +122,8 @@ def subset(source: Any, indices: Sequence[int]) -> Subset:
         source: See `image_text_dataset`.
         indices: Sequence of integers, from 0 to `len(source) - 1`. The samples, in this
             order. A sample may occur several times.
+        image_keys: String or sequence of strings; see `image_text_dataset`. The rows of
+            a table with the same image are one sample.
 
     Returns:
         A source with the length of `indices`.
@@ -124,7 +131,8 @@ def subset(source: Any, indices: Sequence[int]) -> Subset:
     Raises:
         ValueError: If there is no such sample, or if no sample is chosen.
     """
-    source, chosen = open_source(source), np.asarray(indices)
+    keys = Fields(image_keys, wants_caption=False).image_keys
+    source, chosen = open_source(source, keys), np.asarray(indices)
     is_valid = chosen.ndim == 1 and chosen.size and chosen.dtype.kind in "iu"
     if not is_valid or chosen.min() < 0 or chosen.max() >= len(source):
         raise ValueError(

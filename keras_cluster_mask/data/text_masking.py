@@ -23,7 +23,7 @@ from keras_cluster_mask.types import Tokenizer
 
 # The number of words for which token counts are cached.
 MAX_WORDS = 1 << 16
-# The length of the rows in which they are counted, of a tokenizer of any length.
+# The length of the rows in which they are counted, unless the tokenizer's is longer.
 MAX_TOKENS = 128
 
 
@@ -32,7 +32,8 @@ class LongCaption(NamedTuple):
 
     Attributes:
         words: List of strings, in lower case.
-        num_tokens: List of integers. The number of tokens of each word, up to 127.
+        num_tokens: List of integers. The number of tokens of each word, up to 127,
+            or up to one more than the context length.
         num_tokens_left: Integer. The maximum number of tokens of all kept words.
         generator: `np.random.Generator` of the sample.
     """
@@ -248,9 +249,11 @@ class WordTokenizer:
         self.tokenizer = self._counter = tokenizer
         self._sizes = {}
         self._is_clip = isinstance(tokenizer, CLIPTokenizer)
+        most = MAX_TOKENS
         if self._is_clip:
-            self._counter = tokenizer.with_context_length(MAX_TOKENS)
-        long_text = ["a child reads a book " * MAX_TOKENS]
+            most = max(most, tokenizer.context_length + 2)
+            self._counter = tokenizer.with_context_length(most)
+        long_text = ["a child reads a book " * most]
         self._num_tokens_left = int(_num_tokens(tokenizer, long_text)[0])
         self._most = int(_num_tokens(self._counter, long_text)[0])
         if self._num_tokens_left < 1:

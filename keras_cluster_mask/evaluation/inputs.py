@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
-from keras_cluster_mask.batches import is_endless, read_batches
+from keras_cluster_mask.batches import as_array, is_endless, read_batches
 from keras_cluster_mask.checks import check_integer
 from keras_cluster_mask.data.dataset import image_text_dataset
 from keras_cluster_mask.stream import Stream
@@ -28,7 +28,11 @@ def pairs_of(model, data):
     """Returns a dataset of the pairs of a source; returns other data unchanged."""
     first, others = data, Mapping | Stream | keras.utils.PyDataset
     if isinstance(data, Items) and not isinstance(data, others | str) and len(data):
-        first = data[0]
+        # A table of pandas has names, and `image_text_dataset` says so.
+        try:
+            first = data[0]
+        except (KeyError, TypeError):
+            first = {}
     # Rows of an object, and not batches.
     is_rows = isinstance(first, Mapping) and first is not data
     if is_rows and "images" in first:
@@ -191,7 +195,7 @@ def encoded(text):
 
 def check_matrix(name, values, dtype="float32"):
     """Returns values as a matrix of floats, after a check that all are finite."""
-    values = np.asarray(values, dtype)
+    values = np.asarray(as_array(values), dtype)
     if values.ndim != 2 or not values.size:
         raise ValueError(
             f"`{name}` must have shape (items, d). "

@@ -255,7 +255,9 @@ class ClusterMasking(SimilarityMasking):
             num_patches = None
             if model is not None:
                 images = model.image_tower.prepare(images)
-                num_patches = model.image_encoder.num_patches(images)
+                # A masking in an own encoder knows the size of patches.
+                if self.patch_size is None:
+                    num_patches = model.image_encoder.num_patches(images)
             patches = self.patches_of(ops.convert_to_tensor(images), num_patches)
             anchors = self.draw_anchors(self.draw(*patches.shape[:2]))
             highest = ops.max(pixel_similarity(patches, anchors), axis=1)

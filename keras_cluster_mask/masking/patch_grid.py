@@ -59,7 +59,8 @@ def grid_of_square_patches(
     height, width = (1, 1) if shape is None else _sides(shape, data_format)
     if None not in (height, width):
         rows = math.isqrt(num_patches * height // width)
-        if rows and rows * rows * width == num_patches * height:
+        is_square = rows * rows * width == num_patches * height
+        if rows and is_square and num_patches % rows == 0:
             return rows, num_patches // rows
     image = "a square image" if shape is None else f"{height} x {width} pixels"
     raise ValueError(

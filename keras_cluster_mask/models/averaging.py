@@ -35,12 +35,12 @@ def average_weights(
         share: Float in `[0, 1]`. The share of `weights` in the average.
 
     Raises:
-        ValueError: If the weights are not of this model.
+        ValueError: If the weights are not of this model, or for a model with LoRA.
 
     Reference:
         - [Robust fine-tuning of zero-shot models](https://arxiv.org/abs/2109.01903)
     """
-    check_range("share", share, 0, 1)
+    check_share("share", share, model)
     expected = [tuple(variable.shape) for variable in model.weights]
     found = [np.shape(values) for values in weights]
     if found != expected:
@@ -60,3 +60,15 @@ def average_weights(
         if is_trained and keras.backend.is_float_dtype(variable.dtype):
             tuned = ops.convert_to_numpy(ops.cast(variable, "float32"))
             variable.assign(share * np.asarray(values, "float32") + (1 - share) * tuned)
+
+
+def check_share(name: str, share: float, model: keras.Model) -> None:
+    """Raises an error unless the weights of a model can be averaged with a share."""
+    check_range(name, share, 0, 1)
+    has_lora = any(getattr(x, "lora_enabled", False) for x in all_layers(model))
+    if share and has_lora:
+        raise ValueError(
+            f"`{name}` must be 0 for a model with LoRA, whose factors have no average: "
+            "save and load the model, which merges LoRA into the weights. Received: "
+            f"{name}={share}"
+        )

@@ -134,7 +134,7 @@ class ContrastiveHead(keras.layers.Layer):
             or (bias_weight is not None and not any(map(ops.convert_to_numpy, given)))
         )  # fmt: skip
         if is_fresh:
-            temperature = temperature or INITIAL_TEMPERATURE[loss]
+            temperature = temperature or max(INITIAL_TEMPERATURE[loss], 1 / limit)
             bias = INITIAL_LOGIT_BIAS if bias is None else bias
         if scale_weight is None:
             scale_weight = self._add_scalar("logit_scale")

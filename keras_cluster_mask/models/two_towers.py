@@ -294,6 +294,9 @@ class TwoTowers(OwnReduction, Exported, keras.Model):
     ) -> None:
         """Writes the backbone and its tokenizer as a preset, which keras_hub loads.
 
+        A preset has no pixel mean and deviation, no `resize` and no loss: pass them to
+        `from_preset` if they are not those of the backbone's family.
+
         Args:
             preset_dir: str or path of a folder.
             tokenizer: A `CLIPTokenizer`, or a keras_hub preprocessor. keras_hub does

@@ -301,6 +301,8 @@ def describe_model(model):
         {k: v for k, v in x.items() if k not in MAY_CHANGE and not isinstance(v, dict)}
         for x in (model.get_config(), model.head.get_config())
     )
+    # Without a backbone, the image tower has these options.
+    options |= {"pixel_mean": model.pixel_mean, "pixel_std": model.pixel_std}
     return {
         "tokenizer": identity_of(model.tokenizer),
         "model": options,

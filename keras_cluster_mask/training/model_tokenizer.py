@@ -295,8 +295,11 @@ def _load(folder):
 def save_in_preset(tokenizer: Any, folder: str) -> None:
     """Writes a tokenizer into a preset, for keras_hub if it can read the tokenizer."""
     path = pathlib.Path(folder, PRESET_FOLDER)
-    # An earlier tokenizer would be loaded in place of this one.
-    shutil.rmtree(path, ignore_errors=True)
+    # An earlier tokenizer would be loaded in place of this one. A folder of this name
+    # may also be the package.
+    names = LAYER_FILE, CLIP_FILE, HUGGING_FACE_FILE
+    if any((path / name).is_file() for name in names):
+        shutil.rmtree(path)
     for name in (TOKENIZER_FILE, "preprocessor.json"):
         pathlib.Path(folder, name).unlink(missing_ok=True)
     if hasattr(tokenizer, "save_to_preset"):

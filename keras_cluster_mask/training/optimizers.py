@@ -39,12 +39,13 @@ def configure(optimizer, model, decay_vectors):
 def check_built(optimizer, variables):
     """Raises an error for an optimizer that was built for other weights.
 
-    Frozen weights may remain in it, except in stateless steps and in averages, where
-    Keras compares the lengths of lists.
+    Frozen weights may remain in it, except in stateless steps, in averages and in a
+    `MultiOptimizer`, where Keras compares the lengths of lists.
     """
     own, parts = inner_optimizer(optimizer), optimizer_parts(optimizer)
     known, given = _known_weights(optimizer), {id(v) for v in variables}
-    is_strict = steps_are_stateless() or any(x.use_ema for x in parts)
+    is_strict = steps_are_stateless() or own not in parts
+    is_strict |= any(x.use_ema for x in parts)
     if own.built and (given - known or (is_strict and known - given)):
         raise ValueError(
             "`optimizer` must be new, or built for the weights that this model trains: "

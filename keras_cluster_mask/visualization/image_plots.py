@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 from matplotlib.figure import Figure
 
+from keras_cluster_mask.batches import as_array
 from keras_cluster_mask.checks import sides_of
 from keras_cluster_mask.masking import PatchMasking
 from keras_cluster_mask.masking.patch_grid import (
@@ -119,7 +120,7 @@ def plot_retrieval(
     Raises:
         ValueError: If `similarity` has a wrong shape.
     """
-    similarity = np.asarray(similarity)
+    similarity = as_array(similarity)
     if similarity.shape != (len(queries), len(images)):
         raise ValueError(
             "`similarity` must have shape (queries, images), "
@@ -156,6 +157,10 @@ def _kept(masking, images, model, noise):
     """Returns `(batch, N)` booleans, true for patches that are kept and visible."""
     tokens = None
     if model is not None:
+        # A model takes pixels only as integers.
+        if images.dtype != "uint8":
+            scale = 1 if np.max(images, initial=0) > 50 else 255
+            images = np.clip(np.round(scale * images), 0, 255).astype("uint8")
         images = model.image_tower.prepare(images)
         tokens = model.image_encoder.embed_patches(images)
     indices, visible = map(ops.convert_to_numpy, masking.select(images, tokens, noise))

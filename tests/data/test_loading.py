@@ -293,7 +293,7 @@ def test_training_draws_a_caption_in_each_epoch_and_evaluation_takes_the_first(s
 def test_half_letters_are_not_changed():
     pair = Sample("x", "1", ("{} \ud800",))
     captions = Captions(None, False, include_captions=True)
-    batch = captions.batch([Row(0, pair, None, None, 0)])
+    batch = captions.batch([Row(0, 0, pair, None, None, 0)])
     assert batch["captions"].tolist() == [("{} \ud800",)]
 
 

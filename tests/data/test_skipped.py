@@ -19,16 +19,16 @@ def fault(key, reason="the image cannot be decoded", file="a.tar"):
 
 
 def faults(keys):
-    return [(0, fault(key)) for key in keys]
+    return [(0, int(key), fault(key)) for key in keys]
 
 
 def test_samples_are_counted_by_reason_and_the_first_twenty_of_each_are_listed():
-    skipped = SkippedSamples({"": 200})
+    skipped = SkippedSamples([("", 200)])
     first = [fault("7"), fault("8", file="b.tar")]
     with pytest.warns(UserWarning, match=r"'7' of a.tar: the image cannot"):
-        skipped.report([(0, each) for each in first], [100])
+        skipped.report([(0, int(each.key), each) for each in first], [100])
     # Only the first is a warning, and a warning would be an error here.
-    skipped.report([(0, fault("9", "no caption"))] * 30, [100])
+    skipped.report([(0, 9, fault("9", "no caption"))] * 30, [100])
     assert skipped.by_reason == {"no caption": 30, "the image cannot be decoded": 2}
     assert skipped.count == 32
     assert skipped.take_new() == 32
@@ -43,7 +43,7 @@ def test_samples_are_counted_by_reason_and_the_first_twenty_of_each_are_listed()
 
 
 def test_each_pass_has_a_share_of_its_own():
-    skipped = SkippedSamples({"": 20}, max_share=0.1)
+    skipped = SkippedSamples([("", 20)], max_share=0.1)
     with pytest.warns(UserWarning, match="'0'"):
         skipped.report(faults("01"), [10])
     for broken in ("", "2", "3", ""):
@@ -53,15 +53,15 @@ def test_each_pass_has_a_share_of_its_own():
 
 
 def test_each_source_has_a_share_of_its_own():
-    skipped = SkippedSamples({"a": 100, "b": 10}, max_share=0.1)
+    skipped = SkippedSamples([("a", 100), ("b", 10)], max_share=0.1)
     with pytest.warns(UserWarning, match="'0'"):
         skipped.report(
-            [(0, fault(f"{n}")) for n in range(9)] + [(1, fault("x"))], [50, 5]
+            [(0, n, fault(f"{n}")) for n in range(9)] + [(1, 100, fault("x"))], [50, 5]
         )
     with pytest.raises(
         ValueError, match=r"10 % of the samples of b are.*2 broken of 10"
     ):
-        skipped.report([(1, fault("y"))], [50, 5])
+        skipped.report([(1, 101, fault("y"))], [50, 5])
 
 
 # A round of batches reads a sample twice. A source that is small in a mix is read
@@ -72,7 +72,7 @@ def test_each_source_has_a_share_of_its_own():
     [(0.1, 20, [("01", 12), ("0", 12)]), (1.0, 7, [("01234", 6), ("567", 3)])],
 )
 def test_samples_that_are_read_twice_or_besides_are_not_too_many(share, total, reports):
-    skipped = SkippedSamples({"": total}, max_share=share)
+    skipped = SkippedSamples([("", total)], max_share=share)
     for broken, read in reports:
         skipped.report(faults(broken), [read])
     assert skipped.count == sum(len(broken) for broken, _ in reports)

@@ -70,9 +70,15 @@ def images_in(path):
     if files.is_address(path):
         found = system.find(folder)
     else:
+        found, seen = [], set()
         # Unlike fsspec, it follows links to folders.
-        walk = os.walk(folder, followlinks=True)
-        found = [os.path.join(top, name) for top, _, names in walk for name in names]
+        for top, folders, names in os.walk(folder, followlinks=True):
+            # A link may point at a folder above.
+            if (real := os.path.realpath(top)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            found += [os.path.join(top, name) for name in names]
     found = {name[within:] for name in found}
     texts = {name: f"{os.path.splitext(name)[0]}.txt" for name in sorted(found)}
     images = {

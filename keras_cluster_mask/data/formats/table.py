@@ -9,7 +9,7 @@ import os
 
 from keras_cluster_mask.data import files
 from keras_cluster_mask.data.formats.indexed import DamagedFile, IndexedFiles, Row
-from keras_cluster_mask.data.samples import BrokenSample, filled
+from keras_cluster_mask.data.samples import BrokenSample, filled, merged
 
 # The file names of the table of a folder.
 NAMES, ENDINGS = ("metadata", "manifest", "captions"), ("csv", "tsv", "jsonl")
@@ -108,7 +108,11 @@ def _row(content, delimiter, columns):
     # An unquoted comma in a caption would truncate the caption.
     if any(cells[len(columns) :]):
         raise BrokenSample("more cells than columns")
-    return dict(zip(columns, cells))
+    row = dict(zip(columns, cells))
+    if len(row) < len(columns):
+        # Such as several columns of captions.
+        row = merged([{name: cell} for name, cell in zip(columns, cells)])
+    return row
 
 
 def _cells(lines, delimiter):
