@@ -90,6 +90,9 @@ def test_a_model_prepares_images_and_knows_the_size_of_patches():
     model = kcm.ContrastiveModel.from_backbone(tiny_clip(), masking=masking)
     noise = random_noise(2)
     figure = visualization.plot_masks(images, masking, noise, model=model)
+    as_floats = visualization.plot_masks(images / 255, masking, noise, model=model)
+    for axis, other in zip(figure.axes, as_floats.axes):
+        np.testing.assert_allclose(drawn(axis), drawn(other), atol=1e-6)
     normalized = model.image_tower.prepare(images)
     kept, _ = kcm.ClusterMasking(0.5, patch_size=4).select(normalized, noise=noise)
     for row, indices in zip(np.reshape(figure.axes, (2, 2)), kept):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import pathlib
 import pickle
 import threading
@@ -146,6 +147,22 @@ def test_a_model_gives_tokenizer_size_and_resizing(shards, resize):
     for first, second in zip(found, expected, strict=True):
         for name in ("images", "token_ids"):
             np.testing.assert_array_equal(first[name], second[name])
+
+
+@pytest.mark.parametrize("count", [32, 48])
+def test_many_processes_read_parquet_with_default_blocks(count, write_rows, encode):
+    images = [encode(np.full((8, 8, 3), n, "uint8")) for n in range(200)]
+    rows = [{"key": f"{n}", "image": x, "text": "a"} for n, x in enumerate(images)]
+    table = write_rows("a.parquet", rows)
+
+    def read(process):
+        dataset = image_text_dataset(
+            table, TOKENIZER, 8, 96, process=process, include_keys=True
+        )
+        return [*next(iter(dataset))["keys"]]
+
+    parts = (read((index, count)) for index in range(count))
+    assert sorted(itertools.chain(*parts)) == sorted(read((0, 1)))
 
 
 def test_worker_processes_do_not_receive_the_model(shards):

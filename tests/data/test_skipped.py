@@ -4,7 +4,7 @@ import warnings
 import numpy as np
 import pytest
 
-from keras_cluster_mask.data import SkippedSamples
+from keras_cluster_mask.data import SkippedSamples, subset
 from keras_cluster_mask.data.samples import Fault
 from tests.data.reading import batches, keys, make_dataset, together
 
@@ -62,6 +62,12 @@ def test_each_source_has_a_share_of_its_own():
         ValueError, match=r"10 % of the samples of b are.*2 broken of 10"
     ):
         skipped.report([(1, 101, fault("y"))], [50, 5])
+
+
+def test_samples_of_one_key_are_not_one_sample():
+    skipped = SkippedSamples([("", 20)], max_share=0.1)
+    with pytest.raises(ValueError, match=r"'train'.*3 broken of 20"):
+        skipped.report([(0, n, fault("train")) for n in range(3)], [10])
 
 
 # A round of batches reads a sample twice. A source that is small in a mix is read
@@ -157,3 +163,14 @@ def test_each_source_of_a_mix_keeps_its_share(write_pairs):
     evaluated = make(source, True, max_skipped=0.1).for_evaluation()
     with pytest.raises(ValueError, match=r"of the samples are broken.*9 broken of 80"):
         batches(evaluated, 0, 8)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_sources_of_one_name_are_told_apart(noise):
+    good = {"image": noise(0), "caption": "a"}
+    rows = [good] * 19 + [{**good, "image": b"x"}]
+    one, other = (subset(each, range(20)) for each in ([good] * 20, rows))
+    assert str(one) == str(other)
+    dataset = make({one: 1, other: 1}, True, max_skipped=0.5)
+    batches(dataset, 0, 16)
+    assert dataset.skipped.count > 0

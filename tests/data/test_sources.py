@@ -62,6 +62,12 @@ def test_a_subset_has_the_chosen_samples_in_their_order(write_pairs):
             kcm.data.subset(source, wrong)
 
 
+def test_the_rows_of_an_image_are_a_sample_of_a_subset(write_rows):
+    rows = [{"photo": f"{n // 2}.png", "caption": f"{n}"} for n in range(6)]
+    part = kcm.data.subset(write_rows("x.csv", rows), [2, 0], image_keys="photo")
+    assert [item["caption"] for item in part] == [["4", "5"], ["0", "1"]]
+
+
 # === What identifies samples ===
 
 

@@ -432,3 +432,14 @@ def test_a_tokenizer_whose_length_changed_masks_for_the_new_length():
         ids = masking.tokenize(letters, ["a bb ccc dddd eeeee"], [generator(3)])
         assert np.count_nonzero(ids) == min(letters.context_length, 7)
     assert ids[0, -1] == 2
+
+
+def test_long_contexts_are_masked_only_if_a_caption_does_not_fit():
+    tokenizer, masking = make_tokenizer(1000), RandomTextMasking()
+    fits = " ".join(["dog"] * 800)
+    (ids,) = masking.tokenize(tokenizer, [fits], [generator(0)])
+    np.testing.assert_array_equal(ids, tokenizer([fits])[0])
+    # Letters without spaces, of more than 127 tokens.
+    tokenizer, wide = make_tokenizer(248), "".join(map(chr, range(0x4E00, 0x4E78)))
+    (ids,) = masking.tokenize(tokenizer, [wide], [generator(0)])
+    assert not np.array_equal(ids, tokenizer([wide])[0])

@@ -4,6 +4,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from keras import ops
 from sklearn.preprocessing import normalize
 
 from keras_cluster_mask.data import image_text_dataset, split
@@ -280,3 +281,29 @@ def test_rows_of_an_object_and_lists_of_files_are_sources(reads_words, write_pai
     )
     expected = evaluate_retrieval(reads_words, whole)
     assert evaluate_retrieval(reads_words, shards) == expected
+
+
+def test_embeddings_of_a_call_that_records_gradients_are_compared(model):
+    pairs = random_pairs(6)
+    images, texts = (
+        getattr(model, f"encode_{kind}")(pairs[name])
+        for kind, name in (("image", "images"), ("text", "token_ids"))
+    )
+    found = retrieval_recall(images, texts, range(6))
+    expected = retrieval_recall(*map(ops.convert_to_numpy, (images, texts)), range(6))
+    assert found == expected
+
+
+def test_a_table_of_named_columns_is_refused_with_a_remedy(reads_words):
+    class Frame:
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, name):
+            raise KeyError(name)
+
+        def to_dict(self, kind):
+            return []
+
+    with pytest.raises(ValueError, match=r"`source` must.*Received: "):
+        evaluate_retrieval(reads_words, Frame())

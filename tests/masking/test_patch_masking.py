@@ -195,6 +195,8 @@ def test_a_second_draw_is_uniform_and_does_not_depend_on_the_first():
 def test_a_grid_is_inferred_from_images_of_both_data_formats():
     assert grid_of_square_patches(8, (1, 3, 16, 32), "channels_first") == (2, 4)
     assert grid_of_square_patches(8, (1, 16, 32, 3), "channels_last") == (2, 4)
+    with pytest.raises(ValueError, match=r"`grid` must be given.*num_patches=9"):
+        grid_of_square_patches(9, (1, 32, 72, 3), "channels_last")
     with pytest.raises(ValueError, match=r"`grid` must be given.*16 x None pixels"):
         grid_of_square_patches(8, (None, 16, None, 3), "channels_last")
     with pytest.raises(ValueError, match=r"`images` must have rank 4"):

@@ -2,9 +2,12 @@
 
 import keras
 import numpy as np
+import pytest
 
 import keras_cluster_mask as kcm
 from tests.helpers import assert_same_values, values
+
+pytestmark = pytest.mark.any_backend
 
 
 def test_batch_norm_statistics_are_averaged_unless_their_layer_is_frozen():
@@ -26,3 +29,11 @@ def test_batch_norm_statistics_are_averaged_unless_their_layer_is_frozen():
     assert_same_values(values([frozen.moving_mean]), [np.float32([1, 2, 3, 4])])
     frozen.moving_mean.assign(np.zeros(4))
     np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-5)
+
+
+def test_factors_of_lora_are_not_averaged():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    model.layers[0].enable_lora(2)
+    with pytest.raises(ValueError, match=r"`share` must be 0.*LoRA.*Received: share=0"):
+        kcm.models.average_weights(model, model.get_weights(), share=0.5)
+    kcm.models.average_weights(model, model.get_weights(), share=0)

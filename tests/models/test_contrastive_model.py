@@ -181,6 +181,17 @@ def test_a_tower_that_is_frozen_between_fits_stays_as_it_is():
     assert_same_values(model.image_encoder.weights, before)
 
 
+@pytest.mark.any_backend
+def test_several_optimizers_are_new_after_a_tower_is_frozen():
+    model = kcm.ContrastiveModel.from_backbone(tiny_clip())
+    model.compile(kcm.optimizer_by_block(model, 1e-3, steps=9))
+    pairs = random_pairs(4)
+    one_step(model, pairs)
+    model.image_encoder.trainable = False
+    with pytest.raises(ValueError, match=r"`optimizer` must be new.*Received: "):
+        one_step(model, pairs)
+
+
 @pytest.mark.parametrize("options", [{}, {"use_ema": True}])
 def test_an_optimizer_that_was_built_for_other_weights_is_refused_by_name(options):
     model = small_model()
@@ -407,8 +418,23 @@ def test_training_without_a_threshold_is_an_error_and_after_adapt_it_trains():
     with pytest.raises(ValueError, match=r"threshold of .* is not set.*Received:"):
         one_step(model, pairs)
     assert_same_values(before, model.weights)
+    # In an own loop, too.
+    with pytest.raises(ValueError, match=r"threshold of .* is not set.*Received:"):
+        model(pairs, training=True)
     model.maskings[0].adapt(pairs["images"])
     assert np.isfinite(one_step(model, pairs)["loss"]).all()
+
+
+@pytest.mark.any_backend
+def test_adapt_takes_a_model_whose_encoder_calls_the_masking_itself():
+    masking = threshold_masking(threshold=None, num_prefix_tokens=0)
+    images = keras.Input((16, 16, 3))
+    patches = keras.layers.Conv2D(16, 4, 4)(images)
+    tokens = masking(keras.layers.Reshape((16, 16))(patches), images=images)
+    pooled = keras.layers.GlobalAveragePooling1D()(tokens)
+    model = kcm.ContrastiveModel(keras.Model(images, pooled), text_bag())
+    masking.adapt(random_pairs(8)["images"], model=model)
+    assert np.isfinite(masking.threshold)
 
 
 @pytest.mark.any_backend
@@ -623,3 +649,10 @@ def test_the_lowest_temperature_may_be_the_initial_one():
         small_model(
             head=ContrastiveHead(initial_temperature=1 / limit, max_logit_scale=limit)
         )
+
+
+@pytest.mark.any_backend
+def test_a_low_limit_of_the_scale_is_kept():
+    head = small_model(head=ContrastiveHead(max_logit_scale=5)).head
+    assert head.max_logit_scale == 5
+    assert float(head.scale) == pytest.approx(5)

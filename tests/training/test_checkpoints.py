@@ -371,6 +371,18 @@ def test_data_or_a_model_with_another_option_is_refused(
 
 
 @pytest.mark.any_backend
+def test_pixel_statistics_must_be_the_same(tmp_path):
+    def fit(mean, epochs):
+        model = small_model(pixel_mean=(mean,) * 3, pixel_std=(0.5,) * 3)
+        model.compile("sgd", **FAST)
+        run(random_pairs(8), tmp_path, None, model, epochs=epochs, **ARRAYS)
+
+    fit(0.5, 1)
+    with pytest.raises(ValueError, match=r"pixel_mean\.0: 0\.5 then, 0\.1 now"):
+        fit(0.1, 2)
+
+
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     ("changed", "field"),
     [

@@ -245,3 +245,11 @@ def test_a_preset_of_a_clip_needs_no_tensorflow(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=UNSAVED):
         save_in_preset(letters_as_tokens, str(tmp_path))
     assert kcm.ContrastiveModel.from_preset(tmp_path).tokenizer is None
+
+
+def test_a_preset_beside_the_package_leaves_it(tmp_path):
+    program = tmp_path / PRESET_FOLDER / "program.py"
+    program.parent.mkdir()
+    program.touch()
+    save_in_preset(ours(), str(tmp_path))
+    assert program.exists()

@@ -65,6 +65,25 @@ def test_links_to_folders_and_captions_are_followed(images, tmp_path):
     assert {*broken} - {*faults} == {("dogs/1.png", "the caption cannot be read")}
 
 
+def test_a_link_to_a_folder_above_is_not_followed(images):
+    expected = read_samples(images)
+    (images / "cats/again").symlink_to(images)
+    assert read_samples(images) == expected
+
+
+def test_a_linked_file_has_the_version_of_its_target(tmp_path):
+    links, target = tmp_path / "links", tmp_path / "target.csv"
+    links.mkdir()
+    (links / "captions.csv").symlink_to(target)
+    versions = set()
+    for content, date in (("a,b", 1), ("c,d", 2)):
+        target.write_text(content)
+        os.utime(target, (date, date))
+        for source in (links, links / "*.csv"):
+            versions |= {*find_files(source).items()}
+    assert len(versions) == 2
+
+
 def test_a_single_image_is_a_source(images, read_all):
     (shard,) = find_files(images / "dogs/1.png")
     (sample,) = read_all(shard)[0]

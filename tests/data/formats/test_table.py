@@ -57,6 +57,11 @@ def test_random_tables_are_read_as_python_writes_them(write, read_all):
         assert faults == []
 
 
+def test_columns_of_one_name_are_a_list(write):
+    table = write("x.csv", "image,caption,caption\n0.png,one,two\n1.png,three,\n")
+    assert read_captions(table) == ["one", "two", "three"]
+
+
 def test_a_row_may_be_short_but_not_wide(write, read_all):
     path = write("x.csv", "file_name,text\n1.jpg\n2.jpg,two,,\n3.jpg,three, or four\n")
     samples, faults = read_all(path)
