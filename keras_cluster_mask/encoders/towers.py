@@ -7,11 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_cluster_mask.distribution.backends import (
-    exports_one_length,
-    is_traced,
-    keeping_weights,
-)
+from keras_cluster_mask.distribution.backends import exports_one_length, keeping_weights
 from keras_cluster_mask.distribution.replicas import OwnReduction, local_rows
 from keras_cluster_mask.encoders.exported import Exported
 from keras_cluster_mask.encoders.families import CLIP_MEAN, CLIP_STD, text_family_of
@@ -264,11 +260,7 @@ class ImageTower(Tower):
             for whole images.
         """
         encoder = self.encoder
-        if not isinstance(encoder, MaskedEncoder):
-            return None
-        if not is_traced(encoder.masking.last_mask_ratio):
-            encoder.masking.check_ready()
-        if not encoder.masking.mask_ratio:
+        if not isinstance(encoder, MaskedEncoder) or not encoder.masking.mask_ratio:
             return None
         size = ops.shape(images)[0] if batch_size is None else batch_size
         return local_rows(encoder.masking.draw(size, encoder.num_patches(images)))

@@ -103,7 +103,8 @@ class ClusterMasking(SimilarityMasking):
 
     Raises:
         ValueError: If the images are missing or do not fit the patch size or the
-            tokens, or, in training, if the threshold is not set in threshold mode.
+            tokens, or, in `fit` and in a training call of the layer, if the threshold
+            is not set in threshold mode. In a step of an own loop, results are NaN.
 
     Reference:
         - [Efficient Vision-Language Pre-training by Cluster Masking](

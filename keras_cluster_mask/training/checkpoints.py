@@ -302,7 +302,8 @@ def describe_model(model):
         for x in (model.get_config(), model.head.get_config())
     )
     # Without a backbone, the image tower has these options.
-    options |= {"pixel_mean": model.pixel_mean, "pixel_std": model.pixel_std}
+    tower = model.image_tower
+    options |= {"pixel_mean": tower.pixel_mean, "pixel_std": tower.pixel_std}
     return {
         "tokenizer": identity_of(model.tokenizer),
         "model": options,
